@@ -1,0 +1,91 @@
+"""The only file that knows chat templates: conversations in, token ids out.
+
+Control tokens that stand in a message's text are encoded as ordinary text, so that only the template
+can open or close a turn.  A tokenizer without a template takes one user turn as plain text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llmdistill.data.formats import Example, Message
+from llmdistill.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE: tuple[Message, ...] = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Blue."},
+    {"role": "user", "content": "Another one?"},
+)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int] | None]:
+    """The prompt's ids, up to where the answer starts, and the answer's, its end token included.
+
+    Raises DataError where the template writes the prompt otherwise once the answer is there.
+    """
+    if tokenizer.chat_template is None:
+        return _plain(tokenizer, example)
+    prompt = _template(tokenizer, example.prompt, example.place, open_turn=True)
+    if example.response is None:
+        return prompt, None
+    answer = {"role": "assistant", "content": example.response}
+    whole = _template(tokenizer, (*example.prompt, answer), example.place, open_turn=False)
+    if whole[: len(prompt)] != prompt:
+        raise DataError(
+            f"{example.place}: the chat template renders this prompt in other tokens once its answer "
+            "follows (an answer that starts with white space does this). Strip the answer or drop the row."
+        )
+    return prompt, _through_end(tokenizer, whole[len(prompt) :], example.place)
+
+
+def same_template(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> bool:
+    """Do both sides turn a conversation of several turns into the same ids?"""
+    if teacher.chat_template is None or student.chat_template is None:
+        return teacher.chat_template is student.chat_template
+    rendered = [_template(t, PROBE, "probe", open_turn=True) for t in (teacher, student)]
+    return rendered[0] == rendered[1]
+
+
+def _template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], place: str, *, open_turn: bool
+) -> list[int]:
+    try:
+        encoded = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=open_turn,
+            tokenize=True,
+            return_dict=True,
+            sanitize_control_tokens=True,
+        )
+    except Exception as error:
+        raise DataError(
+            f"{place}: the chat template refuses this conversation: {type(error).__name__}: {error}"
+        ) from error
+    return list(encoded["input_ids"])
+
+
+def _through_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: str) -> list[int]:
+    """The answer up to the token that closes its turn: the last special one, which only the template writes."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for last in range(len(ids) - 1, -1, -1):
+        if ids[last] in special:
+            return ids[: last + 1]
+    raise DataError(f"{place}: the chat template ends an answer with no special token; nothing says 'stop'")
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int] | None]:
+    if len(example.prompt) != 1:
+        raise DataError(
+            f"{example.place}: {len(example.prompt)} messages, but the tokenizer has no chat template. "
+            "Use the tokenizer of an instruct model, or rows with one prompt."
+        )
+    prompt = tokenizer(example.prompt[0]["content"], split_special_tokens=True)["input_ids"]
+    if example.response is None:
+        return prompt, None
+    response = tokenizer(example.response, add_special_tokens=False, split_special_tokens=True)
+    return prompt, [*response["input_ids"], tokenizer.eos_token_id]

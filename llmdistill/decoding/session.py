@@ -1,0 +1,91 @@
+"""One model, one batch, and a cache that can take tokens back.
+
+B = sequences, C = cached columns, G = new tokens a row, H = hidden size.  Rows that keep different
+numbers of tokens stay in one rectangular cache: every row appends the same columns, and those that a
+row gives back become holes, masked by the 2-D attention mask.  Positions count a row's own tokens.
+Columns that no row uses any more are cut off the end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmdistill.batch import Prompts
+from llmdistill.errors import ModelError
+from llmdistill.models.heads import split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Session:
+    """A model that reads a batch token by token and can forget its last ones, row by row.
+
+    After construction the cache holds every prompt token but the last; the first `extend` takes that
+    one (`prompts.input_ids_BP[:, -1:]`), and its hidden state predicts the first response token.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Prompts) -> None:
+        from transformers import DynamicCache
+
+        self.model = model
+        self.device = next(model.parameters()).device
+        config = model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or []
+        self.can_hold_holes = all(kind == "full_attention" for kind in kinds)
+        self._cache = DynamicCache(config=config)
+        self._mask_BC = prompts.attention_mask_BP[:, :0].to(self.device)
+        ids_BP = prompts.input_ids_BP.to(self.device)
+        if ids_BP.shape[1] > 1:
+            self._read(ids_BP[:, :-1], prompts.attention_mask_BP[:, :-1].to(self.device))
+
+    @property
+    def length_B(self) -> Tensor:
+        """Tokens that the cache holds for each row, prompt included: (B,)."""
+        return self._mask_BC.sum(1)
+
+    def extend(self, ids_BG: Tensor) -> Tensor:
+        """Reads G more tokens of every row and gives their final hidden states: (B, G, H)."""
+        return self._read(ids_BG.to(self.device), torch.ones_like(ids_BG, device=self.device))
+
+    def keep(self, length_B: Tensor) -> None:
+        """Forgets what each row holds beyond its first `length_B` tokens.
+
+        Raises ModelError if that leaves holes in a model whose layers count columns (sliding window).
+        """
+        position_BC = self._mask_BC.cumsum(1)
+        self._mask_BC = self._mask_BC * (position_BC <= length_B.to(self.device)[:, None])
+        used_C = self._mask_BC.any(0)
+        unused = len(used_C) - int(used_C.nonzero().max()) - 1 if used_C.any() else len(used_C)
+        if unused:
+            self._cache.crop(-unused)
+            self._mask_BC = self._mask_BC[:, :-unused]
+        if not self.can_hold_holes and bool((self._mask_BC[:, 1:] < self._mask_BC[:, :-1]).any()):
+            raise ModelError(
+                f"{type(self.model).__name__} has layers that count columns (sliding window or "
+                "recurrent): rows cannot keep different lengths in one cache. Use block size 1."
+            )
+
+    def drop(self, rows: Tensor) -> None:
+        """Takes these rows out of the batch; the others close up."""
+        stay = torch.ones(len(self._mask_BC), dtype=torch.bool, device=self.device)
+        stay[rows.to(self.device)] = False
+        self._cache.batch_select_indices(stay.nonzero()[:, 0])
+        self._mask_BC = self._mask_BC[stay]
+
+    @torch.no_grad()
+    def _read(self, ids_BG: Tensor, mask_BG: Tensor) -> Tensor:
+        start_B1 = self.length_B[:, None]
+        self._mask_BC = torch.cat([self._mask_BC, mask_BG.to(self._mask_BC.dtype)], dim=1)
+        backbone, _ = split(self.model)
+        output = backbone(
+            input_ids=ids_BG,
+            attention_mask=self._mask_BC,
+            position_ids=(start_B1 + mask_BG.cumsum(1) - 1).clamp_min(0),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state

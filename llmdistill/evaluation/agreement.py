@@ -1,0 +1,68 @@
+"""How close a student's distributions are to its teacher's on given sequences.
+
+N = predicted tokens, n = those of one block, H = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmdistill.batch import Need, Sequences, Teacher, final_hidden
+from llmdistill.models.heads import split
+from llmdistill.objectives.chunked import BLOCK_ROWS, HeadLogits
+from llmdistill.objectives.divergences import kl, log_probs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Means over predicted tokens.
+
+    `forward_kl`: KL(teacher || student) in nats.  `top1`: share of tokens where both put the same one
+    first.  `acceptance`: sum_V min(p, q), the share of the student's drafts that exact speculative
+    decoding would accept (Leviathan et al. 2023, corollary 3.6).
+    """
+
+    forward_kl: float
+    top1: float
+    acceptance: float
+
+
+@torch.no_grad()
+def agreement(
+    student: PreTrainedModel, teacher: Teacher, batches: list[Sequences], num_tokens: int
+) -> Agreement:
+    """Over the predicted tokens of all batches together.  The student is used in the mode that it is in."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    for batch in batches:
+        sums += _sums(student, teacher, batch, num_tokens)
+    kl_sum, same, accepted, count = sums.tolist()
+    count = max(count, 1)
+    return Agreement(kl_sum / count, same / count, accepted / count)
+
+
+def _sums(
+    student: PreTrainedModel, teacher: Teacher, batch: Sequences, num_tokens: int
+) -> torch.Tensor:
+    device = next(student.parameters()).device
+    backbone, head = split(student)
+    signal = teacher.judge(batch, frozenset({Need.DISTRIBUTION}))
+    hidden_NH = final_hidden(backbone, batch.to(device))
+    students = HeadLogits(hidden_NH, head.narrow(num_tokens), CHUNK_SIZE)
+    teachers = HeadLogits(signal.hidden_NH, signal.head.narrow(num_tokens), CHUNK_SIZE)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(hidden_NH), BLOCK_ROWS):
+        rows = slice(start, min(start + BLOCK_ROWS, len(hidden_NH)))
+        student_nV, teacher_nV = log_probs(students[rows]), log_probs(teachers[rows].to(device))
+        same_n = student_nV.argmax(-1) == teacher_nV.argmax(-1)
+        accepted_n = torch.minimum(student_nV, teacher_nV).exp().sum(-1)
+        parts = (kl(teacher_nV, student_nV), same_n, accepted_n, torch.ones_like(accepted_n))
+        sums += torch.stack([part.double().sum() for part in parts]).cpu()
+    return sums

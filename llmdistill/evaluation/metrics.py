@@ -1,0 +1,41 @@
+"""The measures of `text.py` as `evaluate.Metric`, for who computes with that library; nothing is fetched.
+
+    RepeatedNGrams().compute(predictions=[...], n=4)
+    RougeL().compute(predictions=[...], references=[...])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import datasets
+import evaluate
+
+from llmdistill.evaluation.text import repeated_ngrams, rouge_l
+
+
+def _info(description: str, *columns: str) -> evaluate.MetricInfo:
+    features = datasets.Features({column: datasets.Value("string") for column in columns})
+    return evaluate.MetricInfo(
+        description=description, citation="", inputs_description=description, features=features
+    )
+
+
+class RepeatedNGrams(evaluate.Metric):
+    """Share of repeated n-grams in the predictions: {"repeated_ngrams": float}."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("Share of n-grams that stood earlier in the same text", "predictions")
+
+    def _compute(self, predictions: Sequence[str], n: int = 4) -> dict[str, float]:
+        return {"repeated_ngrams": repeated_ngrams(predictions, n)}
+
+
+class RougeL(evaluate.Metric):
+    """Mean ROUGE-L F: {"rouge_l": float}."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("Mean ROUGE-L F against one reference each", "predictions", "references")
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        return {"rouge_l": rouge_l(predictions, references)}

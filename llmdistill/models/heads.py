@@ -1,0 +1,113 @@
+"""A causal language model as a backbone and a head.
+
+B = sequences, T = tokens, N = positions, H = hidden size, V = vocabulary.
+The head is what turns final hidden states into logits: a matrix, perhaps a bias, a scale and a soft
+cap.  Kept apart from the backbone it can be applied to the predicted positions only, a chunk at a
+time.  `split` is called where it is used and its result is never kept: a wrapper (FSDP2, say) may
+put another tensor object behind the same parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from llmdistill.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap(scale * (hidden @ weight.T + bias)), with cap(x) = softcap * tanh(x / softcap)."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.weight_VH.shape[0]
+
+    def narrow(self, num_tokens: int) -> Head:
+        """The head over the first `num_tokens` ids: what two padded vocabularies share."""
+        if num_tokens == self.num_tokens:
+            return self
+        if num_tokens > self.num_tokens:
+            raise ModelError(f"a head over {self.num_tokens} tokens cannot score {num_tokens}")
+        bias_V = None if self.bias_V is None else self.bias_V[:num_tokens]
+        return replace(self, weight_VH=self.weight_VH[:num_tokens], bias_V=bias_V)
+
+    def finish(self, products_NV: Tensor) -> Tensor:
+        """Logits from the products hidden @ weight.T: (N, V), in the products' dtype."""
+        logits_NV = products_NV
+        if self.bias_V is not None:
+            logits_NV = logits_NV + self.bias_V.to(products_NV.dtype)
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        return logits_NV
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        """All logits at once: (..., V).  For a few positions; `objectives.chunked` does the rest."""
+        return self.finish(nn.functional.linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH))
+
+
+def unwrap_adapters(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, its adapter layers in place; others as they are."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def split(model: nn.Module) -> tuple[nn.Module, Head]:
+    """The backbone (ids -> final hidden states) and the head of a causal LM of transformers.
+
+    Raises ModelError for a model without the common form: a base model and one linear output layer.
+    """
+    inner = unwrap_adapters(model)
+    backbone = getattr(inner, "base_model", None)
+    output = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if backbone is None or backbone is inner or output is None:
+        raise ModelError(f"{type(inner).__name__} has no base model with an output layer to split off")
+    weight_VH = getattr(output, "weight", None)
+    if not isinstance(weight_VH, Tensor) or weight_VH.dim() != 2 or hasattr(output, "base_layer"):
+        raise ModelError(
+            f"the output layer of {type(inner).__name__} is a {type(output).__name__}, not one plain "
+            "linear layer; train it unquantised and without an adapter on it"
+        )
+    config = inner.config.get_text_config()
+    return backbone, Head(
+        weight_VH, getattr(output, "bias", None), _scale(config), _softcap(config)
+    )
+
+
+def _scale(config) -> float:
+    """Cohere multiplies its logits by `logit_scale`; Granite divides them by `logits_scaling`."""
+    return getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+def _softcap(config) -> float | None:
+    return getattr(config, "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def check_split(model: nn.Module) -> None:
+    """Raises ModelError unless backbone and head give the model's own logits on a few tokens.
+
+    A family whose head does something that `split` does not know of is found here, by numbers.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids_BT = torch.arange(1, 6, device=device)[None]
+    expected = model(input_ids=ids_BT, use_cache=False).logits
+    backbone, head = split(model)
+    found = head(backbone(input_ids=ids_BT, use_cache=False).last_hidden_state)
+    model.train(was_training)
+    if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
+        gap = float((found.float() - expected.float()).abs().max())
+        raise ModelError(
+            f"{type(unwrap_adapters(model)).__name__}: head(backbone(x)) differs from the model's own "
+            f"logits by up to {gap:.3g}. This family's head is not known to llmdistill; please report it."
+        )

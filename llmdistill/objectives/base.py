@@ -1,0 +1,28 @@
+"""What every objective is: a module that turns student, teacher and sequences into a LossSum."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from llmdistill.batch import LossSum, Need, Sequences, StudentView, TeacherSignal
+
+
+class Objective(nn.Module):
+    """One term of the loss.  Its parameters, if it has any, are trained along and not exported.
+
+    `needs` is what the teacher must provide.  `compares_samples` says that the value depends on which
+    samples share a micro-batch.  `weight` multiplies the term in the total.
+    """
+
+    name: str
+    needs: frozenset[Need] = frozenset()
+    compares_samples: bool = False
+
+    def __init__(self, *, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(
+        self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
+    ) -> LossSum:
+        raise NotImplementedError

@@ -1,0 +1,156 @@
+"""From hidden states to a summed loss and its gradients, without ever holding N x V numbers.
+
+N = predicted positions, n = positions of one block, H = hidden size, V = vocabulary.
+The logits of a chunk of positions fill one buffer that is used again for the next chunk.  Inside a
+chunk, autograd of the plain divergence runs on a few rows at a time, so that what it makes stays in
+the cache; its gradient overwrites the logits it came from.  Hidden and weight gradients are made at
+once, in the forward pass, and only scaled in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llmdistill.models.heads import Head
+
+PositionLoss = Callable[[Tensor, slice], Tensor]
+
+BLOCK_ROWS = 8  # rows of a chunk on which autograd runs at a time, on a CPU
+
+
+def chunked_sum(
+    student_NH: Tensor,
+    student_head: Head,
+    position_loss: PositionLoss,
+    weight_N: Tensor,
+    *,
+    chunk_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """sum_N weight * position_loss(logits), and the unweighted losses: (), (N,).
+
+    `position_loss(student_nV, rows)` gives the (n,) losses of the positions `rows`, from the student's
+    logits there; it must not keep them.  The sum is differentiable once, in the hidden states and in
+    the head's weight and bias; the losses are detached.  Products run in autocast's dtype or the
+    weight's, losses in float32 or wider.
+    """
+    device_type = student_NH.device.type
+    product_dtype = student_head.weight_VH.dtype
+    if torch.is_autocast_enabled(device_type):
+        product_dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
+        total, per_position_N = _ChunkedSum.apply(
+            student_NH,
+            student_head.weight_VH,
+            student_head.bias_V,
+            student_head,
+            position_loss,
+            weight_N,
+            chunk_size,
+            product_dtype,
+        )
+    return total, per_position_N
+
+
+class HeadLogits:
+    """The logits of a fixed head over fixed hidden states, served in slices, made a chunk at a time.
+
+    `logits[rows]` is (n, V) and valid until a slice of another chunk is asked for.
+    """
+
+    def __init__(self, hidden_NH: Tensor, head: Head, chunk_size: int) -> None:
+        self.hidden_NH = hidden_NH.to(head.weight_VH.dtype)
+        self.head = head
+        self.chunk_size = chunk_size
+        self._buffer_cV: Tensor | None = None
+        self._made: range = range(0)
+
+    @torch.no_grad()
+    def __getitem__(self, rows: slice) -> Tensor:
+        if rows.start not in self._made or rows.stop > self._made.stop:
+            chunk = slice(rows.start, max(rows.stop, rows.start + self.chunk_size))
+            hidden_cH = self.hidden_NH[chunk]
+            if self._buffer_cV is None or len(self._buffer_cV) < len(hidden_cH):
+                self._buffer_cV = hidden_cH.new_empty(len(hidden_cH), self.head.num_tokens)
+            torch.mm(hidden_cH, self.head.weight_VH.t(), out=self._buffer_cV[: len(hidden_cH)])
+            self._made = range(rows.start, rows.start + len(hidden_cH))
+        assert self._buffer_cV is not None
+        place = rows.start - self._made.start
+        return self.head.finish(self._buffer_cV[place : place + rows.stop - rows.start])
+
+
+class _ChunkedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden_NH, weight_VH, bias_V, head, position_loss, weight_N, chunk_size, product_dtype
+    ):
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_grad = wants_hidden or wants_weight or wants_bias
+        inputs_NH, matrix_VH = hidden_NH.to(product_dtype), weight_VH.to(product_dtype)
+        grad_NH = torch.zeros_like(inputs_NH) if wants_hidden else None
+        grad_VH = torch.zeros_like(weight_VH) if wants_weight else None
+        grad_V = torch.zeros_like(bias_V) if wants_bias else None
+        wide = torch.promote_types(product_dtype, torch.float32)
+        losses_N = torch.empty(len(hidden_NH), dtype=wide, device=hidden_NH.device)
+        buffer_cV = inputs_NH.new_empty(min(chunk_size, len(hidden_NH)), len(weight_VH))
+        for start in range(0, len(hidden_NH), chunk_size):
+            chunk = slice(start, min(start + chunk_size, len(hidden_NH)))
+            logits_cV = buffer_cV[: chunk.stop - start]
+            torch.mm(inputs_NH[chunk], matrix_VH.t(), out=logits_cV)
+            losses_N[chunk] = _losses(
+                logits_cV, head, position_loss, weight_N, start, wants_grad=wants_grad
+            )
+            if grad_NH is not None:
+                torch.mm(logits_cV, matrix_VH, out=grad_NH[chunk])
+            if grad_VH is not None:
+                _add_product(grad_VH, logits_cV.t(), inputs_NH[chunk])
+            if grad_V is not None:
+                grad_V += logits_cV.sum(0).to(grad_V.dtype)
+        ctx.grads = (grad_NH, grad_VH, grad_V)
+        ctx.mark_non_differentiable(losses_N)
+        return (losses_N * weight_N.to(wide)).sum(), losses_N
+
+    @staticmethod
+    def backward(ctx, grad_total, _grad_losses):
+        if ctx.grads is None:
+            raise RuntimeError("chunked_sum can be differentiated only once")
+        grads, ctx.grads = ctx.grads, None
+        # In place: the gradient of a head is as large as the head, and nobody else holds it.
+        scaled = [None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in grads]
+        return (*scaled, None, None, None, None, None)
+
+
+def _losses(
+    logits_cV: Tensor,
+    head: Head,
+    position_loss: PositionLoss,
+    weight_N: Tensor,
+    start: int,
+    *,
+    wants_grad: bool,
+) -> Tensor:
+    """The chunk's losses: (c,).  With gradients, each weighted one replaces the products it came from."""
+    wide = torch.promote_types(logits_cV.dtype, torch.float32)
+    step = BLOCK_ROWS if logits_cV.device.type == "cpu" else len(logits_cV)
+    losses = []
+    for offset in range(0, len(logits_cV), step):
+        block_nV = logits_cV[offset : offset + step]
+        rows = slice(start + offset, start + offset + len(block_nV))
+        products_nV = block_nV.detach().to(wide).requires_grad_(wants_grad)
+        with torch.set_grad_enabled(wants_grad):
+            loss_n = position_loss(head.finish(products_nV), rows)
+            weighted = (loss_n * weight_N[rows].to(loss_n.dtype)).sum()
+        losses.append(loss_n.detach())
+        if wants_grad:
+            block_nV.copy_(torch.autograd.grad(weighted, products_nV)[0])
+    return torch.cat(losses)
+
+
+def _add_product(sum_VH: Tensor, left_Vc: Tensor, right_cH: Tensor) -> None:
+    """sum += left @ right, in the sum's dtype."""
+    if sum_VH.dtype == left_Vc.dtype:
+        sum_VH.addmm_(left_Vc, right_cH)
+    else:
+        sum_VH += left_Vc @ right_cH

@@ -1,0 +1,27 @@
+"""The data set writes: its own responses, as they are."""
+
+from __future__ import annotations
+
+from llmdistill.batch import Model, Progress, Prompts, Sequences, Teacher, Writer
+from llmdistill.errors import DataError
+
+
+class FixedRollout:
+    """Supervised distillation: every prompt with the response that the data set gives it."""
+
+    def write(
+        self, prompts: Prompts, student: Model, teacher: Teacher, progress: Progress
+    ) -> Sequences:
+        """Raises DataError where the data set has no responses."""
+        if prompts.responses is None:
+            raise DataError(
+                f"row {int(prompts.row_ids_B[0])} has no response: a fixed rollout trains on the data "
+                "set's own responses. Add them, or choose rollout.kind: sampled."
+            )
+        return Sequences.pack(
+            prompts.ids(),
+            prompts.responses,
+            prompts.row_ids_B.tolist(),
+            writer=Writer.DATA,
+            pad_id=0,  # masked everywhere: any id does
+        )

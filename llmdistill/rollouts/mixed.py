@@ -1,0 +1,40 @@
+"""A mixture: each step is written by the student or by another rollout, at a fixed share.
+
+Agarwal et al. 2024 (GKD), algorithm 1: with probability `share` (lambda there) a step is on-policy.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from llmdistill.batch import Model, Progress, Prompts, Rollout, Sequences, Stateful, Teacher
+
+
+class MixedRollout:
+    """`student` writes a step with probability `share`, `other` writes the rest.
+
+    The choice is keyed by seed and step: every rank makes the same one, and so does a resumed run.
+    """
+
+    def __init__(self, student: Rollout, other: Rollout, *, share: float = 0.5) -> None:
+        self.student, self.other, self.share = student, other, share
+
+    def write(
+        self, prompts: Prompts, student: Model, teacher: Teacher, progress: Progress
+    ) -> Sequences:
+        on_policy = random.Random(f"{progress.seed}/{progress.step}").random() < self.share
+        rollout = self.student if on_policy else self.other
+        return rollout.write(prompts, student, teacher, progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: part.state_dict()
+            for name, part in (("student", self.student), ("other", self.other))
+            if isinstance(part, Stateful)
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in (("student", self.student), ("other", self.other)):
+            if isinstance(part, Stateful):
+                part.load_state_dict(state[name])

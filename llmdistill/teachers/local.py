@@ -1,0 +1,68 @@
+"""A teacher on this machine: frozen, in eval mode, in its own dtype and on its own device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmdistill.batch import (
+    Draw,
+    Need,
+    Prompts,
+    Sampling,
+    Sequences,
+    TeacherSignal,
+    Writer,
+    final_hidden,
+)
+from llmdistill.decoding.sample import sample
+from llmdistill.decoding.session import Session
+from llmdistill.models.heads import check_split, split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LocalTeacher:
+    """A causal LM of transformers that judges and writes.  Its parameters are frozen here.
+
+    Raises ModelError if the model cannot be split into backbone and head.
+    """
+
+    provides = frozenset({Need.DISTRIBUTION})
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_split(model)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
+        """One forward pass: the final hidden states at the places that predict, and the head."""
+        backbone, head = split(self.model)
+        with torch.autocast(self.device.type, enabled=False):  # the teacher keeps its own dtype
+            return TeacherSignal(final_hidden(backbone, sequences.to(self.device)), head)
+
+    def write(
+        self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
+    ) -> Sequences:
+        """The teacher's own answers."""
+        with torch.autocast(self.device.type, enabled=False):
+            return sample(
+                self.model,
+                self.tokenizer,
+                prompts,
+                sampling,
+                max_new_tokens=max_new_tokens,
+                draw=draw,
+                writer=Writer.TEACHER,
+            )
+
+    def session(self, prompts: Prompts) -> Session:
+        """The teacher as something that can be stepped: for interleaved writing."""
+        return Session(self.model, prompts)

@@ -1,0 +1,112 @@
+"""What a checkpoint holds: the student as any library loads it, and apart from it the rest.
+
+    model.safetensors, config.json, tokenizer ...   the student
+    objectives.safetensors                          parameters of objectives (projectors), if any
+    rollout.json                                    what a rollout remembers, if anything
+
+Optimiser, scheduler, random state and Trainer's own state are written beside them by Trainer.  No file
+is a pickle of ours, and no file holds a token or a key.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+from torch import Tensor
+
+from llmdistill.batch import Rollout, Stateful
+from llmdistill.errors import CheckpointError
+from llmdistill.training.step import Distillation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OBJECTIVES = "objectives.safetensors"
+ROLLOUT = "rollout.json"
+STUDENT_PREFIX = "student."
+OBJECTIVES_PREFIX = "objectives."
+
+# Files of a checkpoint that serve to go on training; the Hub gets the student alone.
+TRAINING_ONLY = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state*", OBJECTIVES, ROLLOUT]
+
+
+def save_student(
+    distillation: Distillation, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """The student with its tokenizer.  `state` is the whole module's state where a wrapper gathered it."""
+    students = None if state is None else _under(state, STUDENT_PREFIX)
+    distillation.student.save_pretrained(folder, state_dict=students)
+    distillation.tokenizer.save_pretrained(folder)
+
+
+def save_rest(
+    distillation: Distillation, rollout: Rollout, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """What is not the student: objectives' parameters and the rollout's memory."""
+    state = distillation.state_dict() if state is None else state
+    if projectors := _under(state, OBJECTIVES_PREFIX):
+        safetensors.torch.save_file(projectors, folder / OBJECTIVES)
+    if isinstance(rollout, Stateful):
+        (folder / ROLLOUT).write_text(json.dumps(rollout.state_dict()), encoding="utf-8")
+
+
+def load(distillation: Distillation, folder: Path) -> None:
+    """Puts a checkpoint's student and objectives back; every weight must be there."""
+    _load_student(distillation.student, folder)
+    if list(distillation.objectives.parameters()):
+        if not (folder / OBJECTIVES).is_file():
+            raise CheckpointError(f"{folder} holds no {OBJECTIVES}, but the objectives have parameters")
+        distillation.objectives.load_state_dict(safetensors.torch.load_file(folder / OBJECTIVES))
+
+
+def load_rollout(rollout: Rollout, folder: Path) -> None:
+    if not isinstance(rollout, Stateful):
+        return
+    if not (folder / ROLLOUT).is_file():
+        raise CheckpointError(f"{folder} holds no {ROLLOUT}: it was written by another kind of rollout")
+    rollout.load_state_dict(json.loads((folder / ROLLOUT).read_text(encoding="utf-8")))
+
+
+def _load_student(student: PreTrainedModel, folder: Path) -> None:
+    if hasattr(student, "peft_config"):
+        from peft import set_peft_model_state_dict
+
+        loaded = _read(folder, "adapter_model.safetensors")
+        missing = set_peft_model_state_dict(student, loaded).missing_keys
+        missing = [name for name in missing if "lora_" in name]
+        unexpected: list[str] = []
+    else:
+        result = student.load_state_dict(_read(folder, "model.safetensors"), strict=False)
+        tied = set(student.all_tied_weights_keys)
+        missing = [name for name in result.missing_keys if name not in tied]
+        unexpected = result.unexpected_keys
+        student.tie_weights()
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{folder} does not fit the student: missing {missing[:3]}, unexpected {unexpected[:3]}. "
+            "It belongs to another model; give the recipe that it was made with."
+        )
+
+
+def _read(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, or of the shards that its index lists."""
+    index = folder / f"{name}.index.json"
+    names = [name]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for part in names:
+        try:
+            tensors.update(safetensors.torch.load_file(folder / part))
+        except Exception as error:
+            raise CheckpointError(f"cannot read {folder / part}: {error}") from error
+    return tensors
+
+
+def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
+    }

@@ -1,0 +1,33 @@
+"""What stops a run before it does harm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmdistill.errors import NonFiniteLossError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def stop_if_not_finite(
+    accelerator: Accelerator, loss: Tensor, grad_norm: Tensor | float, step: int
+) -> None:
+    """Raises NonFiniteLossError on every rank if any rank's loss or gradient norm is NaN or infinite.
+
+    Called before the optimiser's update, so the weights stay those of the last good step.
+    """
+    finite = torch.isfinite(loss) & torch.isfinite(torch.as_tensor(grad_norm, device=loss.device))
+    finite_R = accelerator.gather(finite.reshape(1))
+    if bool(finite_R.all()):
+        return
+    ranks = (~finite_R).nonzero()[:, 0].tolist()
+    raise NonFiniteLossError(
+        f"step {step}, rank {', '.join(map(str, ranks))}: the loss or its gradient is not finite (loss "
+        f"{float(loss):.4g} and gradient norm {float(grad_norm):.4g} on rank {accelerator.process_index}). "
+        "The update was not made. Lower training.learning_rate, look at the rows of this step, or resume "
+        "from the last checkpoint."
+    )

@@ -1,0 +1,323 @@
+"""`DistillTrainer`: transformers' Trainer around `Distillation`.
+
+Trainer expects one model that is trained, saved and pushed; here the trained module is more than the
+student.  Each override below is one place where that difference shows, and each has a test that fails
+without it.  Everything else (arguments, callbacks, trackers, wrapping, resuming) is Trainer's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from llmdistill.batch import Progress, Prompts, Rollout, Sequences
+from llmdistill.data.collate import PromptDataset, collate
+from llmdistill.errors import TrainingError
+from llmdistill.models.vocabulary import require_same
+from llmdistill.objectives.base import Objective
+from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.training import checkpoint
+from llmdistill.training.guards import stop_if_not_finite
+from llmdistill.training.step import Distillation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+
+class DistillTrainer(Trainer):
+    """Distils `teacher` into `student`: `rollout` writes, `teacher` judges, `objectives` match.
+
+    `train_dataset` and `eval_dataset` are rows in any of `data/`'s formats, or a PromptDataset.  The
+    evaluation loss is taken on the responses of `eval_dataset`.  Raises VocabularyError where teacher
+    and student do not share a vocabulary.
+    """
+
+    loss_is_scaled_for_ga = True  # our loss is divided by the whole step's count already
+
+    def __init__(
+        self,
+        *,
+        student: PreTrainedModel,
+        teacher: LocalTeacher,
+        rollout: Rollout,
+        objectives: Sequence[Objective],
+        args: TrainingArguments,
+        train_dataset: PromptDataset | Sequence[dict[str, Any]] | None = None,
+        eval_dataset: PromptDataset | Sequence[dict[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        model_card: str | None = None,
+    ) -> None:
+        require_same(
+            teacher.tokenizer,
+            processing_class,
+            teacher.model.get_output_embeddings().weight.shape[0],
+            student.get_output_embeddings().weight.shape[0],
+        )
+        self.teacher, self.rollout, self.model_card = teacher, rollout, model_card
+        self._terms: dict[str, float | Tensor] = {}
+        self._step_loss: Tensor | float = 0.0
+        use_cache = student.config.use_cache
+        super().__init__(
+            model=Distillation(student, teacher, objectives, processing_class),
+            args=_forced(args),
+            data_collator=collate,
+            train_dataset=PromptDataset.of(train_dataset, processing_class),
+            eval_dataset=PromptDataset.of(eval_dataset, processing_class),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        student.config.use_cache = use_cache  # Trainer turns it off; the saved student must not be slow
+        self._check_sharded()
+
+    # ---- who writes: the rollouts of a whole accumulation window, and the exact divisor ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Prompts], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Sequences]], Tensor | None]:
+        """The window's micro-batches, written in one large batch, and its predicted tokens on all ranks.
+
+        Rows of similar length share a micro-batch: the sum is the same, the padding less.
+        """
+        parts = list(itertools.islice(epoch_iterator, num_batches))
+        if not parts:
+            return [], None
+        prompts = Prompts.join(parts, pad_id=0)
+        with self.accelerator.autocast():
+            sequences = self.rollout.write(prompts, self.model, self.teacher, self._progress())
+        sequences = sequences.without_loss(self._repeated(parts)).to(device)
+        order = sequences.attention_mask_BT.sum(1).argsort(descending=True, stable=True)
+        rows = order.split([len(part) for part in parts])
+        count = self.accelerator.reduce(sequences.num_predicted.sum(), reduction="sum")
+        self._add_terms({"tokens": sequences.num_predicted.sum()})
+        return [{"sequences": sequences.select(some)} for some in rows], count
+
+    def _progress(self) -> Progress:
+        # After an epoch's last step state.epoch is a whole number: that of the epoch that begins.
+        epoch = int((self.state.epoch or 0.0) + 1e-6)
+        return Progress(step=self.state.global_step, epoch=epoch, seed=self.args.seed)
+
+    def _repeated(self, parts: list[Prompts]) -> Tensor:
+        """True for rows that Accelerate repeats in an epoch's last batch to even out the ranks: (B,)."""
+        repeated_B = torch.zeros(sum(map(len, parts)), dtype=torch.bool)
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:
+            size = len(parts[-1])
+            place = self.accelerator.process_index * size + torch.arange(size)
+            repeated_B[-size:] = place >= state.remainder
+        return repeated_B
+
+    # ---- what is matched ----
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Sequences],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the step's mean; DDP averages gradients, hence the factor."""
+        output = model(inputs["sequences"])
+        assert num_items_in_batch is not None
+        divisor = torch.as_tensor(num_items_in_batch, device=output.total.device).clamp_min(1)
+        loss = output.total / divisor * self.accelerator.num_processes
+        self._step_loss = self._step_loss + loss.detach()
+        self._add_terms(output.terms)
+        return (loss, output) if return_outputs else loss
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss on the evaluation rows' own responses."""
+        sequences = FixedRollout().write(inputs, self.model, self.teacher, self._progress())
+        sequences = sequences.without_loss(self._repeated([inputs])).to(self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(sequences)
+        self._eval_sum += torch.stack([output.total.double(), output.count.double()]).cpu()
+        return output.total / output.count.clamp_min(1), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer averages batch means; the loss reported is the mean over all predicted tokens."""
+        self._eval_sum = torch.zeros(2, dtype=torch.float64)
+        result = super().evaluation_loop(*args, **kwargs)
+        total, count = self.accelerator.reduce(self._eval_sum.to(self.args.device)).tolist()
+        result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / max(count, 1)
+        return result
+
+    # ---- optimiser groups and clipping, by owner ----
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """One pair of groups (with and without weight decay) for each owner, named after it."""
+        groups = dict(self.model.parameter_groups())
+        if self.optimizer is not None or list(groups) == ["student"]:
+            optimizer = super().create_optimizer(model)  # all of Trainer's optimisers
+            for group in optimizer.param_groups:
+                group.setdefault("name", "student")
+            return optimizer
+        decayed = set(self.get_decay_parameter_names(self.model))
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if {"params", "model", "optimizer_dict"} & options.keys():
+            raise TrainingError(
+                f"training.optim: {self.args.optim} makes its own parameter groups and cannot train "
+                f"{' and '.join(groups)} together; choose adamw_torch"
+            )
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": [p for name, p in named.items() if (name in decayed) is decays],
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                    "name": group,
+                }
+                for group, named in groups.items()
+                for decays in (True, False)
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float | None:
+        """Each owner's gradient is clipped on its own: one clip would couple them.  Gives the norm of all."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return super()._clip_grad_norm(model)
+        norms = [
+            self.accelerator.clip_grad_norm_(list(named.values()), self.args.max_grad_norm)
+            for _, named in self.model.parameter_groups()
+        ]
+        return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's last call before the update: the place to stop a step that is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss = torch.as_tensor(self._step_loss, device=self.args.device)
+        stop_if_not_finite(self.accelerator, loss, norm, self.state.global_step)
+        self._step_loss = 0.0
+        return norm
+
+    # ---- saving and loading: the student apart from the rest ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer would write the whole module (tied weights raise) and pickle its arguments, keys included."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_student(self.model, folder, state_dict)
+        checkpoint.save_rest(self.model, self.rollout, folder, state_dict)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        """Trainer would load with strict=False and, finding no name that fits, load nothing."""
+        folder = Path(resume_from_checkpoint)
+        checkpoint.load_rollout(self.rollout, folder)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        checkpoint.load(self.model, folder)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        checkpoint.load(self.model, Path(self.state.best_model_checkpoint))
+
+    # ---- the Hub: the student alone ----
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The run's own card beside the student, where one was given; else nothing is made up."""
+        if self.is_world_process_zero() and self.model_card is not None:
+            folder = self._export_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "README.md").write_text(self.model_card, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Uploads the student's folder; Trainer would upload the whole output folder."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        folder = self._export_folder()
+        self.save_model(str(folder), _internal_call=True)
+        self.create_model_card()
+        if not self.is_world_process_zero():
+            return None
+        return self._upload(folder, commit_message, token or self.args.hub_token, revision, blocking)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer would copy weights into the output folder and push that, pickled arguments included."""
+        if self.is_world_process_zero() and self.args.hub_strategy != "end":
+            message = f"Training in progress, step {self.state.global_step}"
+            folder = Path(checkpoint_folder)
+            self._upload(folder, message, self.args.hub_token, None, blocking=True)
+
+    def _upload(
+        self, folder: Path, message: str | None, token: str | None, revision: str | None, blocking: bool
+    ) -> Any:
+        from huggingface_hub import HfApi
+
+        return HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=str(folder),
+            commit_message=message,
+            token=token,
+            revision=revision or self.args.hub_revision,
+            run_as_future=not blocking,
+            ignore_patterns=checkpoint.TRAINING_ONLY,
+        )
+
+    def _export_folder(self) -> Path:
+        return Path(self.args.output_dir) / "student"
+
+    # ---- what is logged ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each objective's mean per predicted token and the tokens per second, over all ranks."""
+        if "loss" in logs and self._terms:
+            names = sorted(self._terms)
+            sums = torch.stack([torch.as_tensor(self._terms[n]).double() for n in names])
+            values = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+            reduced = dict(zip(names, values, strict=True))
+            self._terms = {}
+            num_tokens = reduced.pop("tokens")
+            if len(reduced) > 1:
+                logs.update({name: value / max(num_tokens, 1) for name, value in reduced.items()})
+            logs["predicted_tokens"] = num_tokens
+        super().log(logs, start_time)
+
+    def _add_terms(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + value.detach()
+
+    def _check_sharded(self) -> None:
+        """On a CPU Accelerate takes `fsdp=` and trains with DDP, without a word."""
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise TrainingError(
+                "training.fsdp is set, but Accelerate did not shard the model (it does so on GPUs only); "
+                "remove it or launch on GPUs"
+            )
+
+
+def _forced(args: TrainingArguments) -> TrainingArguments:
+    """The arguments with what a distillation cannot do without."""
+    args.remove_unused_columns = False  # it would look at our module's forward, and raise
+    args.logging_nan_inf_filter = False  # it would log NaN as 0.0; the guard stops instead
+    args.accelerator_config.dispatch_batches = False  # batches are objects of ours
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every parameter gets a gradient, be it zero
+    return args
