@@ -1,0 +1,46 @@
+"""Distil causal language models: a Hugging Face teacher in, a smaller Hugging Face student out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmdistill.batch import Sampling as Sampling
+    from llmdistill.errors import LlmDistillError as LlmDistillError
+    from llmdistill.objectives.response import CrossEntropyObjective as CrossEntropyObjective
+    from llmdistill.objectives.response import ResponseObjective as ResponseObjective
+    from llmdistill.rollouts.fixed import FixedRollout as FixedRollout
+    from llmdistill.rollouts.mixed import MixedRollout as MixedRollout
+    from llmdistill.rollouts.sampled import SampledRollout as SampledRollout
+    from llmdistill.run import distill as distill
+    from llmdistill.teachers.local import LocalTeacher as LocalTeacher
+    from llmdistill.training.trainer import DistillTrainer as DistillTrainer
+
+__version__ = "0.1.0"
+
+# Public names and where they live; each is imported when it is first used.
+_PUBLIC = {
+    "CrossEntropyObjective": "llmdistill.objectives.response",
+    "DistillTrainer": "llmdistill.training.trainer",
+    "FixedRollout": "llmdistill.rollouts.fixed",
+    "LlmDistillError": "llmdistill.errors",
+    "LocalTeacher": "llmdistill.teachers.local",
+    "MixedRollout": "llmdistill.rollouts.mixed",
+    "ResponseObjective": "llmdistill.objectives.response",
+    "SampledRollout": "llmdistill.rollouts.sampled",
+    "Sampling": "llmdistill.batch",
+    "distill": "llmdistill.run",
+}
+
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605 - the table is the one list of names
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'llmdistill' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,32 @@
+"""The command line: one file a command, every heavy import inside the command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from llmdistill.cli.check import check
+from llmdistill.cli.env import env
+from llmdistill.cli.evaluate import evaluate
+from llmdistill.cli.train import train
+from llmdistill.errors import LlmDistillError, TrainingError
+
+app = typer.Typer(
+    name="llmdistill",
+    help="Distil causal language models: a Hugging Face teacher in, a smaller student out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (train, evaluate, check, env):
+    app.command()(command)
+
+
+def main() -> None:
+    """Runs a command.  What a user can mend ends with exit code 2, a broken run with 1; no traceback."""
+    try:
+        app()
+    except LlmDistillError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, TrainingError) else 2)

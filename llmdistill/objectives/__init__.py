@@ -1,0 +1,29 @@
+"""What is matched?"""
+
+from __future__ import annotations
+
+from llmdistill import recipe
+from llmdistill.objectives.base import Objective
+from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
+
+
+def build_objective(answer: recipe.ObjectiveRecipe) -> Objective:
+    """The objective that a recipe asks for."""
+    return _BUILDERS[type(answer)](answer)
+
+
+def _response(answer: recipe.ResponseRecipe) -> Objective:
+    return ResponseObjective(
+        answer.divergence,
+        target=answer.target,
+        token_weight=answer.token_weight,
+        weight=answer.weight,
+        **answer.options(),
+    )
+
+
+def _cross_entropy(answer: recipe.CrossEntropyRecipe) -> Objective:
+    return CrossEntropyObjective(weight=answer.weight)
+
+
+_BUILDERS = {recipe.ResponseRecipe: _response, recipe.CrossEntropyRecipe: _cross_entropy}

@@ -231,6 +231,12 @@ class DistillTrainer(Trainer):
         assert self.state.best_model_checkpoint is not None
         checkpoint.load(self.model, Path(self.state.best_model_checkpoint))
 
+    def export_student(self, folder: str | Path) -> None:
+        """The student alone, as `from_pretrained` takes it.  Call it on every rank."""
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if self.args.should_save:
+            checkpoint.save_student(self.model, Path(folder), state)
+
     # ---- the Hub: the student alone ----
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -253,7 +259,7 @@ class DistillTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         folder = self._export_folder()
-        self.save_model(str(folder), _internal_call=True)
+        self.export_student(folder)
         self.create_model_card()
         if not self.is_world_process_zero():
             return None

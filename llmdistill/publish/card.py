@@ -1,0 +1,155 @@
+"""The model card of a student: where it comes from, how it was made, and how it measured."""
+
+from __future__ import annotations
+
+import html
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmdistill import recipe as recipes
+from llmdistill.evaluation.measure import Figures
+from llmdistill.models.load import EMBEDDED
+
+if TYPE_CHECKING:
+    from llmdistill.recipe import Recipe
+
+MEANING = {
+    "kl_teacher_text": "forward KL per token on the teacher's greedy answers, nats",
+    "kl_own_text": "forward KL per token on the model's own samples, nats",
+    "top1_agreement": "share of tokens where both put the same one first",
+    "draft_acceptance": "share of drafts that speculative decoding would accept",
+    "rouge_l_teacher": "ROUGE-L of greedy answers against the teacher's",
+    "repeated_4grams": "share of repeated 4-grams in greedy answers",
+    "num_parameters": "parameters",
+    "tokens_per_second": "greedy tokens per second at batch 8, on the training machine",
+}
+PACKAGES = ("llmdistill", "torch", "transformers", "accelerate")
+
+
+def figures_table(evaluation: Mapping[str, Figures]) -> list[list[str]]:
+    """Rows of a table: a header, then one row a figure, one column a model."""
+    columns = {name: asdict(figures) for name, figures in evaluation.items()}
+    rows = [["", *columns]]
+    for key in MEANING:
+        rows.append([key, *(_number(values[key]) for values in columns.values())])
+    return rows
+
+
+def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
+    """The card as Markdown with its metadata; parses with `ModelCard.load`."""
+    from huggingface_hub import ModelCardData
+
+    terms = license_of(recipe.teacher.model)
+    data = ModelCardData(
+        base_model=_hub_name(recipe.student.model),
+        license=terms or "other",
+        datasets=[name] if (name := _hub_dataset(recipe.data.train)) else None,
+        tags=["distillation", "llmdistill", *{o.kind for o in recipe.objectives}],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+    )
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {_escape(recipe.output.rstrip('/').split('/')[-1])}"]
+    parts.append(_origin(recipe, terms))
+    if evaluation:
+        parts.append(_measured(recipe, evaluation))
+    parts.append(_made(recipe))
+    return "\n\n".join(parts) + "\n"
+
+
+def license_of(model: str) -> str | None:
+    """The licence that a model's own card states, or None where none can be read."""
+    from huggingface_hub import ModelCard
+
+    if model in EMBEDDED:
+        return EMBEDDED[model].license
+    local = Path(model).expanduser()
+    try:
+        card = ModelCard.load(local / "README.md" if local.is_dir() else model)
+    except Exception:  # no card, no network, no such repository: the card then says that it is unknown
+        return None
+    return card.data.to_dict().get("license")
+
+
+def _origin(recipe: Recipe, license_name: str | None) -> str:
+    student = f"`{_escape(recipe.student.model)}`"
+    if recipe.student.carve is not None:
+        kept = recipe.student.carve.layers
+        layers = f"{kept} layers" if isinstance(kept, int) else f"layers {kept}"
+        student += f", cut down to {layers} (by {recipe.student.carve.by})"
+    terms = (
+        f"The teacher's licence is {license_name}."
+        if license_name
+        else "The teacher's licence could not be read here: look it up before you share this model."
+    )
+    return (
+        "A causal language model distilled with [llmdistill](https://pypi.org/project/llmdistill/).\n\n"
+        f"- **Student**: {student}\n"
+        f"- **Teacher**: `{_escape(recipe.teacher.model)}`\n"
+        f"- **Who writes**: {_describe(recipe.rollout)}\n"
+        f"- **What is matched**: {'; '.join(_describe(o) for o in recipe.objectives)}\n"
+        f"- **Data**: `{_escape(recipe.data.train)}`\n\n"
+        f"{terms}"
+    )
+
+
+def _measured(recipe: Recipe, evaluation: Mapping[str, Figures]) -> str:
+    header, *rows = figures_table(evaluation)
+    lines = ["| " + " | ".join([*header, "meaning"]) + " |", "|" + "---|" * (len(header) + 1)]
+    lines += ["| " + " | ".join([*row, MEANING[row[0]]]) + " |" for row in rows]
+    rows_from = recipe.data.eval or f"{recipe.data.hold_back} rows of {recipe.data.train} held back"
+    return f"## Measured\n\nOn {_escape(rows_from)}:\n\n" + "\n".join(lines)
+
+
+def _made(recipe: Recipe) -> str:
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    return (
+        f"## How it was made\n\n`llmdistill train` with {versions}, and this recipe:\n\n"
+        f"```yaml\n{_fenced(recipes.dump(recipe))}```"
+    )
+
+
+def _describe(answer: recipes.Strict) -> str:
+    """One answer of a recipe in a line: its kind, then what differs from the defaults."""
+    given = answer.model_dump(exclude_defaults=True, exclude={"kind"})
+    options = ", ".join(f"{key} {value}" for key, value in given.items())
+    kind = str(getattr(answer, "kind", ""))
+    return _escape(f"{kind} ({options})" if options else kind)
+
+
+def _number(value: float | int) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3f}"
+
+
+def _hub_name(model: str) -> str | None:
+    """A model's name on the Hub, as far as it has one."""
+    if model in EMBEDDED:
+        return EMBEDDED[model].hub_id
+    is_local = model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") != 1
+    return None if is_local else model
+
+
+def _hub_dataset(source: str) -> str | None:
+    name = source.partition(":")[0]
+    local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json"))
+    return None if local or name.count("/") != 1 else name
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _escape(text: str) -> str:
+    """Text of a user's that stands in Markdown: no tags, no table breaks, no code spans."""
+    return html.escape(text, quote=False).replace("|", "\\|").replace("`", "'").replace("\n", " ")
+
+
+def _fenced(text: str) -> str:
+    return text.replace("```", "'''")

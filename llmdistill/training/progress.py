@@ -1,0 +1,56 @@
+"""What a run shows and writes while it trains: one progress bar, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from tqdm.auto import tqdm
+
+
+class ProgressBar(TrainerCallback):
+    """Steps done and time left, with the loss and the predicted tokens per second."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._since = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
+            self._since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if self._bar is not None and logs and "predicted_tokens" in logs:
+            now = time.perf_counter()
+            speed = logs["predicted_tokens"] / (now - self._since)
+            self._since = now
+            self._bar.set_postfix({"loss": f"{logs['loss']:.3f}", "tokens/s": f"{speed:.0f}"})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class MetricsFile(TrainerCallback):
+    """Every logged set of numbers as one line of JSON, on the first rank."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

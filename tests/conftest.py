@@ -1,0 +1,41 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from tests import toy
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> None:
+    """Two workers share two cores; and no test depends on the one before it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return toy.tokenizer()
+
+
+@pytest.fixture
+def student():
+    return toy.model()
+
+
+@pytest.fixture
+def teacher_model():
+    return toy.teacher_model()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """(teacher folder, student folder) on disk."""
+    return toy.save_pair(tmp_path_factory.mktemp("pair"))

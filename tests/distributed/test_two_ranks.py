@@ -1,0 +1,72 @@
+"""D1 to D3, D5: two gloo ranks equal one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmdistill.rollouts.sampled import SampledRollout
+from tests.training.helpers import dataset, trainer, weights
+
+ROOT = Path(__file__).parents[2]
+
+
+def two_ranks(case: str, folder: Path) -> torch.Tensor | None:
+    """Runs a case of worker.py on two ranks; the tensor that it left, if any."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0", "-m", "tests.distributed.worker", case, str(folder),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    left = folder / "weights.pt"
+    return torch.load(left, weights_only=True) if left.is_file() else None
+
+
+def one_rank(folder: Path, **options) -> torch.Tensor:
+    made = trainer(folder, **options)
+    made.train()
+    return weights(made.model.student)
+
+
+def test_the_same_global_batch_gives_the_same_weights(tmp_path):
+    expected = one_rank(tmp_path / "one", rows=dataset(16), per_device_train_batch_size=16)
+    torch.testing.assert_close(two_ranks("fixed", tmp_path), expected, rtol=0, atol=1e-6)
+
+
+def test_rows_that_even_out_the_ranks_weigh_nothing(tmp_path):
+    """10 rows on 2 ranks, two epochs."""
+    expected = one_rank(
+        tmp_path / "one", rows=dataset(10), per_device_train_batch_size=4, max_steps=-1, num_train_epochs=2
+    )
+    torch.testing.assert_close(two_ranks("uneven", tmp_path), expected, rtol=0, atol=1e-6)
+
+
+def test_on_policy_writes_the_same_on_two_ranks(tmp_path):
+    expected = one_rank(
+        tmp_path / "one",
+        rows=dataset(16),
+        rollout=SampledRollout("student", max_new_tokens=6),
+        per_device_train_batch_size=8,
+        max_steps=2,
+    )
+    torch.testing.assert_close(two_ranks("on_policy", tmp_path), expected, rtol=0, atol=1e-6)
+
+
+def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):
+    made = trainer(tmp_path / "one", eval_dataset=dataset(5, seed=4), per_device_eval_batch_size=5)
+    expected = torch.tensor([made.evaluate()["eval_loss"]])
+    torch.testing.assert_close(two_ranks("evaluation", tmp_path), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("case", ["gradients", "empty_rank", "bad_rank"])
+def test_on_two_ranks(tmp_path, case):
+    two_ranks(case, tmp_path)

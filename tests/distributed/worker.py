@@ -1,0 +1,119 @@
+"""What each rank of a distributed test runs: `torchrun ... -m tests.distributed.worker CASE FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from llmdistill.errors import NonFiniteLossError
+from llmdistill.objectives.response import ResponseObjective
+from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.rollouts.sampled import SampledRollout
+from tests import toy
+from tests.training.helpers import dataset, trainer, weights
+
+
+def same_weights(folder: Path, **options) -> None:
+    """Trains and leaves the weights of rank 0, after a check that all ranks hold the same."""
+    made = trainer(folder / "run", **options)
+    made.train()
+    mine = weights(made.model.student)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    assert all(torch.equal(mine, other) for other in everyone), "ranks ended with different weights"
+    if dist.get_rank() == 0:
+        torch.save(mine, folder / "weights.pt")
+
+
+def fixed(folder: Path) -> None:
+    same_weights(folder, rows=dataset(16), per_device_train_batch_size=4, gradient_accumulation_steps=2)
+
+
+def uneven(folder: Path) -> None:
+    """10 rows, 2 ranks, batches of 2: Accelerate repeats two rows in the third step."""
+    same_weights(
+        folder, rows=dataset(10), per_device_train_batch_size=2, max_steps=-1, num_train_epochs=2
+    )
+
+
+def on_policy(folder: Path) -> None:
+    rollout = SampledRollout("student", max_new_tokens=6)
+    same_weights(folder, rows=dataset(16), rollout=rollout, per_device_train_batch_size=4, max_steps=2)
+
+
+def gradients(folder: Path) -> None:
+    """D3: after backward all ranks hold the same gradient, though their rows differ."""
+    made = trainer(folder / "run", rows=dataset(16), per_device_train_batch_size=4)
+    seen: list[torch.Tensor] = []
+    original = made._get_grad_norm
+
+    def record(model, grad_norm=None):
+        seen.append(torch.cat([p.grad.flatten() for p in made.model.parameters()]).clone())
+        return original(model, grad_norm)
+
+    made._get_grad_norm = record
+    made.train()
+    everyone = [torch.empty_like(seen[0]) for _ in range(2)]
+    dist.all_gather(everyone, seen[0])
+    assert torch.equal(everyone[0], everyone[1])
+    assert everyone[0].abs().max() > 1e-3
+
+
+def empty_rank(folder: Path) -> None:
+    """D5, N6: rank 1 has no predicted token at all; no hang, and the gradient is rank 0's rows'."""
+
+    class HalfEmpty(FixedRollout):
+        def write(self, prompts, *others):
+            whole = super().write(prompts, *others)
+            return whole.without_loss(torch.full((len(whole),), dist.get_rank() == 1))
+
+    same_weights(folder, rows=dataset(8), rollout=HalfEmpty(), per_device_train_batch_size=4)
+
+
+def evaluation(folder: Path) -> None:
+    made = trainer(
+        folder / "run", rows=dataset(8), eval_dataset=dataset(5, seed=4), per_device_eval_batch_size=2
+    )
+    loss = made.evaluate()["eval_loss"]
+    if dist.get_rank() == 0:
+        torch.save(torch.tensor([loss]), folder / "weights.pt")
+
+
+def bad_rank(folder: Path) -> None:
+    """S1: a NaN on rank 1 stops both ranks, and both name rank 1."""
+
+    class Bad(ResponseObjective):
+        def forward(self, student, signal, sequences):
+            total, count = super().forward(student, signal, sequences)
+            return type(super().forward(student, signal, sequences))(
+                total * (torch.nan if dist.get_rank() == 1 else 1.0), count
+            )
+
+    made = trainer(folder / "run", rows=dataset(16), objectives=[Bad()])
+    before = weights(made.model.student)
+    try:
+        made.train()
+    except NonFiniteLossError as error:
+        assert "step 0" in str(error), error
+        assert torch.equal(weights(made.model.student), before)
+    else:
+        raise AssertionError("the run went on")
+
+
+CASES = {
+    case.__name__: case
+    for case in (fixed, uneven, on_policy, gradients, empty_rank, evaluation, bad_rank)
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    case, folder = CASES[sys.argv[1]], Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2, "the launcher started one process only"  # D1
+    assert toy.NUM_TOKENS == 259
+    case(folder)
+    dist.destroy_process_group()

@@ -1,0 +1,64 @@
+"""A trainer on toys, and its gradients."""
+
+from __future__ import annotations
+
+import torch
+from transformers import TrainingArguments
+
+from llmdistill.data.collate import PromptDataset
+from llmdistill.objectives.response import ResponseObjective
+from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.training.trainer import DistillTrainer
+from tests import toy
+
+
+def arguments(folder, **options) -> TrainingArguments:
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "optim": "sgd",  # AdamW hides a wrong scale
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**defaults | options)
+
+
+def trainer(folder, *, student=None, teacher=None, rows=None, rollout=None, objectives=None, **options):
+    """Rows and `options` (of TrainingArguments) make the difference; the rest are toys."""
+    tokenizer = toy.tokenizer()
+    kept = {name: options.pop(name) for name in ("eval_dataset", "callbacks", "model_card") if name in options}
+    return DistillTrainer(
+        student=student or toy.model(),
+        teacher=teacher or LocalTeacher(toy.teacher_model(), tokenizer),
+        rollout=rollout or FixedRollout(),
+        objectives=objectives or [ResponseObjective("forward_kl")],
+        args=arguments(folder, **options),
+        train_dataset=toy.rows(8) if rows is None else rows,
+        processing_class=tokenizer,
+        **kept,
+    )
+
+
+def dataset(number: int = 8, **options) -> PromptDataset:
+    return PromptDataset.of(toy.rows(number, **options), toy.tokenizer())
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+def gradient(folder, **options) -> torch.Tensor:
+    """The gradient of one step under SGD at learning rate 1: old weights minus new ones."""
+    made = trainer(folder, learning_rate=1.0, **options)
+    before = weights(made.model.student)
+    made.train()
+    return before - weights(made.model.student)

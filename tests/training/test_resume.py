@@ -1,0 +1,159 @@
+"""R1: k steps and a resume end like a straight run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from llmdistill.batch import Sampling
+from llmdistill.errors import CheckpointError
+from llmdistill.objectives.response import ResponseObjective
+from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.rollouts.mixed import MixedRollout
+from llmdistill.rollouts.sampled import SampledRollout
+from tests import toy
+from tests.training.helpers import trainer, weights
+from tests.training.test_trainer import Projected
+
+ROLLOUTS = {
+    "fixed": FixedRollout,
+    "on_policy": lambda: SampledRollout("student", max_new_tokens=6),
+    "seqkd": lambda: SampledRollout(
+        "teacher", max_new_tokens=6, samples=2, sampling=Sampling(temperature=0.8)
+    ),
+    "mixed": lambda: MixedRollout(SampledRollout("student", max_new_tokens=6), FixedRollout()),
+}
+
+
+def made(folder, rollout="fixed", **options):
+    defaults = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "max_steps": 5,
+        "max_grad_norm": 1.0,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "rows": toy.rows(10),
+        "student": toy.model(attention_dropout=0.3),
+    }
+    return trainer(folder, rollout=ROLLOUTS[rollout](), **defaults | options)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("rollout", ROLLOUTS)
+@pytest.mark.parametrize("step", [1, 3, 4])  # in epoch 1, at the start of epoch 2, in epoch 2
+def test_a_resumed_run_ends_like_a_straight_one(tmp_path, rollout, step):
+    """10 rows in batches of 4: three steps an epoch, the last one smaller; dropout on."""
+    straight = made(tmp_path / "straight", rollout)
+    straight.train()
+    resumed = made(tmp_path / "resumed", rollout)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{step}"))
+    assert torch.equal(weights(resumed.model.student), weights(straight.model.student))
+    assert losses(resumed) == losses(straight)
+    for ours, theirs in zip(states(resumed), states(straight), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def states(trainer):
+    values = trainer.optimizer.state_dict()["state"].values()
+    return [tensor for state in values for tensor in state.values() if torch.is_tensor(tensor)]
+
+
+def test_dropout_matters_in_this_test(tmp_path):
+    """Otherwise the random state would not be tested."""
+    with_dropout, without = made(tmp_path / "a"), made(tmp_path / "b", student=toy.model())
+    with_dropout.train(), without.train()
+    assert not torch.equal(weights(with_dropout.model.student), weights(without.model.student))
+
+
+def test_with_accumulation_in_the_middle_of_an_epoch(tmp_path):
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+    straight = made(tmp_path / "straight", **options)
+    straight.train()
+    resumed = made(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert torch.equal(weights(resumed.model.student), weights(straight.model.student))
+
+
+def test_the_weights_after_a_resume_are_those_saved(tmp_path):
+    """A learning rate of zero: what is there at the end is what was loaded."""
+    made(tmp_path / "first").train()
+    saved = safetensors.torch.load_file(tmp_path / "first" / "checkpoint-4" / "model.safetensors")
+    resumed = made(tmp_path / "second", learning_rate=0.0)
+    fresh = weights(resumed.model.student)
+    resumed._load_from_checkpoint(str(tmp_path / "first" / "checkpoint-4"))
+    loaded = resumed.model.student.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+    assert not torch.equal(weights(resumed.model.student), fresh)
+
+
+def test_projectors_are_saved_and_loaded(tmp_path):
+    def with_projector(folder):
+        torch.manual_seed(7)
+        return made(folder, objectives=[ResponseObjective(), Projected()])
+
+    straight = with_projector(tmp_path / "straight")
+    straight.train()
+    resumed = with_projector(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert torch.equal(weights(resumed.model), weights(straight.model))
+
+
+def test_a_peft_student_resumes(tmp_path):
+    """The adapter alone is saved; resuming gives the straight run's."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(folder):
+        torch.manual_seed(7)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        return made(folder, student=get_peft_model(toy.model(), config), rollout="on_policy")
+
+    straight = adapted(tmp_path / "straight")
+    straight.train()
+    names = {path.name for path in (tmp_path / "straight" / "checkpoint-2").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+    resumed = adapted(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert torch.equal(weights(resumed.model.student), weights(straight.model.student))
+
+
+def test_what_the_teacher_wrote_is_not_written_again(tmp_path):
+    straight = made(tmp_path / "straight", "seqkd", num_train_epochs=2, max_steps=-1)
+    straight.train()
+    kept = json.loads((tmp_path / "straight" / "checkpoint-3" / "rollout.json").read_text())
+    assert len(kept["kept"]) == 20
+    resumed = made(tmp_path / "resumed", "seqkd", num_train_epochs=2, max_steps=-1)
+    resumed.teacher.write = None  # would raise if it were called
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 20), "cannot read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot read"),
+        (lambda folder: (folder / "rollout.json").unlink(), "holds no rollout.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, harm, message):
+    made(tmp_path / "first", "seqkd").train()
+    folder = tmp_path / "first" / "checkpoint-2"
+    harm(folder)
+    with pytest.raises(CheckpointError, match=message) as error:
+        made(tmp_path / "second", "seqkd").train(resume_from_checkpoint=str(folder))
+    assert "checkpoint-2" in str(error.value)
+
+
+def test_a_checkpoint_of_another_student_is_refused(tmp_path):
+    made(tmp_path / "first").train()
+    other = made(tmp_path / "second", student=toy.model(layers=4))
+    with pytest.raises(CheckpointError, match="does not fit the student: missing"):
+        other.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))

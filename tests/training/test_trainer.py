@@ -1,0 +1,490 @@
+"""Every override of DistillTrainer, by a test that fails without it; and invariance of the gradient."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from llmdistill.batch import LossSum, Prompts, Sequences, Writer
+from llmdistill.data.collate import collate
+from llmdistill.errors import NonFiniteLossError, TrainingError, VocabularyError
+from llmdistill.objectives.base import Objective
+from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
+from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.teachers.local import LocalTeacher
+from tests import toy
+from tests.training.helpers import arguments, dataset, gradient, trainer, weights
+
+# ---- the divisor, and what must not matter ----
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4), (1, 8)])
+def test_accumulation_changes_nothing(tmp_path, batch, accumulation):
+    """N4: 1x8 = 2x4 = 8x1 with ragged masks under SGD."""
+    expected = gradient(tmp_path, per_device_train_batch_size=8)
+    found = gradient(
+        tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+    )
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_mean_over_predicted_tokens(tmp_path):
+    """Against a dense loss of our own; and not that of a mean of means."""
+    data = dataset()
+    found = gradient(tmp_path, rows=data, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    dense = [dense_gradient(rows, lambda total, count: total / count) for rows in (data.rows,)][0]
+    torch.testing.assert_close(found, dense, rtol=0, atol=1e-6)
+    halves = [dense_gradient(rows, lambda total, count: total / count) for rows in (data.rows[:4], data.rows[4:])]
+    assert not torch.allclose(found, sum(halves) / 2, rtol=0, atol=1e-4)
+
+
+def dense_gradient(rows, reduce):
+    student, teacher = toy.model(), toy.teacher_model()
+    sequences = FixedRollout().write(collate(rows), None, None, None)
+    inputs = {"input_ids": sequences.input_ids_BT, "attention_mask": sequences.attention_mask_BT}
+    student_log, teacher_log = (
+        model(**inputs).logits[:, :-1, : toy.NUM_TOKENS].log_softmax(-1) for model in (student, teacher)
+    )
+    mask = sequences.response_mask_BT[:, 1:]
+    kl = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
+    reduce((kl * mask).sum(), mask.sum()).backward()
+    return torch.cat([p.grad.flatten() for p in student.parameters()])
+
+
+class Repadded:
+    """A fixed rollout whose sequences stand elsewhere in a wider rectangle."""
+
+    def __init__(self, left: int, right: int) -> None:
+        self.left, self.right = left, right
+
+    def write(self, prompts: Prompts, *others) -> Sequences:
+        plain = FixedRollout().write(prompts, *others)
+        pad = (self.left, self.right)
+        columns = {
+            name: nn.functional.pad(getattr(plain, name), pad)
+            for name in ("input_ids_BT", "attention_mask_BT", "response_mask_BT", "writer_BT")
+        }
+        return Sequences(**columns, row_ids_B=plain.row_ids_B)
+
+
+@pytest.mark.parametrize(("left", "right"), [(7, 0), (0, 7), (3, 11)])
+def test_padding_changes_nothing(tmp_path, monkeypatch, left, right):
+    expected = gradient(tmp_path, per_device_train_batch_size=8)
+    # Keep the padding: `select` would cut the columns that no row needs.
+    monkeypatch.setattr(Sequences, "select", lambda self, rows: self)
+    found = gradient(tmp_path, per_device_train_batch_size=8, rollout=Repadded(left, right))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7])
+def test_the_chunk_size_changes_nothing(tmp_path, chunk_size):
+    expected = gradient(tmp_path)
+    found = gradient(tmp_path, objectives=[ResponseObjective(chunk_size=chunk_size)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_extra_vocabulary_rows_change_nothing(tmp_path):
+    """Padding rows of either head, with weights that would matter if they were in the softmax."""
+    expected = gradient(tmp_path, student=untied(0), teacher=padded_teacher(0))
+    found = gradient(tmp_path, student=untied(9), teacher=padded_teacher(30))
+    real = [p.numel() for p in untied(0).parameters()]
+    padded = untied(9)
+    pieces = found.split([p.numel() for p in padded.parameters()])
+    cut = [
+        piece.view(p.shape)[: toy.NUM_TOKENS].flatten() if p.shape[0] == toy.NUM_TOKENS + 9 else piece
+        for piece, p in zip(pieces, padded.parameters(), strict=True)
+    ]
+    assert [len(piece) for piece in cut] == real
+    torch.testing.assert_close(torch.cat(cut), expected, rtol=0, atol=1e-6)
+
+
+def untied(extra: int):
+    made = toy.model(rows=toy.NUM_TOKENS, tie_word_embeddings=False)
+    return _grown(made, extra)
+
+
+def padded_teacher(extra: int) -> LocalTeacher:
+    made = toy.teacher_model(rows=toy.NUM_TOKENS, tie_word_embeddings=False)
+    return LocalTeacher(_grown(made, extra), toy.tokenizer())
+
+
+def _grown(model, extra: int):
+    if not extra:
+        return model
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        rows = torch.full((extra, layer.weight.shape[1]), 3.0)
+        layer.weight = nn.Parameter(torch.cat([layer.weight.detach(), rows]))
+    model.config.vocab_size += extra
+    return model
+
+
+def test_a_micro_batch_without_predicted_tokens_is_harmless(tmp_path):
+    """N6: rows whose answer is empty add nothing, not even to the divisor."""
+    data = dataset()
+    expected = gradient(tmp_path, rows=data.rows and type(data)(data.rows[:4]), per_device_train_batch_size=4)
+    emptied = [type(row)(row.row_id, row.prompt_ids, []) for row in data.rows[4:]]
+    mixed = type(data)(data.rows[:4] + emptied)
+    found = gradient(tmp_path, rows=mixed, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_step_without_any_predicted_token_is_zero(tmp_path):
+    data = dataset()
+    empty = type(data)([type(row)(row.row_id, row.prompt_ids, []) for row in data.rows])
+    assert gradient(tmp_path, rows=empty).abs().max() == 0
+
+
+def test_the_rollout_is_written_once_for_the_whole_window(tmp_path):
+    calls = []
+
+    class Counted(FixedRollout):
+        def write(self, prompts, *others):
+            calls.append(len(prompts))
+            return super().write(prompts, *others)
+
+    trainer(tmp_path, rollout=Counted(), gradient_accumulation_steps=2, max_steps=2).train()
+    assert calls == [8, 8]
+
+
+def test_every_row_is_trained_once_an_epoch(tmp_path):
+    seen = []
+
+    class Seen(FixedRollout):
+        def write(self, prompts, *others):
+            seen.extend(prompts.row_ids_B.tolist())
+            return super().write(prompts, *others)
+
+    trainer(
+        tmp_path, rollout=Seen(), rows=toy.rows(10), max_steps=-1, num_train_epochs=1,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    ).train()
+    assert sorted(seen) == list(range(10))
+
+
+def test_epochs_are_counted_for_the_rollout(tmp_path):
+    seen = []
+
+    class Seen(FixedRollout):
+        def write(self, prompts, student, teacher, progress):
+            seen.append((progress.step, progress.epoch))
+            return super().write(prompts, student, teacher, progress)
+
+    trainer(tmp_path, rollout=Seen(), max_steps=5).train()
+    assert seen == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)]
+
+
+# ---- the teacher ----
+
+
+def test_the_teacher_is_never_changed(tmp_path):
+    """N8: no gradient, eval mode, bit-equal after training, and no part of the trained module."""
+    teacher = LocalTeacher(toy.teacher_model(attention_dropout=0.5), toy.tokenizer())
+    before = weights(teacher.model)
+    made = trainer(tmp_path, teacher=teacher, max_steps=3)
+    made.train()
+    assert torch.equal(weights(teacher.model), before)
+    assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
+    assert not any(module.training for module in teacher.model.modules())
+    ours = {id(p) for p in made.model.parameters()}
+    assert not ours & {id(p) for p in teacher.model.parameters()}
+
+
+def test_another_vocabulary_is_refused_before_any_step(tmp_path):
+    """N11."""
+    other = toy.tokenizer("other")
+    other.add_tokens(["<extra>"])
+    with pytest.raises(VocabularyError, match=r"teacher 'other' \(260 tokens.*student 'toy' \(259"):
+        trainer(tmp_path, teacher=LocalTeacher(toy.teacher_model(), other))
+
+
+# ---- rollouts through the trainer ----
+
+
+def test_on_policy_steps_train_on_what_the_student_wrote(tmp_path):
+    written = []
+
+    class Seen(SampledRollout):
+        def write(self, *arguments):
+            written.append(super().write(*arguments))
+            return written[-1]
+
+    made = trainer(
+        tmp_path, rollout=Seen("student", max_new_tokens=5), rows=toy.rows(8, answers=False), max_steps=2
+    )
+    before = weights(made.model.student)
+    made.train()
+    assert not torch.equal(weights(made.model.student), before)
+    for sequences in written:
+        assert (sequences.writer_BT[sequences.response_mask_BT] == Writer.STUDENT).all()
+
+
+def test_writing_draws_nothing_from_the_global_generator(tmp_path):
+    made = trainer(tmp_path, rollout=SampledRollout("student", max_new_tokens=5))
+    made.create_optimizer_and_scheduler(1)
+    state = torch.get_rng_state()
+    made.get_batch_samples(iter([collate(dataset().rows)]), 1, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_student_writes_in_eval_mode_and_trains_in_train_mode(tmp_path):
+    modes = []
+    made = trainer(tmp_path, rollout=SampledRollout("student", max_new_tokens=3))
+    made.model.student.model.register_forward_pre_hook(
+        lambda module, args: modes.append((module.training, torch.is_grad_enabled()))
+    )
+    made.train()
+    assert modes[0] == (False, False)
+    assert modes[-1] == (True, True)
+
+
+# ---- optimiser groups, clipping, guard ----
+
+
+class Projected(Objective):
+    """A term with a parameter of its own, of a size that clipping notices."""
+
+    name = "projected"
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.projector = nn.Linear(32, 4, bias=False)
+        self.scale = scale
+
+    def forward(self, student, signal, sequences):
+        total = self.scale * self.projector(student.hidden_NH).square().sum()
+        return LossSum(total, sequences.num_predicted.sum())
+
+
+def test_groups_are_named_after_their_owners(tmp_path):
+    made = trainer(tmp_path, objectives=[ResponseObjective(), Projected()], weight_decay=0.1)
+    groups = made.create_optimizer().param_groups
+    assert [(g["name"], g["weight_decay"]) for g in groups] == [
+        ("student", 0.1), ("student", 0.0), ("projectors", 0.1), ("projectors", 0.0),
+    ]
+    grouped = [id(p) for g in groups for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in made.model.parameters())
+
+
+def test_a_projector_alone_does_not_change_how_the_student_is_clipped(tmp_path):
+    """One norm over all would shrink the student's gradient a thousandfold."""
+    options = {"max_grad_norm": 0.5, "learning_rate": 1.0}
+    plain = trainer(tmp_path, objectives=[Projected(0.0), ResponseObjective()], **options)
+    loud = trainer(tmp_path, objectives=[DetachedProjector(1e4), ResponseObjective()], **options)
+    steps = []
+    for made in (plain, loud):
+        before = weights(made.model.student)
+        made.train()
+        steps.append(before - weights(made.model.student))
+    assert steps[0].norm() == pytest.approx(0.5, rel=1e-3)
+    torch.testing.assert_close(steps[1], steps[0])
+
+
+class DetachedProjector(Projected):
+    def forward(self, student, signal, sequences):
+        detached = SimpleNamespace(hidden_NH=student.hidden_NH.detach())
+        return super().forward(detached, signal, sequences)
+
+
+def test_optimisers_that_group_for_themselves_are_refused_with_projectors(tmp_path, monkeypatch):
+    made = trainer(tmp_path, objectives=[ResponseObjective(), Projected()])
+    monkeypatch.setattr(
+        type(made), "get_optimizer_cls_and_kwargs", staticmethod(lambda *a: (torch.optim.SGD, {"params": []}))
+    )
+    with pytest.raises(TrainingError, match="makes its own parameter groups"):
+        made.create_optimizer()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_before_the_update(tmp_path, what):
+    """S1: with step and rank, and the weights of the last good step."""
+
+    class Bad(ResponseObjective):
+        calls = 0
+
+        def forward(self, student, signal, sequences):
+            total, count = super().forward(student, signal, sequences)
+            self.calls += 1
+            if self.calls < 3:
+                return LossSum(total, count)
+            bad = total * torch.inf if what == "loss" else (total - total.detach()).sqrt() + total
+            return LossSum(bad, count)
+
+    made = trainer(tmp_path, objectives=[Bad()], max_steps=5)
+    kept = []
+    made.add_callback(Recorder(lambda: kept.append(weights(made.model.student))))
+    with pytest.raises(NonFiniteLossError, match="step 2, rank 0: the loss or its gradient is not finite"):
+        made.train()
+    assert torch.equal(weights(made.model.student), kept[-1])
+    assert len(kept) == 2
+
+
+class Recorder(TrainerCallback):
+    def __init__(self, record):
+        self.record = record
+
+    def on_step_end(self, *args, **kwargs):
+        self.record()
+
+
+# ---- logging and evaluation ----
+
+
+def test_logs_the_loss_and_each_term_per_predicted_token(tmp_path):
+    objectives = [ResponseObjective("forward_kl"), CrossEntropyObjective(weight=0.5)]
+    made = trainer(tmp_path, objectives=objectives, gradient_accumulation_steps=2)
+    made.train()
+    logs = made.state.log_history[0]
+    assert logs["loss"] == pytest.approx(logs["forward_kl"] + 0.5 * logs["cross_entropy"], rel=1e-5)
+    assert logs["predicted_tokens"] == sum(len(row.response_ids) for row in dataset().rows)
+
+
+def test_the_evaluation_loss_is_the_mean_over_tokens_not_over_batches(tmp_path):
+    rows = dataset(7, seed=3)
+    made = trainer(tmp_path, eval_dataset=rows, per_device_eval_batch_size=2)
+    found = made.evaluate()["eval_loss"]
+    whole = trainer(tmp_path, eval_dataset=rows, per_device_eval_batch_size=7).evaluate()["eval_loss"]
+    single = [
+        trainer(tmp_path, eval_dataset=type(rows)([row]), per_device_eval_batch_size=1).evaluate()["eval_loss"]
+        for row in rows.rows
+    ]
+    lengths = [len(row.response_ids) for row in rows.rows]
+    by_hand = sum(n * loss for n, loss in zip(lengths, single, strict=True)) / sum(lengths)
+    assert found == pytest.approx(whole, rel=1e-5)
+    assert found == pytest.approx(by_hand, rel=1e-5)
+    assert found != pytest.approx(sum(single) / len(single), rel=1e-3)
+
+
+# ---- saving, loading, publishing ----
+
+
+def test_saves_the_student_alone_and_no_pickled_arguments(tmp_path):
+    """R12: plain from_pretrained gives the same logits; the rest stands apart."""
+    made = trainer(tmp_path, objectives=[ResponseObjective(), Projected()], save_strategy="steps", save_steps=1)
+    made.train()
+    folder = tmp_path / "checkpoint-1"
+    names = {path.name for path in folder.iterdir()}
+    assert "training_args.bin" not in names
+    assert {"model.safetensors", "objectives.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(3, 12)[None]
+    torch.testing.assert_close(loaded(ids).logits, made.model.student.eval()(ids).logits)
+    assert loaded.config.use_cache
+    assert loaded.generation_config.eos_token_id == 2
+    made.export_student(tmp_path / "student")
+    exported = {path.name for path in (tmp_path / "student").iterdir()}
+    assert not exported & {"objectives.safetensors", "rollout.json", "optimizer.pt"}
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    options = {
+        "eval_dataset": dataset(4, seed=5), "max_steps": 3, "learning_rate": 5.0,
+        "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+        "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False,
+    }  # fmt: skip
+    made = trainer(tmp_path, **options)
+    made.train()
+    losses = [entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry]
+    assert losses[-1] > min(losses) * 1.01  # the last one is not the best
+    assert made.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that only writes down what it is given: (folder's files, ignored patterns)."""
+    uploads = []
+
+    def upload_folder(self, *, folder_path, ignore_patterns, **options):
+        names = {path.name for path in Path(folder_path).rglob("*") if path.is_file()}
+        ignored = {n for n in names for pattern in ignore_patterns if Path(n).match(pattern)}
+        uploads.append(names - ignored)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    return uploads
+
+
+def test_pushes_the_student_and_its_card_and_nothing_else(tmp_path, hub):
+    made = trainer(tmp_path, model_card="# A card", save_strategy="steps", save_steps=1)
+    made.train()
+    (tmp_path / "secret.txt").write_text("not yours")
+    made.hub_model_id = "me/student"
+    made.push_to_hub()
+    assert hub[0] == {
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json",
+        "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert (tmp_path / "student" / "README.md").read_text() == "# A card"
+
+
+def test_pushes_checkpoints_without_their_training_state(tmp_path, hub):
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1, rollout=SampledRollout("teacher", max_new_tokens=3))
+    made.args.push_to_hub, made.hub_model_id = True, "me/student"
+    made.train()
+    assert len(hub) == 1
+    assert "model.safetensors" in hub[0]
+    assert not {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "rollout.json", "training_args.bin"} & hub[0]
+
+
+def test_a_token_is_in_no_file(tmp_path):
+    """S9, as far as checkpoints go."""
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1, hub_token="hf_" + "x" * 30)
+    made.train()
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"hf_xxxx" not in path.read_bytes(), path
+
+
+# ---- arguments ----
+
+
+def test_fsdp_that_would_silently_train_ddp_is_refused(tmp_path):
+    made = trainer(tmp_path)
+    made.args.fsdp = True
+    with pytest.raises(TrainingError, match="did not shard"):
+        made._check_sharded()
+
+
+def test_the_forced_arguments(tmp_path):
+    args = trainer(tmp_path, remove_unused_columns=True, logging_nan_inf_filter=True).args
+    assert args.remove_unused_columns is False
+    assert args.logging_nan_inf_filter is False
+    assert args.accelerator_config.dispatch_batches is False
+    assert args.ddp_find_unused_parameters is False
+
+
+def test_passes_on_what_trainer_asks_of_a_model(tmp_path):
+    made = trainer(tmp_path, activation_checkpointing=True)
+    model, student = made.model, made.model.student
+    assert model.config is student.config
+    assert model.get_input_embeddings() is student.get_input_embeddings()
+    assert model.get_output_embeddings() is student.get_output_embeddings()
+    assert model._no_split_modules == student._no_split_modules
+    made.train()
+    assert student.is_activation_checkpointing
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = model.no_such_thing
+
+
+def test_activation_checkpointing_changes_no_gradient(tmp_path):
+    plain, checkpointed = (gradient(tmp_path, activation_checkpointing=on) for on in (False, True))
+    torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-6)
+
+
+def test_bf16_autocast_is_close_to_float32(tmp_path):
+    plain, half = gradient(tmp_path), gradient(tmp_path, bf16=True)
+    cosine = torch.cosine_similarity(plain, half, dim=0)
+    assert cosine > 0.99
+    assert not torch.equal(plain, half)
+
+
+def test_a_trainer_state_is_plain_json(tmp_path):
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1)
+    made.train()
+    json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert arguments(tmp_path).output_dir == str(tmp_path)
