@@ -33,7 +33,7 @@ _PUBLIC = {
     "distill": "llmdistill.run",
 }
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605 - the table is the one list of names
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,9 @@ class Need(enum.Enum):
 
 
 class LossSum(NamedTuple):
-    """A loss summed over predicted tokens, and their number.  `total / count` is the mean in nats."""
+    """A loss summed over predicted tokens, and their number.
+    `total / count` is the mean in nats.
+    """
 
     total: Tensor
     count: Tensor
@@ -55,7 +57,8 @@ class Sampling:
 class Draw:
     """Which random draw this is; with row, slot and writer it keys every sampled token.
 
-    `sample` counts the answers to one prompt (one number, or one a row), `epoch` the passes over the data.
+    `sample` counts the answers to one prompt (one number, or one a row), `epoch` the passes over
+    the data.
     """
 
     seed: int
@@ -135,8 +138,8 @@ class Prompts:
 class Sequences:
     """Prompts with their responses, padded on the right: what a rollout writes.
 
-    `embedding_change`, a function (B, T, H) -> (B, T, H), is applied by student and teacher to their
-    own embeddings.  `signal` is there when the writer has already judged what it kept.
+    `embedding_change`, a function (B, T, H) -> (B, T, H), is applied by student and teacher to
+    their own embeddings.  `signal` is there when the writer has already judged what it kept.
     """
 
     input_ids_BT: Tensor
@@ -178,7 +181,9 @@ class Sequences:
 
     @property
     def predictor_mask_BT(self) -> Tensor:
-        """True in column t where the token in column t + 1 is predicted; never in the last column."""
+        """True in column t where the token in column t + 1 is predicted; never in the last
+        column.
+        """
         shifted = torch.zeros_like(self.response_mask_BT)
         shifted[:, :-1] = self.response_mask_BT[:, 1:]
         return shifted
@@ -253,7 +258,9 @@ class StudentView:
 
 @dataclass(frozen=True)
 class TeacherSignal:
-    """A teacher's judgement of the N predicted tokens: final hidden states and the head over them."""
+    """A teacher's judgement of the N predicted tokens: final hidden states and the head over
+    them.
+    """
 
     hidden_NH: Tensor
     head: Head
@@ -268,7 +275,9 @@ class Model(Protocol):
 
 
 class Teacher(Model, Protocol):
-    """Who judges.  `provides` is what it can be asked for; `judge` is called once for each micro-batch."""
+    """Who judges.  `provides` is what it can be asked for; `judge` is called once for each
+    micro-batch.
+    """
 
     provides: frozenset[Need]
 

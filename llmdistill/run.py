@@ -60,7 +60,9 @@ class Answers:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left behind.  `evaluation` is empty without evaluation rows, and on other ranks."""
+    """What a run left behind.
+    `evaluation` is empty without evaluation rows, and on other ranks.
+    """
 
     folder: Path
     evaluation: Mapping[str, Figures] = field(default_factory=dict)
@@ -109,22 +111,30 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     logger.info("training on %s", train.counts)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(folder) if resume else None)
     trainer.export_student(folder / "student")
-    if not PartialState().is_main_process:
-        PartialState().wait_for_everyone()
-        return Result(folder)
-
     result = Result(folder)
-    if evaluation is not None and before is not None:
-        logger.info("measuring the student after training")
-        after = evaluation.measure(student)
-        figures = {"before": before[0], "after": after[0], "teacher": evaluation.measure_teacher()}
-        result = Result(folder, figures, _side_by_side(evaluation, before[1], after[1]))
-        text = json.dumps({name: asdict(value) for name, value in figures.items()}, indent=2)
-        (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    card = model_card(recipe, result.evaluation)
-    (result.student / "README.md").write_text(card, encoding="utf-8")
+    if PartialState().is_main_process:
+        if evaluation is not None and before is not None:
+            result = _measured(folder, evaluation, before, evaluation.measure(student))
+        card = model_card(recipe, result.evaluation)
+        (result.student / "README.md").write_text(card, encoding="utf-8")
     PartialState().wait_for_everyone()
     return result
+
+
+def _measured(
+    folder: Path,
+    evaluation: Evaluation,
+    before: tuple[Figures, list[str]],
+    after: tuple[Figures, list[str]],
+) -> Result:
+    """Writes evaluation.json; the result holds its figures and the answers side by side."""
+    figures = {"before": before[0], "after": after[0], "teacher": evaluation.measure_teacher()}
+    text = json.dumps({name: asdict(value) for name, value in figures.items()}, indent=2)
+    (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    tokenizer = evaluation.teacher.tokenizer
+    prompts = [tokenizer.decode(ids) for ids in evaluation.prompts.ids()]
+    columns = zip(prompts, evaluation.reference.texts, before[1], after[1], strict=True)
+    return Result(folder, figures, [Answers(*row) for row in columns])
 
 
 def load_data(
@@ -143,7 +153,9 @@ def load_data(
     )
     if data.hold_back:
         if data.hold_back >= len(train):
-            raise RecipeError(f"data.hold_back: {data.hold_back} of {len(train)} rows leaves none to train on")
+            raise RecipeError(
+                f"data.hold_back: {data.hold_back} of {len(train)} rows leaves none to train on"
+            )
         return train.hold_back(data.hold_back)
     if data.eval is None:
         return train, None
@@ -153,7 +165,8 @@ def load_data(
 def build_student(recipe: Recipe, teacher: LocalTeacher, train: PromptDataset) -> PreTrainedModel:
     """The student's model, carved where the recipe says so.
 
-    Where it is cut out of the very teacher, the teacher's weights are copied instead of loaded again.
+    Where it is cut out of the very teacher, the teacher's weights are copied instead of loaded
+    again.
     """
     answer = recipe.student
     same = (answer.model, answer.revision) == (recipe.teacher.model, recipe.teacher.revision)
@@ -193,7 +206,8 @@ def _student_tokenizer(recipe: Recipe, teacher: LocalTeacher) -> PreTrainedToken
     if not same_template(teacher.tokenizer, tokenizer):
         raise VocabularyError(
             f"the chat templates of teacher '{base.model}' and student '{student.model}' render a "
-            "conversation in different tokens; the teacher would judge text that it does not expect. "
+            "conversation in different tokens; the teacher would judge text that it does not "
+            "expect. "
             "Give the student the teacher's template, or choose another pair."
         )
     return tokenizer
@@ -220,7 +234,9 @@ def _evaluation(
 
 
 def _teacher_text(evaluation: Evaluation, held: PromptDataset | None) -> PromptDataset:
-    """The evaluation prompts with the teacher's greedy answers: what the held-out loss is taken on."""
+    """The evaluation prompts with the teacher's greedy answers: what the held-out loss is taken
+    on.
+    """
     assert held is not None
     answers = [ids for batch in evaluation.reference.batches for ids in batch.responses()]
     return PromptDataset(
@@ -228,15 +244,10 @@ def _teacher_text(evaluation: Evaluation, held: PromptDataset | None) -> PromptD
     )
 
 
-def _side_by_side(evaluation: Evaluation, before: list[str], after: list[str]) -> list[Answers]:
-    tokenizer = evaluation.teacher.tokenizer
-    prompts = [tokenizer.decode(ids) for ids in evaluation.prompts.ids()]
-    columns = zip(prompts, evaluation.reference.texts, before, after, strict=True)
-    return [Answers(*row) for row in columns]
-
-
 def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
-    """TrainingArguments with a run's own folder and seed; bfloat16 where the device has it, if not said."""
+    """TrainingArguments with a run's own folder and seed; bfloat16 where the device has it, if not
+    said.
+    """
     from transformers import TrainingArguments
 
     given: dict[str, Any] = {"report_to": "none", "logging_steps": 1, **recipe.training}
@@ -260,7 +271,9 @@ def _own_progress_only(trainer: DistillTrainer) -> None:
 
 
 def _prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes the run folder, or raises CheckpointError: no run is overwritten without being asked to."""
+    """Makes the run folder, or raises CheckpointError: no run is overwritten without being asked
+    to.
+    """
     used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if resume:
         if not (folder / "recipe.yaml").is_file():
@@ -283,5 +296,7 @@ def _newest_checkpoint(folder: Path) -> str:
     checkpoints = folder / "checkpoints"
     newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if newest is None:
-        raise CheckpointError(f"--resume: no checkpoint in {checkpoints}; start anew with --overwrite")
+        raise CheckpointError(
+            f"--resume: no checkpoint in {checkpoints}; start anew with --overwrite"
+        )
     return newest

@@ -1,7 +1,7 @@
 """Toys for tests: a byte tokenizer with a chat template, and tiny models that share it.
 
-Teacher and student differ in width, in depth and in the padding rows of their heads, and prompts and
-responses are ragged, so that a test which mixes them up cannot pass by chance.
+Teacher and student differ in width, in depth and in the padding rows of their heads, and prompts
+and responses are ragged, so that a test which mixes them up cannot pass by chance.
 """
 
 from __future__ import annotations
@@ -23,7 +23,27 @@ TEMPLATE = (
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 NUM_TOKENS = 256 + len(SPECIAL)
 
-WORDS = "name list three red birds explain why the sea is blue add two and five write a short poem".split()
+WORDS = [
+    "name",
+    "list",
+    "three",
+    "red",
+    "birds",
+    "explain",
+    "why",
+    "the",
+    "sea",
+    "is",
+    "blue",
+    "add",
+    "two",
+    "and",
+    "five",
+    "write",
+    "a",
+    "short",
+    "poem",
+]
 
 
 def tokenizer(name: str = "toy") -> PreTrainedTokenizerFast:
@@ -91,9 +111,12 @@ def sequences(
 ) -> Sequences:
     """Ragged random ids; lengths differ from row to row, prompts and responses alike."""
     draw = random.Random(seed)
-    prompts = [[draw.randint(3, NUM_TOKENS - 1) for _ in range(draw.randint(1, 6))] for _ in range(number)]
+    prompts = [
+        [draw.randint(3, NUM_TOKENS - 1) for _ in range(draw.randint(1, 6))] for _ in range(number)
+    ]
     responses = [
-        [draw.randint(3, NUM_TOKENS - 1) for _ in range(draw.randint(1, longest))] for _ in range(number)
+        [draw.randint(3, NUM_TOKENS - 1) for _ in range(draw.randint(1, longest))]
+        for _ in range(number)
     ]
     return Sequences.pack(prompts, responses, list(range(number)), writer=writer, pad_id=0)
 

@@ -24,7 +24,9 @@ for command in (train, evaluate, check, env):
 
 
 def main() -> None:
-    """Runs a command.  What a user can mend ends with exit code 2, a broken run with 1; no traceback."""
+    """Runs a command.  What a user can mend ends with exit code 2, a broken run with 1; no
+    traceback.
+    """
     try:
         app()
     except LlmDistillError as error:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def check(
     recipe: Annotated[str, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: data.train=x.jsonl")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it: data.train=x.jsonl")
+    ] = None,
 ) -> None:
     """Validate a recipe, count its data, compare the tokenizers and show one rendered example."""
     from llmdistill import recipe as recipes
@@ -32,9 +34,14 @@ def check(
     teacher, student = (load_tokenizer(side.model, revision=side.revision) for side in sides)
     configs = [load_config(side.model, revision=side.revision).get_text_config() for side in sides]
     verdict = compare(teacher, student, *(config.vocab_size for config in configs))
-    console.print(f"vocabulary   {verdict.agreement.value}: {verdict.reason or f'{verdict.shared} shared ids'}")
+    console.print(
+        f"vocabulary   {verdict.agreement.value}: "
+        f"{verdict.reason or f'{verdict.shared} shared ids'}"
+    )
     template = same_template(teacher, student)
-    console.print(f"template     {'both sides render alike' if template else 'the sides render differently'}")
+    console.print(
+        f"template     {'both sides render alike' if template else 'the sides render differently'}"
+    )
     train, held = load_data(loaded, student)
     console.print(f"data         train {len(train)} rows ({train.counts})", highlight=False)
     if held is not None:
@@ -46,7 +53,9 @@ def check(
 
 
 def _marked(row: Row, tokenizer: PreTrainedTokenizerBase) -> object:
-    """The row as the student reads it, the tokens that are trained in reverse video and brackets."""
+    """The row as the student reads it, the tokens that are trained in reverse video and
+    brackets.
+    """
     from rich.text import Text
 
     text = Text(tokenizer.decode(row.prompt_ids), style="dim")

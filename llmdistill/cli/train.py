@@ -10,10 +10,15 @@ import typer
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it: training.max_steps=50 output=runs/mine")
+        list[str] | None,
+        typer.Argument(help="Changes to it: training.max_steps=50 output=runs/mine"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run folder first.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run folder first.")
+    ] = False,
 ) -> None:
     """Distil a student as a recipe says: measure, train, measure, save."""
     from llmdistill import recipe as recipes

@@ -1,11 +1,11 @@
 """Rows as users have them, turned into one form: a conversation to answer, and perhaps its answer.
 
-    messages            {"messages": [{"role": "user", "content": ...}, ..., {"role": "assistant", ...}]}
-    prompt_completion   {"prompt": ..., "completion": ...}                  one user turn, one answer
-    alpaca              {"instruction": ..., "input": ..., "output": ...}   the input below the instruction
+    messages            {"messages": [{"role": "user", "content": ...}, ...]}    any conversation
+    prompt_completion   {"prompt": ..., "completion": ...}                       one turn each
+    alpaca              {"instruction": ..., "input": ..., "output": ...}        input below
 
-The answer may be missing where a model writes it.  Sources are a local .jsonl file, a data set of the
-Hub (`org/name` or `org/name:split`), and `seed_tasks`, the package's own 175 instructions.
+The answer may be missing where a model writes it.  Sources are a local .jsonl file, a data set of
+the Hub (`org/name` or `org/name:split`), and `seed_tasks`, the package's own 175 instructions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation that ends with the user, the answer to it if there is one, and where it stood."""
+    """A conversation that ends with the user, the answer to it if there is one, and where it
+    stood.
+    """
 
     prompt: tuple[Message, ...]
     response: str | None
@@ -74,7 +76,9 @@ def _from_messages(row: dict[str, Any], place: str) -> tuple[list[Message], str 
     elif last in ("user", "tool"):
         response = None
     else:
-        raise DataError(f"{place}: 'messages' ends with role '{last}'; it must end with 'assistant' or 'user'")
+        raise DataError(
+            f"{place}: 'messages' ends with role '{last}'; it must end with 'assistant' or 'user'"
+        )
     if not any(message["role"] == "user" for message in clean):
         raise DataError(f"{place}: 'messages' has no message with role 'user'")
     return clean, response
@@ -140,7 +144,10 @@ def _json_lines(text: str, source: str) -> Iterator[tuple[str, Any]]:
         try:
             yield place, json.loads(line)
         except json.JSONDecodeError as error:
-            yield place, DataError(f"{place}: not a line of JSON: {error.msg} at column {error.colno}")
+            yield (
+                place,
+                DataError(f"{place}: not a line of JSON: {error.msg} at column {error.colno}"),
+            )
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -151,7 +158,8 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
         rows: Iterable[Any] = datasets.load_dataset(name, split=split or "train")
     except Exception as error:
         raise DataError(
-            f"cannot load data set '{source}': {type(error).__name__}: {error}. Give a local .jsonl file, "
+            f"cannot load data set '{source}': {type(error).__name__}: {error}. Give a local "
+            f".jsonl file, "
             "or a data set of the Hub as org/name or org/name:split."
         ) from error
     for number, row in enumerate(rows):

@@ -1,7 +1,8 @@
 """The only file that knows chat templates: conversations in, token ids out.
 
-Control tokens that stand in a message's text are encoded as ordinary text, so that only the template
-can open or close a turn.  A tokenizer without a template takes one user turn as plain text.
+Control tokens that stand in a message's text are encoded as ordinary text, so that only the
+template can open or close a turn.  A tokenizer without a template takes one user turn as plain
+text.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ PROBE: tuple[Message, ...] = (
 )
 
 
-def render(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int] | None]:
+def render(
+    tokenizer: PreTrainedTokenizerBase, example: Example
+) -> tuple[list[int], list[int] | None]:
     """The prompt's ids, up to where the answer starts, and the answer's, its end token included.
 
     Raises DataError where the template writes the prompt otherwise once the answer is there.
@@ -37,8 +40,10 @@ def render(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[i
     whole = _template(tokenizer, (*example.prompt, answer), example.place, open_turn=False)
     if whole[: len(prompt)] != prompt:
         raise DataError(
-            f"{example.place}: the chat template renders this prompt in other tokens once its answer "
-            "follows (an answer that starts with white space does this). Strip the answer or drop the row."
+            f"{example.place}: the chat template renders this prompt in other tokens once its "
+            f"answer "
+            "follows (an answer that starts with white space does this). Strip the answer or "
+            "drop the row."
         )
     return prompt, _through_end(tokenizer, whole[len(prompt) :], example.place)
 
@@ -70,18 +75,25 @@ def _template(
 
 
 def _through_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: str) -> list[int]:
-    """The answer up to the token that closes its turn: the last special one, which only the template writes."""
+    """The answer up to the token that closes its turn: the last special one, which only the
+    template writes.
+    """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     for last in range(len(ids) - 1, -1, -1):
         if ids[last] in special:
             return ids[: last + 1]
-    raise DataError(f"{place}: the chat template ends an answer with no special token; nothing says 'stop'")
+    raise DataError(
+        f"{place}: the chat template ends an answer with no special token; nothing says 'stop'"
+    )
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int] | None]:
+def _plain(
+    tokenizer: PreTrainedTokenizerBase, example: Example
+) -> tuple[list[int], list[int] | None]:
     if len(example.prompt) != 1:
         raise DataError(
-            f"{example.place}: {len(example.prompt)} messages, but the tokenizer has no chat template. "
+            f"{example.place}: {len(example.prompt)} messages, but the tokenizer has no chat "
+            f"template. "
             "Use the tokenizer of an instruct model, or rows with one prompt."
         )
     prompt = tokenizer(example.prompt[0]["content"], split_special_tokens=True)["input_ids"]

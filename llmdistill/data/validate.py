@@ -1,4 +1,6 @@
-"""From a source to encoded rows: every row is used, dropped for a reason that is counted, or an error."""
+"""From a source to encoded rows: every row is used, dropped for a reason that is counted, or an
+error.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +58,11 @@ def encode(
     needs_response: bool = False,
     skip_bad: bool = False,
 ) -> tuple[list[Row], Counts]:
-    """Encodes (place, row) pairs.  A longer prompt drops its row; a longer response is cut, end token and all.
+    """Encodes (place, row) pairs.  A longer prompt drops its row; a longer response is cut, end
+    token and all.
 
-    Raises DataError for malformed rows (their number and the first five) unless `skip_bad`, and where
-    nothing is left.
+    Raises DataError for malformed rows (their number and the first five) unless `skip_bad`, and
+    where nothing is left.
     """
     kept: list[Row] = []
     counts = Counts()
@@ -74,7 +77,11 @@ def encode(
         if max_prompt_tokens is not None and len(prompt_ids) > max_prompt_tokens:
             counts.long_prompts_dropped += 1
             continue
-        if response_ids and max_response_tokens is not None and len(response_ids) > max_response_tokens:
+        if (
+            response_ids
+            and max_response_tokens is not None
+            and len(response_ids) > max_response_tokens
+        ):
             counts.responses_truncated += 1
             response_ids = response_ids[:max_response_tokens]
         kept.append(Row(number, prompt_ids, response_ids))
@@ -101,7 +108,10 @@ def _encode(
 
 
 def _summary(bad: list[str], total: int) -> str:
-    lines = [f"{len(bad)} of {total} rows are malformed. Mend or drop them, or set data.on_bad_row: skip."]
+    lines = [
+        f"{len(bad)} of {total} rows are malformed. Mend or drop them, or set data.on_bad_row: "
+        f"skip."
+    ]
     lines += [f"  {line}" for line in bad[:SHOWN]]
     if len(bad) > SHOWN:
         lines.append(f"  ... and {len(bad) - SHOWN} more")

@@ -1,10 +1,10 @@
 """Randomness by slot: which token is drawn depends on what is drawn, not on when or beside whom.
 
 B = sequences, V = vocabulary.  A token is drawn as the argmax of warped log-probability plus Gumbel
-noise (the Gumbel-max trick: an exact sample of the distribution).  The noise is a hash of seed, row,
-sample, epoch, slot, writer and token id, so a row gets the same tokens in any batch, on any number of
-ranks and after a resume.  The uniform numbers have 24 bits: a token of probability under 2^-24 is
-drawn at slightly wrong odds.
+noise (the Gumbel-max trick: an exact sample of the distribution).  The noise is a hash of seed,
+row, sample, epoch, slot, writer and token id, so a row gets the same tokens in any batch, on any
+number of ranks and after a resume.  The uniform numbers have 24 bits: a token of probability under
+2^-24 is drawn at slightly wrong odds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from llmdistill.batch import Draw, Sampling, Writer
 
-BLOCK_ROWS = 4  # rows hashed at a time: the temporaries stay in the cache, three times faster on a CPU
+BLOCK_ROWS = (
+    4  # rows hashed at a time: the temporaries stay in the cache, three times faster on a CPU
+)
 
 
 def row_keys(draw: Draw, row_ids_B: Tensor, writer: Writer) -> Tensor:
@@ -42,7 +44,8 @@ def gumbel(keys_B: Tensor, slot_B: Tensor | int, num_tokens: int) -> Tensor:
 
 
 def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities of the sampling distribution, in float32: temperature, top-k, top-p: (B, V).
+    """Log-probabilities of the sampling distribution, in float32: temperature, top-k, top-p: (B,
+    V).
 
     Tokens outside the kept set are -inf.  Temperature 0 has no distribution: ask `draw_tokens`.
     """
@@ -52,8 +55,12 @@ def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:
         log_probs_BV = log_probs_BV.masked_fill(log_probs_BV < threshold_B1, -torch.inf)
     if sampling.top_p < 1.0:
         sorted_BV, order_BV = log_probs_BV.softmax(-1).sort(descending=True, stable=True)
-        before_BV = sorted_BV.cumsum(-1) - sorted_BV  # mass of the likelier tokens; the first has none
-        outside_BV = (before_BV >= sampling.top_p).scatter(-1, order_BV, before_BV >= sampling.top_p)
+        before_BV = (
+            sorted_BV.cumsum(-1) - sorted_BV
+        )  # mass of the likelier tokens; the first has none
+        outside_BV = (before_BV >= sampling.top_p).scatter(
+            -1, order_BV, before_BV >= sampling.top_p
+        )
         log_probs_BV = log_probs_BV.masked_fill(outside_BV, -torch.inf)
     return log_probs_BV.log_softmax(-1)
 
@@ -81,7 +88,9 @@ def _mix64(x: Tensor) -> Tensor:
 
 
 def _mix32(x: Tensor, key: Tensor) -> Tensor:
-    """The finaliser of murmur3 on int32, with a key mixed in halfway; 24 bits of it: in [0, 2^24)."""
+    """The finaliser of murmur3 on int32, with a key mixed in halfway; 24 bits of it: in [0,
+    2^24).
+    """
     shifted = (x >> 16) & 0xFFFF
     x = x.bitwise_xor_(shifted).mul_(-2048144789).bitwise_xor_(key)
     torch.bitwise_right_shift(x, 13, out=shifted).bitwise_and_(0x7FFFF)

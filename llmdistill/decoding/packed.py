@@ -1,9 +1,10 @@
 """Faster linear layers on a CPU while a model writes.
 
-Decoding multiplies a few rows at a time, and oneDNN is faster at that with weights laid out in blocks
-beforehand (`torch.ops.mkldnn`, private and without gradients).  So the layers are packed once for a
-whole piece of writing and put back afterwards; each kind is tried once against `F.linear`, and where
-it does not give the same numbers the model writes with its layers as they are.
+Decoding multiplies a few rows at a time, and oneDNN is faster at that with weights laid out in
+blocks beforehand (`torch.ops.mkldnn`, private and without gradients).  So the layers are packed
+once for a whole piece of writing and put back afterwards; each kind is tried once against
+`F.linear`, and where it does not give the same numbers the model writes with its layers as they
+are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""One model writes: `transformers`' own `generate`, with our randomness in its last logits processor.
+"""One model writes: `transformers`' own `generate`, with our randomness in its last logits
+processor.
 
 B = sequences, P = prompt tokens, V = vocabulary.  `generate` runs greedily over scores that already
-hold the noise, so its own warpers are never reached; every sampling field is set by hand, because an
-unset one would be taken from the model's own `generation_config`.
+hold the noise, so its own warpers are never reached; every sampling field is set by hand, because
+an unset one would be taken from the model's own `generation_config`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class KeyedSampler:
-    """A logits processor that leaves the drawn token as the argmax; never a token without a meaning."""
+    """A logits processor that leaves the drawn token as the argmax; never a token without a
+    meaning.
+    """
 
     def __init__(
         self, prompt_length: int, sampling: Sampling, keys_B: Tensor, num_tokens: int
@@ -69,7 +72,7 @@ def sample(
     return Sequences.pack(prompts.ids(), responses, row_ids, writer=writer, pad_id=pad_id)
 
 
-class eval_mode:  # noqa: N801 - reads as the context it is
+class eval_mode:
     """Puts a model in eval mode for a while, and each of its modules back as it was."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """One model, one batch, and a cache that can take tokens back.
 
 B = sequences, C = cached columns, G = new tokens a row, H = hidden size.  Rows that keep different
-numbers of tokens stay in one rectangular cache: every row appends the same columns, and those that a
-row gives back become holes, masked by the 2-D attention mask.  Positions count a row's own tokens.
-Columns that no row uses any more are cut off the end.
+numbers of tokens stay in one rectangular cache: every row appends the same columns, and those that
+a row gives back become holes, masked by the 2-D attention mask.  Positions count a row's own
+tokens. Columns that no row uses any more are cut off the end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 class Session:
     """A model that reads a batch token by token and can forget its last ones, row by row.
 
-    After construction the cache holds every prompt token but the last; the first `extend` takes that
-    one (`prompts.input_ids_BP[:, -1:]`), and its hidden state predicts the first response token.
+    After construction the cache holds every prompt token but the last; the first `extend` takes
+    that one (`prompts.input_ids_BP[:, -1:]`), and its hidden state predicts the first response
+    token.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Prompts) -> None:
@@ -54,7 +55,8 @@ class Session:
     def keep(self, length_B: Tensor) -> None:
         """Forgets what each row holds beyond its first `length_B` tokens.
 
-        Raises ModelError if that leaves holes in a model whose layers count columns (sliding window).
+        Raises ModelError if that leaves holes in a model whose layers count columns (sliding
+        window).
         """
         position_BC = self._mask_BC.cumsum(1)
         self._mask_BC = self._mask_BC * (position_BC <= length_B.to(self.device)[:, None])

@@ -5,12 +5,13 @@ N = predicted tokens, n = those of one block, H = hidden size, V = vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from llmdistill.batch import Need, Sequences, Teacher, final_hidden
+from llmdistill.batch import Need, Sequences, Teacher, TeacherSignal, final_hidden
 from llmdistill.models.heads import split
 from llmdistill.objectives.chunked import BLOCK_ROWS, HeadLogits
 from llmdistill.objectives.divergences import kl, log_probs
@@ -25,9 +26,9 @@ CHUNK_SIZE = 256
 class Agreement:
     """Means over predicted tokens.
 
-    `forward_kl`: KL(teacher || student) in nats.  `top1`: share of tokens where both put the same one
-    first.  `acceptance`: sum_V min(p, q), the share of the student's drafts that exact speculative
-    decoding would accept (Leviathan et al. 2023, corollary 3.6).
+    `forward_kl`: KL(teacher || student) in nats.  `top1`: share of tokens where both put the same
+    one first.  `acceptance`: sum_V min(p, q), the share of the student's drafts that exact
+    speculative decoding would accept (Leviathan et al. 2023, corollary 3.6).
     """
 
     forward_kl: float
@@ -35,26 +36,38 @@ class Agreement:
     acceptance: float
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Sequences with what the teacher says of them: judged once, compared with many students."""
+
+    sequences: Sequences
+    signal: TeacherSignal
+
+
+def judge(teacher: Teacher, batches: Sequence[Sequences]) -> list[Judged]:
+    return [
+        Judged(batch, teacher.judge(batch, frozenset({Need.DISTRIBUTION}))) for batch in batches
+    ]
+
+
 @torch.no_grad()
-def agreement(
-    student: PreTrainedModel, teacher: Teacher, batches: list[Sequences], num_tokens: int
-) -> Agreement:
-    """Over the predicted tokens of all batches together.  The student is used in the mode that it is in."""
+def agreement(student: PreTrainedModel, judged: Sequence[Judged], num_tokens: int) -> Agreement:
+    """Over the predicted tokens of all batches together.  The student is used in the mode that it
+    is in.
+    """
     sums = torch.zeros(4, dtype=torch.float64)
-    for batch in batches:
-        sums += _sums(student, teacher, batch, num_tokens)
+    for batch in judged:
+        sums += _sums(student, batch, num_tokens)
     kl_sum, same, accepted, count = sums.tolist()
     count = max(count, 1)
     return Agreement(kl_sum / count, same / count, accepted / count)
 
 
-def _sums(
-    student: PreTrainedModel, teacher: Teacher, batch: Sequences, num_tokens: int
-) -> torch.Tensor:
+def _sums(student: PreTrainedModel, judged: Judged, num_tokens: int) -> torch.Tensor:
     device = next(student.parameters()).device
     backbone, head = split(student)
-    signal = teacher.judge(batch, frozenset({Need.DISTRIBUTION}))
-    hidden_NH = final_hidden(backbone, batch.to(device))
+    hidden_NH = final_hidden(backbone, judged.sequences.to(device))
+    signal = judged.signal
     students = HeadLogits(hidden_NH, head.narrow(num_tokens), CHUNK_SIZE)
     teachers = HeadLogits(signal.hidden_NH, signal.head.narrow(num_tokens), CHUNK_SIZE)
     sums = torch.zeros(4, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """How close, how good, how fast: the figures of `evaluation.json`.
 
-A reference is made once: the teacher's greedy answers to the evaluation prompts.  Each model is then
-measured against it with the same prompts, lengths and random draws.
+A reference is made once: the teacher's greedy answers to the evaluation prompts.  Each model is
+then measured against it with the same prompts, lengths and random draws.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from llmdistill.batch import Draw, Prompts, Sampling, Sequences, Writer
 from llmdistill.decoding.sample import eval_mode, sample
-from llmdistill.evaluation.agreement import agreement
+from llmdistill.evaluation.agreement import Judged, agreement, judge
 from llmdistill.evaluation.text import repeated_ngrams, rouge_l
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.teachers.local import LocalTeacher
@@ -61,15 +61,17 @@ class Evaluation:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.reference = self.greedy(teacher.model)
+        self._judged = judge(teacher, self.reference.batches)
 
     def measure_teacher(self) -> Figures:
         """The teacher against itself: what its own text looks like, and its speed."""
-        return self._figures(self.teacher.model, self.reference)
+        return self._figures(self.teacher.model, self.reference, self._judged)
 
     def measure(self, model: PreTrainedModel) -> tuple[Figures, list[str]]:
         """A model's figures and its greedy answers."""
         written = self.greedy(model)
-        return self._figures(model, written), written.texts
+        own = self._write(model, Sampling(), range(len(self.prompts)))
+        return self._figures(model, written, judge(self.teacher, own)), written.texts
 
     def greedy(self, model: PreTrainedModel) -> Written:
         start = time.perf_counter()
@@ -84,12 +86,11 @@ class Evaluation:
         ]
         return Written(batches, texts, count / seconds)
 
-    def _figures(self, model: PreTrainedModel, written: Written) -> Figures:
+    def _figures(self, model: PreTrainedModel, written: Written, own: list[Judged]) -> Figures:
         shared = num_tokens(self.teacher.tokenizer)
-        own = self._write(model, Sampling(), range(len(self.prompts)))
         with eval_mode(model):
-            on_teacher = agreement(model, self.teacher, self.reference.batches, shared)
-            on_own = agreement(model, self.teacher, own, shared)
+            on_teacher = agreement(model, self._judged, shared)
+            on_own = agreement(model, own, shared)
         return Figures(
             kl_teacher_text=on_teacher.forward_kl,
             kl_own_text=on_own.forward_kl,
@@ -101,9 +102,7 @@ class Evaluation:
             tokens_per_second=written.tokens_per_second,
         )
 
-    def _write(
-        self, model: PreTrainedModel, sampling: Sampling, rows: range
-    ) -> list[Sequences]:
+    def _write(self, model: PreTrainedModel, sampling: Sampling, rows: range) -> list[Sequences]:
         """The model's answers to these prompts, in batches."""
         device = next(model.parameters()).device
         with torch.autocast(device.type, enabled=False):

@@ -1,7 +1,8 @@
-"""The measures of `text.py` as `evaluate.Metric`, for who computes with that library; nothing is fetched.
+"""The measures of `text.py` as `evaluate.Metric`, for who computes with that library; nothing is
+fetched.
 
-    RepeatedNGrams().compute(predictions=[...], n=4)
-    RougeL().compute(predictions=[...], references=[...])
+RepeatedNGrams().compute(predictions=[...], n=4)
+RougeL().compute(predictions=[...], references=[...])
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 
 def repeated_ngrams(answers: Sequence[str], n: int = 4) -> float:
-    """Share of n-grams (of words) that stood earlier in the same answer, over all answers, in [0, 1]."""
+    """Share of n-grams (of words) that stood earlier in the same answer, over all answers, in [0,
+    1].
+    """
     total = repeated = 0
     for answer in answers:
         words = answer.split()

@@ -78,7 +78,9 @@ def num_layers(model: PreTrainedModel) -> int:
 
 def check_num_layers(model: PreTrainedModel, num_kept: int) -> None:
     if not 0 < num_kept <= num_layers(model):
-        raise ModelError(f"student.carve.layers: got {num_kept}, the model has {num_layers(model)} layers")
+        raise ModelError(
+            f"student.carve.layers: got {num_kept}, the model has {num_layers(model)} layers"
+        )
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -91,13 +93,16 @@ def _blocks_name(backbone: nn.Module) -> str:
     names = [name for name, child in backbone.named_children() if isinstance(child, nn.ModuleList)]
     if len(names) != 1:
         raise ModelError(
-            f"{type(backbone).__name__} has {len(names)} lists of blocks; only models with one can be carved"
+            f"{type(backbone).__name__} has {len(names)} lists of blocks; only models with one "
+            f"can be carved"
         )
     return names[0]
 
 
 def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Config and blocks count anew: caches find a layer by its number, configs list types per layer."""
+    """Config and blocks count anew: caches find a layer by its number, configs list types per
+    layer.
+    """
     config = student.config.get_text_config()
     if isinstance(types := getattr(config, "layer_types", None), list):
         config.layer_types = [types[layer] for layer in layers]

@@ -19,7 +19,9 @@ from llmdistill.errors import ModelError
 
 @dataclass(frozen=True)
 class Head:
-    """logits = cap(scale * (hidden @ weight.T + bias)), with cap(x) = softcap * tanh(x / softcap)."""
+    """logits = cap(scale * (hidden @ weight.T + bias)), with cap(x) = softcap * tanh(x /
+    softcap).
+    """
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
@@ -51,12 +53,16 @@ class Head:
         return logits_NV
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
-        """All logits at once: (..., V).  For a few positions; `objectives.chunked` does the rest."""
+        """All logits at once: (..., V).
+        For a few positions; `objectives.chunked` does the rest.
+        """
         return self.finish(nn.functional.linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH))
 
 
 def unwrap_adapters(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, its adapter layers in place; others as they are."""
+    """The transformers model inside a PEFT wrapper, its adapter layers in place; others as they
+    are.
+    """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -69,11 +75,14 @@ def split(model: nn.Module) -> tuple[nn.Module, Head]:
     backbone = getattr(inner, "base_model", None)
     output = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if backbone is None or backbone is inner or output is None:
-        raise ModelError(f"{type(inner).__name__} has no base model with an output layer to split off")
+        raise ModelError(
+            f"{type(inner).__name__} has no base model with an output layer to split off"
+        )
     weight_VH = getattr(output, "weight", None)
     if not isinstance(weight_VH, Tensor) or weight_VH.dim() != 2 or hasattr(output, "base_layer"):
         raise ModelError(
-            f"the output layer of {type(inner).__name__} is a {type(output).__name__}, not one plain "
+            f"the output layer of {type(inner).__name__} is a {type(output).__name__}, not one "
+            f"plain "
             "linear layer; train it unquantised and without an adapter on it"
         )
     config = inner.config.get_text_config()
@@ -84,7 +93,9 @@ def split(model: nn.Module) -> tuple[nn.Module, Head]:
 
 def _scale(config) -> float:
     """Cohere multiplies its logits by `logit_scale`; Granite divides them by `logits_scaling`."""
-    return getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return getattr(config, "logit_scale", None) or 1.0 / (
+        getattr(config, "logits_scaling", None) or 1.0
+    )
 
 
 def _softcap(config) -> float | None:
@@ -108,6 +119,8 @@ def check_split(model: nn.Module) -> None:
     if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
         gap = float((found.float() - expected.float()).abs().max())
         raise ModelError(
-            f"{type(unwrap_adapters(model)).__name__}: head(backbone(x)) differs from the model's own "
-            f"logits by up to {gap:.3g}. This family's head is not known to llmdistill; please report it."
+            f"{type(unwrap_adapters(model)).__name__}: head(backbone(x)) differs from the "
+            f"model's own "
+            f"logits by up to {gap:.3g}. This family's head is not known to llmdistill; please "
+            f"report it."
         )

@@ -1,4 +1,5 @@
-"""Where models and tokenizers come from: a Hub id, a local folder, a .gguf file, or the embedded name.
+"""Where models and tokenizers come from: a Hub id, a local folder, a .gguf file, or the embedded
+name.
 
 Code that a model repository brings along is never run: `trust_remote_code` has no key in a recipe,
 and a model that needs it is refused.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,7 +51,8 @@ def load_model(
     dtype: str = "auto",
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
-    """A causal LM in eval mode.  `dtype` auto is `preferred_dtype(device)`; device None is a GPU if any.
+    """A causal LM in eval mode.  `dtype` auto is `preferred_dtype(device)`; device None is a GPU if
+    any.
 
     Raises ModelError with the reason when it cannot be loaded.
     """
@@ -71,7 +74,9 @@ def load_model(
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a padding token (the end token where it has none of its own)."""
+    """The tokenizer of a model, with a padding token (the end token where it has none of its
+    own).
+    """
     from transformers import AutoTokenizer
 
     folder, options = _locate(name)
@@ -118,16 +123,41 @@ def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
         )
 
 
+def unpack(name: str) -> Path:
+    """The folder of an embedded model, unpacked into the user's cache when it is first asked for.
+
+    Reading its GGUF takes half a minute, which every command would wait for; the unpacked folder
+    holds the same numbers in float32.
+    """
+    embedded = EMBEDDED[name]
+    spec = importlib.util.find_spec(embedded.module)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the embedded model '{name}' is not installed. Install it with: {embedded.install}"
+        )
+    source = Path(spec.origin).parent / embedded.file
+    folder = _cache() / f"{name}-{source.stat().st_size}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+            model = load_model(str(source), dtype="float32", device="cpu")
+            model.save_pretrained(work)
+            load_tokenizer(str(source)).save_pretrained(work)
+            with contextlib.suppress(OSError):  # another process was first, with the same files
+                os.rename(work, folder)
+            Path(work).mkdir(exist_ok=True)  # for its own clean-up
+    return folder
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "llmdistill"
+
+
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes for a name: a folder or Hub id, and perhaps a file in it."""
     if name in EMBEDDED:
-        embedded = EMBEDDED[name]
-        spec = importlib.util.find_spec(embedded.module)
-        if spec is None or spec.origin is None:
-            raise ModelError(
-                f"the embedded model '{name}' is not installed. Install it with: {embedded.install}"
-            )
-        return str(Path(spec.origin).parent), {"gguf_file": embedded.file}
+        return str(unpack(name)), {}
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():
@@ -156,7 +186,8 @@ def _clear_errors(name: str) -> Iterator[None]:
         text = str(error)
         if "trust_remote_code" in text:
             raise ModelError(
-                f"'{name}' needs code from its own repository, which llmdistill never runs: it could do "
+                f"'{name}' needs code from its own repository, which llmdistill never runs: it "
+                f"could do "
                 "anything on this machine. Convert it to a model type that transformers knows."
             ) from error
         if isinstance(error, OSError) and not Path(name).expanduser().exists():

@@ -1,8 +1,8 @@
 """Do two tokenizers agree?  Proved from the tokenizers, never from sizes.
 
 V = vocabulary.  A distribution can be compared token by token only where an id means the same text
-on both sides.  Many families pad the embedding matrix with rows that no token uses; those may differ
-and are cut off before the softmax.
+on both sides.  Many families pad the embedding matrix with rows that no token uses; those may
+differ and are cut off before the softmax.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Verdict:
     reason: str = ""
 
 
-# Between them: letters, digits, space runs, a tab, accents, other scripts, code, a control-like tag.
+# Between them: letters, digits, space runs, a tab, accents, other scripts, code, a control-like
+# tag.
 PROBE = "The cat's 3,141 naïve  cafés\n\tdef f(x): return x**2  # привет 你好 🙂 <|end|>"
 
 
@@ -42,13 +43,14 @@ def compare(
     teacher_rows_V: int,
     student_rows_V: int,
 ) -> Verdict:
-    """Compares two tokenizers over heads of these many rows (a head may hold unused padding rows)."""
+    """Compares two tokenizers over heads of these many rows (a head may hold unused padding
+    rows).
+    """
     reason = _difference(teacher, student)
     shared = num_tokens(teacher)
     if not reason and shared > min(teacher_rows_V, student_rows_V):
-        reason = (
-            f"the tokenizer has {shared} ids but the heads score {teacher_rows_V} and {student_rows_V}"
-        )
+        heads = f"{teacher_rows_V} and {student_rows_V}"
+        reason = f"the tokenizer has {shared} ids but the heads score {heads}"
     if reason:
         return Verdict(Agreement.DIFFERENT, 0, reason)
     same = teacher_rows_V == student_rows_V
@@ -65,8 +67,10 @@ def require_same(
     verdict = compare(teacher, student, teacher_rows_V, student_rows_V)
     if verdict.agreement is Agreement.DIFFERENT:
         raise VocabularyError(
-            f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens, head of {teacher_rows_V} rows) and "
-            f"student '{student.name_or_path}' ({len(student)} tokens, head of {student_rows_V} rows) do "
+            f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens, head of {teacher_rows_V} "
+            f"rows) and "
+            f"student '{student.name_or_path}' ({len(student)} tokens, head of {student_rows_V} "
+            f"rows) do "
             f"not share a vocabulary: {verdict.reason}. Choose a pair with one tokenizer."
         )
     return verdict.shared
@@ -98,7 +102,9 @@ def num_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation config."""
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation
+    config.
+    """
     listed = model.generation_config.eos_token_id if model.generation_config else None
     configured = [listed] if isinstance(listed, int) else list(listed or [])
     return frozenset(i for i in (tokenizer.eos_token_id, *configured) if i is not None)

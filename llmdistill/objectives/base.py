@@ -10,8 +10,8 @@ from llmdistill.batch import LossSum, Need, Sequences, StudentView, TeacherSigna
 class Objective(nn.Module):
     """One term of the loss.  Its parameters, if it has any, are trained along and not exported.
 
-    `needs` is what the teacher must provide.  `compares_samples` says that the value depends on which
-    samples share a micro-batch.  `weight` multiplies the term in the total.
+    `needs` is what the teacher must provide.  `compares_samples` says that the value depends on
+    which samples share a micro-batch.  `weight` multiplies the term in the total.
     """
 
     name: str

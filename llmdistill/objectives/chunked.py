@@ -31,10 +31,10 @@ def chunked_sum(
 ) -> tuple[Tensor, Tensor]:
     """sum_N weight * position_loss(logits), and the unweighted losses: (), (N,).
 
-    `position_loss(student_nV, rows)` gives the (n,) losses of the positions `rows`, from the student's
-    logits there; it must not keep them.  The sum is differentiable once, in the hidden states and in
-    the head's weight and bias; the losses are detached.  Products run in autocast's dtype or the
-    weight's, losses in float32 or wider.
+    `position_loss(student_nV, rows)` gives the (n,) losses of the positions `rows`, from the
+    student's logits there; it must not keep them.  The sum is differentiable once, in the hidden
+    states and in the head's weight and bias; the losses are detached.  Products run in autocast's
+    dtype or the weight's, losses in float32 or wider.
     """
     device_type = student_NH.device.type
     product_dtype = student_head.weight_VH.dtype
@@ -55,7 +55,8 @@ def chunked_sum(
 
 
 class HeadLogits:
-    """The logits of a fixed head over fixed hidden states, served in slices, made a chunk at a time.
+    """The logits of a fixed head over fixed hidden states, served in slices, made a chunk at a
+    time.
 
     `logits[rows]` is (n, V) and valid until a slice of another chunk is asked for.
     """
@@ -131,7 +132,9 @@ def _losses(
     *,
     wants_grad: bool,
 ) -> Tensor:
-    """The chunk's losses: (c,).  With gradients, each weighted one replaces the products it came from."""
+    """The chunk's losses: (c,).  With gradients, each weighted one replaces the products it came
+    from.
+    """
     wide = torch.promote_types(logits_cV.dtype, torch.float32)
     step = BLOCK_ROWS if logits_cV.device.type == "cpu" else len(logits_cV)
     losses = []

@@ -1,8 +1,8 @@
 """Divergences between next-token distributions.
 
-N = predicted positions, V = vocabulary.  Logits in, nats out: one value for each position, in float32
-or wider.  A divergence never shifts, masks or reduces.  A probability of zero counts as exp(-10,000),
-so a logit of -inf on either side gives a finite value.
+N = predicted positions, V = vocabulary.  Logits in, nats out: one value for each position, in
+float32 or wider.  A divergence never shifts, masks or reduces.  A probability of zero counts as
+exp(-10,000), so a logit of -inf on either side gives a finite value.
 
 To add one: write a function of (student_NV, teacher_NV, *, options) and name it in DIVERGENCES.
 """
@@ -39,10 +39,11 @@ def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, *, temperature: float = 1
 def jsd(
     student_NV: Tensor, teacher_NV: Tensor, *, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    """beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student: (N,).
+    """beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student:
+    (N,).
 
-    Agarwal et al. 2024 (GKD), eq. 1.  beta = 0 is forward KL and beta = 1 reverse KL, as in TRL: there
-    the value jumps, since the formula itself goes to zero at both ends.
+    Agarwal et al. 2024 (GKD), eq. 1.  beta = 0 is forward KL and beta = 1 reverse KL, as in TRL:
+    there the value jumps, since the formula itself goes to zero at both ends.
     """
     if beta in (0.0, 1.0):
         divergence = forward_kl if beta == 0.0 else reverse_kl

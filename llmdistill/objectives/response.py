@@ -1,8 +1,8 @@
 """Objectives on the predicted tokens: match the teacher's distribution, or the tokens themselves.
 
-N = predicted tokens, n = those of one block, V = vocabulary.
-The response objective is sum_t weight_t * D(target_t, student_t): a divergence, a target builder and
-a token weight, each chosen by name.
+N = predicted tokens, n = those of one block, V = vocabulary. The response objective is sum_t
+weight_t * D(target_t, student_t): a divergence, a target builder and a token weight, each chosen by
+name.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class ResponseObjective(Objective):
 class CrossEntropyObjective(Objective):
     """-log q(token) of the tokens themselves: supervised fine-tuning, SeqKD.
 
-    Tokens that the student wrote weigh nothing: a model learns nothing from its own samples as labels.
+    Tokens that the student wrote weigh nothing: a model learns nothing from its own samples as
+    labels.
     """
 
     name = "cross_entropy"
@@ -95,12 +96,18 @@ class CrossEntropyObjective(Objective):
 
 
 def bind_divergence(name: str, options: dict[str, float]) -> Divergence:
-    """The named divergence with its options; RecipeError for a name or an option that it does not have."""
+    """The named divergence with its options; RecipeError for a name or an option that it does not
+    have.
+    """
     function = choose("divergence", name, DIVERGENCES)
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = [
+        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
     for option in options:
         if option not in known:
-            raise RecipeError(f"divergence '{name}' has no option '{option}'; it has {', '.join(known)}")
+            raise RecipeError(
+                f"divergence '{name}' has no option '{option}'; it has {', '.join(known)}"
+            )
     return functools.partial(function, **options)
 
 

@@ -1,8 +1,8 @@
 """What the student's distribution is compared with.
 
-n = positions of one block, V = vocabulary.  A target builder turns the logits of both sides into the
-target's logits; what it takes from the student carries no gradient.  To add one: a function here and
-its name in TARGETS.
+n = positions of one block, V = vocabulary.  A target builder turns the logits of both sides into
+the target's logits; what it takes from the student carries no gradient.  To add one: a function
+here and its name in TARGETS.
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ def uniform(sequences: Sequences) -> Tensor:
 
 
 def sequence_mean(sequences: Sequences) -> Tensor:
-    """1 / length: every response counts once, whatever its length: (N,).  Agarwal et al. 2024, eq. 2."""
+    """1 / length: every response counts once, whatever its length: (N,).  Agarwal et al. 2024, eq.
+    2.
+    """
     num_predicted_B = sequences.num_predicted
     return (1.0 / num_predicted_B.clamp_min(1)).repeat_interleave(num_predicted_B)
 

@@ -51,7 +51,10 @@ def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
     )
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {_escape(recipe.output.rstrip('/').split('/')[-1])}"]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_escape(recipe.output.rstrip('/').split('/')[-1])}",
+    ]
     parts.append(_origin(recipe, terms))
     if evaluation:
         parts.append(_measured(recipe, evaluation))
@@ -68,7 +71,9 @@ def license_of(model: str) -> str | None:
     local = Path(model).expanduser()
     try:
         card = ModelCard.load(local / "README.md" if local.is_dir() else model)
-    except Exception:  # no card, no network, no such repository: the card then says that it is unknown
+    except (
+        Exception
+    ):  # no card, no network, no such repository: the card then says that it is unknown
         return None
     return card.data.to_dict().get("license")
 

@@ -15,7 +15,8 @@ class FixedRollout:
         """Raises DataError where the data set has no responses."""
         if prompts.responses is None:
             raise DataError(
-                f"row {int(prompts.row_ids_B[0])} has no response: a fixed rollout trains on the data "
+                f"row {int(prompts.row_ids_B[0])} has no response: a fixed rollout trains on the "
+                f"data "
                 "set's own responses. Add them, or choose rollout.kind: sampled."
             )
         return Sequences.pack(

@@ -4,8 +4,8 @@
     objectives.safetensors                          parameters of objectives (projectors), if any
     rollout.json                                    what a rollout remembers, if anything
 
-Optimiser, scheduler, random state and Trainer's own state are written beside them by Trainer.  No file
-is a pickle of ours, and no file holds a token or a key.
+Optimiser, scheduler, random state and Trainer's own state are written beside them by Trainer.  No
+file is a pickle of ours, and no file holds a token or a key.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmdistill.errors import CheckpointError
 from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 OBJECTIVES = "objectives.safetensors"
 ROLLOUT = "rollout.json"
@@ -30,20 +30,33 @@ STUDENT_PREFIX = "student."
 OBJECTIVES_PREFIX = "objectives."
 
 # Files of a checkpoint that serve to go on training; the Hub gets the student alone.
-TRAINING_ONLY = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state*", OBJECTIVES, ROLLOUT]
+TRAINING_ONLY = [
+    "optimizer*",
+    "scheduler*",
+    "scaler*",
+    "rng_state*",
+    "trainer_state*",
+    OBJECTIVES,
+    ROLLOUT,
+]
 
 
 def save_student(
     distillation: Distillation, folder: Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """The student with its tokenizer.  `state` is the whole module's state where a wrapper gathered it."""
+    """The student with its tokenizer.  `state` is the whole module's state where a wrapper gathered
+    it.
+    """
     students = None if state is None else _under(state, STUDENT_PREFIX)
     distillation.student.save_pretrained(folder, state_dict=students)
     distillation.tokenizer.save_pretrained(folder)
 
 
 def save_rest(
-    distillation: Distillation, rollout: Rollout, folder: Path, state: dict[str, Tensor] | None = None
+    distillation: Distillation,
+    rollout: Rollout,
+    folder: Path,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """What is not the student: objectives' parameters and the rollout's memory."""
     state = distillation.state_dict() if state is None else state
@@ -58,7 +71,9 @@ def load(distillation: Distillation, folder: Path) -> None:
     _load_student(distillation.student, folder)
     if list(distillation.objectives.parameters()):
         if not (folder / OBJECTIVES).is_file():
-            raise CheckpointError(f"{folder} holds no {OBJECTIVES}, but the objectives have parameters")
+            raise CheckpointError(
+                f"{folder} holds no {OBJECTIVES}, but the objectives have parameters"
+            )
         distillation.objectives.load_state_dict(safetensors.torch.load_file(folder / OBJECTIVES))
 
 
@@ -66,7 +81,9 @@ def load_rollout(rollout: Rollout, folder: Path) -> None:
     if not isinstance(rollout, Stateful):
         return
     if not (folder / ROLLOUT).is_file():
-        raise CheckpointError(f"{folder} holds no {ROLLOUT}: it was written by another kind of rollout")
+        raise CheckpointError(
+            f"{folder} holds no {ROLLOUT}: it was written by another kind of rollout"
+        )
     rollout.load_state_dict(json.loads((folder / ROLLOUT).read_text(encoding="utf-8")))
 
 
@@ -86,7 +103,8 @@ def _load_student(student: PreTrainedModel, folder: Path) -> None:
         student.tie_weights()
     if missing or unexpected:
         raise CheckpointError(
-            f"{folder} does not fit the student: missing {missing[:3]}, unexpected {unexpected[:3]}. "
+            f"{folder} does not fit the student: missing {missing[:3]}, unexpected "
+            f"{unexpected[:3]}. "
             "It belongs to another model; give the recipe that it was made with."
         )
 
@@ -108,5 +126,7 @@ def _read(folder: Path, name: str) -> dict[str, Tensor]:
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
-        name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
     }

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def stop_if_not_finite(
     accelerator: Accelerator, loss: Tensor, grad_norm: Tensor | float, step: int
 ) -> None:
-    """Raises NonFiniteLossError on every rank if any rank's loss or gradient norm is NaN or infinite.
+    """Raises NonFiniteLossError on every rank if any rank's loss or gradient norm is NaN or
+    infinite.
 
     Called before the optimiser's update, so the weights stay those of the last good step.
     """
@@ -26,8 +27,11 @@ def stop_if_not_finite(
         return
     ranks = (~finite_R).nonzero()[:, 0].tolist()
     raise NonFiniteLossError(
-        f"step {step}, rank {', '.join(map(str, ranks))}: the loss or its gradient is not finite (loss "
-        f"{float(loss):.4g} and gradient norm {float(grad_norm):.4g} on rank {accelerator.process_index}). "
-        "The update was not made. Lower training.learning_rate, look at the rows of this step, or resume "
+        f"step {step}, rank {', '.join(map(str, ranks))}: the loss or its gradient is not finite "
+        f"(loss "
+        f"{float(loss):.4g} and gradient norm {float(grad_norm):.4g} on rank "
+        f"{accelerator.process_index}). "
+        "The update was not made. Lower training.learning_rate, look at the rows of this step, "
+        "or resume "
         "from the last checkpoint."
     )

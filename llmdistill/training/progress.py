@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 
 class ProgressBar(TrainerCallback):
@@ -21,7 +21,9 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr
+            )
             self._since = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

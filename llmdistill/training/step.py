@@ -1,10 +1,10 @@
 """One step's mathematics.
 
-N = predicted tokens, H = hidden size, V = vocabulary.
-`Distillation` is the module that a trainer wraps: the student and the objectives, all that has
-parameters.  It has two entrances, `forward` (one micro-batch: judge and match) and `write` (the
-student writes).  Nothing else touches the student while it is wrapped.  A frozen teacher is not part
-of the module: it is neither saved, nor moved, nor put in training mode.
+N = predicted tokens, H = hidden size, V = vocabulary. `Distillation` is the module that a trainer
+wraps: the student and the objectives, all that has parameters.  It has two entrances, `forward`
+(one micro-batch: judge and match) and `write` (the student writes).  Nothing else touches the
+student while it is wrapped.  A frozen teacher is not part of the module: it is neither saved, nor
+moved, nor put in training mode.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmdistill.batch import Draw, Prompts, Sampling, Sequences, StudentView, Teacher, Writer, final_hidden
+from llmdistill.batch import (
+    Draw,
+    Prompts,
+    Sampling,
+    Sequences,
+    StudentView,
+    Teacher,
+    Writer,
+    final_hidden,
+)
 from llmdistill.decoding.sample import sample
 from llmdistill.models.heads import check_split, split
 from llmdistill.models.vocabulary import num_tokens
@@ -38,7 +47,9 @@ PASSED_ON = (
 
 
 class StepOutput(NamedTuple):
-    """The weighted sum of all objectives, the number of predicted tokens, and each objective's own sum."""
+    """The weighted sum of all objectives, the number of predicted tokens, and each objective's own
+    sum.
+    """
 
     total: Tensor
     count: Tensor
@@ -67,7 +78,9 @@ class Distillation(nn.Module):
         self.term_names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
     def forward(self, sequences: Sequences) -> StepOutput:
-        """Sums over the micro-batch's predicted tokens; the caller divides by the step's global count."""
+        """Sums over the micro-batch's predicted tokens; the caller divides by the step's global
+        count.
+        """
         signal = sequences.signal
         if signal is None and self.needs:
             signal = self.teacher.judge(sequences, self.needs)

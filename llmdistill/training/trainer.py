@@ -1,8 +1,9 @@
 """`DistillTrainer`: transformers' Trainer around `Distillation`.
 
-Trainer expects one model that is trained, saved and pushed; here the trained module is more than the
-student.  Each override below is one place where that difference shows, and each has a test that fails
-without it.  Everything else (arguments, callbacks, trackers, wrapping, resuming) is Trainer's.
+Trainer expects one model that is trained, saved and pushed; here the trained module is more than
+the student.  Each override below is one place where that difference shows, and each has a test that
+fails without it.  Everything else (arguments, callbacks, trackers, wrapping, resuming) is
+Trainer's.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
 class DistillTrainer(Trainer):
     """Distils `teacher` into `student`: `rollout` writes, `teacher` judges, `objectives` match.
 
-    `train_dataset` and `eval_dataset` are rows in any of `data/`'s formats, or a PromptDataset.  The
-    evaluation loss is taken on the responses of `eval_dataset`.  Raises VocabularyError where teacher
-    and student do not share a vocabulary.
+    `train_dataset` and `eval_dataset` are rows in any of `data/`'s formats, or a
+    PromptDataset.  The evaluation loss is taken on the responses of `eval_dataset`.  Raises
+    VocabularyError where teacher and student do not share a vocabulary.
     """
 
     loss_is_scaled_for_ga = True  # our loss is divided by the whole step's count already
@@ -78,7 +79,9 @@ class DistillTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        student.config.use_cache = use_cache  # Trainer turns it off; the saved student must not be slow
+        student.config.use_cache = (
+            use_cache  # Trainer turns it off; the saved student must not be slow
+        )
         self._check_sharded()
 
     # ---- who writes: the rollouts of a whole accumulation window, and the exact divisor ----
@@ -86,7 +89,8 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Prompts], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Sequences]], Tensor | None]:
-        """The window's micro-batches, written in one large batch, and its predicted tokens on all ranks.
+        """The window's micro-batches, written in one large batch, and its predicted tokens on all
+        ranks.
 
         Rows of similar length share a micro-batch: the sum is the same, the padding less.
         """
@@ -109,7 +113,9 @@ class DistillTrainer(Trainer):
         return Progress(step=self.state.global_step, epoch=epoch, seed=self.args.seed)
 
     def _repeated(self, parts: list[Prompts]) -> Tensor:
-        """True for rows that Accelerate repeats in an epoch's last batch to even out the ranks: (B,)."""
+        """True for rows that Accelerate repeats in an epoch's last batch to even out the ranks:
+        (B,).
+        """
         repeated_B = torch.zeros(sum(map(len, parts)), dtype=torch.bool)
         state = self.accelerator.gradient_state
         if state.end_of_dataloader and state.remainder > 0:
@@ -137,7 +143,11 @@ class DistillTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def prediction_step(
-        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+        self,
+        model: torch.nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
     ) -> tuple[Tensor, None, None]:
         """The loss on the evaluation rows' own responses."""
         sequences = FixedRollout().write(inputs, self.model, self.teacher, self._progress())
@@ -169,7 +179,8 @@ class DistillTrainer(Trainer):
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if {"params", "model", "optimizer_dict"} & options.keys():
             raise TrainingError(
-                f"training.optim: {self.args.optim} makes its own parameter groups and cannot train "
+                f"training.optim: {self.args.optim} makes its own parameter groups and cannot "
+                f"train "
                 f"{' and '.join(groups)} together; choose adamw_torch"
             )
         self.optimizer = optimizer_class(
@@ -187,7 +198,9 @@ class DistillTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float | None:
-        """Each owner's gradient is clipped on its own: one clip would couple them.  Gives the norm of all."""
+        """Each owner's gradient is clipped on its own: one clip would couple them.  Gives the norm
+        of all.
+        """
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return super()._clip_grad_norm(model)
         norms = [
@@ -207,7 +220,9 @@ class DistillTrainer(Trainer):
     # ---- saving and loading: the student apart from the rest ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer would write the whole module (tied weights raise) and pickle its arguments, keys included."""
+        """Trainer would write the whole module (tied weights raise) and pickle its arguments, keys
+        included.
+        """
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -263,17 +278,26 @@ class DistillTrainer(Trainer):
         self.create_model_card()
         if not self.is_world_process_zero():
             return None
-        return self._upload(folder, commit_message, token or self.args.hub_token, revision, blocking)
+        return self._upload(
+            folder, commit_message, token or self.args.hub_token, revision, blocking
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer would copy weights into the output folder and push that, pickled arguments included."""
+        """Trainer would copy weights into the output folder and push that, pickled arguments
+        included.
+        """
         if self.is_world_process_zero() and self.args.hub_strategy != "end":
             message = f"Training in progress, step {self.state.global_step}"
             folder = Path(checkpoint_folder)
             self._upload(folder, message, self.args.hub_token, None, blocking=True)
 
     def _upload(
-        self, folder: Path, message: str | None, token: str | None, revision: str | None, blocking: bool
+        self,
+        folder: Path,
+        message: str | None,
+        token: str | None,
+        revision: str | None,
+        blocking: bool,
     ) -> Any:
         from huggingface_hub import HfApi
 
@@ -293,7 +317,9 @@ class DistillTrainer(Trainer):
     # ---- what is logged ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each objective's mean per predicted token and the tokens per second, over all ranks."""
+        """Adds each objective's mean per predicted token and the tokens per second, over all
+        ranks.
+        """
         if "loss" in logs and self._terms:
             names = sorted(self._terms)
             sums = torch.stack([torch.as_tensor(self._terms[n]).double() for n in names])
@@ -314,7 +340,8 @@ class DistillTrainer(Trainer):
         """On a CPU Accelerate takes `fsdp=` and trains with DDP, without a word."""
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise TrainingError(
-                "training.fsdp is set, but Accelerate did not shard the model (it does so on GPUs only); "
+                "training.fsdp is set, but Accelerate did not shard the model (it does so on "
+                "GPUs only); "
                 "remove it or launch on GPUs"
             )
 

@@ -45,7 +45,11 @@ def test_the_same_global_batch_gives_the_same_weights(tmp_path):
 def test_rows_that_even_out_the_ranks_weigh_nothing(tmp_path):
     """10 rows on 2 ranks, two epochs."""
     expected = one_rank(
-        tmp_path / "one", rows=dataset(10), per_device_train_batch_size=4, max_steps=-1, num_train_epochs=2
+        tmp_path / "one",
+        rows=dataset(10),
+        per_device_train_batch_size=4,
+        max_steps=-1,
+        num_train_epochs=2,
     )
     torch.testing.assert_close(two_ranks("uneven", tmp_path), expected, rtol=0, atol=1e-6)
 

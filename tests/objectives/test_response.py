@@ -36,9 +36,14 @@ def views(sequences, student, teacher):
 def test_equals_a_dense_loss_with_its_own_shift(name, student, teacher_model, tokenizer):
     """The reference shifts logits and labels by hand, from the whole model's output."""
     sequences = toy.sequences()
-    loss = OBJECTIVES[name]()(*views(sequences, student, LocalTeacher(teacher_model, tokenizer)), sequences)
+    loss = OBJECTIVES[name]()(
+        *views(sequences, student, LocalTeacher(teacher_model, tokenizer)), sequences
+    )
     with torch.no_grad():
-        inputs = {"input_ids": sequences.input_ids_BT, "attention_mask": sequences.attention_mask_BT}
+        inputs = {
+            "input_ids": sequences.input_ids_BT,
+            "attention_mask": sequences.attention_mask_BT,
+        }
         student_log = student(**inputs).logits[:, :-1, : toy.NUM_TOKENS].log_softmax(-1)
         teacher_log = teacher_model(**inputs).logits[:, :-1, : toy.NUM_TOKENS].log_softmax(-1)
     labels, mask = sequences.input_ids_BT[:, 1:], sequences.response_mask_BT[:, 1:]
@@ -100,14 +105,18 @@ def test_makes_no_tensor_of_n_x_v(name, student, teacher_model, tokenizer):
 def test_changes_some_gradient_by_its_weight(name, student, teacher_model, tokenizer):
     sequences = toy.sequences()
     objective = OBJECTIVES[name]()
-    objective(*views(sequences, student, LocalTeacher(teacher_model, tokenizer)), sequences).total.backward()
+    objective(
+        *views(sequences, student, LocalTeacher(teacher_model, tokenizer)), sequences
+    ).total.backward()
     assert max(p.grad.abs().max() for p in student.parameters()) > 1e-3
 
 
 @each_objective
 def test_no_predicted_token_is_a_finite_zero(name, student, teacher_model, tokenizer):
     sequences = toy.sequences().without_loss(torch.ones(5, dtype=torch.bool))
-    loss = OBJECTIVES[name]()(*views(sequences, student, LocalTeacher(teacher_model, tokenizer)), sequences)
+    loss = OBJECTIVES[name]()(
+        *views(sequences, student, LocalTeacher(teacher_model, tokenizer)), sequences
+    )
     loss.total.backward()
     assert loss.total.item() == 0
     assert loss.count.item() == 0

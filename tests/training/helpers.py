@@ -32,10 +32,16 @@ def arguments(folder, **options) -> TrainingArguments:
     return TrainingArguments(**defaults | options)
 
 
-def trainer(folder, *, student=None, teacher=None, rows=None, rollout=None, objectives=None, **options):
+def trainer(
+    folder, *, student=None, teacher=None, rows=None, rollout=None, objectives=None, **options
+):
     """Rows and `options` (of TrainingArguments) make the difference; the rest are toys."""
     tokenizer = toy.tokenizer()
-    kept = {name: options.pop(name) for name in ("eval_dataset", "callbacks", "model_card") if name in options}
+    kept = {
+        name: options.pop(name)
+        for name in ("eval_dataset", "callbacks", "model_card")
+        if name in options
+    }
     return DistillTrainer(
         student=student or toy.model(),
         teacher=teacher or LocalTeacher(toy.teacher_model(), tokenizer),

@@ -112,7 +112,9 @@ def test_a_peft_student_resumes(tmp_path):
 
     def adapted(folder):
         torch.manual_seed(7)
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+        )
         return made(folder, student=get_peft_model(toy.model(), config), rollout="on_policy")
 
     straight = adapted(tmp_path / "straight")

@@ -1,4 +1,6 @@
-"""Every override of DistillTrainer, by a test that fails without it; and invariance of the gradient."""
+"""Every override of DistillTrainer, by a test that fails without it; and invariance of the
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,15 @@ def test_accumulation_changes_nothing(tmp_path, batch, accumulation):
 def test_the_gradient_is_that_of_the_mean_over_predicted_tokens(tmp_path):
     """Against a dense loss of our own; and not that of a mean of means."""
     data = dataset()
-    found = gradient(tmp_path, rows=data, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    dense = [dense_gradient(rows, lambda total, count: total / count) for rows in (data.rows,)][0]
+    found = gradient(
+        tmp_path, rows=data, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    dense = dense_gradient(data.rows, lambda total, count: total / count)
     torch.testing.assert_close(found, dense, rtol=0, atol=1e-6)
-    halves = [dense_gradient(rows, lambda total, count: total / count) for rows in (data.rows[:4], data.rows[4:])]
+    halves = [
+        dense_gradient(rows, lambda total, count: total / count)
+        for rows in (data.rows[:4], data.rows[4:])
+    ]
     assert not torch.allclose(found, sum(halves) / 2, rtol=0, atol=1e-4)
 
 
@@ -51,7 +58,8 @@ def dense_gradient(rows, reduce):
     sequences = FixedRollout().write(collate(rows), None, None, None)
     inputs = {"input_ids": sequences.input_ids_BT, "attention_mask": sequences.attention_mask_BT}
     student_log, teacher_log = (
-        model(**inputs).logits[:, :-1, : toy.NUM_TOKENS].log_softmax(-1) for model in (student, teacher)
+        model(**inputs).logits[:, :-1, : toy.NUM_TOKENS].log_softmax(-1)
+        for model in (student, teacher)
     )
     mask = sequences.response_mask_BT[:, 1:]
     kl = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
@@ -99,7 +107,9 @@ def test_extra_vocabulary_rows_change_nothing(tmp_path):
     padded = untied(9)
     pieces = found.split([p.numel() for p in padded.parameters()])
     cut = [
-        piece.view(p.shape)[: toy.NUM_TOKENS].flatten() if p.shape[0] == toy.NUM_TOKENS + 9 else piece
+        piece.view(p.shape)[: toy.NUM_TOKENS].flatten()
+        if p.shape[0] == toy.NUM_TOKENS + 9
+        else piece
         for piece, p in zip(pieces, padded.parameters(), strict=True)
     ]
     assert [len(piece) for piece in cut] == real
@@ -129,10 +139,14 @@ def _grown(model, extra: int):
 def test_a_micro_batch_without_predicted_tokens_is_harmless(tmp_path):
     """N6: rows whose answer is empty add nothing, not even to the divisor."""
     data = dataset()
-    expected = gradient(tmp_path, rows=data.rows and type(data)(data.rows[:4]), per_device_train_batch_size=4)
+    expected = gradient(
+        tmp_path, rows=data.rows and type(data)(data.rows[:4]), per_device_train_batch_size=4
+    )
     emptied = [type(row)(row.row_id, row.prompt_ids, []) for row in data.rows[4:]]
     mixed = type(data)(data.rows[:4] + emptied)
-    found = gradient(tmp_path, rows=mixed, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    found = gradient(
+        tmp_path, rows=mixed, per_device_train_batch_size=1, gradient_accumulation_steps=8
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -163,8 +177,13 @@ def test_every_row_is_trained_once_an_epoch(tmp_path):
             return super().write(prompts, *others)
 
     trainer(
-        tmp_path, rollout=Seen(), rows=toy.rows(10), max_steps=-1, num_train_epochs=1,
-        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        tmp_path,
+        rollout=Seen(),
+        rows=toy.rows(10),
+        max_steps=-1,
+        num_train_epochs=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
     ).train()
     assert sorted(seen) == list(range(10))
 
@@ -217,7 +236,10 @@ def test_on_policy_steps_train_on_what_the_student_wrote(tmp_path):
             return written[-1]
 
     made = trainer(
-        tmp_path, rollout=Seen("student", max_new_tokens=5), rows=toy.rows(8, answers=False), max_steps=2
+        tmp_path,
+        rollout=Seen("student", max_new_tokens=5),
+        rows=toy.rows(8, answers=False),
+        max_steps=2,
     )
     before = weights(made.model.student)
     made.train()
@@ -267,7 +289,10 @@ def test_groups_are_named_after_their_owners(tmp_path):
     made = trainer(tmp_path, objectives=[ResponseObjective(), Projected()], weight_decay=0.1)
     groups = made.create_optimizer().param_groups
     assert [(g["name"], g["weight_decay"]) for g in groups] == [
-        ("student", 0.1), ("student", 0.0), ("projectors", 0.1), ("projectors", 0.0),
+        ("student", 0.1),
+        ("student", 0.0),
+        ("projectors", 0.1),
+        ("projectors", 0.0),
     ]
     grouped = [id(p) for g in groups for p in g["params"]]
     assert sorted(grouped) == sorted(id(p) for p in made.model.parameters())
@@ -296,7 +321,9 @@ class DetachedProjector(Projected):
 def test_optimisers_that_group_for_themselves_are_refused_with_projectors(tmp_path, monkeypatch):
     made = trainer(tmp_path, objectives=[ResponseObjective(), Projected()])
     monkeypatch.setattr(
-        type(made), "get_optimizer_cls_and_kwargs", staticmethod(lambda *a: (torch.optim.SGD, {"params": []}))
+        type(made),
+        "get_optimizer_cls_and_kwargs",
+        staticmethod(lambda *a: (torch.optim.SGD, {"params": []})),
     )
     with pytest.raises(TrainingError, match="makes its own parameter groups"):
         made.create_optimizer()
@@ -320,7 +347,9 @@ def test_a_step_that_is_not_finite_stops_before_the_update(tmp_path, what):
     made = trainer(tmp_path, objectives=[Bad()], max_steps=5)
     kept = []
     made.add_callback(Recorder(lambda: kept.append(weights(made.model.student))))
-    with pytest.raises(NonFiniteLossError, match="step 2, rank 0: the loss or its gradient is not finite"):
+    with pytest.raises(
+        NonFiniteLossError, match="step 2, rank 0: the loss or its gradient is not finite"
+    ):
         made.train()
     assert torch.equal(weights(made.model.student), kept[-1])
     assert len(kept) == 2
@@ -350,9 +379,13 @@ def test_the_evaluation_loss_is_the_mean_over_tokens_not_over_batches(tmp_path):
     rows = dataset(7, seed=3)
     made = trainer(tmp_path, eval_dataset=rows, per_device_eval_batch_size=2)
     found = made.evaluate()["eval_loss"]
-    whole = trainer(tmp_path, eval_dataset=rows, per_device_eval_batch_size=7).evaluate()["eval_loss"]
+    whole = trainer(tmp_path, eval_dataset=rows, per_device_eval_batch_size=7).evaluate()[
+        "eval_loss"
+    ]
     single = [
-        trainer(tmp_path, eval_dataset=type(rows)([row]), per_device_eval_batch_size=1).evaluate()["eval_loss"]
+        trainer(tmp_path, eval_dataset=type(rows)([row]), per_device_eval_batch_size=1).evaluate()[
+            "eval_loss"
+        ]
         for row in rows.rows
     ]
     lengths = [len(row.response_ids) for row in rows.rows]
@@ -367,12 +400,19 @@ def test_the_evaluation_loss_is_the_mean_over_tokens_not_over_batches(tmp_path):
 
 def test_saves_the_student_alone_and_no_pickled_arguments(tmp_path):
     """R12: plain from_pretrained gives the same logits; the rest stands apart."""
-    made = trainer(tmp_path, objectives=[ResponseObjective(), Projected()], save_strategy="steps", save_steps=1)
+    made = trainer(
+        tmp_path, objectives=[ResponseObjective(), Projected()], save_strategy="steps", save_steps=1
+    )
     made.train()
     folder = tmp_path / "checkpoint-1"
     names = {path.name for path in folder.iterdir()}
     assert "training_args.bin" not in names
-    assert {"model.safetensors", "objectives.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+    assert {
+        "model.safetensors",
+        "objectives.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+    } <= names
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.arange(3, 12)[None]
     torch.testing.assert_close(loaded(ids).logits, made.model.student.eval()(ids).logits)
@@ -385,7 +425,7 @@ def test_saves_the_student_alone_and_no_pickled_arguments(tmp_path):
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     options = {
-        "eval_dataset": dataset(4, seed=5), "max_steps": 3, "learning_rate": 5.0,
+        "eval_dataset": dataset(4, seed=5), "max_steps": 3, "learning_rate": 30.0,
         "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
         "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False,
     }  # fmt: skip
@@ -424,12 +464,27 @@ def test_pushes_the_student_and_its_card_and_nothing_else(tmp_path, hub):
 
 
 def test_pushes_checkpoints_without_their_training_state(tmp_path, hub):
-    made = trainer(tmp_path, save_strategy="steps", save_steps=1, rollout=SampledRollout("teacher", max_new_tokens=3))
+    made = trainer(
+        tmp_path,
+        save_strategy="steps",
+        save_steps=1,
+        rollout=SampledRollout("teacher", max_new_tokens=3),
+    )
     made.args.push_to_hub, made.hub_model_id = True, "me/student"
     made.train()
     assert len(hub) == 1
     assert "model.safetensors" in hub[0]
-    assert not {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "rollout.json", "training_args.bin"} & hub[0]
+    assert (
+        not {
+            "optimizer.pt",
+            "rng_state.pth",
+            "scheduler.pt",
+            "trainer_state.json",
+            "rollout.json",
+            "training_args.bin",
+        }
+        & hub[0]
+    )
 
 
 def test_a_token_is_in_no_file(tmp_path):

@@ -1,0 +1,114 @@
+"""What a recipe must know of other code, read from its source, so that nothing heavy is imported.
+
+Importing TrainingArguments takes seconds; reading its fields with `ast` takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+RENAMED = {
+    "warmup_ratio": "warmup_steps takes a share below 1 now",
+    "evaluation_strategy": "use evaluate.every_steps",
+    "save_safetensors": "weights are always saved as safetensors",
+    "gradient_checkpointing": "it is called activation_checkpointing now",
+    "gradient_checkpointing_kwargs": "it is called activation_checkpointing_kwargs now",
+    "no_cuda": "it is called use_cpu now",
+    "max_length": "use data.max_prompt_tokens and data.max_response_tokens",
+}
+OWNED = {
+    "output_dir": "output",
+    "seed": "seed",
+    "data_seed": "seed",
+    "remove_unused_columns": "nothing: it is always off",
+    "eval_strategy": "evaluate.every_steps",
+    "eval_steps": "evaluate.every_steps",
+    "resume_from_checkpoint": "the option --resume",
+    "hub_token": "`hf auth login` or HF_TOKEN: keys do not belong into a recipe",
+}
+
+
+def check_training_argument(key: str, value: Any) -> None:
+    fields = training_fields()
+    if key in OWNED:
+        raise PydanticCustomError("owned", f"'{key}' is set by llmdistill; use {OWNED[key]}")
+    if key in RENAMED:
+        raise PydanticCustomError("renamed", f"'{key}': {RENAMED[key]}")
+    if key not in fields:
+        raise PydanticCustomError("unknown_key", "", {"key": key, "known": list(fields)})
+    expected = fields[key]
+    a_bool_for_a_number = isinstance(value, bool) and bool not in expected
+    if expected and (a_bool_for_a_number or not isinstance(value, expected)):
+        names = " or ".join(kind.__name__ for kind in expected if kind is not type(None))
+        got = f"{value!r} ({type(value).__name__})"
+        raise PydanticCustomError("type", f"'{key}' should be {names}, got {got}")
+
+
+def close_to(name: str, known: Sequence[str]) -> str:
+    """' Did you mean ...?', or '' where nothing is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+@functools.cache
+def training_fields() -> dict[str, tuple[type, ...]]:
+    """The fields of transformers.TrainingArguments and their plain types, read from its source."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "training_args.py").read_text(encoding="utf-8")
+    body = next(
+        node.body
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
+    )
+    return {
+        node.target.id: _plain_types(ast.unparse(node.annotation))
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def _plain_types(annotation: str) -> tuple[type, ...]:
+    """(float, int) for 'float'; () where the annotation names more than plain types."""
+    plain: dict[str, tuple[type, ...]] = {
+        "bool": (bool,),
+        "int": (int,),
+        "float": (float, int),
+        "str": (str,),
+        "None": (type(None),),
+    }
+    parts = [part.strip() for part in annotation.split("|")]
+    if not all(part in plain for part in parts):
+        return ()
+    return tuple(kind for part in parts for kind in plain[part])
+
+
+@functools.cache
+def divergence_options() -> dict[str, list[str]]:
+    """The names in objectives/divergences.py's DIVERGENCES and each one's options, read from its
+    source.
+    """
+    path = Path(__file__).parents[1] / "objectives" / "divergences.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    options = {
+        node.name: [argument.arg for argument in node.args.kwonlyargs]
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    table = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "DIVERGENCES"
+    )
+    assert isinstance(table, ast.Dict)
+    entries = zip(table.keys, table.values, strict=True)
+    return {ast.literal_eval(key): options[ast.unparse(value)] for key, value in entries if key}

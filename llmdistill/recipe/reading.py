@@ -1,0 +1,147 @@
+"""Reading a recipe: YAML, dotted overrides, and saying what is wrong with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from llmdistill.errors import RecipeError
+from llmdistill.recipe.facts import close_to
+from llmdistill.recipe.schema import Recipe
+
+# The tags of the unions: pydantic names them in the place of an error, a user does not write them.
+KINDS = {"fixed", "sampled", "mixed", "response", "cross_entropy", "local"}
+
+REFUSED = {
+    "trust_remote_code": " Code from a model's repository could do anything on this machine; "
+    "llmdistill never runs it. Convert the model to a type that transformers knows."
+}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with overrides `dotted.path=value`.  RecipeError says what is
+    wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"no such recipe: {path}")
+    data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of keys to values, got {type(data).__name__}"
+        )
+    for override in overrides:
+        _override(data, override)
+    return build(data, str(path))
+
+
+def build(data: dict[str, Any], place: str = "recipe") -> Recipe:
+    """A recipe from plain data; RecipeError with the dotted path of each mistake."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [_describe(dict(item), data) for item in error.errors()]
+        raise RecipeError(f"{place}: " + "\n".join(dict.fromkeys(lines))) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, defaults written out; reading it gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the floats that people write (1e-4), and without silent duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key}' stands twice (line {line})"
+                )
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?)$"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+.0123456789"))
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{place}: not YAML: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Puts one `dotted.path=value` into the data, making mappings on the way; lists must be
+    there.
+    """
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"override '{override}' is not of the form dotted.path=value")
+    value = parse_yaml(text, f"override '{override}'")
+    *parents, last = path.split(".")
+    target: Any = data
+    for key in parents:
+        if isinstance(target, list):
+            target = target[_index(target, key, override)]
+        elif isinstance(target, dict):
+            target = target.setdefault(key, {})
+    if isinstance(target, list):
+        target[_index(target, last, override)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise RecipeError(
+            f"override '{override}': '{'.'.join(parents)}' is {target!r}, not a mapping or list"
+        )
+
+
+def _index(items: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise RecipeError(f"override '{override}': '{key}' is no place in a list of {len(items)}")
+    return int(key)
+
+
+def _describe(error: dict[str, Any], data: Any) -> str:
+    """One validation error as: path, what is expected, what was given, what to do."""
+    path = _dotted(error["loc"], data)
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "unknown_key":
+        key, known = context["key"], context["known"]
+        hint = REFUSED.get(key) or close_to(key, known) or f" Known here: {', '.join(known)}."
+        return f"unknown key '{f'{path}.{key}' if path else key}'.{hint}"
+    if kind == "missing":
+        return f"'{path}' is missing"
+    if kind.startswith("union_tag"):
+        given = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
+        known = context.get("expected_tags", "the known kinds")
+        return f"'{path}.kind' should be one of {known}, got {given!r}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if isinstance(error["input"], dict | BaseModel):
+        return f"'{path}': {message}"
+    return f"'{path}': {message}, got {error['input']!r} ({type(error['input']).__name__})"
+
+
+def _dotted(location: Sequence[str | int], data: Any) -> str:
+    """'objectives[0].beta'; the tags that pydantic puts in for the kind of a union are left out."""
+    path, here = "", data
+    for step in location:
+        if isinstance(here, dict) and step not in here and step in KINDS:
+            continue
+        path += f"[{step}]" if isinstance(step, int) else f"{'.' if path else ''}{step}"
+        try:
+            here = here[step]
+        except (KeyError, IndexError, TypeError):
+            here = None
+    return path

@@ -1,0 +1,224 @@
+"""The shape of a recipe: what may be said, in which words, within which bounds.
+
+A recipe is strict (no unknown key, no silent conversion), frozen and typed; each field is
+documented where it is declared.  Nothing here imports torch or transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from llmdistill.recipe.facts import check_training_argument, close_to, divergence_options
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Strict(BaseModel):
+    """Base of all recipe classes: no unknown keys, no silent conversion, no change after
+    reading.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys_only(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError(
+                        "unknown_key", "", {"key": key, "known": list(cls.model_fields)}
+                    )
+        return data
+
+
+class SamplingRecipe(Strict):
+    """How tokens are drawn."""
+
+    temperature: float = Field(1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0 keeps every token."""
+
+
+class LocalTeacherRecipe(Strict):
+    """Who judges: a model on this machine."""
+
+    kind: Literal["local"] = "local"
+    model: str
+    """A Hub id, a folder, a .gguf file, or `smollm2-135m-instruct` (embedded)."""
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    """auto: bfloat16 where the device multiplies it natively, else float32."""
+    device: str | None = None
+
+
+class CarveRecipe(Strict):
+    """How a student is cut out of its model."""
+
+    layers: int | list[int]
+    """How many to keep, or which ones."""
+    by: Literal["influence", "even"] = "influence"
+    """influence: those that change the hidden states most; even: evenly spaced."""
+
+
+class StudentRecipe(Strict):
+    model: str
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    """Master weights; `training.bf16` sets the dtype of products."""
+    carve: CarveRecipe | None = None
+
+
+class DataRecipe(Strict):
+    train: str
+    """A .jsonl file, a data set of the Hub (org/name or org/name:split), or `seed_tasks`."""
+    eval: str | None = None
+    """The same, for rows that are only measured on."""
+    hold_back: int = Field(0, ge=0)
+    """Instead of `eval`: this many evenly spaced rows of `train` are only measured on."""
+    format: Literal["auto", "messages", "prompt_completion", "alpaca"] = "auto"
+    max_prompt_tokens: int = Field(512, gt=0)
+    """Longer prompts are dropped, and counted."""
+    max_response_tokens: int = Field(1024, gt=0)
+    """Longer responses of the data set are cut, and counted."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+
+    @model_validator(mode="after")
+    def _one_source_of_eval_rows(self) -> DataRecipe:
+        if self.eval is not None and self.hold_back:
+            raise PydanticCustomError("both", "give 'eval' or 'hold_back', not both")
+        return self
+
+
+class FixedRecipe(Strict):
+    """Who writes: the data set."""
+
+    kind: Literal["fixed"] = "fixed"
+
+
+class SampledRecipe(Strict):
+    """Who writes: one model."""
+
+    kind: Literal["sampled"] = "sampled"
+    by: Literal["student", "teacher"] = "student"
+    sampling: SamplingRecipe = SamplingRecipe()
+    max_new_tokens: int = Field(256, gt=0)
+    samples: int = Field(1, gt=0)
+    """Answers of the teacher to each prompt, written once; epoch e trains on answer e mod
+    samples.
+    """
+
+    @model_validator(mode="after")
+    def _student_writes_anew(self) -> SampledRecipe:
+        if self.by == "student" and self.samples != 1:
+            raise PydanticCustomError(
+                "samples", "'samples' is for by: teacher; a student writes anew"
+            )
+        return self
+
+
+Part = Annotated[FixedRecipe | SampledRecipe, Field(discriminator="kind")]
+
+
+class MixedRecipe(Strict):
+    """Who writes: the student a share of the steps, another rollout the rest."""
+
+    kind: Literal["mixed"] = "mixed"
+    share: float = Field(0.5, ge=0, le=1)
+    """Probability that a step is written by `student`."""
+    student: SampledRecipe = SampledRecipe()
+    other: Part = FixedRecipe()
+
+
+RolloutRecipe = Annotated[FixedRecipe | SampledRecipe | MixedRecipe, Field(discriminator="kind")]
+
+
+class ResponseRecipe(Strict):
+    """What is matched: next-token distributions."""
+
+    kind: Literal["response"] = "response"
+    divergence: str = "forward_kl"
+    beta: float | None = Field(None, ge=0, le=1)
+    """For jsd: 0 is forward KL, 1 reverse KL."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the divergence; a sampler has its own."""
+    target: Literal["teacher"] = "teacher"
+    token_weight: Literal["uniform", "sequence_mean"] = "uniform"
+    weight: float = 1.0
+
+    @field_validator("divergence")
+    @classmethod
+    def _known_divergence(cls, name: str) -> str:
+        if name not in divergence_options():
+            known = list(divergence_options())
+            raise PydanticCustomError(
+                "divergence",
+                "should be one of {names}.{close}",
+                {"names": ", ".join(known), "close": close_to(name, known)},
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _own_options_only(self) -> ResponseRecipe:
+        for option in self.options():
+            if option not in divergence_options()[self.divergence]:
+                raise PydanticCustomError(
+                    "option",
+                    "divergence '{name}' has no option '{option}'",
+                    {"name": self.divergence, "option": option},
+                )
+        return self
+
+    def options(self) -> dict[str, float]:
+        """The divergence's own options that were given."""
+        given = {"temperature": self.temperature, "beta": self.beta}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class CrossEntropyRecipe(Strict):
+    """What is matched: the tokens themselves, where the student did not write them."""
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+    weight: float = 1.0
+
+
+ObjectiveRecipe = Annotated[ResponseRecipe | CrossEntropyRecipe, Field(discriminator="kind")]
+
+
+class EvaluateRecipe(Strict):
+    """How the student is measured before and after."""
+
+    max_new_tokens: int = Field(96, gt=0)
+    every_steps: int = Field(0, ge=0)
+    """Also the held-out loss every so many steps; 0 is never."""
+
+
+class Recipe(Strict):
+    """A run of `llmdistill train`."""
+
+    seed: int = Field(0, ge=0)
+    output: str
+    """The run folder."""
+    teacher: LocalTeacherRecipe
+    student: StudentRecipe
+    data: DataRecipe
+    rollout: RolloutRecipe = FixedRecipe()
+    objectives: list[ObjectiveRecipe] = Field(
+        default_factory=lambda: [ResponseRecipe()], min_length=1
+    )
+    training: dict[str, Any] = {}
+    """transformers.TrainingArguments."""
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+
+    @field_validator("training")
+    @classmethod
+    def _training_arguments(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for key, value in given.items():
+            check_training_argument(key, value)
+        return given

@@ -1,0 +1,92 @@
+"""Encoded rows as a data set, split the same way each time, and as batches of prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmdistill.data.collate import PromptDataset, collate
+from llmdistill.data.validate import Counts, Row
+from llmdistill.errors import DataError
+from tests import toy
+
+ROWS = [Row(4, [5, 6, 7], [8]), Row(9, [0], [10, 2]), Row(1, [12, 13], [14, 15, 0])]
+
+
+def numbered(count: int) -> PromptDataset:
+    return PromptDataset([Row(i, [i + 3], None) for i in range(count)])
+
+
+def ids(data: PromptDataset) -> list[int]:
+    return [row.row_id for row in data.rows]
+
+
+def test_prompts_are_padded_on_the_left():
+    batch = collate(ROWS)
+    assert batch.input_ids_BP.tolist() == [[5, 6, 7], [0, 0, 0], [0, 12, 13]]
+    assert batch.attention_mask_BP.tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+    assert batch.row_ids_B.tolist() == [4, 9, 1]
+    assert batch.responses == ((8,), (10, 2), (14, 15, 0))
+    assert {t.dtype for t in (batch.input_ids_BP, batch.attention_mask_BP, batch.row_ids_B)} == {
+        torch.long
+    }
+
+
+def test_a_prompt_token_that_looks_like_padding_is_kept():
+    assert collate(ROWS).ids() == [[5, 6, 7], [0], [12, 13]]
+
+
+def test_one_row_without_an_answer_takes_them_all():
+    """All or none: a batch with a few would train on those few, silently."""
+    assert collate([*ROWS, Row(2, [3], None)]).responses is None
+
+
+def test_rows_are_encoded_whatever_form_they_come_in(tokenizer):
+    assert PromptDataset.of(None, tokenizer) is None
+    data = numbered(2)
+    assert PromptDataset.of(data, tokenizer) is data
+    made = PromptDataset.of(toy.rows(3), tokenizer)
+    assert len(made) == 3
+    assert made.counts == Counts(read=3, kept=3)
+    assert tokenizer.decode(made[2].response_ids) == toy.rows(3)[2]["output"] + "<|im_end|>"
+    with pytest.raises(DataError, match="row 1: 'prompt'"):
+        PromptDataset.of([{"prompt": "a"}, {"prompt": 1}], tokenizer)
+
+
+def test_options_are_handed_on(tokenizer):
+    rows = [("x:1", {"prompt": "a", "completion": "bcd"}), ("x:2", {"prompt": 3})]
+    data = PromptDataset.encode(rows, tokenizer, skip_bad=True, max_response_tokens=2)
+    assert len(data[0].response_ids) == 2
+    assert data.counts == Counts(read=2, kept=1, bad=1, responses_truncated=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "number", "held"),
+    [
+        (10, 1, [5]),
+        (10, 2, [2, 7]),
+        (9, 3, [1, 4, 7]),
+        (175, 5, [17, 52, 87, 122, 157]),
+        (4, 4, [0, 1, 2, 3]),
+        (5, 0, []),
+    ],
+)
+def test_held_back_rows_are_evenly_spaced(count, number, held):
+    kept, back = numbered(count).hold_back(number)
+    assert ids(back) == held
+    assert ids(kept) == [i for i in range(count) if i not in held]
+
+
+@pytest.mark.parametrize("count", range(1, 30))
+def test_as_many_rows_are_held_back_as_asked_for(count):
+    for number in range(count + 1):
+        kept, back = numbered(count).hold_back(number)
+        assert len(back) == number
+        assert len(kept) == count - number
+
+
+def test_the_counts_stay_with_the_rows_to_train_on(tokenizer):
+    data = PromptDataset(ROWS, Counts(read=5, kept=3, bad=2))
+    kept, back = data.hold_back(1)
+    assert kept.counts.bad == 2
+    assert back.counts == Counts(read=1, kept=1)

@@ -1,0 +1,157 @@
+"""The command line: S12, `check`, `evaluate`, `env`, and how fast it answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llmdistill.cli import main
+from tests import toy
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    """The exit code of a command run in this process."""
+    monkeypatch.setattr(sys, "argv", ["llmdistill", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0
+
+
+@pytest.fixture
+def recipe(tmp_path, pair):
+    teacher, student = pair
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in toy.rows(6)))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"output: {tmp_path}/run\n"
+        f"teacher: {{model: {teacher}}}\n"
+        f"student: {{model: {student}}}\n"
+        f"data: {{train: {tmp_path}/train.jsonl, hold_back: 2}}\n"
+        "training: {max_steps: 1, use_cpu: true, per_device_train_batch_size: 2, "
+        "dataloader_pin_memory: false, save_strategy: steps, save_steps: 1}\n"
+        "evaluate: {max_new_tokens: 5}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rolout.kind=fixed"], "unknown key 'rolout'. Did you mean 'rollout'?"),
+        (
+            ["training.learning_rate=fast"],
+            "'learning_rate' should be float or int, got 'fast' (str)",
+        ),
+        (["rollout.kind=sampled", "rollout.max_new_tokens=0"], "'rollout.max_new_tokens'"),
+        (["objectives.0.beta=0.5"], "is no place in a list"),
+    ],
+)
+def test_a_mistake_ends_with_2_a_path_and_no_traceback(recipe, overrides, message):
+    """S12: in under 2 seconds, before torch is imported."""
+    start = time.perf_counter()
+    command = [
+        sys.executable,
+        "-m",
+        "llmdistill",
+        "train",
+        str(recipe),
+        "objectives=[]",
+        *overrides,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert seconds < 2
+
+
+def test_help_is_quick():
+    """The best of three; 0.5 s, twice that while the suite's other worker takes its share."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "llmdistill", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        seconds.append(time.perf_counter() - start)
+    assert all(command in done.stdout for command in ("train", "evaluate", "check", "env"))
+    assert min(seconds) < 1.0
+
+
+def test_trains_and_says_where_the_student_is(recipe, monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "train", str(recipe)) == 0
+    shown = capsys.readouterr()
+    assert "kl_teacher_text" in shown.out
+    assert "student before" in shown.out
+    assert "run/student" in shown.out
+    assert "100%" in shown.err
+
+
+def test_a_run_folder_is_not_reused_without_being_asked_to(recipe, monkeypatch, capsys, tmp_path):
+    """R10."""
+    assert run(monkeypatch, "train", str(recipe), "training.max_steps=2") == 0
+    assert run(monkeypatch, "train", str(recipe)) == 2
+    assert "--resume" in capsys.readouterr().err
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert run(monkeypatch, "train", str(recipe), "training.max_steps=3", "--resume") == 0
+    more = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert more.startswith(metrics)
+    assert '"step": 3' in more
+    assert '"step": 1' not in more[len(metrics) :]
+    assert run(monkeypatch, "train", str(recipe), "--overwrite") == 0
+    assert '"step": 2' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_overwrite_leaves_other_folders_alone(recipe, monkeypatch, capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert run(monkeypatch, "train", str(recipe), f"output={tmp_path}/mine", "--overwrite") == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
+
+
+def test_resume_without_a_checkpoint_says_so(recipe, monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "train", str(recipe), "--resume") == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_check_shows_the_verdicts_and_marks_what_is_trained(recipe, monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "check", str(recipe)) == 0
+    shown = capsys.readouterr().out
+    assert "same vocabulary" in shown
+    assert "both sides render alike" in shown
+    assert "train 4 rows" in shown
+    assert "<|im_end|>]" in shown  # the end token is the last one trained
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_writes_the_figures(pair, monkeypatch, capsys, tmp_path):
+    teacher, student = pair
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in toy.rows(3)))
+    options = ["--teacher", teacher, "--data", f"{tmp_path}/data.jsonl", "--max-new-tokens", "5"]
+    assert run(monkeypatch, "evaluate", student, *options, "--output", f"{tmp_path}/out.json") == 0
+    assert "kl_own_text" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert set(figures) == {"student", "teacher"}
+    assert figures["student"]["kl_teacher_text"] > 0.1
+
+
+def test_a_missing_data_file_ends_with_2(pair, monkeypatch, capsys):
+    teacher, student = pair
+    assert run(monkeypatch, "evaluate", student, "--teacher", teacher, "--data", "no.jsonl") == 2
+    assert "DataError: no such file: no.jsonl" in capsys.readouterr().err
+
+
+def test_env_names_versions_and_the_meaning_of_auto(monkeypatch, capsys):
+    assert run(monkeypatch, "env") == 0
+    shown = capsys.readouterr().out
+    assert "transformers" in shown
+    assert "dtype auto" in shown

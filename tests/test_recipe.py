@@ -1,0 +1,365 @@
+"""Recipes: strict, typed and frozen; every mistake is named by its dotted path."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from llmdistill import recipe as recipes
+from llmdistill.errors import RecipeError
+from llmdistill.objectives.divergences import DIVERGENCES
+
+MINIMAL = {
+    "output": "runs/a",
+    "teacher": {"kind": "local", "model": "org/teacher"},
+    "student": {"model": "org/student"},
+    "data": {"train": "train.jsonl"},
+}
+FULL = MINIMAL | {
+    "seed": 7,
+    "student": {"model": "org/student", "carve": {"layers": [0, 2, 5], "by": "even"}},
+    "data": {"train": "org/rows:test", "hold_back": 3, "on_bad_row": "skip"},
+    "rollout": {
+        "kind": "mixed",
+        "share": 0.25,
+        "student": {"kind": "sampled", "sampling": {"temperature": 0.7, "top_k": 5}},
+        "other": {"kind": "sampled", "by": "teacher", "samples": 2},
+    },
+    "objectives": [
+        {"kind": "response", "divergence": "jsd", "beta": 0.1, "weight": 1e-5},
+        {"kind": "cross_entropy", "weight": 0.5},
+    ],
+    "training": {"learning_rate": 1e-4, "max_steps": 3, "report_to": ["none"]},
+}
+YAML = """
+output: runs/a
+teacher: {kind: local, model: org/teacher}
+student: {model: org/student}
+data: {train: train.jsonl}
+objectives:
+  - {kind: response, divergence: jsd}
+  - {kind: cross_entropy}
+training: {learning_rate: 1e-4}
+"""
+
+
+def with_value(path: tuple, value: object, base: dict = FULL) -> dict:
+    """A copy of a full recipe with one value set deep inside."""
+    data = copy.deepcopy(base)
+    here = data
+    for step in path[:-1]:
+        here = here[step]
+    here[path[-1]] = value
+    return data
+
+
+def message(data: dict) -> str:
+    with pytest.raises(RecipeError) as caught:
+        recipes.build(data)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(YAML)
+    return path
+
+
+# ---- unknown keys, wrong types, ranges ----
+
+
+@pytest.mark.parametrize(
+    ("path", "dotted", "meant"),
+    [
+        (("sed",), "sed", "seed"),
+        (("teacher", "modle"), "teacher.modle", "model"),
+        (("student", "carv"), "student.carv", "carve"),
+        (("student", "carve", "layer"), "student.carve.layer", "layers"),
+        (("data", "trian"), "data.trian", "train"),
+        (("rollout", "shar"), "rollout.shar", "share"),
+        (("rollout", "student", "samplin"), "rollout.student.samplin", "sampling"),
+        (("rollout", "student", "sampling", "topk"), "rollout.student.sampling.topk", "top_k"),
+        (("rollout", "other", "sample"), "rollout.other.sample", "samples"),
+        (("objectives", 0, "temprature"), "objectives[0].temprature", "temperature"),
+        (("objectives", 1, "wieght"), "objectives[1].wieght", "weight"),
+        (("training", "lerning_rate"), "training.lerning_rate", "learning_rate"),
+        (("evaluate", "every_step"), "evaluate.every_step", "every_steps"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(path, dotted, meant):
+    data = with_value(path, 1, FULL | {"evaluate": {}})
+    assert f"unknown key '{dotted}'. Did you mean '{meant}'?" in message(data)
+
+
+def test_an_unknown_key_like_no_other_lists_the_known_ones():
+    assert "Known here: kind, model, revision" in message(with_value(("teacher", "zzz"), 1))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "dotted"),
+    [
+        (("seed",), "1", "seed"),
+        (("seed",), True, "seed"),
+        (("seed",), 1.0, "seed"),
+        (("seed",), -1, "seed"),
+        (("output",), 3, "output"),
+        (("teacher",), "org/teacher", "teacher"),
+        (("teacher", "kind"), "remote", "teacher.kind"),
+        (("teacher", "dtype"), "int8", "teacher.dtype"),
+        (("data", "hold_back"), -1, "data.hold_back"),
+        (("data", "max_prompt_tokens"), 0, "data.max_prompt_tokens"),
+        (("data", "format"), "csv", "data.format"),
+        (("rollout",), {"kind": "fixt"}, "rollout.kind"),
+        (("rollout", "share"), 1.1, "rollout.share"),
+        (("rollout", "other"), {"kind": "mixed"}, "rollout.other.kind"),
+        (("rollout", "student", "sampling", "top_p"), 0.0, "rollout.student.sampling.top_p"),
+        (("rollout", "student", "max_new_tokens"), 0, "rollout.student.max_new_tokens"),
+        (("objectives",), [], "objectives"),
+        (("objectives", 0), "forward_kl", "objectives[0]"),
+        (("objectives", 0), {"divergence": "jsd"}, "objectives[0].kind"),
+        (("objectives", 0, "beta"), 1.5, "objectives[0].beta"),
+        (("objectives", 0, "temperature"), 0.0, "objectives[0].temperature"),
+        (("objectives", 0, "temperature"), float("nan"), "objectives[0].temperature"),
+        (("objectives", 1, "weight"), "1", "objectives[1].weight"),
+        (("training",), None, "training"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_path(path, value, dotted):
+    assert f"'{dotted}'" in message(with_value(path, value))
+
+
+@pytest.mark.parametrize("layers", ["three", True, [1, "a"]])
+def test_wrong_layers_are_named_as_the_user_wrote_them(layers):
+    said = message(with_value(("student", "carve", "layers"), layers))
+    assert "'student.carve.layers" in said
+    assert "layers.int" not in said
+
+
+@pytest.mark.parametrize("key", ["output", "teacher", "student", "data"])
+def test_a_missing_key_is_named(key):
+    assert f"'{key}' is missing" in message({k: v for k, v in FULL.items() if k != key})
+
+
+def test_all_mistakes_are_said_at_once():
+    said = message(with_value(("objectives", 0, "beta"), 2.0, FULL | {"seed": -1}))
+    assert "'seed'" in said
+    assert "'objectives[0].beta'" in said
+
+
+def test_a_key_that_is_no_text_is_an_unknown_key():
+    assert "unknown key" in message(MINIMAL | {1: 2})
+
+
+def test_a_divergence_gets_only_its_own_options():
+    said = message(with_value(("objectives", 0, "divergence"), "reverse_kl"))
+    assert "divergence 'reverse_kl' has no option 'beta'" in said
+
+
+def test_an_unknown_divergence_is_named_with_a_suggestion():
+    said = message(with_value(("objectives", 0, "divergence"), "revers_kl"))
+    assert "did you mean 'reverse_kl'" in said
+
+
+def test_eval_rows_have_one_source():
+    assert "not both" in message(with_value(("data", "eval"), "eval.jsonl"))
+
+
+def test_a_student_has_no_number_of_samples():
+    said = message(with_value(("rollout", "student", "samples"), 2))
+    assert "'rollout.student'" in said
+    assert "samples" in said
+
+
+def test_divergences_read_from_source_are_the_real_table():
+    assert list(recipes.divergence_options()) == list(DIVERGENCES)
+    assert recipes.divergence_options()["jsd"] == ["beta", "temperature"]
+
+
+def test_a_recipe_is_frozen():
+    recipe = recipes.build(FULL)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.objectives[0].beta = 0.9
+
+
+# ---- training arguments ----
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("warmup_ratio", 0.1, "warmup_steps"),
+        ("no_cuda", True, "use_cpu"),
+        ("output_dir", "x", "set by llmdistill; use output"),
+        ("hub_token", "hf_secret", "do not belong into a recipe"),
+        ("max_steps", True, "should be int, got True"),
+        ("max_steps", "3", "should be int"),
+        ("max_steps", 3.0, "should be int"),
+        ("learning_rate", "1e-4", "should be float"),
+        ("learning_rate", True, "should be float"),
+        ("bf16", 1, "should be bool"),
+        ("max_steps", None, "should be int"),
+    ],
+)
+def test_a_wrong_training_argument_says_what_to_do(key, value, said):
+    got = message(MINIMAL | {"training": {key: value}})
+    assert f"'{key}'" in got
+    assert said in got
+
+
+def test_an_owned_key_does_not_repeat_its_value():
+    assert "hf_secret" not in message(MINIMAL | {"training": {"hub_token": "hf_secret"}})
+
+
+@pytest.mark.parametrize(("key", "value"), [("learning_rate", 1), ("bf16", True), ("max_steps", 3)])
+def test_a_right_training_argument_is_kept(key, value):
+    assert recipes.build(MINIMAL | {"training": {key: value}}).training == {key: value}
+
+
+def test_training_fields_are_those_of_transformers():
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    real = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert {name for name in real if name[0] != "_"} == set(recipes.training_fields())
+    assert set(recipes.OWNED) <= real
+
+
+# ---- YAML ----
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("-2E3", -2000.0), ("1.5e-3", 1.5e-3), (".5", 0.5), ("3", 3), ("1.0", 1.0)],
+)
+def test_numbers_are_read_as_people_write_them(text, value):
+    found = recipes.parse_yaml(f"a: {text}", "here")["a"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1e", "e4", "1-4", "v1e-4", "."])
+def test_what_only_looks_like_a_float_stays_text(text):
+    assert recipes.parse_yaml(f"a: {text}", "here") == {"a": text}
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 1\nb: 2\na: 3", "x:\n  - {a: 1, a: 1}", "x: {y: {a: 1, a: 2}}"]
+)
+def test_a_key_that_stands_twice_is_refused(text):
+    with pytest.raises(RecipeError, match=r"here: .*key 'a' stands twice \(line"):
+        recipes.parse_yaml(text, "here")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [", "a: 1\n---\nb: 1", "a: !!python/name:os.system", "a: \x07", "a: 2024-13-45", "a: 0b_"],
+    ids=["open", "two documents", "python", "control character", "no such date", "no digits"],
+)
+def test_bad_yaml_is_a_recipe_error(text):
+    with pytest.raises(RecipeError, match="here: not YAML"):
+        recipes.parse_yaml(text, "here")
+
+
+# ---- files and overrides ----
+
+
+def test_a_file_is_read(file):
+    recipe = recipes.load(file)
+    assert recipe.training == {"learning_rate": 1e-4}
+    assert [o.kind for o in recipe.objectives] == ["response", "cross_entropy"]
+    assert recipe.rollout == recipes.FixedRecipe()
+
+
+@pytest.mark.parametrize(("text", "said"), [("- 1", "list"), ("", "NoneType"), ("hello", "str")])
+def test_a_recipe_is_a_mapping(tmp_path, text, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=f"recipe.yaml: .*got {said}"):
+        recipes.load(path)
+
+
+def test_a_recipe_in_another_encoding_is_a_recipe_error(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(YAML.replace("runs/a", "runs/\u00e9").encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        recipes.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"no such recipe: .*none\.yaml"):
+        recipes.load(tmp_path / "none.yaml")
+
+
+def test_overrides_reach_mappings_and_lists(file):
+    recipe = recipes.load(
+        file,
+        [
+            "seed=3",
+            "objectives.0.beta=0.25",
+            "objectives.1={kind: response, divergence: reverse_kl}",
+            "training.learning_rate=2e-5",
+            "training.max_steps=4",
+            "evaluate.every_steps=5",  # a mapping that the file does not have
+            "output=a=b",
+        ],
+    )
+    assert recipe.seed == 3
+    assert recipe.objectives[0].beta == 0.25
+    assert recipe.objectives[1].divergence == "reverse_kl"
+    assert recipe.training == {"learning_rate": 2e-5, "max_steps": 4}
+    assert recipe.evaluate.every_steps == 5
+    assert recipe.output == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", "not of the form"),
+        ("=1", "not of the form"),
+        ("objectives.2.beta=1", "'2' is no place in a list of 2"),
+        ("objectives.-1.beta=1", "'-1' is no place"),
+        ("objectives.x=1", "'x' is no place"),
+        ("output.x=1", "'output' is 'runs/a', not a mapping or list"),
+        ("output.x.y=1", "not a mapping or list"),
+        ("seed=[", "not YAML"),
+        ("objectives.0.temprature=1", r"unknown key 'objectives\[0\].temprature'"),
+        ("seed=x", "'seed'"),
+    ],
+)
+def test_a_wrong_override_is_named(file, override, said):
+    with pytest.raises(RecipeError, match=said):
+        recipes.load(file, [override])
+
+
+@pytest.mark.parametrize("data", [MINIMAL, FULL])
+def test_a_dumped_recipe_reads_back_equal(data, tmp_path):
+    recipe = recipes.build(data)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(recipe))
+    assert recipes.load(path) == recipe
+
+
+def test_the_full_recipe_differs_from_the_defaults_where_it_says_so():
+    """Guards the round trip above: a dump that forgot values would still read back as defaults."""
+    recipe = recipes.build(FULL)
+    assert recipe.rollout.other.samples == 2
+    assert recipe.objectives[0].weight == 1e-5
+    assert recipe.student.carve.layers == [0, 2, 5]
+
+
+def test_reading_a_recipe_imports_nothing_heavy(file):
+    code = (
+        "import sys; from llmdistill import recipe; "
+        f"recipe.load({str(file)!r}, ['training.max_steps=3']); "
+        "print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

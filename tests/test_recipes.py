@@ -1,0 +1,110 @@
+"""P1: every recipe is found, loads strictly, and runs two steps on a toy pair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmdistill import recipe as recipes
+from llmdistill.run import distill
+from tests import toy
+
+RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
+FIGURES = {
+    "kl_teacher_text", "kl_own_text", "top1_agreement", "draft_acceptance", "rouge_l_teacher",
+    "repeated_4grams", "num_parameters", "tokens_per_second",
+}  # fmt: skip
+
+
+def test_all_recipes_are_found():
+    assert [path.stem for path in RECIPES] == [
+        "on_policy", "quickstart", "seqkd", "sft", "supervised_kd",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_header_says_pair_hardware_and_time(path):
+    header = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert all(word in header for word in ("Pair ", "Hardware ", "Time "))
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name, number in (("train", 9), ("heldout", 3)):
+        lines = [json.dumps(row) for row in toy.rows(number, seed=number)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_runs_two_steps_on_a_toy_pair(path, pair, data):
+    teacher, student = pair
+    folder = data / "run"
+    overrides = [
+        f"output={folder}", f"teacher.model={teacher}", f"student.model={student}",
+        "training.max_steps=2", "training.save_steps=1", "evaluate.max_new_tokens=6",
+        "training.use_cpu=true", "training.dataloader_pin_memory=false",
+        *([] if path.stem == "quickstart" else [f"data.train={data}/train.jsonl", f"data.eval={data}/heldout.jsonl"]),
+        *shorter(path),
+    ]  # fmt: skip
+    result = distill(recipes.load(path, overrides))
+    assert recipes.load(folder / "recipe.yaml") == recipes.load(path, overrides)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert set(evaluation) == {"before", "after", "teacher"}
+    assert all(set(figures) == FIGURES for figures in evaluation.values())
+    assert evaluation["teacher"]["kl_teacher_text"] == pytest.approx(0, abs=1e-6)
+    assert evaluation["before"]["kl_teacher_text"] != evaluation["after"]["kl_teacher_text"]
+    assert result.answers[0].teacher != ""
+    steps = [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert {1, 2} <= set(steps)
+    assert (folder / "student" / "README.md").is_file()
+
+
+def shorter(path: Path) -> list[str]:
+    """Overrides that keep a toy run short: the toys have three layers and know one byte a token."""
+    if path.stem == "quickstart":
+        return [
+            "student.carve.layers=2", "rollout.student.max_new_tokens=6", "rollout.other.max_new_tokens=6",
+            "data.max_prompt_tokens=110", "data.hold_back=4",
+        ]  # fmt: skip
+    if "max_new_tokens" in path.read_text().split("rollout:")[1].split("\n")[0]:
+        return ["rollout.max_new_tokens=6"]
+    return []
+
+
+def test_the_student_loads_in_plain_transformers(pair, data):
+    """R12: same logits in plain AutoModelForCausalLM, its template and generation config, no other
+    keys.
+    """
+    teacher, student = pair
+    folder = data / "run"
+    distill(
+        recipes.build(
+            {
+                "output": str(folder),
+                "teacher": {"model": teacher},
+                "student": {"model": student},
+                "data": {"train": f"{data}/train.jsonl"},
+                "training": {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "use_cpu": True,
+                             "dataloader_pin_memory": False},
+            }
+        )
+    )  # fmt: skip
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder / "student", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    checkpoint = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "checkpoint-1")
+    ids = torch.arange(3, 15)[None]
+    torch.testing.assert_close(loaded(ids).logits, checkpoint(ids).logits, rtol=0, atol=0)
+    untrained = AutoModelForCausalLM.from_pretrained(student)
+    assert not torch.equal(loaded(ids).logits, untrained(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder / "student").chat_template == toy.TEMPLATE
+    assert loaded.generation_config.eos_token_id == 2
