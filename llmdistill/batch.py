@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmdistill.models.heads import Head
 
@@ -41,7 +41,7 @@ class LossSum(NamedTuple):
     """
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment] # a tuple has a method of this name
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Sequences:
         ]
 
     def to(self, device: torch.device | str) -> Sequences:
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
@@ -221,7 +221,7 @@ class Sequences:
     def select(self, rows: Tensor) -> Sequences:
         """The rows at these places, without the columns that only the others needed."""
         width = int(self.attention_mask_BT[rows].sum(1).max()) if len(rows) else 0
-        cut = {
+        cut: dict[str, Any] = {
             field.name: value[rows, :width] if value.dim() == 2 else value[rows]
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
@@ -233,7 +233,7 @@ class Sequences:
         return replace(self, response_mask_BT=self.response_mask_BT & ~rows_B[:, None])
 
 
-def final_hidden(backbone: nn.Module, sequences: Sequences) -> Tensor:
+def final_hidden(backbone: Any, sequences: Sequences) -> Tensor:
     """The backbone's final hidden states at the places that predict: (N, H)."""
     inputs: dict[str, Tensor] = {"input_ids": sequences.input_ids_BT}
     if sequences.embedding_change is not None:

@@ -108,7 +108,7 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressBar()],
     )
     _own_progress_only(trainer)
-    logger.info("training on %s", train.counts)
+    logger.info("training on %d rows (of the data: %s)", len(train), train.counts)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(folder) if resume else None)
     trainer.export_student(folder / "student")
     result = Result(folder)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from llmdistill import recipe as recipes
 from llmdistill.errors import RecipeError
 from llmdistill.objectives.divergences import DIVERGENCES
+from llmdistill.recipe import facts
 
 MINIMAL = {
     "output": "runs/a",
@@ -162,7 +163,7 @@ def test_a_divergence_gets_only_its_own_options():
 
 def test_an_unknown_divergence_is_named_with_a_suggestion():
     said = message(with_value(("objectives", 0, "divergence"), "revers_kl"))
-    assert "did you mean 'reverse_kl'" in said
+    assert "Did you mean 'reverse_kl'?" in said
 
 
 def test_eval_rows_have_one_source():
@@ -176,8 +177,8 @@ def test_a_student_has_no_number_of_samples():
 
 
 def test_divergences_read_from_source_are_the_real_table():
-    assert list(recipes.divergence_options()) == list(DIVERGENCES)
-    assert recipes.divergence_options()["jsd"] == ["beta", "temperature"]
+    assert list(facts.divergence_options()) == list(DIVERGENCES)
+    assert facts.divergence_options()["jsd"] == ["beta", "temperature"]
 
 
 def test_a_recipe_is_frozen():
@@ -228,8 +229,8 @@ def test_training_fields_are_those_of_transformers():
     from transformers import TrainingArguments
 
     real = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert {name for name in real if name[0] != "_"} == set(recipes.training_fields())
-    assert set(recipes.OWNED) <= real
+    assert {name for name in real if name[0] != "_"} == set(facts.training_fields())
+    assert set(facts.OWNED) <= real
 
 
 # ---- YAML ----

@@ -45,7 +45,11 @@ def read(source: str) -> Iterator[tuple[str, Any]]:
         path = Path(source).expanduser()
         if not path.is_file():
             raise DataError(f"no such file: {source}")
-        yield from _json_lines(path.read_text(encoding="utf-8-sig"), source)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source} is not UTF-8: {error}. Convert it to UTF-8.") from error
+        yield from _json_lines(text, source)
     else:
         yield from _hub_rows(source)
 
@@ -58,7 +62,9 @@ def to_example(row: Any, place: str, *, form: str = "auto") -> Example:
         form = next((name for name, (key, _) in FORMATS.items() if key in row), "")
         if not form:
             known = ", ".join(f"'{key}'" for key, _ in FORMATS.values())
-            raise DataError(f"{place}: none of the fields {known} in the row; it has {sorted(row)}")
+            raise DataError(
+                f"{place}: none of the fields {known} in the row; it has {_show(list(row))}"
+            )
     prompt, response = FORMATS[form][1](row, place)
     return Example(tuple(prompt), response, place)
 
@@ -142,12 +148,10 @@ def _json_lines(text: str, source: str) -> Iterator[tuple[str, Any]]:
             continue
         place = f"{source}:{number}"
         try:
-            yield place, json.loads(line)
-        except json.JSONDecodeError as error:
-            yield (
-                place,
-                DataError(f"{place}: not a line of JSON: {error.msg} at column {error.colno}"),
-            )
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            row = DataError(f"{place}: not a line of JSON: {error}")
+        yield place, row
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:

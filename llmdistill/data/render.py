@@ -75,9 +75,13 @@ def _template(
 
 
 def _through_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: str) -> list[int]:
-    """The answer up to the token that closes its turn: the last special one, which only the
-    template writes.
+    """The answer up to the token that closes its turn.
+
+    That is the tokenizer's end token, or, where the template closes a turn with another one, the last
+    special token.  Only the template can have written either: the text was made harmless.
     """
+    if tokenizer.eos_token_id in ids:
+        return ids[: ids.index(tokenizer.eos_token_id) + 1]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     for last in range(len(ids) - 1, -1, -1):
         if ids[last] in special:
@@ -96,8 +100,16 @@ def _plain(
             f"template. "
             "Use the tokenizer of an instruct model, or rows with one prompt."
         )
-    prompt = tokenizer(example.prompt[0]["content"], split_special_tokens=True)["input_ids"]
-    if example.response is None:
-        return prompt, None
-    response = tokenizer(example.response, add_special_tokens=False, split_special_tokens=True)
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"tokenizer '{tokenizer.name_or_path}' has neither a chat template nor an end token; "
+            "nothing would say 'stop'"
+        )
+    try:
+        prompt = tokenizer(example.prompt[0]["content"], split_special_tokens=True)["input_ids"]
+        if example.response is None:
+            return prompt, None
+        response = tokenizer(example.response, add_special_tokens=False, split_special_tokens=True)
+    except TypeError as error:  # what tokenizers says of text that is not valid Unicode
+        raise DataError(f"{example.place}: the text cannot be tokenised: {error}") from error
     return prompt, [*response["input_ids"], tokenizer.eos_token_id]

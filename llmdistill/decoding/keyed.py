@@ -38,7 +38,8 @@ def gumbel(keys_B: Tensor, slot_B: Tensor | int, num_tokens: int) -> Tensor:
     for start in range(0, len(keys_B), step):
         rows = slice(start, start + step)
         bits_nV = _mix32(tokens_V + low_B1[rows], high_B1[rows])
-        uniform_nV = noise_BV[rows].copy_(bits_nV).add_(0.5).mul_(2.0**-24)
+        # The largest bits would round up to 1, whose noise is infinite.
+        uniform_nV = noise_BV[rows].copy_(bits_nV).add_(0.5).mul_(2.0**-24).clamp_(max=1 - 2.0**-24)
         uniform_nV.log_().neg_().log_().neg_()
     return noise_BV
 

@@ -23,15 +23,17 @@ def packed(model: nn.Module, batch_size: int) -> Iterator[None]:
     """Within it, the model's linear layers on a CPU run packed.  Gradients must be off."""
     layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
     layers = [layer for layer in layers if _packs(_product_dtype(layer.weight))]
-    weights: dict[int, Tensor] = {}  # tied layers are packed once
+    weights: dict[tuple, Tensor] = {}  # tied layers are packed once
     try:
         for layer in layers:
             dtype = _product_dtype(layer.weight)
-            key = layer.weight.data_ptr()
+            key = (layer.weight.data_ptr(), layer.weight.shape, layer.weight.stride())
             if key not in weights:
                 weights[key] = _pack(layer.weight.detach().to(dtype), batch_size)
             bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-            layer.forward = functools.partial(_linear, weight=weights[key], bias=bias, dtype=dtype)
+            layer.__dict__["forward"] = functools.partial(
+                _linear, weight=weights[key], bias=bias, dtype=dtype
+            )
         yield
     finally:
         for layer in layers:

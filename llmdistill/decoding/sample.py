@@ -8,18 +8,21 @@ an unset one would be taken from the model's own `generation_config`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmdistill.batch import Draw, Prompts, Sampling, Sequences, Writer
 from llmdistill.decoding.keyed import perturb, row_keys
 from llmdistill.decoding.packed import packed
+from llmdistill.models.heads import eval_mode, unwrap_adapters
 from llmdistill.models.vocabulary import end_ids, num_tokens
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class KeyedSampler:
@@ -54,15 +57,23 @@ def sample(
 
     The model writes in eval mode and is left as it was.
     """
+    from transformers import GenerationConfig
+
     device = next(model.parameters()).device
     ids_BP = prompts.input_ids_BP.to(device)
     keys_B = row_keys(draw, prompts.row_ids_B.to(device), writer)
     ends, pad_id = end_ids(model, tokenizer), tokenizer.pad_token_id
-    with eval_mode(model), packed(model, len(prompts)):
+    with eval_mode(model), packed(model, len(prompts)), _blank_generation_config(model):
         output_BT = model.generate(
             input_ids=ids_BP,
             attention_mask=prompts.attention_mask_BP.to(device),
-            generation_config=_greedy(max_new_tokens, sorted(ends), pad_id),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=sorted(ends),
+                pad_token_id=pad_id,
+                use_cache=True,
+            ),
             logits_processor=[
                 KeyedSampler(ids_BP.shape[1], sampling, keys_B, num_tokens(tokenizer))
             ],
@@ -72,54 +83,17 @@ def sample(
     return Sequences.pack(prompts.ids(), responses, row_ids, writer=writer, pad_id=pad_id)
 
 
-class eval_mode:
-    """Puts a model in eval mode for a while, and each of its modules back as it was."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-
-    def __exit__(self, *_error: object) -> None:
-        for module in self.training:
-            module.training = True
-
-
-def _greedy(max_new_tokens: int, eos_ids: list[int], pad_id: int) -> GenerationConfig:
-    """Greedy search with every field that could change a score set to 'leave it alone'."""
+@contextlib.contextmanager
+def _blank_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Hides the model's own generation config, which fills every field that a call leaves open."""
     from transformers import GenerationConfig
 
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_ids,
-        pad_token_id=pad_id,
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        min_p=None,
-        typical_p=1.0,
-        epsilon_cutoff=0.0,
-        eta_cutoff=0.0,
-        repetition_penalty=1.0,
-        encoder_repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_new_tokens=0,
-        bad_words_ids=None,
-        sequence_bias=None,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-        forced_bos_token_id=None,
-        forced_eos_token_id=None,
-        exponential_decay_length_penalty=None,
-        renormalize_logits=False,
-        guidance_scale=None,
-        use_cache=True,
-        return_dict_in_generate=False,
-    )
+    inner = unwrap_adapters(model)
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def _until_end(ids: list[int], eos_ids: frozenset[int]) -> list[int]:

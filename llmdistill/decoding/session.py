@@ -35,8 +35,10 @@ class Session:
         self.model = model
         self.device = next(model.parameters()).device
         config = model.config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or []
+        windowed = getattr(config, "sliding_window", None) is not None
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * windowed
         self.can_hold_holes = all(kind == "full_attention" for kind in kinds)
+        self._window = getattr(config, "sliding_window", None) or 0
         self._cache = DynamicCache(config=config)
         self._mask_BC = prompts.attention_mask_BP[:, :0].to(self.device)
         ids_BP = prompts.input_ids_BP.to(self.device)
@@ -62,14 +64,18 @@ class Session:
         self._mask_BC = self._mask_BC * (position_BC <= length_B.to(self.device)[:, None])
         used_C = self._mask_BC.any(0)
         unused = len(used_C) - int(used_C.nonzero().max()) - 1 if used_C.any() else len(used_C)
-        if unused:
-            self._cache.crop(-unused)
-            self._mask_BC = self._mask_BC[:, :-unused]
-        if not self.can_hold_holes and bool((self._mask_BC[:, 1:] < self._mask_BC[:, :-1]).any()):
+        left_BC = self._mask_BC[:, : len(used_C) - unused]
+        holes = bool((left_BC[:, 1:] < left_BC[:, :-1]).any())
+        if not self.can_hold_holes and (holes or (unused and len(used_C) >= self._window)):
             raise ModelError(
                 f"{type(self.model).__name__} has layers that count columns (sliding window or "
-                "recurrent): rows cannot keep different lengths in one cache. Use block size 1."
+                "recurrent): what has left the window cannot come back, and rows cannot keep "
+                "different "
+                "lengths in one cache. Use block size 1."
             )
+        if unused:
+            self._cache.crop(-unused)
+            self._mask_BC = left_BC
 
     def drop(self, rows: Tensor) -> None:
         """Takes these rows out of the batch; the others close up."""

@@ -75,7 +75,7 @@ def _sums(student: PreTrainedModel, judged: Judged, num_tokens: int) -> torch.Te
         rows = slice(start, min(start + BLOCK_ROWS, len(hidden_NH)))
         student_nV, teacher_nV = log_probs(students[rows]), log_probs(teachers[rows].to(device))
         same_n = student_nV.argmax(-1) == teacher_nV.argmax(-1)
-        accepted_n = torch.minimum(student_nV, teacher_nV).exp().sum(-1)
+        accepted_n = 1 - (student_nV.exp() - teacher_nV.exp()).abs().sum(-1) / 2
         parts = (kl(teacher_nV, student_nV), same_n, accepted_n, torch.ones_like(accepted_n))
         sums += torch.stack([part.double().sum() for part in parts]).cpu()
     return sums

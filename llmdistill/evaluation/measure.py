@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmdistill.batch import Draw, Prompts, Sampling, Sequences, Writer
-from llmdistill.decoding.sample import eval_mode, sample
+from llmdistill.decoding.sample import sample
 from llmdistill.evaluation.agreement import Judged, agreement, judge
 from llmdistill.evaluation.text import repeated_ngrams, rouge_l
+from llmdistill.models.heads import eval_mode
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.teachers.local import LocalTeacher
 

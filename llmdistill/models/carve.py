@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
     blocks = _blocks(teacher)
     if not layers or not all(0 <= layer < len(blocks) for layer in layers):
         raise ModelError(f"cannot keep layers {list(layers)} of a model that has {len(blocks)}")
+    if len(set(layers)) < len(layers):
+        raise ModelError(f"cannot keep a layer twice, got {list(layers)}")
     kept = nn.ModuleList(blocks[layer] for layer in layers)
     name = _blocks_name(backbone)
     setattr(backbone, name, kept)
@@ -57,7 +59,7 @@ def influence(teacher: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT:
     real_BT = attention_mask_BT.bool()
     found: list[Tensor] = []
 
-    def record(_module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def record(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         before_BTH = args[0] if args else kwargs["hidden_states"]
         after_BTH = output[0] if isinstance(output, tuple) else output
         cosine_BT = torch.cosine_similarity(before_BTH.float(), after_BTH.float(), dim=-1)
@@ -109,5 +111,5 @@ def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
     config.num_hidden_layers = len(layers)
     for index, block in enumerate(_blocks(student)):
         for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = index
+            if "layer_idx" in module.__dict__:
+                module.__dict__["layer_idx"] = index

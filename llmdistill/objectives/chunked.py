@@ -10,6 +10,7 @@ once, in the forward pass, and only scaled in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,14 +86,22 @@ class HeadLogits:
 class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden_NH, weight_VH, bias_V, head, position_loss, weight_N, chunk_size, product_dtype
-    ):
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        position_loss: PositionLoss,
+        weight_N: Tensor,
+        chunk_size: int,
+        product_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wants_grad = wants_hidden or wants_weight or wants_bias
         inputs_NH, matrix_VH = hidden_NH.to(product_dtype), weight_VH.to(product_dtype)
         grad_NH = torch.zeros_like(inputs_NH) if wants_hidden else None
         grad_VH = torch.zeros_like(weight_VH) if wants_weight else None
-        grad_V = torch.zeros_like(bias_V) if wants_bias else None
+        grad_V = torch.zeros_like(bias_V) if wants_bias and bias_V is not None else None
         wide = torch.promote_types(product_dtype, torch.float32)
         losses_N = torch.empty(len(hidden_NH), dtype=wide, device=hidden_NH.device)
         buffer_cV = inputs_NH.new_empty(min(chunk_size, len(hidden_NH)), len(weight_VH))
@@ -114,7 +123,7 @@ class _ChunkedSum(torch.autograd.Function):
         return (losses_N * weight_N.to(wide)).sum(), losses_N
 
     @staticmethod
-    def backward(ctx, grad_total, _grad_losses):
+    def backward(ctx: Any, grad_total: Tensor, _grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("chunked_sum can be differentiated only once")
         grads, ctx.grads = ctx.grads, None

@@ -10,16 +10,14 @@ To add one: write a function of (student_NV, teacher_NV, *, options) and name it
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 LOG_ZERO = -1.0e4
 
-
-class Divergence(Protocol):
-    def __call__(self, student_NV: Tensor, teacher_NV: Tensor) -> Tensor: ...
+Divergence = Callable[..., Tensor]  # (student_NV, teacher_NV, *, options) -> (N,)
 
 
 def forward_kl(student_NV: Tensor, teacher_NV: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib.metadata
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +48,7 @@ def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
         base_model=_hub_name(recipe.student.model),
         license=terms or "other",
         datasets=[name] if (name := _hub_dataset(recipe.data.train)) else None,
-        tags=["distillation", "llmdistill", *{o.kind for o in recipe.objectives}],
+        tags=["distillation", "llmdistill", *sorted({o.kind for o in recipe.objectives})],
         library_name="transformers",
         pipeline_tag="text-generation",
     )
@@ -68,14 +69,15 @@ def license_of(model: str) -> str | None:
 
     if model in EMBEDDED:
         return EMBEDDED[model].license
-    local = Path(model).expanduser()
+    local = Path(os.path.expanduser(model))
     try:
         card = ModelCard.load(local / "README.md" if local.is_dir() else model)
     except (
         Exception
     ):  # no card, no network, no such repository: the card then says that it is unknown
         return None
-    return card.data.to_dict().get("license")
+    stated = card.data.to_dict().get("license")
+    return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
 
 
 def _origin(recipe: Recipe, license_name: str | None) -> str:
@@ -85,7 +87,7 @@ def _origin(recipe: Recipe, license_name: str | None) -> str:
         layers = f"{kept} layers" if isinstance(kept, int) else f"layers {kept}"
         student += f", cut down to {layers} (by {recipe.student.carve.by})"
     terms = (
-        f"The teacher's licence is {license_name}."
+        f"The teacher's licence is {_escape(license_name)}."
         if license_name
         else "The teacher's licence could not be read here: look it up before you share this model."
     )

@@ -15,7 +15,7 @@ from llmdistill.recipe.facts import close_to
 from llmdistill.recipe.schema import Recipe
 
 # The tags of the unions: pydantic names them in the place of an error, a user does not write them.
-KINDS = {"fixed", "sampled", "mixed", "response", "cross_entropy", "local"}
+KINDS = {"fixed", "sampled", "mixed", "response", "cross_entropy", "local", "int", "list[int]"}
 
 REFUSED = {
     "trust_remote_code": " Code from a model's repository could do anything on this machine; "
@@ -30,7 +30,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"no such recipe: {path}")
-    data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8: {error}") from None
+    data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of keys to values, got {type(data).__name__}"
@@ -73,13 +77,14 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), lis
 
 
 def parse_yaml(text: str, place: str) -> Any:
-    loader = _Loader(text)
     try:
-        return loader.get_single_data()
-    except yaml.YAMLError as error:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
         raise RecipeError(f"{place}: not YAML: {error}") from None
-    finally:
-        loader.dispose()
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -108,7 +113,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _index(items: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
+    if not key.isdecimal() or int(key) >= len(items):
         raise RecipeError(f"override '{override}': '{key}' is no place in a list of {len(items)}")
     return int(key)
 
@@ -137,7 +142,7 @@ def _dotted(location: Sequence[str | int], data: Any) -> str:
     """'objectives[0].beta'; the tags that pydantic puts in for the kind of a union are left out."""
     path, here = "", data
     for step in location:
-        if isinstance(here, dict) and step not in here and step in KINDS:
+        if step in KINDS and not (isinstance(here, dict) and step in here):
             continue
         path += f"[{step}]" if isinstance(step, int) else f"{'.' if path else ''}{step}"
         try:

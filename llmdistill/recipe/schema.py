@@ -31,7 +31,7 @@ class Strict(BaseModel):
             for key in data:
                 if key not in cls.model_fields:
                     raise PydanticCustomError(
-                        "unknown_key", "", {"key": key, "known": list(cls.model_fields)}
+                        "unknown_key", "", {"key": str(key), "known": list(cls.model_fields)}
                     )
         return data
 
@@ -209,9 +209,7 @@ class Recipe(Strict):
     student: StudentRecipe
     data: DataRecipe
     rollout: RolloutRecipe = FixedRecipe()
-    objectives: list[ObjectiveRecipe] = Field(
-        default_factory=lambda: [ResponseRecipe()], min_length=1
-    )
+    objectives: list[ObjectiveRecipe] = Field([ResponseRecipe()], min_length=1)
     training: dict[str, Any] = {}
     """transformers.TrainingArguments."""
     evaluate: EvaluateRecipe = EvaluateRecipe()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llmdistill import recipe
 from llmdistill.batch import Rollout, Sampling
 from llmdistill.rollouts.fixed import FixedRollout
@@ -33,7 +35,7 @@ def _mixed(answer: recipe.MixedRecipe) -> Rollout:
     )
 
 
-_BUILDERS = {
+_BUILDERS: dict[type, Callable[..., Rollout]] = {
     recipe.FixedRecipe: _fixed,
     recipe.SampledRecipe: _sampled,
     recipe.MixedRecipe: _mixed,

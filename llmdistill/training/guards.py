@@ -26,12 +26,9 @@ def stop_if_not_finite(
     if bool(finite_R.all()):
         return
     ranks = (~finite_R).nonzero()[:, 0].tolist()
+    here = f"loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}"
     raise NonFiniteLossError(
         f"step {step}, rank {', '.join(map(str, ranks))}: the loss or its gradient is not finite "
-        f"(loss "
-        f"{float(loss):.4g} and gradient norm {float(grad_norm):.4g} on rank "
-        f"{accelerator.process_index}). "
-        "The update was not made. Lower training.learning_rate, look at the rows of this step, "
-        "or resume "
-        "from the last checkpoint."
+        f"({here} on rank {accelerator.process_index}). The update was not made. Lower "
+        "training.learning_rate, look at the rows of this step, or resume from the last checkpoint."
     )

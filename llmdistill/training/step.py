@@ -52,7 +52,7 @@ class StepOutput(NamedTuple):
     """
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment] # a tuple has a method of this name
     terms: dict[str, Tensor]
 
 

@@ -42,6 +42,7 @@ class DistillTrainer(Trainer):
     VocabularyError where teacher and student do not share a vocabulary.
     """
 
+    optimizer: torch.optim.Optimizer | None
     loss_is_scaled_for_ga = True  # our loss is divided by the whole step's count already
 
     def __init__(
@@ -183,7 +184,7 @@ class DistillTrainer(Trainer):
                 f"train "
                 f"{' and '.join(groups)} together; choose adamw_torch"
             )
-        self.optimizer = optimizer_class(
+        optimizer = optimizer_class(
             [
                 {
                     "params": [p for name, p in named.items() if (name in decayed) is decays],
@@ -195,7 +196,8 @@ class DistillTrainer(Trainer):
             ],
             **options,
         )
-        return self.optimizer
+        self.optimizer = optimizer
+        return optimizer
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float | None:
         """Each owner's gradient is clipped on its own: one clip would couple them.  Gives the norm
@@ -301,14 +303,15 @@ class DistillTrainer(Trainer):
     ) -> Any:
         from huggingface_hub import HfApi
 
+        options: dict[str, Any] = {"run_as_future": not blocking}
         return HfApi().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=str(folder),
+            repo_id=str(self.hub_model_id),
+            folder_path=folder,
             commit_message=message,
             token=token,
             revision=revision or self.args.hub_revision,
-            run_as_future=not blocking,
             ignore_patterns=checkpoint.TRAINING_ONLY,
+            **options,
         )
 
     def _export_folder(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -216,8 +217,7 @@ def test_influence_is_one_minus_the_cosine_of_the_residual_stream(teacher_model,
         states = teacher_model.model(ids_BT, output_hidden_states=True).hidden_states
     # The last of these has passed the final norm, so the last layer is left out.
     expected = [
-        1 - torch.cosine_similarity(a, b, dim=-1).mean()
-        for a, b in zip(states[:-2], states[1:-1], strict=True)
+        1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in itertools.pairwise(states[:-1])
     ]
     found = influence(teacher_model, ids_BT, torch.ones_like(ids_BT))
     torch.testing.assert_close(found[:-1], torch.stack(expected), atol=1e-6, rtol=1e-5)

@@ -1,0 +1,63 @@
+"""Measures of text, worked by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmdistill.evaluation.text import repeated_ngrams, rouge_l
+
+
+@pytest.mark.parametrize(
+    ("answers", "n", "share"),
+    [
+        (["a b c d e"], 2, 0.0),
+        (["a b a b a"], 2, 2 / 4),  # ab ba ab ba
+        (["a a a a a"], 4, 1 / 2),  # aaaa twice
+        (["a a a"], 1, 2 / 3),
+        (["a b c d", "a b c d"], 2, 0.0),  # only within one answer
+        (["x x x x x", "a b c d e f g h"], 4, 1 / 7),  # 2 + 5 n-grams: over all, not per answer
+        (["a  b\na b"], 2, 1 / 3),  # white space of any kind
+        (["a b c"], 4, 0.0),  # shorter than one n-gram
+        ([""], 4, 0.0),
+        ([], 4, 0.0),
+    ],
+)
+def test_repeated_ngrams(answers, n, share):
+    assert repeated_ngrams(answers, n) == pytest.approx(share)
+
+
+def test_four_words_are_the_default():
+    text = "a b c d a b c d"  # five 4-grams, the last is the first; 3-grams would give 2 of 6
+    assert repeated_ngrams([text]) == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("the cat sat", "the cat sat", 1.0),
+        ("one two", "three four", 0.0),
+        # Longest common subsequence "the cat on the mat": 5 of 6 words and 5 of 6.
+        ("the cat is on the mat", "the cat sat on the mat", 5 / 6),
+        # "a c": precision 2/2, recall 2/4.
+        ("a c", "a b c d", 2 * 1.0 * 0.5 / 1.5),
+        ("b a", "a b", 0.5),  # the order counts
+        ("The Cat!", "the cat", 1.0),  # letter case and punctuation do not
+        ("running", "run", 0.0),  # no stemming
+        ("", "a", 0.0),
+        ("a", "", 0.0),
+    ],
+)
+def test_rouge_l(answer, reference, score):
+    assert rouge_l([answer], [reference]) == pytest.approx(score)
+
+
+def test_rouge_l_is_the_mean_over_answers():
+    assert rouge_l(["a b", "x", "a c"], ["a b", "y", "a b c d"]) == pytest.approx(
+        (1 + 0 + 2 / 3) / 3
+    )
+    assert rouge_l([], []) == 0.0
+
+
+def test_rouge_l_wants_a_reference_for_each():
+    with pytest.raises(ValueError, match="shorter"):
+        rouge_l(["a", "b"], ["a"])

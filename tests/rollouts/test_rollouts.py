@@ -1,0 +1,292 @@
+"""Who writes what, when, and how often."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llmdistill import recipe
+from llmdistill.batch import Draw, Progress, Prompts, Sampling, Sequences, Stateful, Writer
+from llmdistill.decoding.sample import sample
+from llmdistill.errors import DataError, RecipeError
+from llmdistill.rollouts import build_rollout
+from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.rollouts.mixed import MixedRollout
+from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.teachers.local import LocalTeacher
+from tests import toy
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
+RESPONSES = [[20], [21, 22, 23], [24, 2]]
+ROW_IDS = [4, 0, 9]
+
+
+def prompts(places=(0, 1, 2), *, responses=True) -> Prompts:
+    return Prompts.pack(
+        [PROMPTS[i] for i in places],
+        [ROW_IDS[i] for i in places],
+        pad_id=0,
+        responses=[RESPONSES[i] for i in places] if responses else None,
+    )
+
+
+def at(step=0, *, epoch=0, seed=3) -> Progress:
+    return Progress(step=step, epoch=epoch, seed=seed)
+
+
+class Scribe:
+    """Writes, for row r in sample k of epoch e, the ids [100 + r, 50 + k, 30 + e]; remembers its calls."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer, self.calls = writer, []
+
+    def write(self, prompts, sampling, *, max_new_tokens, draw: Draw) -> Sequences:
+        rows = prompts.row_ids_B.tolist()
+        samples = draw.sample if isinstance(draw.sample, tuple) else (draw.sample,) * len(rows)
+        self.calls.append(
+            (list(zip(rows, samples, strict=True)), sampling, max_new_tokens, draw.seed)
+        )
+        assert prompts.ids() == [PROMPTS[ROW_IDS.index(row)] for row in rows]
+        return Sequences.pack(
+            prompts.ids(),
+            # Ragged, so that a mix-up of rows shows in the lengths too.
+            [
+                [100 + row, 50 + k, 30 + draw.epoch][: 2 + (row + k) % 2] if row else [100, 50 + k]
+                for row, k in zip(rows, samples, strict=True)
+            ],
+            rows,
+            writer=self.writer,
+            pad_id=0,
+        )
+
+
+@pytest.fixture
+def scribes():
+    return Scribe(Writer.STUDENT), Scribe(Writer.TEACHER)
+
+
+def refuse(*_args, **_options):
+    pytest.fail("nobody was to write")
+
+
+class Nobody:
+    write = judge = refuse
+
+
+# ---- fixed ----
+
+
+def test_fixed_is_the_data_sets_own():
+    written = FixedRollout().write(prompts(), Nobody(), Nobody(), at())
+    assert written.responses() == RESPONSES
+    assert written.row_ids_B.tolist() == ROW_IDS
+    assert written.input_ids_BT[0, :4].tolist() == [5, 6, 7, 20]
+    assert written.writer_BT.eq(Writer.DATA).all()
+    assert written.num_predicted.tolist() == [1, 3, 2]
+
+
+def test_fixed_without_responses_is_an_error_and_no_other_rollout():
+    with pytest.raises(DataError, match=r"row 4 has no response.*rollout\.kind: sampled"):
+        FixedRollout().write(prompts(responses=False), Nobody(), Nobody(), at())
+
+
+# ---- sampled by the student ----
+
+
+def student_texts(model, progress):
+    class Student:
+        def write(self, prompts, sampling, **options):
+            return sample(
+                model, toy.tokenizer(), prompts, sampling, writer=Writer.STUDENT, **options
+            )
+
+    rollout = SampledRollout("student", max_new_tokens=8)
+    return rollout.write(prompts(), Student(), Nobody(), progress)
+
+
+def test_the_student_writes_anew_each_epoch_and_the_same_within_one():
+    model = toy.model().double()
+    first = student_texts(model, at(0)).responses()
+    assert student_texts(model, at(7)).responses() == first
+    assert student_texts(model, at(0, epoch=1)).responses() != first
+    assert student_texts(model, at(0, seed=4)).responses() != first
+
+
+def test_the_student_is_asked_each_time_with_its_sampling(scribes):
+    student, _ = scribes
+    sampling = Sampling(0.7, 0.9, 5)
+    rollout = SampledRollout("student", sampling=sampling, max_new_tokens=11)
+    for step in range(3):
+        written = rollout.write(prompts(), student, Nobody(), at(step, epoch=step, seed=6))
+        assert written.writer_BT[written.response_mask_BT].eq(Writer.STUDENT).all()
+    assert student.calls == [([(4, 0), (0, 0), (9, 0)], sampling, 11, 6)] * 3
+    assert written.responses()[0] == [104, 50]
+
+
+def test_the_student_has_no_number_of_samples():
+    with pytest.raises(RecipeError, match=r"rollout\.samples"):
+        SampledRollout("student", samples=2)
+
+
+# ---- sampled by the teacher ----
+
+
+def test_the_teacher_writes_once(scribes):
+    _, teacher = scribes
+    rollout = SampledRollout("teacher", sampling=Sampling(0.5), max_new_tokens=9)
+    first = rollout.write(prompts(), Nobody(), teacher, at(0))
+    for epoch in range(1, 4):
+        again = rollout.write(prompts(), Nobody(), teacher, at(9, epoch=epoch))
+        assert again.responses() == first.responses()
+    assert teacher.calls == [([(4, 0), (0, 0), (9, 0)], Sampling(0.5), 9, 3)]
+    assert first.writer_BT[first.response_mask_BT].eq(Writer.TEACHER).all()
+    assert first.writer_BT[~first.response_mask_BT].eq(Writer.DATA).all()
+
+
+def test_only_rows_not_seen_before_are_written(scribes):
+    _, teacher = scribes
+    rollout = SampledRollout("teacher")
+    rollout.write(prompts([1]), Nobody(), teacher, at())
+    both = rollout.write(prompts([2, 1, 0]), Nobody(), teacher, at())
+    assert [rows for rows, *_ in teacher.calls] == [[(0, 0)], [(9, 0), (4, 0)]]
+    assert [ids[0] for ids in both.responses()] == [109, 100, 104]
+
+
+def test_a_row_that_stands_twice_in_a_batch_is_written_once(scribes):
+    """The last batch of an epoch repeats rows."""
+    _, teacher = scribes
+    written = SampledRollout("teacher", samples=2).write(
+        prompts([0, 1, 0]), Nobody(), teacher, at()
+    )
+    (rows, *_), *others = teacher.calls
+    assert not others
+    assert sorted(rows) == [(0, 0), (0, 1), (4, 0), (4, 1)]
+    assert written.responses()[0] == written.responses()[2]
+
+
+def test_samples_cycle_over_the_epochs(scribes):
+    _, teacher = scribes
+    rollout = SampledRollout("teacher", samples=3)
+    seen = [
+        [ids[1] for ids in rollout.write(prompts(), Nobody(), teacher, at(epoch=epoch)).responses()]
+        for epoch in range(5)
+    ]
+    assert seen == [[50] * 3, [51] * 3, [52] * 3, [50] * 3, [51] * 3]
+    assert len(teacher.calls) == 1
+    assert len(teacher.calls[0][0]) == 9
+
+
+def test_the_samples_of_a_real_teacher_differ(tokenizer):
+    teacher = LocalTeacher(toy.teacher_model().double(), tokenizer)
+    rollout = SampledRollout("teacher", samples=2, max_new_tokens=8)
+    first, second = (rollout.write(prompts(), Nobody(), teacher, at(epoch=e)) for e in (0, 1))
+    for one, two in zip(first.responses(), second.responses(), strict=True):
+        assert one != two
+    # As if it had been asked for that sample alone.
+    alone = teacher.write(prompts(), Sampling(), max_new_tokens=8, draw=Draw(3, sample=1))
+    assert second.responses() == alone.responses()
+
+
+def test_what_a_teacher_wrote_survives_as_json(scribes):
+    _, teacher = scribes
+    rollout = SampledRollout("teacher", samples=2)
+    written = [rollout.write(prompts(), Nobody(), teacher, at(epoch=e)).responses() for e in (0, 1)]
+    assert isinstance(rollout, Stateful)
+    state = json.loads(json.dumps(rollout.state_dict()))
+    restored = SampledRollout("teacher", samples=2)
+    restored.load_state_dict(state)
+    for epoch in (0, 1):
+        got = restored.write(prompts(), Nobody(), Nobody(), at(epoch=epoch))
+        assert got.responses() == written[epoch]
+    assert json.loads(json.dumps(restored.state_dict())) == state
+
+
+# ---- mixed ----
+
+
+def choices(share, *, seed=3, steps=range(200)):
+    """Which of the steps are the student's own."""
+    student, teacher = Scribe(Writer.STUDENT), Scribe(Writer.TEACHER)
+    rollout = MixedRollout(SampledRollout("student"), FixedRollout(), share=share)
+    return [
+        bool(rollout.write(prompts(), student, teacher, at(step, seed=seed)).writer_BT.any())
+        for step in steps
+    ]
+
+
+def test_a_share_of_none_and_all():
+    assert not any(choices(0.0))
+    assert all(choices(1.0))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.8])
+def test_the_student_writes_its_share(share):
+    steps = range(2000)
+    found = sum(choices(share, steps=steps)) / len(steps)
+    assert found == pytest.approx(share, abs=4 * (share * (1 - share) / len(steps)) ** 0.5)
+
+
+def test_the_choice_is_keyed_by_seed_and_step():
+    first = choices(0.5)
+    assert choices(0.5) == first
+    assert choices(0.5, steps=range(100, 200)) == first[100:]  # a resumed run
+    assert choices(0.5, seed=4) != first
+
+
+def test_the_choice_does_not_read_or_move_the_global_generators():
+    import random
+
+    random.seed(1)
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    first = choices(0.5)
+    assert random.getstate() == state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    random.seed(2)
+    assert choices(0.5) == first
+
+
+def test_each_step_of_a_mixture_is_marked_with_its_writer(scribes):
+    student, teacher = scribes
+    rollout = MixedRollout(SampledRollout("student"), SampledRollout("teacher"))
+    seen = set()
+    for step in range(20):
+        written = rollout.write(prompts(), student, teacher, at(step))
+        writers = set(written.writer_BT[written.response_mask_BT].tolist())
+        assert len(writers) == 1
+        seen |= writers
+    assert seen == {Writer.STUDENT, Writer.TEACHER}
+    assert len(teacher.calls) == 1
+    assert 1 < len(student.calls) < 20
+
+
+def test_a_mixture_keeps_what_its_teacher_wrote(scribes):
+    _, teacher = scribes
+    rollout = MixedRollout(SampledRollout("student"), SampledRollout("teacher"), share=0.0)
+    written = rollout.write(prompts(), Nobody(), teacher, at())
+    state = json.loads(json.dumps(rollout.state_dict()))
+    restored = MixedRollout(SampledRollout("student"), SampledRollout("teacher"), share=0.0)
+    restored.load_state_dict(state)
+    assert restored.write(prompts(), Nobody(), Nobody(), at(5)).responses() == written.responses()
+
+
+def test_a_mixture_with_the_data_set_has_state_too():
+    rollout = MixedRollout(SampledRollout("student"), FixedRollout())
+    rollout.load_state_dict(json.loads(json.dumps(rollout.state_dict())))
+
+
+# ---- from a recipe ----
+
+
+def test_a_recipe_builds_its_rollout():
+    sampling = recipe.SamplingRecipe(temperature=0.5, top_p=0.9, top_k=7)
+    student = recipe.SampledRecipe(sampling=sampling, max_new_tokens=33)
+    other = recipe.SampledRecipe(by="teacher", samples=4)
+    built = build_rollout(recipe.MixedRecipe(share=0.3, student=student, other=other))
+    assert isinstance(built, MixedRollout)
+    assert built.share == 0.3
+    assert (built.student.by, built.student.max_new_tokens) == ("student", 33)
+    assert built.student.sampling == Sampling(temperature=0.5, top_p=0.9, top_k=7)
+    assert (built.other.by, built.other.samples) == ("teacher", 4)
+    assert isinstance(build_rollout(recipe.FixedRecipe()), FixedRollout)
