@@ -115,9 +115,11 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     if PartialState().is_main_process:
         if evaluation is not None and before is not None:
             result = _measured(folder, evaluation, before, evaluation.measure(student))
-        card = model_card(recipe, result.evaluation)
-        (result.student / "README.md").write_text(card, encoding="utf-8")
+        trainer.model_card = model_card(recipe, result.evaluation)
+        (result.student / "README.md").write_text(trainer.model_card, encoding="utf-8")
     PartialState().wait_for_everyone()
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
     return result
 
 

@@ -364,3 +364,12 @@ def test_reading_a_recipe_imports_nothing_heavy(file):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("no", "no"), ("on", "on"), ("true", True), ("False", False), ("1e-4", 1e-4)],
+)
+def test_words_are_words_and_numbers_are_numbers(text, value):
+    """`save_strategy: no` is a strategy, not a false."""
+    assert recipes.parse_yaml(text, "here") == value

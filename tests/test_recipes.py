@@ -78,6 +78,29 @@ def shorter(path: Path) -> list[str]:
     return []
 
 
+def test_a_recipe_pushes_the_student_with_its_card(pair, data, monkeypatch):
+    teacher, student = pair
+    pushed = []
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        pushed.append((repo_id, (Path(folder_path) / "README.md").read_text()))
+
+    def init_hf_repo(self, **options):
+        self.hub_model_id = "me/small"
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", init_hf_repo)
+    overrides = [
+        f"output={data}/run", f"teacher.model={teacher}", f"student.model={student}",
+        f"data.train={data}/train.jsonl", f"data.eval={data}/heldout.jsonl", "training.max_steps=1",
+        "training.use_cpu=true", "training.dataloader_pin_memory=false", "evaluate.max_new_tokens=4",
+        "training.push_to_hub=true", "training.save_strategy=no",
+    ]  # fmt: skip
+    distill(recipes.load(RECIPES[-1], overrides))
+    assert [repo for repo, _ in pushed] == ["me/small"]
+    assert "kl_teacher_text" in pushed[0][1]
+
+
 def test_the_student_loads_in_plain_transformers(pair, data):
     """R12: same logits in plain AutoModelForCausalLM, its template and generation config, no other
     keys.

@@ -77,8 +77,8 @@ def _template(
 def _through_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: str) -> list[int]:
     """The answer up to the token that closes its turn.
 
-    That is the tokenizer's end token, or, where the template closes a turn with another one, the last
-    special token.  Only the template can have written either: the text was made harmless.
+    That is the tokenizer's end token, or, where the template closes a turn with another one, the
+    last special token.  Only the template can have written either: the text was made harmless.
     """
     if tokenizer.eos_token_id in ids:
         return ids[: ids.index(tokenizer.eos_token_id) + 1]
