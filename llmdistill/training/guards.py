@@ -21,11 +21,13 @@ def stop_if_not_finite(
 
     Called before the optimiser's update, so the weights stay those of the last good step.
     """
-    finite = torch.isfinite(loss) & torch.isfinite(torch.as_tensor(grad_norm, device=loss.device))
-    finite_R = accelerator.gather(finite.reshape(1))
-    if bool(finite_R.all()):
+    norm = torch.as_tensor(grad_norm, device=loss.device)
+    finite_R2 = accelerator.gather(torch.stack([torch.isfinite(loss), torch.isfinite(norm)])[None])
+    if bool(finite_R2.all()):
         return
-    ranks = (~finite_R).nonzero()[:, 0].tolist()
+    # Gradients are shared by then, so a bad loss names its rank and a bad gradient names them all.
+    bad_R = ~finite_R2[:, 0] if not finite_R2[:, 0].all() else ~finite_R2[:, 1]
+    ranks = bad_R.nonzero()[:, 0].tolist()
     here = f"loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}"
     raise NonFiniteLossError(
         f"step {step}, rank {', '.join(map(str, ranks))}: the loss or its gradient is not finite "
