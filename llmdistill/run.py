@@ -209,8 +209,7 @@ def _student_tokenizer(recipe: Recipe, teacher: LocalTeacher) -> PreTrainedToken
         raise VocabularyError(
             f"the chat templates of teacher '{base.model}' and student '{student.model}' render a "
             "conversation in different tokens; the teacher would judge text that it does not "
-            "expect. "
-            "Give the student the teacher's template, or choose another pair."
+            "expect. Give the student the teacher's template, or choose another pair."
         )
     return tokenizer
 

@@ -163,8 +163,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:
         raise DataError(
             f"cannot load data set '{source}': {type(error).__name__}: {error}. Give a local "
-            f".jsonl file, "
-            "or a data set of the Hub as org/name or org/name:split."
+            ".jsonl file, or a data set of the Hub as org/name or org/name:split."
         ) from error
     for number, row in enumerate(rows):
         yield f"{source}[{number}]", row

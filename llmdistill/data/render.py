@@ -41,9 +41,8 @@ def render(
     if whole[: len(prompt)] != prompt:
         raise DataError(
             f"{example.place}: the chat template renders this prompt in other tokens once its "
-            f"answer "
-            "follows (an answer that starts with white space does this). Strip the answer or "
-            "drop the row."
+            "answer follows (an answer that starts with white space does this). Strip the answer "
+            "or drop the row."
         )
     return prompt, _through_end(tokenizer, whole[len(prompt) :], example.place)
 
@@ -97,8 +96,7 @@ def _plain(
     if len(example.prompt) != 1:
         raise DataError(
             f"{example.place}: {len(example.prompt)} messages, but the tokenizer has no chat "
-            f"template. "
-            "Use the tokenizer of an instruct model, or rows with one prompt."
+            "template. Use the tokenizer of an instruct model, or rows with one prompt."
         )
     if tokenizer.eos_token_id is None:
         raise DataError(

@@ -70,8 +70,7 @@ class Session:
             raise ModelError(
                 f"{type(self.model).__name__} has layers that count columns (sliding window or "
                 "recurrent): what has left the window cannot come back, and rows cannot keep "
-                "different "
-                "lengths in one cache. Use block size 1."
+                "different lengths in one cache. Use block size 1."
             )
         if unused:
             self._cache.crop(-unused)

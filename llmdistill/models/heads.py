@@ -85,8 +85,7 @@ def split(model: Any) -> tuple[nn.Module, Head]:
     if not isinstance(weight_VH, Tensor) or weight_VH.dim() != 2 or hasattr(output, "base_layer"):
         raise ModelError(
             f"the output layer of {type(inner).__name__} is a {type(output).__name__}, not one "
-            f"plain "
-            "linear layer; train it unquantised and without an adapter on it"
+            "plain linear layer; train it unquantised and without an adapter on it"
         )
     config = inner.config.get_text_config()
     return backbone, Head(
@@ -131,8 +130,7 @@ def check_split(model: nn.Module) -> None:
     if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
         gap = float((found.float() - expected.float()).abs().max())
         raise ModelError(
-            f"{type(unwrap_adapters(model)).__name__}: head(backbone(x)) differs from the "
-            f"model's own "
-            f"logits by up to {gap:.3g}. This family's head is not known to llmdistill; please "
-            f"report it."
+            f"{type(unwrap_adapters(model)).__name__}: head(backbone(x)) differs from the model's "
+            f"own logits by up to {gap:.3g}. This family's head is not known to llmdistill; "
+            "please report it."
         )

@@ -58,8 +58,8 @@ def load_model(
     dtype: str = "auto",
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
-    """A causal LM in eval mode.  `dtype` auto is `preferred_dtype(device)`; device None is a GPU if
-    any.
+    """A causal LM in eval mode.  `dtype` auto is `preferred_dtype(device)`; `device` None is a GPU,
+    or the CPU where there is none.
 
     Raises ModelError with the reason when it cannot be loaded.
     """
@@ -85,8 +85,7 @@ def load_model(
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"cannot load '{name}': {len(missing)} weights are not in its files and would be "
-            f"random, "
-            f"{missing[0]} for one. The download or the conversion is incomplete."
+            f"random ({missing[0]}, ...). The download or the conversion is incomplete."
         )
     model.config.name_or_path = name
     # A checkpoint made from a quantised file is dense now; its config must not say otherwise.
@@ -95,9 +94,7 @@ def load_model(
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a padding token (the end token where it has none of its
-    own).
-    """
+    """The tokenizer of a model; where it has no padding token, the end token serves as one."""
     from transformers import AutoTokenizer
 
     folder, options = _locate(name)
@@ -208,8 +205,7 @@ def _clear_errors(name: str) -> Iterator[None]:
         if "trust_remote_code" in text:
             raise ModelError(
                 f"'{name}' needs code from its own repository, which llmdistill never runs: it "
-                f"could do "
-                "anything on this machine. Convert it to a model type that transformers knows."
+                "could do anything on this machine. Convert it to a type that transformers knows."
             ) from error
         if isinstance(error, OSError) and not os.path.exists(os.path.expanduser(name)):
             raise ModelError(

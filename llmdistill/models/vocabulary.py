@@ -68,10 +68,9 @@ def require_same(
     if verdict.agreement is Agreement.DIFFERENT:
         raise VocabularyError(
             f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens, head of {teacher_rows_V} "
-            f"rows) and "
-            f"student '{student.name_or_path}' ({len(student)} tokens, head of {student_rows_V} "
-            f"rows) do "
-            f"not share a vocabulary: {verdict.reason}. Choose a pair with one tokenizer."
+            f"rows) and student '{student.name_or_path}' ({len(student)} tokens, head of "
+            f"{student_rows_V} rows) do not share a vocabulary: {verdict.reason}. Choose a pair "
+            "with one tokenizer."
         )
     return verdict.shared
 

@@ -92,13 +92,12 @@ def _origin(recipe: Recipe, license_name: str | None) -> str:
         else "The teacher's licence could not be read here: look it up before you share this model."
     )
     return (
-        "A causal language model distilled with [llmdistill](https://pypi.org/project/llmdistill/).\n\n"
-        f"- **Student**: {student}\n"
-        f"- **Teacher**: `{_escape(recipe.teacher.model)}`\n"
-        f"- **Who writes**: {_describe(recipe.rollout)}\n"
-        f"- **What is matched**: {'; '.join(_describe(o) for o in recipe.objectives)}\n"
-        f"- **Data**: `{_escape(recipe.data.train)}`\n\n"
-        f"{terms}"
+        "A causal language model distilled with "
+        f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n- **Student**: {student}\n- "
+        f"**Teacher**: `{_escape(recipe.teacher.model)}`\n- **Who writes**: "
+        f"{_describe(recipe.rollout)}\n- **What is matched**: "
+        f"{'; '.join(_describe(o) for o in recipe.objectives)}\n- **Data**: "
+        f"`{_escape(recipe.data.train)}`\n\n{terms}"
     )
 
 

@@ -16,8 +16,7 @@ class FixedRollout:
         if prompts.responses is None:
             raise DataError(
                 f"row {int(prompts.row_ids_B[0])} has no response: a fixed rollout trains on the "
-                f"data "
-                "set's own responses. Add them, or choose rollout.kind: sampled."
+                "data set's own responses. Add them, or choose rollout.kind: sampled."
             )
         return Sequences.pack(
             prompts.ids(),

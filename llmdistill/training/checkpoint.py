@@ -104,8 +104,8 @@ def _load_student(student: PreTrainedModel, folder: Path) -> None:
     if missing or unexpected:
         raise CheckpointError(
             f"{folder} does not fit the student: missing {missing[:3]}, unexpected "
-            f"{unexpected[:3]}. "
-            "It belongs to another model; give the recipe that it was made with."
+            f"{unexpected[:3]}. It belongs to another model; give the recipe that it was made "
+            "with."
         )
 
 

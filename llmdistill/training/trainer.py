@@ -181,8 +181,7 @@ class DistillTrainer(Trainer):
         if {"params", "model", "optimizer_dict"} & options.keys():
             raise TrainingError(
                 f"training.optim: {self.args.optim} makes its own parameter groups and cannot "
-                f"train "
-                f"{' and '.join(groups)} together; choose adamw_torch"
+                f"train {' and '.join(groups)} together; choose adamw_torch"
             )
         optimizer = optimizer_class(
             [
@@ -343,9 +342,8 @@ class DistillTrainer(Trainer):
         """On a CPU Accelerate takes `fsdp=` and trains with DDP, without a word."""
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise TrainingError(
-                "training.fsdp is set, but Accelerate did not shard the model (it does so on "
-                "GPUs only); "
-                "remove it or launch on GPUs"
+                "training.fsdp is set, but Accelerate did not shard the model (it does so on GPUs "
+                "only); remove it or launch on GPUs"
             )
 
 

@@ -543,3 +543,15 @@ def test_a_trainer_state_is_plain_json(tmp_path):
     made.train()
     json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
     assert arguments(tmp_path).output_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("by", ["student", "teacher"])
+def test_writes_under_bf16_autocast(tmp_path, by):
+    """What a run does on a machine whose CPU multiplies bfloat16."""
+    teacher = LocalTeacher(toy.teacher_model().bfloat16(), toy.tokenizer())
+    rollout = SampledRollout(by, max_new_tokens=5)
+    made = trainer(tmp_path, rollout=rollout, teacher=teacher, bf16=True, max_steps=2)
+    made.train()
+    assert all(entry["loss"] > 0 for entry in made.state.log_history if "loss" in entry)
+    assert made.model.student.dtype == torch.float32
+    assert teacher.model.dtype == torch.bfloat16
