@@ -226,11 +226,19 @@ class Sequences:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
+        if self.signal is not None:
+            places = torch.arange(int(self.num_predicted.sum())).split(self.num_predicted.tolist())
+            chosen = torch.cat([torch.arange(0), *(places[row] for row in rows.tolist())])
+            cut["signal"] = self.signal.select(chosen)
         return replace(self, **cut)
 
     def without_loss(self, rows_B: Tensor) -> Sequences:
         """The same batch in which the rows marked True predict nothing."""
-        return replace(self, response_mask_BT=self.response_mask_BT & ~rows_B[:, None])
+        signal = self.signal
+        if signal is not None:
+            signal = signal.select(~rows_B.repeat_interleave(self.num_predicted))
+        mask_BT = self.response_mask_BT & ~rows_B[:, None]
+        return replace(self, response_mask_BT=mask_BT, signal=signal)
 
 
 def final_hidden(backbone: Any, sequences: Sequences) -> Tensor:
@@ -264,6 +272,10 @@ class TeacherSignal:
 
     hidden_NH: Tensor
     head: Head
+
+    def select(self, places: Tensor) -> TeacherSignal:
+        """The judgement of some of the N tokens: by number, or by a mask (N,)."""
+        return replace(self, hidden_NH=self.hidden_NH[places.to(self.hidden_NH.device)])
 
 
 class Model(Protocol):

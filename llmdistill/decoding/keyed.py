@@ -44,34 +44,37 @@ def gumbel(keys_B: Tensor, slot_B: Tensor | int, num_tokens: int) -> Tensor:
     return noise_BV
 
 
-def warp(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities of the sampling distribution, in float32: temperature, top-k, top-p: (B,
-    V).
+def cut_away(logits_BV: Tensor, sampling: Sampling) -> Tensor | None:
+    """True for the tokens that top-k and top-p leave out, in this order: (B, V); None if none is.
 
-    Tokens outside the kept set are -inf.  Temperature 0 has no distribution: ask `draw_tokens`.
+    The likeliest token is always kept; on a tie at the edge, top-k keeps all that are equal.
     """
-    log_probs_BV = torch.log_softmax(logits_BV.float() / sampling.temperature, dim=-1)
-    if 0 < sampling.top_k < log_probs_BV.shape[-1]:
-        threshold_B1 = log_probs_BV.topk(sampling.top_k).values[:, -1:]
-        log_probs_BV = log_probs_BV.masked_fill(log_probs_BV < threshold_B1, -torch.inf)
+    has_top_k = 0 < sampling.top_k < logits_BV.shape[-1]
+    if not has_top_k and sampling.top_p >= 1.0:
+        return None
+    scores_BV = logits_BV.float() / sampling.temperature
+    if has_top_k:
+        threshold_B1 = scores_BV.topk(sampling.top_k).values[:, -1:]
+        scores_BV = scores_BV.masked_fill(scores_BV < threshold_B1, -torch.inf)
     if sampling.top_p < 1.0:
-        sorted_BV, order_BV = log_probs_BV.softmax(-1).sort(descending=True, stable=True)
-        before_BV = (
-            sorted_BV.cumsum(-1) - sorted_BV
-        )  # mass of the likelier tokens; the first has none
-        outside_BV = (before_BV >= sampling.top_p).scatter(
-            -1, order_BV, before_BV >= sampling.top_p
-        )
-        log_probs_BV = log_probs_BV.masked_fill(outside_BV, -torch.inf)
-    return log_probs_BV.log_softmax(-1)
+        sorted_BV, order_BV = scores_BV.softmax(-1).sort(descending=True, stable=True)
+        before_BV = sorted_BV.cumsum(-1) - sorted_BV  # mass of the likelier tokens; of the first: 0
+        outside_BV = before_BV >= sampling.top_p
+        scores_BV = scores_BV.masked_fill(outside_BV.scatter(-1, order_BV, outside_BV), -torch.inf)
+    return scores_BV == -torch.inf
 
 
 def perturb(logits_BV: Tensor, sampling: Sampling, keys_B: Tensor, slot_B: Tensor | int) -> Tensor:
-    """Scores whose argmax is the drawn token: warped log-probabilities plus noise: (B, V)."""
+    """Scores whose argmax is the drawn token: logits / temperature plus noise: (B, V), float32.
+
+    The softmax's normaliser is the same for all tokens of a row and is left out.
+    """
     if sampling.temperature == 0:
         return logits_BV.float()
     noise_BV = gumbel(keys_B, slot_B, logits_BV.shape[-1])
-    return noise_BV.add_(warp(logits_BV, sampling))
+    scores_BV = noise_BV.add_(logits_BV.float(), alpha=1 / sampling.temperature)
+    cut_BV = cut_away(logits_BV, sampling)
+    return scores_BV if cut_BV is None else scores_BV.masked_fill_(cut_BV, -torch.inf)
 
 
 def draw_tokens(

@@ -1,24 +1,26 @@
 """One model writes: `transformers`' own `generate`, with our randomness in its last logits
 processor.
 
-B = sequences, P = prompt tokens, V = vocabulary.  `generate` runs greedily over scores that already
-hold the noise, so its own warpers are never reached; every sampling field is set by hand, because
-an unset one would be taken from the model's own `generation_config`.
+B = sequences, P = prompt tokens, G = new tokens, H = hidden size, V = vocabulary.
+`generate` runs greedily over scores that already hold the noise, so its own warpers are never
+reached; every sampling field is set by hand, because an unset one would be taken from the model's
+own `generation_config`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llmdistill.batch import Draw, Prompts, Sampling, Sequences, Writer
+from llmdistill.batch import Draw, Prompts, Sampling, Sequences, TeacherSignal, Writer
 from llmdistill.decoding.keyed import perturb, row_keys
 from llmdistill.decoding.packed import packed
-from llmdistill.models.heads import eval_mode, unwrap_adapters
+from llmdistill.models.heads import eval_mode, split, unwrap_adapters
 from llmdistill.models.vocabulary import end_ids, num_tokens
 
 if TYPE_CHECKING:
@@ -52,10 +54,12 @@ def sample(
     max_new_tokens: int,
     draw: Draw,
     writer: Writer,
+    keep_states: bool = False,
 ) -> Sequences:
     """The prompts with the model's answers, their end tokens included where they came.
 
-    The model writes in eval mode and is left as it was.
+    The model writes in eval mode and is left as it was.  With `keep_states` the final hidden states
+    that it wrote from come along as `signal`: it need not judge these answers again.
     """
     from transformers import GenerationConfig
 
@@ -63,7 +67,12 @@ def sample(
     ids_BP = prompts.input_ids_BP.to(device)
     keys_B = row_keys(draw, prompts.row_ids_B.to(device), writer)
     ends, pad_id = end_ids(model, tokenizer), tokenizer.pad_token_id
-    with eval_mode(model), packed(model, len(prompts)), _blank_generation_config(model):
+    with (
+        eval_mode(model),
+        packed(model, len(prompts)),
+        _blank_generation_config(model),
+        _head_inputs(model) as states_BH,
+    ):
         output_BT = model.generate(
             input_ids=ids_BP,
             attention_mask=prompts.attention_mask_BP.to(device),
@@ -80,7 +89,27 @@ def sample(
         )
     responses = [_until_end(row, ends) for row in output_BT[:, ids_BP.shape[1] :].tolist()]
     row_ids = prompts.row_ids_B.tolist()
-    return Sequences.pack(prompts.ids(), responses, row_ids, writer=writer, pad_id=pad_id)
+    written = Sequences.pack(prompts.ids(), responses, row_ids, writer=writer, pad_id=pad_id)
+    if not keep_states:
+        return written
+    states_GBH = torch.stack(states_BH)
+    kept_NH = torch.cat([states_GBH[: len(ids), row] for row, ids in enumerate(responses)])
+    return replace(written, signal=TeacherSignal(kept_NH, split(model)[1]))
+
+
+@contextlib.contextmanager
+def _head_inputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collects the last position's final hidden states of each forward pass: (B, H) a token."""
+    states_BH: list[Tensor] = []
+    hook = (
+        unwrap_adapters(model)
+        .get_output_embeddings()
+        .register_forward_pre_hook(lambda _module, inputs: states_BH.append(inputs[0][:, -1]))
+    )
+    try:
+        yield states_BH
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

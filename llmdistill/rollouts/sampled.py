@@ -1,8 +1,8 @@
 """One model writes: the student its own samples (on-policy), or the teacher its answers (SeqKD).
 
 The student writes anew each time.  What the teacher writes never changes, so each of its `samples`
-answers to a prompt is written once and kept; epoch e trains on answer e mod samples.  Ids are kept,
-never decoded and tokenised again.
+answers to a prompt is written once, when its turn comes, and kept; epoch e trains on answer e mod
+samples.  Ids are kept, never decoded and tokenised again.
 """
 
 from __future__ import annotations
@@ -40,30 +40,26 @@ class SampledRollout:
             return student.write(
                 prompts, self.sampling, max_new_tokens=self.max_new_tokens, draw=draw
             )
-        self._write_missing(prompts, teacher, progress.seed)
-        row_ids = prompts.row_ids_B.tolist()
+        sample = progress.epoch % self.samples
+        keys = [(row, sample) for row in prompts.row_ids_B.tolist()]
+        missing = {key: place for place, key in enumerate(keys) if key not in self._kept}
+        if missing:
+            written = teacher.write(
+                prompts.select(list(missing.values()), pad_id=0),
+                self.sampling,
+                max_new_tokens=self.max_new_tokens,
+                draw=Draw(progress.seed, sample=sample),
+            )
+            self._kept.update(zip(missing, written.responses(), strict=True))
+            if len(missing) == len(keys):
+                return written  # with its judgement
         return Sequences.pack(
             prompts.ids(),
-            [self._kept[row, progress.epoch % self.samples] for row in row_ids],
-            row_ids,
+            [self._kept[key] for key in keys],
+            prompts.row_ids_B.tolist(),
             writer=Writer.TEACHER,
             pad_id=0,
         )
-
-    def _write_missing(self, prompts: Prompts, teacher: Teacher, seed: int) -> None:
-        """All samples of the prompts not seen before, in one batch: a larger batch is faster."""
-        places = {row: place for place, row in enumerate(prompts.row_ids_B.tolist())}
-        wanted = [(row, k) for row in places for k in range(self.samples)]
-        missing = [key for key in wanted if key not in self._kept]
-        if not missing:
-            return
-        written = teacher.write(
-            prompts.select([places[row] for row, _ in missing], pad_id=0),
-            self.sampling,
-            max_new_tokens=self.max_new_tokens,
-            draw=Draw(seed, sample=tuple(k for _, k in missing)),
-        )
-        self._kept.update(zip(missing, written.responses(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {"kept": [[*key, ids] for key, ids in self._kept.items()]}

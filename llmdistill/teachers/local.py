@@ -51,7 +51,7 @@ class LocalTeacher:
     def write(
         self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
     ) -> Sequences:
-        """The teacher's own answers."""
+        """The teacher's own answers, judged while they are written."""
         with torch.autocast(self.device.type, enabled=False):
             return sample(
                 self.model,
@@ -61,6 +61,7 @@ class LocalTeacher:
                 max_new_tokens=max_new_tokens,
                 draw=draw,
                 writer=Writer.TEACHER,
+                keep_states=True,
             )
 
     def session(self, prompts: Prompts) -> Session:

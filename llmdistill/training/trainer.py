@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from torch.nn import Module
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from llmdistill.batch import Progress, Prompts, Rollout, Sequences
@@ -26,15 +26,15 @@ from llmdistill.models.vocabulary import require_same
 from llmdistill.objectives.base import Objective
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.training import checkpoint
 from llmdistill.training.guards import stop_if_not_finite
+from llmdistill.training.saving import StudentTrainer
 from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(StudentTrainer):
     """Distils `teacher` into `student`: `rollout` writes, `teacher` judges, `objectives` match.
 
     `train_dataset` and `eval_dataset` are rows in any of `data/`'s formats, or a
@@ -80,10 +80,8 @@ class DistillTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        student.config.use_cache = (
-            use_cache  # Trainer turns it off; the saved student must not be slow
-        )
-        self._check_sharded()
+        student.config.use_cache = use_cache  # Trainer turns it off; it would be saved so
+        _check_sharded(self)
 
     # ---- who writes: the rollouts of a whole accumulation window, and the exact divisor ----
 
@@ -129,7 +127,7 @@ class DistillTrainer(Trainer):
 
     def compute_loss(
         self,
-        model: torch.nn.Module,
+        model: Module,
         inputs: dict[str, Sequences],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
@@ -144,11 +142,7 @@ class DistillTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: Any,
-        prediction_loss_only: bool,
-        ignore_keys: Any = None,
+        self, model: Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """The loss on the evaluation rows' own responses."""
         sequences = FixedRollout().write(inputs, self.model, self.teacher, self._progress())
@@ -168,7 +162,7 @@ class DistillTrainer(Trainer):
 
     # ---- optimiser groups and clipping, by owner ----
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Module | None = None) -> torch.optim.Optimizer:
         """One pair of groups (with and without weight decay) for each owner, named after it."""
         groups = dict(self.model.parameter_groups())
         if self.optimizer is not None or list(groups) == ["student"]:
@@ -183,7 +177,7 @@ class DistillTrainer(Trainer):
                 f"training.optim: {self.args.optim} makes its own parameter groups and cannot "
                 f"train {' and '.join(groups)} together; choose adamw_torch"
             )
-        optimizer = optimizer_class(
+        self.optimizer = optimizer_class(
             [
                 {
                     "params": [p for name, p in named.items() if (name in decayed) is decays],
@@ -195,10 +189,9 @@ class DistillTrainer(Trainer):
             ],
             **options,
         )
-        self.optimizer = optimizer
-        return optimizer
+        return self.optimizer
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float | None:
+    def _clip_grad_norm(self, model: Module) -> Tensor | float | None:
         """Each owner's gradient is clipped on its own: one clip would couple them.  Gives the norm
         of all.
         """
@@ -210,111 +203,13 @@ class DistillTrainer(Trainer):
         ]
         return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: Module, grad_norm: Any = None) -> Any:
         """Trainer's last call before the update: the place to stop a step that is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss = torch.as_tensor(self._step_loss, device=self.args.device)
         stop_if_not_finite(self.accelerator, loss, norm, self.state.global_step)
         self._step_loss = 0.0
         return norm
-
-    # ---- saving and loading: the student apart from the rest ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer would write the whole module (tied weights raise) and pickle its arguments, keys
-        included.
-        """
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_student(self.model, folder, state_dict)
-        checkpoint.save_rest(self.model, self.rollout, folder, state_dict)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
-    ) -> None:
-        """Trainer would load with strict=False and, finding no name that fits, load nothing."""
-        folder = Path(resume_from_checkpoint)
-        checkpoint.load_rollout(self.rollout, folder)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        checkpoint.load(self.model, folder)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        checkpoint.load(self.model, Path(self.state.best_model_checkpoint))
-
-    def export_student(self, folder: str | Path) -> None:
-        """The student alone, as `from_pretrained` takes it.  Call it on every rank."""
-        state = self.accelerator.get_state_dict(self.model_wrapped)
-        if self.args.should_save:
-            checkpoint.save_student(self.model, Path(folder), state)
-
-    # ---- the Hub: the student alone ----
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The run's own card beside the student, where one was given; else nothing is made up."""
-        if self.is_world_process_zero() and self.model_card is not None:
-            folder = self._export_folder()
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "README.md").write_text(self.model_card, encoding="utf-8")
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Uploads the student's folder; Trainer would upload the whole output folder."""
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        folder = self._export_folder()
-        self.export_student(folder)
-        self.create_model_card()
-        if not self.is_world_process_zero():
-            return None
-        return self._upload(
-            folder, commit_message, token or self.args.hub_token, revision, blocking
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer would copy weights into the output folder and push that, pickled arguments
-        included.
-        """
-        if self.is_world_process_zero() and self.args.hub_strategy != "end":
-            message = f"Training in progress, step {self.state.global_step}"
-            folder = Path(checkpoint_folder)
-            self._upload(folder, message, self.args.hub_token, None, blocking=True)
-
-    def _upload(
-        self,
-        folder: Path,
-        message: str | None,
-        token: str | None,
-        revision: str | None,
-        blocking: bool,
-    ) -> Any:
-        from huggingface_hub import HfApi
-
-        options: dict[str, Any] = {"run_as_future": not blocking}
-        return HfApi().upload_folder(
-            repo_id=str(self.hub_model_id),
-            folder_path=folder,
-            commit_message=message,
-            token=token,
-            revision=revision or self.args.hub_revision,
-            ignore_patterns=checkpoint.TRAINING_ONLY,
-            **options,
-        )
-
-    def _export_folder(self) -> Path:
-        return Path(self.args.output_dir) / "student"
 
     # ---- what is logged ----
 
@@ -338,14 +233,6 @@ class DistillTrainer(Trainer):
         for name, value in terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + value.detach()
 
-    def _check_sharded(self) -> None:
-        """On a CPU Accelerate takes `fsdp=` and trains with DDP, without a word."""
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            raise TrainingError(
-                "training.fsdp is set, but Accelerate did not shard the model (it does so on GPUs "
-                "only); remove it or launch on GPUs"
-            )
-
 
 def _forced(args: TrainingArguments) -> TrainingArguments:
     """The arguments with what a distillation cannot do without."""
@@ -355,3 +242,12 @@ def _forced(args: TrainingArguments) -> TrainingArguments:
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every parameter gets a gradient, be it zero
     return args
+
+
+def _check_sharded(trainer: DistillTrainer) -> None:
+    """On a CPU Accelerate takes `fsdp=` and trains with DDP, without a word."""
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        raise TrainingError(
+            "training.fsdp is set, but Accelerate did not shard the model (it does so on GPUs "
+            "only); remove it or launch on GPUs"
+        )

@@ -11,7 +11,7 @@ import torch
 
 from llmdistill.batch import Draw, Sampling, Writer
 from llmdistill.decoding import keyed
-from llmdistill.decoding.keyed import draw_tokens, gumbel, perturb, row_keys, warp
+from llmdistill.decoding.keyed import cut_away, draw_tokens, gumbel, perturb, row_keys
 
 DRAW = Draw(seed=3, epoch=1, sample=2)
 ROWS = torch.arange(7)
@@ -146,6 +146,13 @@ def test_rows_may_have_samples_of_their_own():
 # ---- the distribution ----
 
 
+def probabilities(logits_BV, sampling):
+    """What the drawn tokens should follow."""
+    cut_BV = cut_away(logits_BV, sampling)
+    kept_BV = logits_BV if cut_BV is None else logits_BV.masked_fill(cut_BV, -torch.inf)
+    return (kept_BV / sampling.temperature).softmax(-1)
+
+
 def plain_warp(logits, temperature, top_k, top_p):
     """One row, by the book: a list of probabilities, without tensors."""
     weights = [math.exp((x - max(logits)) / temperature) for x in logits]
@@ -164,9 +171,9 @@ def plain_warp(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 @pytest.mark.parametrize("top_k", [0, 1, 4, 11, 50])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-6])
-def test_warp_is_temperature_then_top_k_then_top_p(temperature, top_k, top_p):
+def test_temperature_then_top_k_then_top_p(temperature, top_k, top_p):
     logits_BV = torch.randn(5, 11, generator=torch.Generator().manual_seed(2)) * 2
-    found = warp(logits_BV, Sampling(temperature, top_p, top_k)).exp()
+    found = probabilities(logits_BV, Sampling(temperature, top_p, top_k))
     expected = [plain_warp(row, temperature, top_k, top_p) for row in logits_BV.tolist()]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=1e-5)
 
@@ -174,7 +181,7 @@ def test_warp_is_temperature_then_top_k_then_top_p(temperature, top_k, top_p):
 def test_top_p_by_hand():
     """0.5 + 0.3 reach 0.8 exactly enough; the third token is cut off."""
     logits_BV = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
-    found = warp(logits_BV, Sampling(top_p=0.75)).exp()
+    found = probabilities(logits_BV, Sampling(top_p=0.75))
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.625, 0.0, 0.375]]))
 
 
@@ -217,7 +224,7 @@ def test_frequencies_follow_the_distribution(sampling, over):
     else:
         key_B = epoch_keys(total)
     drawn = draw_tokens(logits_BV, sampling, key_B, slot_B)
-    expected = total * warp(logits_BV[:1], sampling).exp()[0]
+    expected = total * probabilities(logits_BV[:1], sampling)[0]
     counts = drawn.bincount(minlength=7)
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -235,7 +242,7 @@ def test_the_drawn_token_is_the_argmax_of_the_perturbed_scores():
     logits_BV = torch.randn(7, 90)
     scores_BV = perturb(logits_BV, Sampling(), keys(), 3)
     assert torch.equal(scores_BV.argmax(-1), draw_tokens(logits_BV, Sampling(), keys(), 3))
-    expected = logits_BV.log_softmax(-1) + gumbel(keys(), 3, 90)
+    expected = logits_BV + gumbel(keys(), 3, 90)
     torch.testing.assert_close(scores_BV, expected)
 
 

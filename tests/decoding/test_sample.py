@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmdistill.batch import Draw, Prompts, Sampling, Writer
+from llmdistill.batch import Draw, Prompts, Sampling, Writer, final_hidden
 from llmdistill.decoding.sample import eval_mode, sample
+from llmdistill.models.heads import split
 from tests import toy
 
 END = 2
@@ -30,6 +31,7 @@ def write(model, sampling=GREEDY, *, places=range(5), max_new_tokens=12, draw=No
         max_new_tokens=max_new_tokens,
         draw=draw or Draw(seed=5),
         writer=options.get("writer", Writer.STUDENT),
+        keep_states=options.get("keep_states", False),
     )
 
 
@@ -48,6 +50,19 @@ def ends_early(model, token: int):
 
 
 # ---- what is written ----
+
+
+@torch.no_grad()
+def test_the_states_it_wrote_from_are_those_of_a_forward_pass():
+    """Answers end at different places, and the states follow them row by row."""
+    model = exact()
+    written = write(ends_early(model, greedy_alone(model, PROMPTS[0])[4]), keep_states=True)
+    assert len(set(written.num_predicted.tolist())) > 1
+    backbone, head = split(model)
+    expected_NH = final_hidden(backbone, written)
+    torch.testing.assert_close(written.signal.hidden_NH, expected_NH, rtol=1e-6, atol=1e-9)
+    assert torch.equal(written.signal.head.weight_VH, head.weight_VH)
+    assert write(model).signal is None
 
 
 def test_greedy_is_generate_row_by_row():

@@ -128,13 +128,13 @@ def test_a_peft_student_resumes(tmp_path):
 
 
 def test_what_the_teacher_wrote_is_not_written_again(tmp_path):
-    straight = made(tmp_path / "straight", "seqkd", num_train_epochs=2, max_steps=-1)
+    straight = made(tmp_path / "straight", "seqkd", num_train_epochs=3, max_steps=-1)
     straight.train()
-    kept = json.loads((tmp_path / "straight" / "checkpoint-3" / "rollout.json").read_text())
+    kept = json.loads((tmp_path / "straight" / "checkpoint-6" / "rollout.json").read_text())
     assert len(kept["kept"]) == 20
-    resumed = made(tmp_path / "resumed", "seqkd", num_train_epochs=2, max_steps=-1)
+    resumed = made(tmp_path / "resumed", "seqkd", num_train_epochs=3, max_steps=-1)
     resumed.teacher.write = None  # would raise if it were called
-    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-6"))
 
 
 @pytest.mark.parametrize(

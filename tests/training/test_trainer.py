@@ -5,6 +5,7 @@ gradient.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from llmdistill.objectives.response import CrossEntropyObjective, ResponseObject
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.training.trainer import _check_sharded
 from tests import toy
 from tests.training.helpers import arguments, dataset, gradient, trainer, weights
 
@@ -246,6 +248,35 @@ def test_on_policy_steps_train_on_what_the_student_wrote(tmp_path):
     assert not torch.equal(weights(made.model.student), before)
     for sequences in written:
         assert (sequences.writer_BT[sequences.response_mask_BT] == Writer.STUDENT).all()
+
+
+def test_what_the_teacher_just_wrote_is_not_judged_again(tmp_path):
+    """Its judgement of its own text came with it; in the second epoch it has to judge."""
+    calls = []
+
+    class Counting(LocalTeacher):
+        def judge(self, *arguments):
+            calls.append(made.state.global_step)
+            return super().judge(*arguments)
+
+    teacher = Counting(toy.teacher_model(), toy.tokenizer())
+    rollout = SampledRollout("teacher", max_new_tokens=5)
+    made = trainer(tmp_path, rollout=rollout, teacher=teacher, max_steps=4)
+    made.train()
+    assert calls == [2, 3]
+
+
+def test_a_judgement_made_while_writing_gives_the_same_gradient(tmp_path):
+    class Forgetful(SampledRollout):
+        def write(self, *arguments):
+            return replace(super().write(*arguments), signal=None)
+
+    found, expected = (
+        gradient(tmp_path, rollout=kind("teacher", max_new_tokens=9), gradient_accumulation_steps=2)
+        for kind in (SampledRollout, Forgetful)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert expected.norm() > 0.01
 
 
 def test_writing_draws_nothing_from_the_global_generator(tmp_path):
@@ -502,7 +533,7 @@ def test_fsdp_that_would_silently_train_ddp_is_refused(tmp_path):
     made = trainer(tmp_path)
     made.args.fsdp = True
     with pytest.raises(TrainingError, match="did not shard"):
-        made._check_sharded()
+        _check_sharded(made)
 
 
 def test_the_forced_arguments(tmp_path):

@@ -1,0 +1,124 @@
+"""A Trainer that saves, loads and publishes the student, though the module it trains is more.
+
+What the files are is `checkpoint.py`'s matter; here stand the places where Trainer asks for them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from llmdistill.batch import Rollout
+from llmdistill.training import checkpoint
+from llmdistill.training.step import Distillation
+
+
+class StudentTrainer(Trainer):
+    """Trainer around a `Distillation`: its checkpoints, best model, exports and pushes are the
+    student's.  `model_card` is what a push puts beside the student.
+    """
+
+    model: Distillation
+    rollout: Rollout
+    model_card: str | None
+
+    # ---- checkpoints: the student apart from the rest ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer would write the whole module (tied weights raise) and pickle its arguments, keys
+        included.
+        """
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_student(self.model, folder, state_dict)
+        checkpoint.save_rest(self.model, self.rollout, folder, state_dict)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        """Trainer would load with strict=False and, finding no name that fits, load nothing."""
+        folder = Path(resume_from_checkpoint)
+        checkpoint.load_rollout(self.rollout, folder)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        checkpoint.load(self.model, folder)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        checkpoint.load(self.model, Path(self.state.best_model_checkpoint))
+
+    def export_student(self, folder: str | Path) -> None:
+        """The student alone, as `from_pretrained` takes it.  Call it on every rank."""
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if self.args.should_save:
+            checkpoint.save_student(self.model, Path(folder), state)
+
+    # ---- the Hub: the student alone ----
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The run's own card beside the student, where one was given; else nothing is made up."""
+        if self.is_world_process_zero() and self.model_card is not None:
+            folder = self._export_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "README.md").write_text(self.model_card, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Uploads the student's folder; Trainer would upload the whole output folder."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        folder = self._export_folder()
+        self.export_student(folder)
+        self.create_model_card()
+        if not self.is_world_process_zero():
+            return None
+        return self._upload(
+            folder, commit_message, token or self.args.hub_token, revision, blocking
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer would copy weights into the output folder and push that, pickled arguments
+        included.
+        """
+        if self.is_world_process_zero() and self.args.hub_strategy != "end":
+            message = f"Training in progress, step {self.state.global_step}"
+            folder = Path(checkpoint_folder)
+            self._upload(folder, message, self.args.hub_token, None, blocking=True)
+
+    def _upload(
+        self,
+        folder: Path,
+        message: str | None,
+        token: str | None,
+        revision: str | None,
+        blocking: bool,
+    ) -> Any:
+        from huggingface_hub import HfApi
+
+        options: dict[str, Any] = {"run_as_future": not blocking}
+        return HfApi().upload_folder(
+            repo_id=str(self.hub_model_id),
+            folder_path=folder,
+            commit_message=message,
+            token=token,
+            revision=revision or self.args.hub_revision,
+            ignore_patterns=checkpoint.TRAINING_ONLY,
+            **options,
+        )
+
+    def _export_folder(self) -> Path:
+        return Path(self.args.output_dir) / "student"
