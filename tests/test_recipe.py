@@ -161,6 +161,18 @@ def test_a_divergence_gets_only_its_own_options():
     assert "divergence 'reverse_kl' has no option 'beta'" in said
 
 
+@pytest.mark.parametrize(
+    ("divergence", "option", "value"),
+    [("jsd", "beta", 1.5), ("skew_forward_kl", "alpha", -0.1), ("alpha_beta", "beta", 0.0)],
+)
+def test_options_of_divergences_have_bounds(divergence, option, value):
+    objective = {"kind": "response", "divergence": divergence, option: value}
+    said = message(MINIMAL | {"objectives": [objective]})
+    assert f"'objectives[0].{option}'" in said
+    assert f"of divergence '{divergence}' should be" in said
+    assert f"got {value:g}" in said
+
+
 def test_an_unknown_divergence_is_named_with_a_suggestion():
     said = message(with_value(("objectives", 0, "divergence"), "revers_kl"))
     assert "Did you mean 'reverse_kl'?" in said

@@ -22,6 +22,7 @@ def _response(answer: recipe.ResponseRecipe) -> Objective:
         target=answer.target,
         token_weight=answer.token_weight,
         weight=answer.weight,
+        scale_by_t2=answer.scale_by_t2,
         **options,
     )
 

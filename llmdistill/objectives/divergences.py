@@ -48,14 +48,93 @@ def jsd(
         return divergence(student_NV, teacher_NV, temperature=temperature)
     student_NV = log_probs(student_NV, temperature)
     teacher_NV = log_probs(teacher_NV, temperature)
-    mixture_NV = torch.logaddexp(teacher_NV + math.log(beta), student_NV + math.log1p(-beta))
+    mixture_NV = log_mixture(teacher_NV, student_NV, beta)
     return beta * kl(teacher_NV, mixture_NV) + (1 - beta) * kl(student_NV, mixture_NV)
+
+
+def skew_forward_kl(
+    student_NV: Tensor, teacher_NV: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
+) -> Tensor:
+    """KL(teacher || alpha teacher + (1 - alpha) student): (N,), at most -ln alpha.
+
+    Ko et al. 2024 (DistiLLM), eq. 4.
+    """
+    student_NV = log_probs(student_NV, temperature)
+    teacher_NV = log_probs(teacher_NV, temperature)
+    return kl(teacher_NV, log_mixture(teacher_NV, student_NV, alpha))
+
+
+def skew_reverse_kl(
+    student_NV: Tensor, teacher_NV: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
+) -> Tensor:
+    """KL(student || alpha student + (1 - alpha) teacher): (N,), at most -ln alpha.
+
+    Ko et al. 2024 (DistiLLM), section 3.1.
+    """
+    student_NV = log_probs(student_NV, temperature)
+    teacher_NV = log_probs(teacher_NV, temperature)
+    return kl(student_NV, log_mixture(student_NV, teacher_NV, alpha))
+
+
+def tvd(student_NV: Tensor, teacher_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Total variation distance, sum_V |teacher - student| / 2: (N,), in [0, 1].
+
+    Wen et al. 2023 (f-distill), eq. 12.
+    """
+    student_NV = log_probs(student_NV, temperature)
+    teacher_NV = log_probs(teacher_NV, temperature)
+    return (teacher_NV.exp() - student_NV.exp()).abs().sum(-1) / 2
+
+
+def adaptive_kl(
+    student_NV: Tensor, teacher_NV: Tensor, *, head_mass: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    """w KL(teacher || student) + (1 - w) KL(student || teacher): (N,).
+
+    w is the share of |teacher - student| that stands in the teacher's head: its likeliest tokens up
+    to a mass of `head_mass`, the first one always.  w has no gradient.  Wu et al. 2024 (AKL),
+    section 4.
+    """
+    student_NV = log_probs(student_NV, temperature)
+    teacher_NV = log_probs(teacher_NV, temperature)
+    sorted_NV, order_NV = teacher_NV.exp().sort(-1, descending=True)
+    gap_NV = (sorted_NV - student_NV.detach().exp().gather(-1, order_NV)).abs()
+    head_NV = sorted_NV.cumsum(-1) <= head_mass
+    head_NV[:, 0] = True
+    w_N = (gap_NV * head_NV).sum(-1) / gap_NV.sum(-1).clamp_min(1e-30)
+    return w_N * kl(teacher_NV, student_NV) + (1 - w_N) * kl(student_NV, teacher_NV)
+
+
+def alpha_beta(
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    *,
+    alpha: float = 0.2,
+    beta: float = 0.7,
+    temperature: float = 1.0,
+) -> Tensor:
+    """sum_V [(alpha p^c + beta q^c) / c - p^alpha q^beta] / (alpha beta), c = alpha + beta: (N,).
+
+    p is the teacher, q the student.  (1, 0) tends to forward KL, (0, 1) to reverse KL.  Wang et al.
+    2025 (ABKD), definition 3.1.
+    """
+    student_NV = log_probs(student_NV, temperature)
+    teacher_NV = log_probs(teacher_NV, temperature)
+    c = alpha + beta
+    own_NV = (alpha * (c * teacher_NV).exp() + beta * (c * student_NV).exp()) / c
+    shared_NV = (alpha * teacher_NV + beta * student_NV).exp()
+    return (own_NV - shared_NV).sum(-1) / (alpha * beta)
 
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
+    "adaptive_kl": adaptive_kl,
+    "alpha_beta": alpha_beta,
 }
 
 
@@ -71,3 +150,10 @@ def log_probs(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
 def kl(from_NV: Tensor, to_NV: Tensor) -> Tensor:
     """KL(from || to) of two sets of log-probabilities: (N,)."""
     return (from_NV.exp() * (from_NV - to_NV)).sum(-1)
+
+
+def log_mixture(first_NV: Tensor, second_NV: Tensor, share: float) -> Tensor:
+    """log(share first + (1 - share) second), of log-probabilities: (N, V)."""
+    if share in (0.0, 1.0):
+        return first_NV if share == 1.0 else second_NV
+    return torch.logaddexp(first_NV + math.log(share), second_NV + math.log1p(-share))

@@ -21,6 +21,7 @@ from llmdistill.objectives.chunked import HeadLogits, chunked_sum
 from llmdistill.objectives.divergences import DIVERGENCES, Divergence, log_probs
 from llmdistill.objectives.targets import TARGETS
 from llmdistill.objectives.weights import TOKEN_WEIGHTS
+from llmdistill.recipe.facts import wrong_option
 
 Value = TypeVar("Value")
 
@@ -28,7 +29,9 @@ Value = TypeVar("Value")
 class ResponseObjective(Objective):
     """A divergence from the teacher's next-token distribution (or a target built from it).
 
-    `options` are the divergence's own: `temperature` for all of them, `beta` for `jsd`.
+    `options` are the divergence's own: `temperature` for all of them, `beta` for `jsd` and so on.
+    `scale_by_t2` multiplies by temperature^2, as Hinton et al. 2015 (section 2) do where a
+    cross-entropy stands beside it.
     """
 
     needs = frozenset({Need.DISTRIBUTION})
@@ -40,11 +43,13 @@ class ResponseObjective(Objective):
         target: str = "teacher",
         token_weight: str = "uniform",
         weight: float = 1.0,
+        scale_by_t2: bool = False,
         chunk_size: int = 256,
         **options: float,
     ) -> None:
         super().__init__(weight=weight)
         self.name = divergence
+        self.scale = options.get("temperature", 1.0) ** 2 if scale_by_t2 else 1.0
         self.divergence = bind_divergence(divergence, options)
         self.target = choose("target", target, TARGETS)
         self.token_weight = choose("token_weight", token_weight, TOKEN_WEIGHTS)
@@ -64,7 +69,7 @@ class ResponseObjective(Objective):
         total, _ = chunked_sum(
             student.hidden_NH, student.head, position_loss, weight_N, chunk_size=self.chunk_size
         )
-        return LossSum(total, sequences.num_predicted.sum())
+        return LossSum(self.scale * total, sequences.num_predicted.sum())
 
 
 class CrossEntropyObjective(Objective):
@@ -96,18 +101,14 @@ class CrossEntropyObjective(Objective):
 
 
 def bind_divergence(name: str, options: dict[str, float]) -> Divergence:
-    """The named divergence with its options; RecipeError for a name or an option that it does not
-    have.
+    """The named divergence with its options; RecipeError for a name, an option or a value that
+    there is not.
     """
     function = choose("divergence", name, DIVERGENCES)
-    known = [
-        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
-    for option in options:
-        if option not in known:
-            raise RecipeError(
-                f"divergence '{name}' has no option '{option}'; it has {', '.join(known)}"
-            )
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if wrong := wrong_option(name, options, known):
+        raise RecipeError(wrong)
     return functools.partial(function, **options)
 
 

@@ -9,7 +9,8 @@ import ast
 import difflib
 import functools
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,30 @@ OWNED = {
     "resume_from_checkpoint": "the option --resume",
     "hub_token": "`hf auth login` or HF_TOKEN: keys do not belong into a recipe",
 }
+
+
+# What the options of divergences may be.  alpha_beta divides by alpha * beta: below a thousandth
+# its digits are lost, and forward_kl or reverse_kl says it better.
+OPTION_BOUNDS = {
+    ("jsd", "beta"): (0.0, 1.0),
+    ("skew_forward_kl", "alpha"): (0.0, 1.0),
+    ("skew_reverse_kl", "alpha"): (0.0, 1.0),
+    ("adaptive_kl", "head_mass"): (0.0, 1.0),
+    ("alpha_beta", "alpha"): (1e-3, 10.0),
+    ("alpha_beta", "beta"): (1e-3, 10.0),
+}
+
+
+def wrong_option(divergence: str, options: Mapping[str, float], known: Sequence[str]) -> str | None:
+    """What is wrong with the options of a divergence that has the `known` ones; None if nothing."""
+    for option, value in options.items():
+        if option not in known:
+            return f"divergence '{divergence}' has no option '{option}'; it has {', '.join(known)}"
+        low, high = OPTION_BOUNDS.get((divergence, option), (-math.inf, math.inf))
+        if not low <= value <= high:
+            bounds = f"{low:g} to {high:g}, got {value:g}"
+            return f"'{option}' of divergence '{divergence}' should be {bounds}"
+    return None
 
 
 def check_training_argument(key: str, value: Any) -> None:

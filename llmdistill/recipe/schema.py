@@ -9,10 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.facts import check_training_argument, close_to, divergence_options
+from llmdistill.recipe.facts import (
+    check_training_argument,
+    close_to,
+    divergence_options,
+    wrong_option,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -144,10 +156,18 @@ class ResponseRecipe(Strict):
 
     kind: Literal["response"] = "response"
     divergence: str = "forward_kl"
-    beta: float | None = Field(None, ge=0, le=1)
-    """For jsd: 0 is forward KL, 1 reverse KL."""
+    alpha: float | None = None
+    """skew_forward_kl and skew_reverse_kl: the share of the other side; alpha_beta: its first
+    power.
+    """
+    beta: float | None = None
+    """jsd: 0 is forward KL, 1 reverse KL; alpha_beta: its second power."""
+    head_mass: float | None = None
+    """adaptive_kl: the teacher's mass that counts as its head."""
     temperature: float = Field(1.0, gt=0)
     """Of the divergence; a sampler has its own."""
+    scale_by_t2: bool = False
+    """Multiply by temperature^2, which keeps the gradient's size next to a cross-entropy."""
     target: Literal["teacher"] = "teacher"
     token_weight: Literal["uniform", "sequence_mean"] = "uniform"
     weight: float = 1.0
@@ -164,21 +184,20 @@ class ResponseRecipe(Strict):
             )
         return name
 
-    @model_validator(mode="after")
-    def _own_options_only(self) -> ResponseRecipe:
-        for option in self.options():
-            if option not in divergence_options()[self.divergence]:
-                raise PydanticCustomError(
-                    "option",
-                    "divergence '{name}' has no option '{option}'",
-                    {"name": self.divergence, "option": option},
-                )
-        return self
+    @field_validator("alpha", "beta", "head_mass")
+    @classmethod
+    def _own_option(cls, value: float | None, info: ValidationInfo) -> float | None:
+        name = info.data.get("divergence")  # missing where it is itself wrong
+        if name and value is not None:
+            known = divergence_options()[name]
+            if wrong := wrong_option(name, {str(info.field_name): value}, known):
+                raise PydanticCustomError("option", "{wrong}", {"wrong": wrong})
+        return value
 
     def options(self) -> dict[str, float]:
         """The divergence's own options that were given."""
-        given = {"temperature": self.temperature, "beta": self.beta}
-        return {name: value for name, value in given.items() if value is not None}
+        names = ("temperature", "alpha", "beta", "head_mass")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class CrossEntropyRecipe(Strict):

@@ -24,6 +24,26 @@ def jsd64(p, q, beta=0.5):
     return beta * kl64(p, m) + (1 - beta) * kl64(q, m)
 
 
+def skew64(p, q, alpha):
+    return kl64(p, alpha * p + (1 - alpha) * q)
+
+
+def adaptive64(p, q, head_mass=0.5):
+    order = np.argsort(-p, -1)
+    head = np.take_along_axis(p, order, -1).cumsum(-1) <= head_mass
+    head[:, 0] = True
+    gap = np.take_along_axis(np.abs(p - q), order, -1)
+    w = (gap * head).sum(-1) / gap.sum(-1)
+    return w * kl64(p, q) + (1 - w) * kl64(q, p)
+
+
+def alpha_beta64(p, q, alpha, beta):
+    terms = p**alpha * q**beta
+    terms = terms - alpha / (alpha + beta) * p ** (alpha + beta)
+    terms = terms - beta / (alpha + beta) * q ** (alpha + beta)
+    return -terms.sum(-1) / (alpha * beta)
+
+
 # One line a divergence: name, options, closed form of (teacher, student) probabilities.
 CASES = [
     ("forward_kl", {}, kl64),
@@ -33,6 +53,18 @@ CASES = [
     ("jsd", {"beta": 0.5}, jsd64),
     ("jsd", {"beta": 0.9}, functools.partial(jsd64, beta=0.9)),
     ("jsd", {"beta": 1.0}, functools.partial(jsd64, beta=1)),
+    ("skew_forward_kl", {}, lambda p, q: skew64(p, q, 0.1)),
+    ("skew_forward_kl", {"alpha": 0.0}, kl64),
+    ("skew_reverse_kl", {"alpha": 0.3}, lambda p, q: skew64(q, p, 0.3)),
+    ("tvd", {}, lambda p, q: np.abs(p - q).sum(-1) / 2),
+    ("adaptive_kl", {}, adaptive64),
+    ("adaptive_kl", {"head_mass": 0.9}, functools.partial(adaptive64, head_mass=0.9)),
+    ("alpha_beta", {}, functools.partial(alpha_beta64, alpha=0.2, beta=0.7)),
+    (
+        "alpha_beta",
+        {"alpha": 1.5, "beta": 0.5},
+        functools.partial(alpha_beta64, alpha=1.5, beta=0.5),
+    ),
 ]
 each_case = pytest.mark.parametrize(("name", "options", "closed_form"), CASES)
 
@@ -65,7 +97,10 @@ def test_three_tokens_by_hand():
     assert jsd(student, teacher).item() == pytest.approx(half)
 
 
-@each_case
+@pytest.mark.parametrize(
+    ("name", "options", "closed_form"),
+    [case for case in CASES if case[0] != "adaptive_kl"],  # its weight has no gradient: see below
+)
 def test_gradient_is_right(name, options, closed_form):
     student, teacher = logits(3, 5, seed=1).requires_grad_(), logits(3, 5, seed=2)
     assert torch.autograd.gradcheck(
@@ -109,6 +144,39 @@ def test_finite_where_a_logit_is_minus_infinity(name, options, closed_form, side
     value.sum().backward()
     assert torch.isfinite(value).all()
     assert torch.isfinite(student.grad).all()
+
+
+def gradient(divergence, student, teacher, **options):
+    student = student.clone().requires_grad_()
+    divergence(student, teacher, **options).sum().backward()
+    return student.grad
+
+
+def test_adaptive_kl_weights_are_constants():
+    student, teacher = logits(8, 9, seed=1), logits(8, 9, seed=2)
+    forward, reverse, both = (
+        gradient(DIVERGENCES[name], student, teacher)
+        for name in ("forward_kl", "reverse_kl", "adaptive_kl")
+    )
+    values = [DIVERGENCES[n](student, teacher) for n in ("forward_kl", "reverse_kl", "adaptive_kl")]
+    w_N1 = ((values[2] - values[1]) / (values[0] - values[1]))[:, None]
+    torch.testing.assert_close(both, w_N1 * forward + (1 - w_N1) * reverse)
+
+
+def test_skew_kl_is_bounded_and_tends_to_kl():
+    student, teacher = logits(50, 9, seed=1, scale=30), logits(50, 9, seed=2, scale=30)
+    for name in ("skew_forward_kl", "skew_reverse_kl"):
+        assert (DIVERGENCES[name](student, teacher, alpha=0.1) <= -math.log(0.1) + 1e-9).all()
+    near = DIVERGENCES["skew_forward_kl"](student / 30, teacher / 30, alpha=1e-9)
+    torch.testing.assert_close(near, forward_kl(student / 30, teacher / 30), rtol=1e-5, atol=1e-6)
+
+
+def test_alpha_beta_tends_to_both_kls():
+    student, teacher = logits(50, 9, seed=1, scale=1), logits(50, 9, seed=2, scale=1)
+    forward = DIVERGENCES["alpha_beta"](student, teacher, alpha=1.0, beta=1e-5)
+    torch.testing.assert_close(forward, forward_kl(student, teacher), rtol=1e-3, atol=1e-5)
+    reverse = DIVERGENCES["alpha_beta"](student, teacher, alpha=1e-5, beta=1.0)
+    torch.testing.assert_close(reverse, reverse_kl(student, teacher), rtol=1e-3, atol=1e-5)
 
 
 def test_jsd_is_bounded_by_ln_2_and_symmetric():

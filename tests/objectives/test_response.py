@@ -19,6 +19,7 @@ OBJECTIVES = {
     "forward_kl": lambda: ResponseObjective("forward_kl"),
     "reverse_kl": lambda: ResponseObjective("reverse_kl"),
     "jsd": lambda: ResponseObjective("jsd", beta=0.3, temperature=2.0),
+    "scaled": lambda: ResponseObjective("jsd", beta=0.3, temperature=2.0, scale_by_t2=True),
     "sequence_mean": lambda: ResponseObjective(token_weight="sequence_mean"),
     "cross_entropy": CrossEntropyObjective,
 }
@@ -51,10 +52,11 @@ def test_equals_a_dense_loss_with_its_own_shift(name, student, teacher_model, to
         dense = -student_log.gather(-1, labels[..., None])[..., 0]
     elif name == "reverse_kl":
         dense = (student_log.exp() * (student_log - teacher_log)).sum(-1)
-    elif name == "jsd":
+    elif name in ("jsd", "scaled"):
         s, t = (student_log / 2).log_softmax(-1), (teacher_log / 2).log_softmax(-1)
         m = (0.3 * t.exp() + 0.7 * s.exp()).log()
         dense = 0.3 * (t.exp() * (t - m)).sum(-1) + 0.7 * (s.exp() * (s - m)).sum(-1)
+        dense = dense * (4 if name == "scaled" else 1)
     else:
         dense = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
     if name == "sequence_mean":
