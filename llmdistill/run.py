@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,10 @@ import torch
 from accelerate import PartialState
 
 from llmdistill import recipe as recipes
-from llmdistill.data.collate import PromptDataset, collate
-from llmdistill.data.formats import read
+from llmdistill.data.collate import EncodedRows, PromptDataset, PromptStream, collate
 from llmdistill.data.render import same_template
-from llmdistill.data.validate import Row
+from llmdistill.data.sources import read
+from llmdistill.data.validate import Row, Rules
 from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
 from llmdistill.evaluation.measure import Evaluation, Figures
 from llmdistill.models import carve
@@ -108,7 +108,8 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressBar()],
     )
     _own_progress_only(trainer)
-    logger.info("training on %d rows (of the data: %s)", len(train), train.counts)
+    if isinstance(train, PromptDataset):
+        logger.info("training on %d rows (of the data: %s)", len(train), train.counts)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(folder) if resume else None)
     trainer.export_student(folder / "student")
     result = Result(folder)
@@ -141,30 +142,66 @@ def _measured(
 
 def load_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PromptDataset, PromptDataset | None]:
+) -> tuple[EncodedRows, PromptDataset | None]:
     """Rows to train on and rows to measure on (None where the recipe asks for none)."""
     data = recipe.data
-    options = {
-        "form": data.format,
-        "max_prompt_tokens": data.max_prompt_tokens,
-        "max_response_tokens": data.max_response_tokens,
-        "skip_bad": data.on_bad_row == "skip",
-    }
-    train = PromptDataset.encode(
-        read(data.train), tokenizer, needs_response=_trains_on_data(recipe.rollout), **options
-    )
-    if data.hold_back:
+    rules = _rules(data, needs_response=_trains_on_data(recipe.rollout))
+    if data.streaming:
+        train: EncodedRows = _stream(data, tokenizer, rules)
+    else:
+        train = _load(data.train, tokenizer, rules, recipe.seed)
         if data.hold_back >= len(train):
             raise RecipeError(
                 f"data.hold_back: {data.hold_back} of {len(train)} rows leaves none to train on"
             )
-        return train.hold_back(data.hold_back)
-    if data.eval is None:
+        if data.hold_back:
+            return train.hold_back(data.hold_back)
+    if not data.eval:
         return train, None
-    return train, PromptDataset.encode(read(data.eval), tokenizer, **options)
+    return train, _load(data.eval, tokenizer, _rules(data, needs_response=False), recipe.seed)
 
 
-def build_student(recipe: Recipe, teacher: LocalTeacher, train: PromptDataset) -> PreTrainedModel:
+def _load(
+    sources: Sequence[recipes.SourceRecipe],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: Rules,
+    seed: int,
+) -> PromptDataset:
+    parts = []
+    for source in sources:
+        rows = read(source.source, columns=source.columns)
+        part = PromptDataset.encode(rows, tokenizer, replace(rules, form=source.format))
+        parts.append((part, source.weight))
+    return PromptDataset.join(parts, seed=seed)
+
+
+def _stream(
+    data: recipes.DataRecipe, tokenizer: PreTrainedTokenizerBase, rules: Rules
+) -> PromptStream:
+    if len({source.format for source in data.train}) > 1:
+        raise RecipeError("data.train: the sources of one stream are read in one format")
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        for source in data.train:
+            yield from read(source.source, columns=source.columns, streaming=True)
+
+    return PromptStream(rows, tokenizer, replace(rules, form=data.train[0].format))
+
+
+def _rules(data: recipes.DataRecipe, *, needs_response: bool) -> Rules:
+    return Rules(
+        every_turn=data.turns == "all",
+        template_options=data.chat_template_kwargs,
+        needs_response=needs_response,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_response_tokens=data.max_response_tokens,
+        long_prompts=data.long_prompts,
+        long_responses=data.long_responses,
+        skip_bad=data.on_bad_row == "skip",
+    )
+
+
+def build_student(recipe: Recipe, teacher: LocalTeacher, train: EncodedRows) -> PreTrainedModel:
     """The student's model, carved where the recipe says so.
 
     Where it is cut out of the very teacher, the teacher's weights are copied instead of loaded
@@ -185,13 +222,13 @@ def build_student(recipe: Recipe, teacher: LocalTeacher, train: PromptDataset) -
     return carve.keep_layers(base, layers)
 
 
-def _layers(answer: recipes.CarveRecipe, base: PreTrainedModel, train: PromptDataset) -> list[int]:
+def _layers(answer: recipes.CarveRecipe, base: PreTrainedModel, train: EncodedRows) -> list[int]:
     if isinstance(answer.layers, list):
         return answer.layers
     carve.check_num_layers(base, answer.layers)
     if answer.by == "even":
         return carve.evenly_spaced(carve.num_layers(base), answer.layers)
-    texts = [[*row.prompt_ids, *(row.response_ids or [])] for row in train.rows[:CARVE_ROWS]]
+    texts = [[*row.prompt_ids, *(row.response_ids or [])] for row in train.head(CARVE_ROWS)]
     sample = collate([Row(i, ids, None) for i, ids in enumerate(texts)])
     influence = carve.influence(
         base, sample.input_ids_BP.to(base.device), sample.attention_mask_BP.to(base.device)
@@ -256,6 +293,8 @@ def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     if "bf16" not in given and "fp16" not in given:
         given["bf16"] = native_bfloat16(device)
     given.setdefault("use_cpu", device.type == "cpu")
+    if recipe.data.streaming:
+        given.setdefault("dataloader_drop_last", True)  # its last batch would be filled up
     if recipe.evaluate.every_steps:
         given |= {"eval_strategy": "steps", "eval_steps": recipe.evaluate.every_steps}
     given |= {"output_dir": str(folder / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}

@@ -385,3 +385,36 @@ def test_reading_a_recipe_imports_nothing_heavy(file):
 def test_words_are_words_and_numbers_are_numbers(text, value):
     """`save_strategy: no` is a strategy, not a false."""
     assert recipes.parse_yaml(text, "here") == value
+
+
+# ---- where rows come from ----
+
+
+def test_a_source_may_be_a_name_or_several():
+    name = recipes.build(MINIMAL).data.train
+    assert [source.source for source in name] == ["train.jsonl"]
+    given = ["a.jsonl", {"source": "b.csv", "weight": 2.0, "columns": {"prompt": "q"}}]
+    first, second = recipes.build(MINIMAL | {"data": {"train": given}}).data.train
+    assert (first.source, first.weight, first.format) == ("a.jsonl", 1.0, "auto")
+    assert (second.source, second.weight, second.columns) == ("b.csv", 2.0, {"prompt": "q"})
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"train": []}, "'data.train'"),
+        ({"train": [{"source": "a", "form": "x"}]}, "unknown key 'data.train[0].form'"),
+        ({"train": ["a", {"source": "b", "weight": 0}]}, "'data.train[1].weight'"),
+        ({"train": 3}, "'data.train[0]'"),
+        ({"train": "a", "streaming": True}, "needs 'training.max_steps'"),
+        ({"train": "a", "streaming": True, "hold_back": 2}, "a stream has neither"),
+        ({"train": [{"source": "a", "weight": 2.0}], "streaming": True}, "a stream has neither"),
+    ],
+)
+def test_sources_that_cannot_be_are_named(data, said):
+    assert said in message(MINIMAL | {"data": data})
+
+
+def test_a_stream_with_a_number_of_steps_is_fine():
+    data = {"data": {"train": "a", "streaming": True}, "training": {"max_steps": 3}}
+    assert recipes.build(MINIMAL | data).data.streaming

@@ -131,3 +131,26 @@ def test_the_student_loads_in_plain_transformers(pair, data):
     assert not torch.equal(loaded(ids).logits, untrained(ids).logits)
     assert AutoTokenizer.from_pretrained(folder / "student").chat_template == toy.TEMPLATE
     assert loaded.generation_config.eos_token_id == 2
+
+
+def test_trains_on_several_sources_and_on_a_stream_of_them(pair, data):
+    teacher, student = pair
+    lines = ["question,reply", *(f"{r['instruction']},{r['output']}" for r in toy.rows(5, seed=5))]
+    (data / "more.csv").write_text("\n".join(lines))
+    base = {
+        "teacher": {"model": teacher},
+        "student": {"model": student},
+        "objectives": [{"kind": "response"}],
+        "training": {"max_steps": 3, "use_cpu": True, "per_device_train_batch_size": 4},
+    }
+    for name, streaming, weight in (("loaded", False, 2.0), ("stream", True, 1.0)):
+        columns = {"instruction": "question", "output": "reply"}
+        table = {"source": str(data / "more.csv"), "columns": columns, "weight": weight}
+        train = [str(data / "train.jsonl"), table]
+        recipe = recipes.build(
+            base | {"output": str(data / name), "data": {"train": train, "streaming": streaming}}
+        )
+        result = distill(recipe)
+        AutoModelForCausalLM.from_pretrained(result.student)
+        losses = (data / name / "metrics.jsonl").read_text().count('"loss"')
+        assert losses == 3

@@ -24,6 +24,7 @@ def check(
     loaded = recipes.load(recipe, overrides or [])
 
     from llmdistill.cli.show import console
+    from llmdistill.data.collate import PromptDataset
     from llmdistill.data.render import same_template
     from llmdistill.models.load import load_config, load_tokenizer
     from llmdistill.models.vocabulary import Agreement, compare
@@ -43,11 +44,15 @@ def check(
         f"template     {'both sides render alike' if template else 'the sides render differently'}"
     )
     train, held = load_data(loaded, student)
-    console.print(f"data         train {len(train)} rows ({train.counts})", highlight=False)
+    first = train.head(1)[0]
+    known = (
+        f"{len(train)} rows ({train.counts})" if isinstance(train, PromptDataset) else "a stream"
+    )
+    console.print(f"data         train {known}", highlight=False)
     if held is not None:
         console.print(f"             evaluate {len(held)} rows ({held.counts})", highlight=False)
     console.print("example      trained tokens are marked:\n")
-    console.print(_marked(train.rows[0], student))
+    console.print(_marked(first, student))
     if verdict.agreement is Agreement.DIFFERENT or not template:
         raise typer.Exit(2)
 

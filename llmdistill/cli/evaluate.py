@@ -30,7 +30,7 @@ def evaluate(
 
     from llmdistill.cli import show
     from llmdistill.data.collate import PromptDataset, collate
-    from llmdistill.data.formats import read
+    from llmdistill.data.sources import read
     from llmdistill.evaluation.measure import Evaluation
     from llmdistill.models.load import load_model, load_tokenizer
     from llmdistill.models.vocabulary import require_same

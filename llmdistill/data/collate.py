@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from llmdistill.batch import Prompts
-from llmdistill.data.validate import Counts, Row, encode
+from llmdistill.data.validate import Counts, Row, Rules, encode, stream
+from llmdistill.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,21 +27,45 @@ class PromptDataset(Dataset):
 
     @classmethod
     def encode(
-        cls, rows: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any
+        cls,
+        rows: Iterable[tuple[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        rules: Rules | None = None,
     ) -> PromptDataset:
-        """From (place, row) pairs; the options are those of `validate.encode`."""
-        return cls(*encode(rows, tokenizer, **options))
+        """From (place, row) pairs."""
+        return cls(*encode(rows, tokenizer, rules))
 
     @classmethod
     def of(
         cls,
-        rows: PromptDataset | Iterable[dict[str, Any]] | None,
+        rows: EncodedRows | Iterable[dict[str, Any]] | None,
         tokenizer: PreTrainedTokenizerBase,
-    ) -> PromptDataset | None:
+    ) -> EncodedRows | None:
         """What a user hands over: rows in any form, an encoded data set, or nothing."""
-        if rows is None or isinstance(rows, PromptDataset):
+        if rows is None or isinstance(rows, PromptDataset | PromptStream):
             return rows
         return cls.encode(((f"row {i}", row) for i, row in enumerate(rows)), tokenizer)
+
+    @classmethod
+    def join(cls, parts: Sequence[tuple[PromptDataset, float]], *, seed: int) -> PromptDataset:
+        """Several data sets as one, each row as often as its part's weight says.
+
+        A weight of 2.5 is every row twice and half of them once more, the same ones in every run.
+        Copies are rows of their own: a model writes each of them another answer.
+        """
+        rows: list[Row] = []
+        copies: list[Row] = []
+        total = Counts()
+        for part, weight in parts:
+            for row in part.rows:
+                placed = replace(row, row_id=total.examples + row.row_id)
+                drawn = random.Random(f"{seed}/{placed.row_id}").random() < weight % 1
+                times = int(weight) + drawn
+                rows += [placed] * (times > 0)
+                copies += [placed] * (times - 1)
+            total += part.counts
+        numbered = (replace(row, row_id=total.examples + i) for i, row in enumerate(copies))
+        return cls([*rows, *numbered], total)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,11 +73,49 @@ class PromptDataset(Dataset):
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
+    def head(self, number: int) -> list[Row]:
+        return self.rows[:number]
+
     def hold_back(self, number: int) -> tuple[PromptDataset, PromptDataset]:
         """All rows but `number` evenly spaced ones, and those: the same split in every run."""
         held = {(2 * i + 1) * len(self) // (2 * number) for i in range(number)}
         kept = [row for place, row in enumerate(self.rows) if place not in held]
         return PromptDataset(kept, self.counts), PromptDataset([self.rows[i] for i in sorted(held)])
+
+
+class PromptStream(IterableDataset):
+    """Rows encoded while they are read, in their order, anew in each epoch; none is held.
+
+    A malformed row stops the run when it comes, unless the rules skip it.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[], Iterable[tuple[str, Any]]],
+        tokenizer: PreTrainedTokenizerBase,
+        rules: Rules,
+    ) -> None:
+        self.read, self.tokenizer, self.rules = rows, tokenizer, rules
+        self.counts = Counts()
+
+    def __iter__(self) -> Iterator[Row]:
+        self.counts = Counts()
+        on_bad = _skip if self.rules.skip_bad else _stop
+        yield from stream(self.read(), self.tokenizer, self.rules, self.counts, on_bad)
+
+    def head(self, number: int) -> list[Row]:
+        return list(itertools.islice(iter(self), number))
+
+
+EncodedRows = PromptDataset | PromptStream  # what a trainer takes
+
+
+def _skip(_error: DataError) -> None:
+    """It is counted already."""
+
+
+def _stop(error: DataError) -> None:
+    raise error
 
 
 def collate(rows: Sequence[Row]) -> Prompts:

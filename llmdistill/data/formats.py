@@ -1,26 +1,24 @@
 """Rows as users have them, turned into one form: a conversation to answer, and perhaps its answer.
 
     messages            {"messages": [{"role": "user", "content": ...}, ...]}    any conversation
-    prompt_completion   {"prompt": ..., "completion": ...}                       one turn each
+    conversations       {"conversations": [{"from": "human", "value": ...}]}     ShareGPT's
+    prompt_completion   {"prompt": ..., "completion": ...}    text, or messages on both sides
     alpaca              {"instruction": ..., "input": ..., "output": ...}        input below
+    text                {"text": ...}                         no turns: all of it is the answer
 
-The answer may be missing where a model writes it.  Sources are a local .jsonl file, a data set of
-the Hub (`org/name` or `org/name:split`), and `seed_tasks`, the package's own 175 instructions.
+The answer may be missing where a model writes it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from llmdistill.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
-SEED_TASKS = "seed_tasks"
+SENDERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
 Message = dict[str, str]
 
@@ -28,7 +26,7 @@ Message = dict[str, str]
 @dataclass(frozen=True)
 class Example:
     """A conversation that ends with the user, the answer to it if there is one, and where it
-    stood.
+    stood.  Plain text is an answer to no message at all.
     """
 
     prompt: tuple[Message, ...]
@@ -36,26 +34,14 @@ class Example:
     place: str
 
 
-def read(source: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a source, each with its place (`train.jsonl:214`), as they are in the file."""
-    if source == SEED_TASKS:
-        text = files("llmdistill.instruct").joinpath("seeds.jsonl").read_text(encoding="utf-8")
-        yield from _json_lines(text, SEED_TASKS)
-    elif source.endswith((".jsonl", ".json")):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise DataError(f"no such file: {source}")
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{source} is not UTF-8: {error}. Convert it to UTF-8.") from error
-        yield from _json_lines(text, source)
-    else:
-        yield from _hub_rows(source)
+def to_examples(
+    row: Any, place: str, *, form: str = "auto", every_turn: bool = False
+) -> list[Example]:
+    """One row in the common form; DataError with its place and field if it is malformed.
 
-
-def to_example(row: Any, place: str, *, form: str = "auto") -> Example:
-    """One row in the common form; DataError with its place and field if it is malformed."""
+    With `every_turn` each answer of a conversation is an example, after all that came before it:
+    templates that drop earlier turns' thinking render it as they will when the student is used.
+    """
     if not isinstance(row, dict):
         raise DataError(f"{place}: a row must be an object with fields, got {type(row).__name__}")
     if form == "auto":
@@ -63,31 +49,65 @@ def to_example(row: Any, place: str, *, form: str = "auto") -> Example:
         if not form:
             known = ", ".join(f"'{key}'" for key, _ in FORMATS.values())
             raise DataError(
-                f"{place}: none of the fields {known} in the row; it has {_show(list(row))}"
+                f"{place}: none of the fields {known} in the row; it has {_show(list(row))}. "
+                "Name the right ones in data.columns."
             )
     prompt, response = FORMATS[form][1](row, place)
-    return Example(tuple(prompt), response, place)
+    last = Example(tuple(prompt), response, place)
+    return [*_earlier_turns(last), last] if every_turn else [last]
+
+
+def _earlier_turns(last: Example) -> Iterator[Example]:
+    """The answers that stand in a conversation before its last message."""
+    roles = [message["role"] for message in last.prompt]
+    for turn, role in enumerate(roles):
+        if role == "assistant" and "user" in roles[:turn]:
+            yield Example(last.prompt[:turn], last.prompt[turn]["content"], last.place)
 
 
 def _from_messages(row: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: 'messages' must be a list of messages, got {_show(messages)}")
-    clean = [_message(message, f"{place}: 'messages[{i}]'") for i, message in enumerate(messages)]
-    last = clean[-1]["role"]
+    return _conversation(_messages(row.get("messages"), "messages", place), "messages", place)
+
+
+def _from_sharegpt(row: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
+    turns = row.get("conversations")
+    if isinstance(turns, list):
+        turns = [_sharegpt_turn(turn) for turn in turns]
+    messages = _messages(turns, "conversations", place)
+    return _conversation(messages, "conversations", place)
+
+
+def _sharegpt_turn(turn: Any) -> Any:
+    """A turn of ShareGPT as a message; whatever else it is, for `_message` to refuse."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    sender = turn["from"]
+    role = SENDERS.get(sender, sender) if isinstance(sender, str) else sender
+    return {"role": role, "content": turn.get("value")}
+
+
+def _messages(value: Any, field: str, place: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{place}: '{field}' must be a list of messages, got {_show(value)}")
+    return [_message(message, f"{place}: '{field}[{i}]'") for i, message in enumerate(value)]
+
+
+def _conversation(
+    messages: list[Message], field: str, place: str
+) -> tuple[list[Message], str | None]:
+    """The messages to answer, and the last one's text where it is the answer."""
+    response, last = None, messages[-1]["role"]
     if last == "assistant":
-        response = clean.pop()["content"]
+        response = messages.pop()["content"]
         if not response.strip():
-            raise DataError(f"{place}: 'messages[{len(clean)}].content' is empty")
-    elif last in ("user", "tool"):
-        response = None
-    else:
+            raise DataError(f"{place}: '{field}[{len(messages)}].content' is empty")
+    elif last not in ("user", "tool"):
         raise DataError(
-            f"{place}: 'messages' ends with role '{last}'; it must end with 'assistant' or 'user'"
+            f"{place}: '{field}' ends with role '{last}'; it must end with 'assistant' or 'user'"
         )
-    if not any(message["role"] == "user" for message in clean):
-        raise DataError(f"{place}: 'messages' has no message with role 'user'")
-    return clean, response
+    if not any(message["role"] == "user" for message in messages):
+        raise DataError(f"{place}: '{field}' has no message with role 'user'")
+    return messages, response
 
 
 def _message(message: Any, where: str) -> Message:
@@ -102,8 +122,18 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _from_prompt(row: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
-    prompt = _text(row, "prompt", place)
-    return [{"role": "user", "content": prompt}], _optional_text(row, "completion", place)
+    if not isinstance(row.get("prompt"), list):
+        prompt = _text(row, "prompt", place)
+        return [{"role": "user", "content": prompt}], _optional_text(row, "completion", place)
+    messages = _messages(row["prompt"], "prompt", place)
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{place}: 'prompt' ends with role 'assistant'; that is the completion")
+    if row.get("completion"):
+        answer = _messages(row["completion"], "completion", place)
+        if [message["role"] for message in answer] != ["assistant"]:
+            raise DataError(f"{place}: 'completion' must be one message with role 'assistant'")
+        messages += answer
+    return _conversation(messages, "prompt", place)
 
 
 def _from_alpaca(row: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
@@ -112,12 +142,18 @@ def _from_alpaca(row: dict[str, Any], place: str) -> tuple[list[Message], str | 
     return [{"role": "user", "content": content}], _optional_text(row, "output", place)
 
 
+def _from_text(row: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
+    return [], _text(row, "text", place)
+
+
 Reader = Callable[[dict[str, Any], str], tuple[list[Message], str | None]]
 
 FORMATS: dict[str, tuple[str, Reader]] = {
     "messages": ("messages", _from_messages),
+    "conversations": ("conversations", _from_sharegpt),
     "prompt_completion": ("prompt", _from_prompt),
     "alpaca": ("instruction", _from_alpaca),
+    "text": ("text", _from_text),
 }
 
 
@@ -139,31 +175,3 @@ def _optional_text(row: dict[str, Any], field: str, place: str) -> str | None:
 def _show(value: Any) -> str:
     text = repr(value)
     return f"{text[:40]}..." if len(text) > 43 else text
-
-
-def _json_lines(text: str, source: str) -> Iterator[tuple[str, Any]]:
-    # Not splitlines(): JSON strings may hold U+2028 and its kin, which end no line in a file.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{source}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            row = DataError(f"{place}: not a line of JSON: {error}")
-        yield place, row
-
-
-def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    name, _, split = source.partition(":")
-    try:
-        rows: Iterable[Any] = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:
-        raise DataError(
-            f"cannot load data set '{source}': {type(error).__name__}: {error}. Give a local "
-            ".jsonl file, or a data set of the Hub as org/name or org/name:split."
-        ) from error
-    for number, row in enumerate(rows):
-        yield f"{source}[{number}]", row

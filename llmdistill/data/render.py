@@ -7,8 +7,8 @@ text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from llmdistill.data.formats import Example, Message
 from llmdistill.errors import DataError
@@ -25,19 +25,25 @@ PROBE: tuple[Message, ...] = (
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, example: Example
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    template_options: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[int] | None]:
     """The prompt's ids, up to where the answer starts, and the answer's, its end token included.
 
-    Raises DataError where the template writes the prompt otherwise once the answer is there.
+    `template_options` are handed to the chat template (`enable_thinking`, say).  Raises DataError
+    where the template writes the prompt otherwise once the answer is there.
     """
+    if not example.prompt:
+        return _text(tokenizer, example)
     if tokenizer.chat_template is None:
         return _plain(tokenizer, example)
-    prompt = _template(tokenizer, example.prompt, example.place, open_turn=True)
+    options = dict(template_options or {})
+    prompt = _template(tokenizer, example.prompt, example.place, True, options)
     if example.response is None:
         return prompt, None
     answer = {"role": "assistant", "content": example.response}
-    whole = _template(tokenizer, (*example.prompt, answer), example.place, open_turn=False)
+    whole = _template(tokenizer, (*example.prompt, answer), example.place, False, options)
     if whole[: len(prompt)] != prompt:
         raise DataError(
             f"{example.place}: the chat template renders this prompt in other tokens once its "
@@ -51,12 +57,16 @@ def same_template(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizer
     """Do both sides turn a conversation of several turns into the same ids?"""
     if teacher.chat_template is None or student.chat_template is None:
         return teacher.chat_template is student.chat_template
-    rendered = [_template(t, PROBE, "probe", open_turn=True) for t in (teacher, student)]
+    rendered = [_template(t, PROBE, "probe", True, {}) for t in (teacher, student)]
     return rendered[0] == rendered[1]
 
 
 def _template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], place: str, *, open_turn: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    place: str,
+    open_turn: bool,
+    options: dict[str, Any],
 ) -> list[int]:
     try:
         encoded = tokenizer.apply_chat_template(
@@ -65,6 +75,7 @@ def _template(
             tokenize=True,
             return_dict=True,
             sanitize_control_tokens=True,
+            **options,
         )
     except Exception as error:
         raise DataError(
@@ -98,16 +109,26 @@ def _plain(
             f"{example.place}: {len(example.prompt)} messages, but the tokenizer has no chat "
             "template. Use the tokenizer of an instruct model, or rows with one prompt."
         )
+    prompt = _tokens(tokenizer, example.prompt[0]["content"], example.place, start=True)
+    if example.response is None:
+        return prompt, None
+    response = _tokens(tokenizer, example.response, example.place, start=False)
+    return prompt, [*response, tokenizer.eos_token_id]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
+    """Text without turns: all is predicted but the first token, and the end token after it."""
+    ids = _tokens(tokenizer, example.response or "", example.place, start=True)
+    return ids[:1], [*ids[1:], tokenizer.eos_token_id]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, place: str, *, start: bool) -> list[int]:
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"tokenizer '{tokenizer.name_or_path}' has neither a chat template nor an end token; "
             "nothing would say 'stop'"
         )
     try:
-        prompt = tokenizer(example.prompt[0]["content"], split_special_tokens=True)["input_ids"]
-        if example.response is None:
-            return prompt, None
-        response = tokenizer(example.response, add_special_tokens=False, split_special_tokens=True)
+        return tokenizer(text, add_special_tokens=start, split_special_tokens=True)["input_ids"]
     except TypeError as error:  # what tokenizers says of text that is not valid Unicode
-        raise DataError(f"{example.place}: the text cannot be tokenised: {error}") from error
-    return prompt, [*response["input_ids"], tokenizer.eos_token_id]
+        raise DataError(f"{place}: the text cannot be tokenised: {error}") from error

@@ -4,11 +4,11 @@ error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from llmdistill.data.formats import to_example
+from llmdistill.data.formats import to_examples
 from llmdistill.data.render import render
 from llmdistill.errors import DataError
 
@@ -20,7 +20,7 @@ SHOWN = 5  # bad rows that an error names
 
 @dataclass(frozen=True)
 class Row:
-    """One encoded row.  `row_id` is its place in the source, whatever was dropped before it."""
+    """One encoded row.  `row_id` is its place among all examples read, dropped ones too."""
 
     row_id: int
     prompt_ids: list[int]
@@ -29,85 +29,140 @@ class Row:
 
 @dataclass
 class Counts:
-    """What became of the rows of a source."""
+    """What became of the rows of a source.  A conversation may hold more answers than one."""
 
     read: int = 0
+    more_answers: int = 0
     kept: int = 0
     bad: int = 0
     long_prompts_dropped: int = 0
+    long_responses_dropped: int = 0
     responses_truncated: int = 0
+
+    @property
+    def examples(self) -> int:
+        return self.read + self.more_answers
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
         parts = [f"{self.kept} of {self.read} rows"]
+        if self.more_answers:
+            parts = [f"{self.kept} of {self.examples} answers in {self.read} rows"]
         if self.bad:
             parts.append(f"{self.bad} malformed rows skipped")
         if self.long_prompts_dropped:
             parts.append(f"{self.long_prompts_dropped} dropped: prompt too long")
+        if self.long_responses_dropped:
+            parts.append(f"{self.long_responses_dropped} dropped: response too long")
         if self.responses_truncated:
             parts.append(f"{self.responses_truncated} responses cut")
         return ", ".join(parts)
 
 
-def encode(
-    rows: Iterable[tuple[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    form: str = "auto",
-    max_prompt_tokens: int | None = None,
-    max_response_tokens: int | None = None,
-    needs_response: bool = False,
-    skip_bad: bool = False,
-) -> tuple[list[Row], Counts]:
-    """Encodes (place, row) pairs.  A longer prompt drops its row; a longer response is cut, end
-    token and all.
+@dataclass(frozen=True)
+class Rules:
+    """How rows become ids, and what happens to those that do not fit."""
 
-    Raises DataError for malformed rows (their number and the first five) unless `skip_bad`, and
-    where nothing is left.
+    form: str = "auto"
+    every_turn: bool = False
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    needs_response: bool = False
+    max_prompt_tokens: int | None = None
+    max_response_tokens: int | None = None
+    long_prompts: str = "drop"
+    long_responses: str = "cut"
+    skip_bad: bool = False
+
+
+def encode(
+    rows: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase, rules: Rules | None = None
+) -> tuple[list[Row], Counts]:
+    """Encodes (place, row) pairs; without `rules`, as `Rules()` says.
+
+    Raises DataError for malformed rows (their number and the first five) unless they are skipped,
+    and where nothing is left.
     """
-    kept: list[Row] = []
+    rules = rules or Rules()
     counts = Counts()
-    bad: list[str] = []
-    for number, (place, row) in enumerate(rows):
-        counts.read += 1
-        try:
-            prompt_ids, response_ids = _encode(row, place, tokenizer, form, needs_response)
-        except DataError as error:
-            bad.append(str(error))
-            continue
-        if max_prompt_tokens is not None and len(prompt_ids) > max_prompt_tokens:
-            counts.long_prompts_dropped += 1
-            continue
-        if (
-            response_ids
-            and max_response_tokens is not None
-            and len(response_ids) > max_response_tokens
-        ):
-            counts.responses_truncated += 1
-            response_ids = response_ids[:max_response_tokens]
-        kept.append(Row(number, prompt_ids, response_ids))
-    counts.kept, counts.bad = len(kept), len(bad)
-    if bad and not skip_bad:
+    bad: list[DataError] = []
+    kept = list(stream(rows, tokenizer, rules, counts, bad.append))
+    if bad and not rules.skip_bad:
         raise DataError(_summary(bad, counts.read))
     if not kept:
         raise DataError(f"no rows left to use: {counts}")
     return kept, counts
 
 
+def stream(
+    rows: Iterable[tuple[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: Rules,
+    counts: Counts,
+    on_bad: Callable[[DataError], None],
+) -> Iterator[Row]:
+    """The encoded rows one by one; `counts` goes along, and `on_bad` gets the malformed ones."""
+    for place, row in rows:
+        counts.read += 1
+        try:
+            encoded = _encode(row, place, tokenizer, rules)
+        except DataError as error:
+            counts.bad += 1
+            on_bad(error)
+            continue
+        first = counts.examples - 1
+        counts.more_answers += len(encoded) - 1
+        for turn, ids in enumerate(encoded):
+            fitting = _fit(Row(first + turn, *ids), place, rules, counts)
+            if fitting is not None:
+                counts.kept += 1
+                yield fitting
+
+
 def _encode(
-    row: Any, place: str, tokenizer: PreTrainedTokenizerBase, form: str, needs_response: bool
-) -> tuple[list[int], list[int] | None]:
-    if isinstance(row, DataError):  # a line that was not JSON
+    row: Any, place: str, tokenizer: PreTrainedTokenizerBase, rules: Rules
+) -> list[tuple[list[int], list[int] | None]]:
+    if isinstance(row, DataError):  # one that could not be read
         raise row
-    example = to_example(row, place, form=form)
-    if needs_response and example.response is None:
+    examples = to_examples(row, place, form=rules.form, every_turn=rules.every_turn)
+    if rules.needs_response and examples[-1].response is None:
         raise DataError(
             f"{place}: no answer in the row ('messages' must end with role 'assistant'; or give "
             "'completion' or 'output'); a fixed rollout trains on the data set's own answers"
         )
-    return render(tokenizer, example)
+    return [render(tokenizer, example, rules.template_options) for example in examples]
 
 
-def _summary(bad: list[str], total: int) -> str:
+def _fit(row: Row, place: str, rules: Rules, counts: Counts) -> Row | None:
+    """The row within its bounds, or None where it is dropped."""
+    if _too_long(row.prompt_ids, rules.max_prompt_tokens):
+        if rules.long_prompts == "stop":
+            raise DataError(
+                f"{place}: the prompt has {len(row.prompt_ids)} tokens, more than "
+                f"data.max_prompt_tokens = {rules.max_prompt_tokens}"
+            )
+        counts.long_prompts_dropped += 1
+        return None
+    if row.response_ids and _too_long(row.response_ids, rules.max_response_tokens):
+        if rules.long_responses == "stop":
+            raise DataError(
+                f"{place}: the response has {len(row.response_ids)} tokens, more than "
+                f"data.max_response_tokens = {rules.max_response_tokens}"
+            )
+        if rules.long_responses == "drop":
+            counts.long_responses_dropped += 1
+            return None
+        counts.responses_truncated += 1
+        return replace(row, response_ids=row.response_ids[: rules.max_response_tokens])
+    return row
+
+
+def _too_long(ids: list[int], limit: int | None) -> bool:
+    return limit is not None and len(ids) > limit
+
+
+def _summary(bad: list[DataError], total: int) -> str:
     lines = [
         f"{len(bad)} of {total} rows are malformed. Mend or drop them, or set data.on_bad_row: "
         f"skip."

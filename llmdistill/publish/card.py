@@ -5,17 +5,18 @@ from __future__ import annotations
 import html
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmdistill import recipe as recipes
+from llmdistill.data.sources import hub_name
 from llmdistill.evaluation.measure import Figures
 from llmdistill.models.load import EMBEDDED
 
 if TYPE_CHECKING:
-    from llmdistill.recipe import Recipe
+    from llmdistill.recipe import Recipe, SourceRecipe
 
 MEANING = {
     "kl_teacher_text": "forward KL per token on the teacher's greedy answers, nats",
@@ -47,7 +48,7 @@ def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
     data = ModelCardData(
         base_model=_hub_name(recipe.student.model),
         license=terms or "other",
-        datasets=[name] if (name := _hub_dataset(recipe.data.train)) else None,
+        datasets=[name for s in recipe.data.train if (name := hub_name(s.source))] or None,
         tags=["distillation", "llmdistill", *sorted({o.kind for o in recipe.objectives})],
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -97,7 +98,7 @@ def _origin(recipe: Recipe, license_name: str | None) -> str:
         f"**Teacher**: `{_escape(recipe.teacher.model)}`\n- **Who writes**: "
         f"{_describe(recipe.rollout)}\n- **What is matched**: "
         f"{'; '.join(_describe(o) for o in recipe.objectives)}\n- **Data**: "
-        f"`{_escape(recipe.data.train)}`\n\n{terms}"
+        f"{_sources(recipe.data.train)}\n\n{terms}"
     )
 
 
@@ -105,8 +106,14 @@ def _measured(recipe: Recipe, evaluation: Mapping[str, Figures]) -> str:
     header, *rows = figures_table(evaluation)
     lines = ["| " + " | ".join([*header, "meaning"]) + " |", "|" + "---|" * (len(header) + 1)]
     lines += ["| " + " | ".join([*row, MEANING[row[0]]]) + " |" for row in rows]
-    rows_from = recipe.data.eval or f"{recipe.data.hold_back} rows of {recipe.data.train} held back"
-    return f"## Measured\n\nOn {_escape(rows_from)}:\n\n" + "\n".join(lines)
+    rows_from = _sources(recipe.data.eval)
+    if recipe.data.hold_back:
+        rows_from = f"{recipe.data.hold_back} rows of {_sources(recipe.data.train)} held back"
+    return f"## Measured\n\nOn {rows_from}:\n\n" + "\n".join(lines)
+
+
+def _sources(sources: Sequence[SourceRecipe]) -> str:
+    return ", ".join(f"`{_escape(source.source)}`" for source in sources)
 
 
 def _made(recipe: Recipe) -> str:
@@ -137,12 +144,6 @@ def _hub_name(model: str) -> str | None:
         return EMBEDDED[model].hub_id
     is_local = model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") != 1
     return None if is_local else model
-
-
-def _hub_dataset(source: str) -> str | None:
-    name = source.partition(":")[0]
-    local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json"))
-    return None if local or name.count("/") != 1 else name
 
 
 def _version(package: str) -> str:

@@ -18,6 +18,7 @@ from llmdistill.recipe.schema import (
     RolloutRecipe,
     SampledRecipe,
     SamplingRecipe,
+    SourceRecipe,
     Strict,
     StudentRecipe,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "RolloutRecipe",
     "SampledRecipe",
     "SamplingRecipe",
+    "SourceRecipe",
     "Strict",
     "StudentRecipe",
     "build",

@@ -87,24 +87,61 @@ class StudentRecipe(Strict):
     carve: CarveRecipe | None = None
 
 
+class SourceRecipe(Strict):
+    """Where rows come from, and how they are read."""
+
+    source: str
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder of such files, a data set of the Hub
+    (org/name or org/name:split), or `seed_tasks`.
+    """
+    format: Literal["auto", "messages", "conversations", "prompt_completion", "alpaca", "text"] = (
+        "auto"
+    )
+    columns: dict[str, str] = {}
+    """Fields by other names: {instruction: question, output: answer}."""
+    weight: float = Field(1.0, gt=0)
+    """How often a row stands in an epoch: 2 is twice, 0.5 is half of the rows, always the same."""
+
+
 class DataRecipe(Strict):
-    train: str
-    """A .jsonl file, a data set of the Hub (org/name or org/name:split), or `seed_tasks`."""
-    eval: str | None = None
+    train: list[SourceRecipe] = Field(min_length=1)
+    """Sources; one of them may be given alone, and as its name."""
+    eval: list[SourceRecipe] = []
     """The same, for rows that are only measured on."""
     hold_back: int = Field(0, ge=0)
     """Instead of `eval`: this many evenly spaced rows of `train` are only measured on."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca"] = "auto"
+    turns: Literal["last", "all"] = "last"
+    """all: every answer of a conversation is a row, after the turns before it."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Handed to the chat template: {enable_thinking: false}."""
     max_prompt_tokens: int = Field(512, gt=0)
-    """Longer prompts are dropped, and counted."""
     max_response_tokens: int = Field(1024, gt=0)
-    """Longer responses of the data set are cut, and counted."""
+    long_prompts: Literal["drop", "stop"] = "drop"
+    """Rows with a longer prompt are dropped and counted, or stop the run."""
+    long_responses: Literal["cut", "drop", "stop"] = "cut"
+    """Longer responses of the data set are cut, or their rows dropped, and counted; or they stop
+    the run.
+    """
     on_bad_row: Literal["stop", "skip"] = "stop"
+    streaming: bool = False
+    """Read `train` while training, in its order, without holding it in memory; needs
+    training.max_steps.
+    """
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        several = given if isinstance(given, list) else [given]
+        return [{"source": one} if isinstance(one, str) else one for one in several]
 
     @model_validator(mode="after")
     def _one_source_of_eval_rows(self) -> DataRecipe:
-        if self.eval is not None and self.hold_back:
+        if self.eval and self.hold_back:
             raise PydanticCustomError("both", "give 'eval' or 'hold_back', not both")
+        if self.streaming and (self.hold_back or any(s.weight != 1 for s in self.train)):
+            raise PydanticCustomError(
+                "streaming", "a stream has neither 'hold_back' nor weights; give 'eval', or load it"
+            )
         return self
 
 
@@ -239,3 +276,11 @@ class Recipe(Strict):
         for key, value in given.items():
             check_training_argument(key, value)
         return given
+
+    @model_validator(mode="after")
+    def _a_stream_has_no_end(self) -> Recipe:
+        if self.data.streaming and self.training.get("max_steps", -1) <= 0:
+            raise PydanticCustomError(
+                "streaming", "'data.streaming' needs 'training.max_steps': a stream has no length"
+            )
+        return self

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from llmdistill.batch import Progress, Prompts, Rollout, Sequences
-from llmdistill.data.collate import PromptDataset, collate
+from llmdistill.data.collate import EncodedRows, PromptDataset, collate
 from llmdistill.errors import TrainingError
 from llmdistill.models.vocabulary import require_same
 from llmdistill.objectives.base import Objective
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 class DistillTrainer(StudentTrainer):
     """Distils `teacher` into `student`: `rollout` writes, `teacher` judges, `objectives` match.
 
-    `train_dataset` and `eval_dataset` are rows in any of `data/`'s formats, or a
-    PromptDataset.  The evaluation loss is taken on the responses of `eval_dataset`.  Raises
-    VocabularyError where teacher and student do not share a vocabulary.
+    `train_dataset` and `eval_dataset` are rows in any of `data/`'s formats, or encoded ones (a
+    PromptDataset, a PromptStream).  The evaluation loss is taken on the responses of
+    `eval_dataset`.  Raises VocabularyError where teacher and student do not share a vocabulary.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -53,8 +53,8 @@ class DistillTrainer(StudentTrainer):
         rollout: Rollout,
         objectives: Sequence[Objective],
         args: TrainingArguments,
-        train_dataset: PromptDataset | Sequence[dict[str, Any]] | None = None,
-        eval_dataset: PromptDataset | Sequence[dict[str, Any]] | None = None,
+        train_dataset: EncodedRows | Sequence[dict[str, Any]] | None = None,
+        eval_dataset: EncodedRows | Sequence[dict[str, Any]] | None = None,
         processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmdistill.data.collate import PromptDataset, collate
-from llmdistill.data.validate import Counts, Row
+from llmdistill.data.collate import PromptDataset, PromptStream, collate
+from llmdistill.data.validate import Counts, Row, Rules
 from llmdistill.errors import DataError
 from tests import toy
 
@@ -55,7 +55,7 @@ def test_rows_are_encoded_whatever_form_they_come_in(tokenizer):
 
 def test_options_are_handed_on(tokenizer):
     rows = [("x:1", {"prompt": "a", "completion": "bcd"}), ("x:2", {"prompt": 3})]
-    data = PromptDataset.encode(rows, tokenizer, skip_bad=True, max_response_tokens=2)
+    data = PromptDataset.encode(rows, tokenizer, Rules(skip_bad=True, max_response_tokens=2))
     assert len(data[0].response_ids) == 2
     assert data.counts == Counts(read=2, kept=1, bad=1, responses_truncated=1)
 
@@ -90,3 +90,72 @@ def test_the_counts_stay_with_the_rows_to_train_on(tokenizer):
     kept, back = data.hold_back(1)
     assert kept.counts.bad == 2
     assert back.counts == Counts(read=1, kept=1)
+
+
+# ---- several sources ----
+
+
+def test_row_ids_stay_unique_over_several_sources():
+    parts = [(PromptDataset(ROWS, Counts(read=12, kept=3, bad=9)), 1.0), (numbered(2), 1.0)]
+    joined = PromptDataset.join(parts, seed=0)
+    assert ids(joined) == [4, 9, 1, 12, 13]
+    assert joined.counts == Counts(read=14, kept=5, bad=9)
+
+
+def test_one_source_of_weight_one_is_itself():
+    assert PromptDataset.join([(numbered(7), 1.0)], seed=3).rows == numbered(7).rows
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.5, 1.75, 3.0])
+def test_a_weight_is_how_often_a_row_stands_in_an_epoch(weight):
+    joined = PromptDataset.join([(numbered(2000), weight)], seed=0)
+    again = PromptDataset.join([(numbered(2000), weight)], seed=0)
+    assert joined.rows == again.rows
+    assert len(joined) == pytest.approx(2000 * weight, rel=0.06)
+    assert len(set(ids(joined))) == len(joined)  # copies are rows of their own
+    times = [sum(row.prompt_ids == [i + 3] for row in joined.rows) for i in range(100)]
+    assert set(times) == {int(weight), int(weight + 0.99)}
+
+
+def test_another_seed_takes_other_rows():
+    one, other = (PromptDataset.join([(numbered(200), 0.5)], seed=s) for s in (0, 1))
+    assert ids(one) != ids(other)
+
+
+# ---- streams ----
+
+
+def stream(tokenizer, rows, **rules):
+    return PromptStream(
+        lambda: ((f"x:{i}", row) for i, row in enumerate(rows)), tokenizer, Rules(**rules)
+    )
+
+
+def test_a_stream_gives_what_a_data_set_holds(tokenizer):
+    rows = toy.rows(9)
+    whole = PromptDataset.of(rows, tokenizer)
+    made = stream(tokenizer, rows)
+    for _ in range(2):  # epochs
+        assert list(made) == whole.rows
+        assert made.counts == whole.counts
+    assert made.head(4) == whole.head(4) == whole.rows[:4]
+    assert PromptDataset.of(made, tokenizer) is made
+
+
+def test_a_stream_reads_no_further_than_asked(tokenizer):
+    def endless():
+        while True:
+            yield "x", {"prompt": "hi"}
+
+    assert len(PromptStream(endless, tokenizer, Rules()).head(5)) == 5
+
+
+def test_a_malformed_row_stops_a_stream_when_it_comes(tokenizer):
+    rows = [{"prompt": "a"}, {"prompt": 3}, {"prompt": "b"}]
+    reading = iter(stream(tokenizer, rows))
+    assert next(reading).row_id == 0
+    with pytest.raises(DataError, match="x:1: 'prompt'"):
+        next(reading)
+    skipping = stream(tokenizer, rows, skip_bad=True)
+    assert [row.row_id for row in skipping] == [0, 2]
+    assert skipping.counts.bad == 1

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from llmdistill.data.formats import SEED_TASKS, Example, read, to_example
+from llmdistill.data.formats import Example, to_examples
 from llmdistill.errors import DataError
 
 USER = {"role": "user", "content": "hi"}
@@ -16,16 +14,10 @@ PLACE = "train.jsonl:214"
 
 def refused(row, form="auto") -> str:
     with pytest.raises(DataError) as caught:
-        to_example(row, PLACE, form=form)
+        to_examples(row, PLACE, form=form)
     said = str(caught.value)
     assert said.startswith(f"{PLACE}: ")
     return said
-
-
-def write(tmp_path, content: str | bytes) -> str:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
 
 
 # ---- the forms ----
@@ -56,10 +48,19 @@ def write(tmp_path, content: str | bytes) -> str:
         ({"instruction": "hi", "output": " yo "}, [USER], " yo "),
         ({"instruction": "a", "input": "b"}, [{"role": "user", "content": "a\n\nb"}], None),
         ({"instruction": "hi", "other": 3}, [USER], None),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+            [USER],
+            "yo",
+        ),
+        ({"conversations": [USER, ANSWER]}, [USER], "yo"),
+        ({"prompt": [USER], "completion": [ANSWER]}, [USER], "yo"),
+        ({"prompt": [USER], "completion": None}, [USER], None),
+        ({"text": "hi you"}, [], "hi you"),
     ],
 )
 def test_every_form_becomes_a_conversation_and_its_answer(row, prompt, response):
-    assert to_example(row, PLACE) == Example(tuple(prompt), response, PLACE)
+    assert to_examples(row, PLACE) == [Example(tuple(prompt), response, PLACE)]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_a_row_that_fits_many_forms_is_read_in_the_one_asked_for(form, content):
         "prompt": "p",
         "messages": [{"role": "user", "content": "m"}],
     }
-    assert to_example(row, PLACE, form=form).prompt[0]["content"] == content
+    assert to_examples(row, PLACE, form=form)[0].prompt[0]["content"] == content
 
 
 # ---- what is malformed ----
@@ -84,7 +85,15 @@ def test_a_row_that_fits_many_forms_is_read_in_the_one_asked_for(form, content):
         ([1], "must be an object with fields, got list"),
         ("hi", "got str"),
         (None, "got NoneType"),
-        ({"text": "hi", "b": 1}, "none of the fields 'messages', 'prompt', 'instruction'"),
+        ({"body": "hi", "b": 1}, "none of the fields 'messages', 'conversations', 'prompt',"),
+        ({"body": "hi"}, "Name the right ones in data.columns"),
+        ({"conversations": 3}, "'conversations' must be a list of messages, got 3"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "'conversations[0]'.role"),
+        ({"conversations": [{"from": "human"}]}, "'conversations[0]'.content must be text"),
+        ({"prompt": [USER, ANSWER]}, "'prompt' ends with role 'assistant'"),
+        ({"prompt": [USER], "completion": [USER]}, "one message with role 'assistant'"),
+        ({"prompt": [USER], "completion": "yo"}, "'completion' must be a list of messages"),
+        ({"text": " "}, "'text' must be text that is not empty"),
         ({}, "it has []"),
         ({"messages": []}, "'messages' must be a list"),
         ({"messages": "hi"}, "'messages' must be a list of messages, got 'hi'"),
@@ -107,13 +116,13 @@ def test_a_row_that_fits_many_forms_is_read_in_the_one_asked_for(form, content):
         ({"messages": [{"role": "tool", "content": "x"}]}, "no message with role 'user'"),
         ({"prompt": ""}, "'prompt' must be text that is not empty"),
         ({"prompt": 3}, "'prompt' must be text that is not empty, got 3"),
-        ({"prompt": [USER]}, "'prompt' must be text"),
+        ({"prompt": []}, "'prompt' must be a list of messages, got []"),
         ({"prompt": "hi", "completion": 3}, "'completion' must be text, got 3"),
         ({"instruction": " "}, "'instruction' must be text that is not empty"),
         ({"instruction": None}, "'instruction'"),
         ({"instruction": "hi", "input": {}}, "'input' must be text, got {}"),
         ({"instruction": "hi", "output": ["yo"]}, "'output' must be text"),
-        ({"text": "hi", 3: 1}, "none of the fields"),
+        ({"body": "hi", 3: 1}, "none of the fields"),
     ],
 )
 def test_a_malformed_row_is_named_with_its_field(row, said):
@@ -122,95 +131,33 @@ def test_a_malformed_row_is_named_with_its_field(row, said):
 
 @pytest.mark.parametrize(
     ("form", "field"),
-    [("messages", "messages"), ("prompt_completion", "prompt"), ("alpaca", "instruction")],
+    [
+        ("messages", "messages"),
+        ("prompt_completion", "prompt"),
+        ("alpaca", "instruction"),
+        ("text", "text"),
+    ],
 )
 def test_a_row_of_another_form_than_asked_for_is_named(form, field):
-    assert f"'{field}'" in refused({"text": "hi"}, form)
+    assert f"'{field}'" in refused({"body": "hi"}, form)
 
 
 def test_a_long_value_is_shown_short():
     assert len(refused({"messages": "x" * 9999})) < 150
 
 
-# ---- files ----
+# ---- every turn ----
 
 
-def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
-    source = write(tmp_path, '{"a": 1}\n\n  \n{"a": 2}\n')
-    assert list(read(source)) == [(f"{source}:1", {"a": 1}), (f"{source}:4", {"a": 2})]
+def test_every_answer_of_a_conversation_is_an_example():
+    row = {"messages": [USER, ANSWER, USER | {"content": "b"}, ANSWER | {"content": "c"}]}
+    first, last = to_examples(row, PLACE, every_turn=True)
+    assert first == Example((USER,), "yo", PLACE)
+    assert last == to_examples(row, PLACE)[0]
+    assert (len(last.prompt), last.response) == (3, "c")
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
-@pytest.mark.parametrize("last", [True, False])
-def test_files_of_any_editor_are_read(tmp_path, mark, end, last):
-    source = write(
-        tmp_path, mark + end.join([b'{"a": 1}', b"", b'{"a": 2}']) + (end if last else b"")
-    )
-    assert list(read(source)) == [(f"{source}:1", {"a": 1}), (f"{source}:3", {"a": 2})]
-
-
-@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
-def test_separators_in_a_string_end_no_line(tmp_path, mark):
-    row = {"prompt": f"a{mark}b"}
-    source = write(tmp_path, json.dumps(row, ensure_ascii=False) + '\n{"c": 1}\n')
-    assert list(read(source)) == [(f"{source}:1", row), (f"{source}:2", {"c": 1})]
-
-
-@pytest.mark.parametrize(
-    "line",
-    ['{"a": 1', '{"a": 1}{"b": 2}', "hi", "{'a': 1}", "[" * 100_000, '{"a": ' + "1" * 5000 + "}"],
-    ids=["cut", "two in one", "no JSON", "Python", "deep", "long number"],
-)
-def test_a_line_that_is_no_json_is_a_bad_row_and_not_the_end(tmp_path, line):
-    source = write(tmp_path, f'{{"a": 1}}\n{line}\n{{"a": 3}}\n')
-    first, bad, last = read(source)
-    assert (first[1], last) == ({"a": 1}, (f"{source}:3", {"a": 3}))
-    assert bad[0] == f"{source}:2"
-    assert isinstance(bad[1], DataError)
-    assert str(bad[1]).startswith(f"{source}:2: not a line of JSON")
-
-
-def test_a_file_in_another_encoding_is_named(tmp_path):
-    source = write(tmp_path, '{"prompt": "na\u00efve"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"rows\.jsonl"):
-        list(read(source))
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"no such file: .*none\.jsonl"):
-        list(read(str(tmp_path / "none.jsonl")))
-
-
-def test_the_packages_own_rows():
-    rows = list(read(SEED_TASKS))
-    assert len(rows) == 175
-    assert rows[0][0] == "seed_tasks:1"
-    examples = [to_example(row, place, form="alpaca") for place, row in rows]
-    assert all(example.response for example in examples)
-    assert len({example.prompt[0]["content"] for example in examples}) == 175
-
-
-@pytest.mark.parametrize(
-    ("source", "name", "split"),
-    [("org/rows", "org/rows", "train"), ("org/rows:test", "org/rows", "test")],
-)
-def test_a_data_set_of_the_hub(monkeypatch, source, name, split):
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return [{"a": 1}, {"a": 2}]
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert list(read(source)) == [(f"{source}[0]", {"a": 1}), (f"{source}[1]", {"a": 2})]
-    assert asked == [(name, split)]
-
-
-def test_a_data_set_that_does_not_come_says_what_to_do(monkeypatch):
-    def load_dataset(name, split):
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"'org/rows': ConnectionError: offline.*\.jsonl file"):
-        list(read("org/rows"))
+def test_an_answer_to_nobody_is_no_example():
+    """A greeting before the user has said anything."""
+    row = {"messages": [ANSWER, USER, ANSWER]}
+    assert len(to_examples(row, PLACE, every_turn=True)) == 1

@@ -7,9 +7,10 @@ import pickle
 import pytest
 
 from llmdistill.data.collate import PromptDataset
-from llmdistill.data.formats import read
+from llmdistill.data.formats import to_examples
 from llmdistill.data.render import render
-from llmdistill.data.validate import Counts, Row, encode
+from llmdistill.data.sources import read
+from llmdistill.data.validate import Counts, Row, Rules, encode
 from llmdistill.errors import DataError
 from tests import toy
 
@@ -32,7 +33,7 @@ def test_rows_are_encoded_with_their_places(tokenizer):
 
 
 def test_row_ids_are_places_in_the_source(tokenizer):
-    kept, _ = encode(placed([BAD, GOOD, BAD, GOOD]), tokenizer, skip_bad=True)
+    kept, _ = encode(placed([BAD, GOOD, BAD, GOOD]), tokenizer, Rules(skip_bad=True))
     assert [row.row_id for row in kept] == [1, 3]
 
 
@@ -69,7 +70,7 @@ def test_each_kind_of_bad_row_is_named(tokenizer, tmp_path):
 
 
 def test_skipped_rows_are_counted(tokenizer):
-    kept, counts = encode(placed([BAD, GOOD, BAD]), tokenizer, skip_bad=True)
+    kept, counts = encode(placed([BAD, GOOD, BAD]), tokenizer, Rules(skip_bad=True))
     assert len(kept) == 1
     assert counts == Counts(read=3, kept=1, bad=2)
     assert str(counts) == "1 of 3 rows, 2 malformed rows skipped"
@@ -85,7 +86,7 @@ def test_skipped_rows_are_counted(tokenizer):
 )
 def test_nothing_left_is_an_error(tokenizer, rows, options, said):
     with pytest.raises(DataError, match=said):
-        encode(placed(rows), tokenizer, **options)
+        encode(placed(rows), tokenizer, Rules(**options))
 
 
 def test_a_missing_answer_is_an_error_only_where_one_is_needed(tokenizer):
@@ -93,14 +94,14 @@ def test_a_missing_answer_is_an_error_only_where_one_is_needed(tokenizer):
     kept, _ = encode(rows, tokenizer)
     assert kept[1].response_ids is None
     with pytest.raises(DataError, match=r"1 of 2 rows[\s\S]*rows.jsonl:2: no answer in the row"):
-        encode(rows, tokenizer, needs_response=True)
+        encode(rows, tokenizer, Rules(needs_response=True))
 
 
 def test_longer_prompts_are_dropped_and_counted(tokenizer):
     prompts = [render_length(tokenizer, text) for text in ("hi", "hi!")]
     assert prompts[1] == prompts[0] + 1
     rows = placed([GOOD, {"prompt": "hi!"}, GOOD])
-    kept, counts = encode(rows, tokenizer, max_prompt_tokens=prompts[0])
+    kept, counts = encode(rows, tokenizer, Rules(max_prompt_tokens=prompts[0]))
     assert [row.row_id for row in kept] == [0, 2]
     assert counts == Counts(read=3, kept=2, long_prompts_dropped=1)
 
@@ -112,7 +113,7 @@ def render_length(tokenizer, text: str) -> int:
 
 def test_longer_answers_are_cut_and_counted(tokenizer):
     rows = placed([{"prompt": "hi", "completion": text} for text in ("abc", "abcd", "a")])
-    kept, counts = encode(rows, tokenizer, max_response_tokens=4)
+    kept, counts = encode(rows, tokenizer, Rules(max_response_tokens=4))
     assert [tokenizer.decode(row.response_ids) for row in kept] == [
         "abc<|im_end|>",  # four tokens, the end token among them
         "abcd",  # cut, end token and all
@@ -122,9 +123,63 @@ def test_longer_answers_are_cut_and_counted(tokenizer):
     assert str(counts) == "3 of 3 rows, 1 responses cut"
 
 
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (
+            Rules(max_prompt_tokens=5, long_prompts="stop"),
+            "prompt has 21 tokens, more than",
+        ),
+        (Rules(max_response_tokens=2, long_responses="stop"), "response has 3 tokens, more than"),
+    ],
+)
+def test_what_is_too_long_may_stop_a_run(tokenizer, policy, said):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: the .*{said}"):
+        encode(placed([GOOD]), tokenizer, policy)
+
+
+def test_longer_answers_may_be_dropped(tokenizer):
+    rows = placed([{"prompt": "hi", "completion": text} for text in ("abc", "abcd")])
+    rules = Rules(max_response_tokens=4, long_responses="drop")
+    kept, counts = encode(rows, tokenizer, rules)
+    assert [row.row_id for row in kept] == [0]
+    assert counts == Counts(read=2, kept=1, long_responses_dropped=1)
+    assert str(counts) == "1 of 2 rows, 1 dropped: response too long"
+
+
+TURNS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+
+
+def test_every_turn_is_a_row_after_the_turns_before_it(tokenizer):
+    rows = placed([{"messages": TURNS}, GOOD, BAD, {"messages": TURNS[:3]}])
+    kept, counts = encode(rows, tokenizer, Rules(every_turn=True, skip_bad=True))
+    assert [row.row_id for row in kept] == [0, 1, 2, 4, 5]  # 3 is the malformed one
+    texts = [tokenizer.decode(row.response_ids or []) for row in kept]
+    assert texts == ["b<|im_end|>", "d<|im_end|>", "yo<|im_end|>", "b<|im_end|>", ""]
+    assert "b" not in tokenizer.decode(kept[0].prompt_ids).replace("im_start|>b", "")
+    assert "b<|im_end|>" in tokenizer.decode(kept[1].prompt_ids)
+    assert counts == Counts(read=4, more_answers=2, kept=5, bad=1)
+    assert str(counts) == "5 of 6 answers in 4 rows, 1 malformed rows skipped"
+
+
+def test_the_template_gets_its_options(tokenizer):
+    tokenizer.chat_template = "{% if mood %}<|pad|>{% endif %}" + toy.TEMPLATE
+    plain, moody = (
+        encode(placed([GOOD]), tokenizer, Rules(template_options=options))[0][0]
+        for options in ({}, {"mood": True})
+    )
+    assert moody.prompt_ids == [0, *plain.prompt_ids]
+    assert moody.response_ids == plain.response_ids
+
+
 def test_the_form_is_handed_on(tokenizer):
     with pytest.raises(DataError, match="'instruction'"):
-        encode(placed([GOOD]), tokenizer, form="alpaca")
+        encode(placed([GOOD]), tokenizer, Rules(form="alpaca"))
 
 
 def test_control_tokens_of_a_row_stay_text(tokenizer):
@@ -142,16 +197,14 @@ def test_errors_travel_between_processes():
 
 
 def test_the_packages_own_rows_all_fit(tokenizer):
-    data = PromptDataset.encode(read("seed_tasks"), tokenizer, needs_response=True)
+    data = PromptDataset.encode(read("seed_tasks"), tokenizer, Rules(needs_response=True))
     assert data.counts == Counts(read=175, kept=175)
     assert isinstance(data[174], Row)
 
 
 def test_a_rendered_row_is_the_renderers(tokenizer):
-    from llmdistill.data.formats import to_example
-
     (row,), _ = encode(placed([GOOD]), tokenizer)
-    expected = render(tokenizer, to_example(GOOD, "x"))
+    expected = render(tokenizer, *to_examples(GOOD, "x"))
     assert (row.prompt_ids, row.response_ids) == expected
 
 

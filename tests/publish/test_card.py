@@ -163,7 +163,7 @@ def test_the_table_is_in_the_card_with_where_its_rows_come_from():
     assert {line.count("|") for line in lines} == {5}
     assert lines[0] == "|  | before | after | meaning |"
     assert any(line.startswith("| kl_teacher_text | 0.123 | 0.123 |") for line in lines)
-    assert "On 3 rows of org/rows:test held back:" in text
+    assert "On 3 rows of `org/rows:test` held back:" in text
     assert "## Measured" not in parsed().text
 
 

@@ -9,6 +9,8 @@ import safetensors.torch
 import torch
 
 from llmdistill.batch import Sampling
+from llmdistill.data.collate import PromptStream
+from llmdistill.data.validate import Rules
 from llmdistill.errors import CheckpointError
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
@@ -159,3 +161,25 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path):
     other = made(tmp_path / "second", student=toy.model(layers=4))
     with pytest.raises(CheckpointError, match="does not fit the student: missing"):
         other.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+
+
+def test_a_stream_resumes_where_it_was(tmp_path):
+    """10 rows in batches of 4 in the stream's order; the last two rows of each pass are left."""
+    seen = []
+
+    def rows():
+        for place, row in enumerate(toy.rows(10)):
+            seen.append(place)
+            yield f"x:{place}", row
+
+    def streamed(folder):
+        stream = PromptStream(rows, toy.tokenizer(), Rules())
+        return made(folder, rows=stream, dataloader_drop_last=True)
+
+    straight = streamed(tmp_path / "straight")
+    straight.train()
+    assert seen[:20] == [*range(10), *range(10)]
+    resumed = streamed(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    assert torch.equal(weights(resumed.model.student), weights(straight.model.student))
+    assert losses(resumed) == losses(straight)

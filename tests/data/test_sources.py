@@ -1,0 +1,264 @@
+"""Rows out of files of every kind and from any editor; what cannot be read is named (S7)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llmdistill.data.formats import to_examples
+from llmdistill.data.sources import SEED_TASKS, hub_name, read
+from llmdistill.errors import DataError
+
+
+def write(tmp_path, content: str | bytes) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+# ---- files ----
+
+
+def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
+    source = write(tmp_path, '{"a": 1}\n\n  \n{"a": 2}\n')
+    assert list(read(source)) == [(f"{source}:1", {"a": 1}), (f"{source}:4", {"a": 2})]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize("last", [True, False])
+def test_files_of_any_editor_are_read(tmp_path, mark, end, last):
+    source = write(
+        tmp_path, mark + end.join([b'{"a": 1}', b"", b'{"a": 2}']) + (end if last else b"")
+    )
+    assert list(read(source)) == [(f"{source}:1", {"a": 1}), (f"{source}:3", {"a": 2})]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
+def test_separators_in_a_string_end_no_line(tmp_path, mark):
+    row = {"prompt": f"a{mark}b"}
+    source = write(tmp_path, json.dumps(row, ensure_ascii=False) + '\n{"c": 1}\n')
+    assert list(read(source)) == [(f"{source}:1", row), (f"{source}:2", {"c": 1})]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"a": 1', '{"a": 1}{"b": 2}', "hi", "{'a': 1}", "[" * 100_000, '{"a": ' + "1" * 5000 + "}"],
+    ids=["cut", "two in one", "no JSON", "Python", "deep", "long number"],
+)
+def test_a_line_that_is_no_json_is_a_bad_row_and_not_the_end(tmp_path, line):
+    source = write(tmp_path, f'{{"a": 1}}\n{line}\n{{"a": 3}}\n')
+    first, bad, last = read(source)
+    assert (first[1], last) == ({"a": 1}, (f"{source}:3", {"a": 3}))
+    assert bad[0] == f"{source}:2"
+    assert isinstance(bad[1], DataError)
+    assert str(bad[1]).startswith(f"{source}:2: not a line of JSON")
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    source = write(tmp_path, '{"prompt": "na\u00efve"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"rows\.jsonl"):
+        list(read(source))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"no such file: .*none\.jsonl"):
+        list(read(str(tmp_path / "none.jsonl")))
+
+
+def test_the_packages_own_rows():
+    rows = list(read(SEED_TASKS))
+    assert len(rows) == 175
+    assert rows[0][0] == "seed_tasks:1"
+    examples = [to_examples(row, place, form="alpaca")[0] for place, row in rows]
+    assert all(example.response for example in examples)
+    assert len({example.prompt[0]["content"] for example in examples}) == 175
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "split"),
+    [("org/rows", "org/rows", "train"), ("org/rows:test", "org/rows", "test")],
+)
+def test_a_data_set_of_the_hub(monkeypatch, source, name, split):
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        return [{"a": 1}, {"a": 2}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert list(read(source)) == [(f"{source}[0]", {"a": 1}), (f"{source}[1]", {"a": 2})]
+    assert asked == [(name, split, False)]
+
+
+def test_a_data_set_that_does_not_come_says_what_to_do(monkeypatch):
+    def load_dataset(name, split, streaming):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"'org/rows': ConnectionError: offline.*\.parquet"):
+        list(read("org/rows"))
+
+
+def test_a_stream_of_the_hub_is_asked_for_as_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda name, split, streaming: asked.append(streaming) or []
+    )
+    assert list(read("org/rows", streaming=True)) == []
+    assert asked == [True]
+
+
+@pytest.mark.parametrize("source", ["seed_tasks", "a.jsonl", "b/c.csv", "./b", "/abs/rows"])
+def test_what_is_on_this_machine_is_no_data_set_of_the_hub(source):
+    assert hub_name(source) is None
+
+
+def test_a_folder_is_no_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_name("data/rows") == "data/rows"
+    (tmp_path / "data" / "rows").mkdir(parents=True)
+    assert hub_name("data/rows") is None
+
+
+# ---- other kinds of files ----
+
+ROWS = [{"prompt": "na\u00efve \U0001f426", "completion": None}, {"prompt": "b", "completion": "c"}]
+CSV = 'prompt,completion\n"na\u00efve \U0001f426",\n"b",c\n'
+
+
+def parquet(path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+WRITERS = {
+    "rows.jsonl": lambda path: path.write_text("\n".join(map(json.dumps, ROWS))),
+    "rows.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "lines.json": lambda path: path.write_text("\n".join(map(json.dumps, ROWS))),
+    "rows.csv": lambda path: path.write_text(CSV, encoding="utf-8-sig", newline=""),
+    "crlf.csv": lambda path: path.write_text(CSV.replace("\n", "\r\n"), "utf-8", newline=""),
+    "rows.tsv": lambda path: path.write_text(CSV.replace(",", "\t"), "utf-8", newline=""),
+    "rows.parquet": parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_same_rows_from_every_kind_of_file(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    read_rows = list(read(str(tmp_path / name)))
+    assert [row for _, row in read_rows] == ROWS
+    assert all(place.startswith(str(tmp_path / name)) for place, _ in read_rows)
+    assert len({place for place, _ in read_rows}) == 2
+
+
+def test_a_folder_is_all_its_files_by_name(tmp_path):
+    WRITERS["rows.csv"](tmp_path / "b.csv")
+    WRITERS["rows.parquet"](tmp_path / "a.parquet")
+    (tmp_path / "README.md").write_text("# Rows")
+    places = [place for place, _ in read(str(tmp_path))]
+    expected = ["a.parquet[0]", "a.parquet[1]", "b.csv:2", "b.csv:3"]
+    assert places == [f"{tmp_path}/{name}" for name in expected]
+
+
+def test_a_folder_that_datasets_saved(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    assert [row for _, row in read(str(tmp_path / "saved"))] == ROWS
+
+
+def test_a_folder_without_rows_says_what_it_looked_for(tmp_path):
+    with pytest.raises(DataError, match=r"holds none of \.jsonl, \.json, \.csv"):
+        list(read(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.csv", b"prompt\n\xff\xfe", "is not UTF-8"),
+        ("rows.csv", b'prompt,completion\n"a', "not a table"),
+        ("rows.json", b'[{"prompt": "a"},', "not JSON"),
+        ("rows.parquet", b"PAR1 no", "not a Parquet file"),
+        ("rows.parquet", b"", "not a Parquet file"),
+        ("rows.xlsx", b"PK", "a file of this kind cannot be read. Give a file"),
+    ],
+)
+def test_a_file_that_is_broken_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(read(str(tmp_path / name)))
+    assert said in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_an_empty_file_has_no_rows(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    assert list(read(str(tmp_path / name))) == []
+
+
+def test_a_line_of_a_table_with_other_columns_is_a_bad_row_and_not_the_end(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\na,b\nc\nd,e,f\ng,h\n")
+    first, short, long, last = read(str(tmp_path / "rows.csv"))
+    assert (first[1]["prompt"], last[1]["prompt"]) == ("a", "g")
+    for number, (place, row) in ((3, short), (4, long)):
+        assert isinstance(row, DataError)
+        assert str(row) == f"{place}: not the 2 columns of the first line"
+        assert place.endswith(f"rows.csv:{number}")
+
+
+def test_a_line_of_twenty_megabytes(tmp_path):
+    rows = [{"prompt": "x" * 20_000_000}, {"prompt": "y"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows.csv").write_text("prompt\n" + "\n".join(row["prompt"] for row in rows))
+    for name in ("rows.jsonl", "rows.csv"):
+        assert [len(row["prompt"]) for _, row in read(str(tmp_path / name))] == [20_000_000, 1]
+
+
+def test_a_parquet_of_other_types_is_refused_by_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([{"prompt": 3, "messages": None}])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    ((place, row),) = read(str(tmp_path / "rows.parquet"))
+    with pytest.raises(DataError, match=r"rows\.parquet\[0\]: 'prompt' must be text.*got 3"):
+        to_examples(row, place, form="prompt_completion")
+
+
+def test_nested_lists_of_a_parquet_are_messages(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    table = pyarrow.Table.from_pylist([{"messages": messages, "id": 1}])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    ((place, row),) = read(str(tmp_path / "rows.parquet"))
+    assert to_examples(row, place)[0].response == "yo"
+
+
+# ---- other names ----
+
+
+def test_columns_are_read_by_other_names(tmp_path):
+    source = write(tmp_path, '{"q": "hi", "a": "yo", "instruction": "old", "id": 1}\n')
+    ((place, row),) = read(source, columns={"instruction": "q", "output": "a"})
+    assert row == {"instruction": "hi", "output": "yo", "id": 1}
+    assert to_examples(row, place)[0].response == "yo"
+
+
+def test_two_columns_may_swap_their_names(tmp_path):
+    source = write(tmp_path, '{"prompt": "a", "completion": "b"}\n')
+    columns = {"prompt": "completion", "completion": "prompt"}
+    assert [row for _, row in read(source, columns=columns)] == [{"prompt": "b", "completion": "a"}]
+
+
+def test_a_column_that_is_not_there_is_a_bad_row(tmp_path):
+    source = write(tmp_path, '{"q": "hi"}\n3\n{"question": "hi"}\n')
+    _, number, bad = read(source, columns={"prompt": "q"})
+    assert number == (f"{source}:2", 3)
+    assert str(bad[1]) == f"{source}:3: data.columns asks for 'q'; it has question"
