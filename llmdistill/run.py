@@ -30,6 +30,7 @@ from llmdistill.data.validate import Row, Rules
 from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
 from llmdistill.evaluation.measure import Evaluation, Figures
 from llmdistill.models import carve
+from llmdistill.models.adapters import add_adapter
 from llmdistill.models.load import default_device, load_model, load_tokenizer, native_bfloat16
 from llmdistill.objectives import build_objective
 from llmdistill.publish.card import model_card
@@ -95,7 +96,7 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     if evaluation is not None:
         logger.info("measuring the student before training")
         before = evaluation.measure(student)
-    student.requires_grad_(True)
+    student = _trainable(recipe, student)
     trainer = DistillTrainer(
         student=student,
         teacher=teacher,
@@ -106,6 +107,7 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         eval_dataset=_teacher_text(evaluation, held) if evaluation is not None else None,
         processing_class=tokenizer,
         callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressBar()],
+        merge_adapter=recipe.student.peft is None or recipe.student.peft.save == "merged",
     )
     _own_progress_only(trainer)
     if isinstance(train, PromptDataset):
@@ -234,6 +236,21 @@ def _layers(answer: recipes.CarveRecipe, base: PreTrainedModel, train: EncodedRo
         base, sample.input_ids_BP.to(base.device), sample.attention_mask_BP.to(base.device)
     )
     return carve.most_influential(influence, answer.layers)
+
+
+def _trainable(recipe: Recipe, student: PreTrainedModel) -> PreTrainedModel:
+    """The student with what is trained of it: all of it, or an adapter."""
+    answer = recipe.student.peft
+    if answer is None:
+        return student.requires_grad_(True)
+    return add_adapter(
+        student,
+        rank=answer.r,
+        alpha=answer.alpha,
+        targets=answer.targets,
+        dropout=answer.dropout,
+        seed=recipe.seed,
+    )
 
 
 def _student_tokenizer(recipe: Recipe, teacher: LocalTeacher) -> PreTrainedTokenizerBase:

@@ -10,7 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmdistill import recipe as recipes
+from llmdistill.data.collate import PromptDataset, collate
+from llmdistill.data.sources import read
+from llmdistill.evaluation.measure import Evaluation
+from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.run import distill
+from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
@@ -22,7 +27,7 @@ FIGURES = {
 
 def test_all_recipes_are_found():
     assert [path.stem for path in RECIPES] == [
-        "on_policy", "quickstart", "seqkd", "sft", "supervised_kd",
+        "on_policy", "peft", "quickstart", "seqkd", "sft", "supervised_kd",
     ]  # fmt: skip
 
 
@@ -64,6 +69,7 @@ def test_runs_two_steps_on_a_toy_pair(path, pair, data):
     ]
     assert {1, 2} <= set(steps)
     assert (folder / "student" / "README.md").is_file()
+    assert (folder / "student" / "model.safetensors").is_file()
 
 
 def shorter(path: Path) -> list[str]:
@@ -99,6 +105,30 @@ def test_a_recipe_pushes_the_student_with_its_card(pair, data, monkeypatch):
     distill(recipes.load(RECIPES[-1], overrides))
     assert [repo for repo, _ in pushed] == ["me/small"]
     assert "kl_teacher_text" in pushed[0][1]
+
+
+def test_an_adapter_is_exported_alone_where_asked_for(pair, data):
+    """It measures, loaded onto its base, as the student did at the end of its run."""
+    teacher, student = pair
+    overrides = [
+        f"output={data}/run", f"teacher.model={teacher}", f"student.model={student}",
+        f"data.train={data}/train.jsonl", f"data.eval={data}/heldout.jsonl", "training.max_steps=3",
+        "training.use_cpu=true", "training.dataloader_pin_memory=false", "evaluate.max_new_tokens=4",
+        "rollout.max_new_tokens=6", "student.peft.save=adapter", "student.dtype=float32",
+        "teacher.dtype=float32", "training.learning_rate=0.01",
+    ]  # fmt: skip
+    path = next(path for path in RECIPES if path.stem == "peft")
+    result = distill(recipes.load(path, overrides))
+    names = {path.name for path in result.student.iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+    judge = LocalTeacher(load_model(teacher, dtype="float32"), load_tokenizer(teacher))
+    rows = PromptDataset.encode(read(f"{data}/heldout.jsonl"), judge.tokenizer).rows
+    evaluation = Evaluation(judge, collate(rows), max_new_tokens=4, seed=0)
+    found, _ = evaluation.measure(load_model(str(result.student), dtype="float32"))
+    after = result.evaluation["after"]
+    assert found.kl_teacher_text == pytest.approx(after.kl_teacher_text, rel=1e-4)
+    assert after.kl_teacher_text != pytest.approx(result.evaluation["before"].kl_teacher_text)
 
 
 def test_the_student_loads_in_plain_transformers(pair, data):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -61,13 +62,16 @@ def load_model(
     """A causal LM in eval mode.  `dtype` auto is `preferred_dtype(device)`; `device` None is a GPU,
     or the CPU where there is none.
 
-    Raises ModelError with the reason when it cannot be loaded.
+    An adapter of PEFT is loaded onto its base and merged into it.  Raises ModelError with the
+    reason when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise ModelError(f"cannot load '{name}': dtype '{dtype}' is none of {', '.join(DTYPES)}")
     device = torch.device(device or default_device())
+    if base := adapter_base(name, revision=revision):
+        return _on_its_base(name, load_model(base, dtype=dtype, device=device), revision)
     folder, options = _locate(name)
     if "gguf_file" in options:
         options["quantization_config"] = _dequantize()
@@ -87,10 +91,39 @@ def load_model(
             f"cannot load '{name}': {len(missing)} weights are not in its files and would be "
             f"random ({missing[0]}, ...). The download or the conversion is incomplete."
         )
-    model.config.name_or_path = name
+    model.config.name_or_path = model.name_or_path = name
     # A checkpoint made from a quantised file is dense now; its config must not say otherwise.
     model.config.__dict__.pop("quantization_config", None)
     return model.to(device).eval()
+
+
+def adapter_base(name: str, *, revision: str | None = None) -> str | None:
+    """The model that an adapter of PEFT belongs on; None where `name` is a whole model."""
+    from transformers.utils import find_adapter_config_file
+
+    if name in EMBEDDED or name.endswith(".gguf"):
+        return None
+    folder, _ = _locate(name)
+    try:
+        found = find_adapter_config_file(folder, revision=revision)
+    except Exception:  # no network, no such repository: loading the model says it better
+        return None
+    if found is None or os.path.isfile(os.path.join(folder, "config.json")):
+        return None
+    base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"cannot load '{name}': its adapter_config.json names no base model")
+    return base
+
+
+def _on_its_base(name: str, base: PreTrainedModel, revision: str | None) -> PreTrainedModel:
+    from peft import PeftModel
+
+    folder, _ = _locate(name)
+    with _clear_errors(name), _quiet():
+        merged = PeftModel.from_pretrained(base, folder, revision=revision).merge_and_unload()
+    merged.config.name_or_path = name
+    return merged.eval()
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -98,6 +131,9 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     from transformers import AutoTokenizer
 
     folder, options = _locate(name)
+    base = adapter_base(name, revision=revision)
+    if base and not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+        return load_tokenizer(base)
     with _clear_errors(name), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(
             folder, revision=revision, trust_remote_code=False, **options
@@ -134,6 +170,8 @@ def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
     """A model's configuration, without its weights."""
     from transformers import AutoConfig
 
+    if base := adapter_base(name, revision=revision):
+        return load_config(base)
     folder, options = _locate(name)
     with _clear_errors(name), _quiet():
         return AutoConfig.from_pretrained(

@@ -79,12 +79,38 @@ class CarveRecipe(Strict):
     """influence: those that change the hidden states most; even: evenly spaced."""
 
 
+class PeftRecipe(Strict):
+    """Train a LoRA adapter and leave the student's own weights as they are."""
+
+    r: int = Field(16, gt=0)
+    """Rank."""
+    alpha: float = Field(32.0, gt=0)
+    """The change is scaled by alpha / r."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of linear layers, such as [q_proj, v_proj]; all-linear: all but the head."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    save: Literal["merged", "adapter"] = "merged"
+    """merged: the student is exported as a plain model; adapter: as the adapter alone."""
+
+
 class StudentRecipe(Strict):
     model: str
     revision: str | None = None
     dtype: Dtype = "float32"
-    """Master weights; `training.bf16` sets the dtype of products."""
+    """Master weights; `training.bf16` sets the dtype of products.  With `peft` the base may be
+    bfloat16.
+    """
     carve: CarveRecipe | None = None
+    peft: PeftRecipe | None = None
+
+    @model_validator(mode="after")
+    def _an_adapter_needs_its_base(self) -> StudentRecipe:
+        if self.carve and self.peft and self.peft.save == "adapter":
+            raise PydanticCustomError(
+                "adapter",
+                "a carved base is saved nowhere, so an adapter would lack it; use save: merged",
+            )
+        return self
 
 
 class SourceRecipe(Strict):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmdistill.batch import Rollout, Stateful
 from llmdistill.errors import CheckpointError
+from llmdistill.models.adapters import merged_state
 from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:
@@ -49,6 +50,18 @@ def save_student(
     """
     students = None if state is None else _under(state, STUDENT_PREFIX)
     distillation.student.save_pretrained(folder, state_dict=students)
+    distillation.tokenizer.save_pretrained(folder)
+
+
+def save_merged(
+    distillation: Distillation, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """The student as a plain model, an adapter merged into its weights, with its tokenizer."""
+    student = distillation.student
+    if not hasattr(student, "peft_config"):
+        return save_student(distillation, folder, state)
+    whole = student.state_dict() if state is None else _under(state, STUDENT_PREFIX)
+    student.get_base_model().save_pretrained(folder, state_dict=merged_state(student, whole))
     distillation.tokenizer.save_pretrained(folder)
 
 

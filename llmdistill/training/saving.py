@@ -24,6 +24,7 @@ class StudentTrainer(Trainer):
     model: Distillation
     rollout: Rollout
     model_card: str | None
+    merge_adapter: bool
 
     # ---- checkpoints: the student apart from the rest ----
 
@@ -55,10 +56,14 @@ class StudentTrainer(Trainer):
         checkpoint.load(self.model, Path(self.state.best_model_checkpoint))
 
     def export_student(self, folder: str | Path) -> None:
-        """The student alone, as `from_pretrained` takes it.  Call it on every rank."""
+        """The student alone, as `from_pretrained` takes it.  Call it on every rank.
+
+        An adapter is merged into its base, unless the trainer was made with `merge_adapter=False`.
+        """
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
-            checkpoint.save_student(self.model, Path(folder), state)
+            save = checkpoint.save_merged if self.merge_adapter else checkpoint.save_student
+            save(self.model, Path(folder), state)
 
     # ---- the Hub: the student alone ----
 

@@ -59,6 +59,7 @@ class DistillTrainer(StudentTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         model_card: str | None = None,
+        merge_adapter: bool = True,
     ) -> None:
         require_same(
             teacher.tokenizer,
@@ -66,7 +67,8 @@ class DistillTrainer(StudentTrainer):
             teacher.model.get_output_embeddings().weight.shape[0],
             student.get_output_embeddings().weight.shape[0],
         )
-        self.teacher, self.rollout, self.model_card = teacher, rollout, model_card
+        self.teacher, self.rollout = teacher, rollout
+        self.model_card, self.merge_adapter = model_card, merge_adapter
         self._terms: dict[str, float | Tensor] = {}
         self._step_loss: Tensor | float = 0.0
         use_cache = student.config.use_cache

@@ -34,17 +34,26 @@ GPT2_SIZES = {
 FAMILIES = {
     "Llama": SIZES,
     "Qwen2": SIZES,
+    "Qwen3": SIZES | {"head_dim": 8},
+    "Mistral": SIZES,
+    "Mixtral": SIZES | {"num_local_experts": 4},
+    "Phi3": SIZES,
+    "Olmo2": SIZES,
+    "GPTNeoX": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
+    "Gemma3": SIZES | {"head_dim": 8, "final_logit_softcapping": 2.0},
     "Gemma2": SIZES | {"head_dim": 8, "final_logit_softcapping": 2.0},
     "GPT2": GPT2_SIZES,
     "Cohere": SIZES | {"logit_scale": 0.25},
     "Granite": SIZES | {"logits_scaling": 4.0},
 }
-LORA_TARGETS = {"GPT2": ["c_attn"]}
+LORA_TARGETS = {"GPT2": ["c_attn"], "Phi3": ["qkv_proj"], "GPTNeoX": ["query_key_value"]}
+LORA_TARGETS["Mixtral"] = ["q_proj", "o_proj"]
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
 def family(name: str, **options) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**(FAMILIES[name] | options))
+    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**(FAMILIES[name] | options))
     suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
     return getattr(transformers, name + suffix)(config).eval()
 
