@@ -68,11 +68,15 @@ class Draw:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands when a batch is written."""
+    """Where training stands when a batch is written: steps done of how many, passes over the data,
+    and the held-out losses measured so far.
+    """
 
     step: int
     epoch: int
     seed: int
+    num_steps: int = 0
+    eval_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -405,8 +405,8 @@ def test_a_source_may_be_a_name_or_several():
         ({"train": []}, "'data.train'"),
         ({"train": [{"source": "a", "form": "x"}]}, "unknown key 'data.train[0].form'"),
         ({"train": ["a", {"source": "b", "weight": 0}]}, "'data.train[1].weight'"),
-        ({"train": 3}, "'data.train[0]'"),
-        ({"train": "a", "streaming": True}, "needs 'training.max_steps'"),
+        ({"train": 3}, "'data.train'"),
+        ({"train": "a", "streaming": True}, "recipe: 'data.streaming' needs 'training.max_steps'"),
         ({"train": "a", "streaming": True, "hold_back": 2}, "a stream has neither"),
         ({"train": [{"source": "a", "weight": 2.0}], "streaming": True}, "a stream has neither"),
     ],
@@ -418,3 +418,35 @@ def test_sources_that_cannot_be_are_named(data, said):
 def test_a_stream_with_a_number_of_steps_is_fine():
     data = {"data": {"train": "a", "streaming": True}, "training": {"max_steps": 3}}
     assert recipes.build(MINIMAL | data).data.streaming
+
+
+# ---- schedules and replay ----
+
+
+def with_rollout(**rollout):
+    return MINIMAL | {"rollout": rollout}
+
+
+def test_a_share_is_a_number_or_a_schedule():
+    share = recipes.build(with_rollout(kind="mixed", share=1)).rollout.share
+    assert (share.kind, share.value) == ("constant", 1.0)
+    linear = {"kind": "linear", "start": 1.0, "end": 0.0}
+    recipe = recipes.build(with_rollout(kind="mixed", share=linear))
+    assert (recipe.rollout.share.start, recipe.rollout.share.end) == (1.0, 0.0)
+    assert recipes.build(recipes.parse_yaml(recipes.dump(recipe), "x")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("rollout", "said"),
+    [
+        ({"kind": "mixed", "share": 2}, "'rollout.share': input should be less than or equal"),
+        ({"kind": "mixed", "share": "x"}, "'rollout.share': input should be a valid number"),
+        ({"kind": "mixed", "share": {"kind": "linear", "start": 1}}, "'rollout.share.end' is miss"),
+        ({"kind": "mixed", "share": {"kind": "linea"}}, "'rollout.share.kind' should be one of"),
+        ({"kind": "mixed", "share": {"kind": "adaptive"}}, "give 'evaluate.every_steps'"),
+        ({"kind": "replay", "rollout": {"kind": "sampled", "by": "teacher"}}, "'rollout': a teac"),
+        ({"kind": "replay", "capacity": 0}, "'rollout.capacity'"),
+    ],
+)
+def test_wrong_schedules_are_named(rollout, said):
+    assert said in message(MINIMAL | {"rollout": rollout})

@@ -27,7 +27,7 @@ FIGURES = {
 
 def test_all_recipes_are_found():
     assert [path.stem for path in RECIPES] == [
-        "on_policy", "peft", "quickstart", "seqkd", "sft", "supervised_kd",
+        "distillm", "gkd", "on_policy", "peft", "quickstart", "seqkd", "sft", "supervised_kd",
     ]  # fmt: skip
 
 
@@ -79,6 +79,10 @@ def shorter(path: Path) -> list[str]:
             "student.carve.layers=2", "rollout.student.max_new_tokens=6", "rollout.other.max_new_tokens=6",
             "data.max_prompt_tokens=110", "data.hold_back=4",
         ]  # fmt: skip
+    if path.stem == "gkd":
+        return ["rollout.student.max_new_tokens=6"]
+    if path.stem == "distillm":
+        return ["rollout.student.rollout.max_new_tokens=6", "rollout.share.start=1.0"]
     if "max_new_tokens" in path.read_text().split("rollout:")[1].split("\n")[0]:
         return ["rollout.max_new_tokens=6"]
     return []

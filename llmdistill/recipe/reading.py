@@ -14,9 +14,6 @@ from llmdistill.errors import RecipeError
 from llmdistill.recipe.facts import close_to
 from llmdistill.recipe.schema import Recipe
 
-# The tags of the unions: pydantic names them in the place of an error, a user does not write them.
-KINDS = {"fixed", "sampled", "mixed", "response", "cross_entropy", "local", "int", "list[int]"}
-
 REFUSED = {
     "trust_remote_code": " Code from a model's repository could do anything on this machine; "
     "llmdistill never runs it. Convert the model to a type that transformers knows."
@@ -130,7 +127,7 @@ def _index(items: list[Any], key: str, override: str) -> int:
 
 def _describe(error: dict[str, Any], data: Any) -> str:
     """One validation error as: path, what is expected, what was given, what to do."""
-    path = _dotted(error["loc"], data)
+    path = _dotted(error["loc"], data, missing=error["type"] == "missing")
     kind, context = error["type"], error.get("ctx", {})
     if kind == "unknown_key":
         key, known = context["key"], context["known"]
@@ -144,19 +141,22 @@ def _describe(error: dict[str, Any], data: Any) -> str:
         return f"'{path}.kind' should be one of {known}, got {given!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
     if isinstance(error["input"], dict | BaseModel):
-        return f"'{path}': {message}"
+        return f"'{path}': {message}" if path else message
     return f"'{path}': {message}, got {error['input']!r} ({type(error['input']).__name__})"
 
 
-def _dotted(location: Sequence[str | int], data: Any) -> str:
-    """'objectives[0].beta'; the tags that pydantic puts in for the kind of a union are left out."""
+def _dotted(location: Sequence[str | int], data: Any, *, missing: bool) -> str:
+    """'objectives[0].beta': the steps that the user's own data takes.
+
+    What pydantic adds (the kinds of a union, what a short form stands for) is left out.
+    """
     path, here = "", data
-    for step in location:
-        if step in KINDS and not (isinstance(here, dict) and step in here):
-            continue
-        path += f"[{step}]" if isinstance(step, int) else f"{'.' if path else ''}{step}"
-        try:
+    for number, step in enumerate(location):
+        is_new = missing and number == len(location) - 1
+        if isinstance(step, int) and isinstance(here, list):
+            path += f"[{step}]"
             here = here[step]
-        except (KeyError, IndexError, TypeError):
-            here = None
+        elif isinstance(here, dict) and (step in here or is_new):
+            path += f"{'.' if path else ''}{step}"
+            here = here.get(step)
     return path

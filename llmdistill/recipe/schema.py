@@ -198,20 +198,71 @@ class SampledRecipe(Strict):
         return self
 
 
-Part = Annotated[FixedRecipe | SampledRecipe, Field(discriminator="kind")]
+class ReplayRecipe(Strict):
+    """Who writes: the student, less and less often; else what it wrote before is taken again."""
+
+    kind: Literal["replay"] = "replay"
+    rollout: SampledRecipe = SampledRecipe()
+    capacity: int = Field(1000, gt=0)
+    """Rows that are kept."""
+
+    @model_validator(mode="after")
+    def _the_student_writes(self) -> ReplayRecipe:
+        if self.rollout.by == "teacher":
+            raise PydanticCustomError("by", "a teacher's answers are kept anyway; use by: student")
+        return self
+
+
+class ConstantShareRecipe(Strict):
+    kind: Literal["constant"] = "constant"
+    value: float = Field(ge=0, le=1)
+
+
+class LinearShareRecipe(Strict):
+    """From one share to another over all steps."""
+
+    kind: Literal["linear"] = "linear"
+    start: float = Field(ge=0, le=1)
+    end: float = Field(ge=0, le=1)
+
+
+class AdaptiveShareRecipe(Strict):
+    """DistiLLM's: the share rises when the held-out loss does."""
+
+    kind: Literal["adaptive"] = "adaptive"
+    start: float = Field(0.0, ge=0, le=1)
+    rise: float = Field(0.1, gt=0, le=1)
+    tolerance: float = Field(0.1, ge=0)
+    """Nats by which the held-out loss must have risen."""
+
+
+Schedule = Annotated[
+    ConstantShareRecipe | LinearShareRecipe | AdaptiveShareRecipe, Field(discriminator="kind")
+]
+Own = Annotated[SampledRecipe | ReplayRecipe, Field(discriminator="kind")]
+Other = Annotated[FixedRecipe | SampledRecipe, Field(discriminator="kind")]
 
 
 class MixedRecipe(Strict):
     """Who writes: the student a share of the steps, another rollout the rest."""
 
     kind: Literal["mixed"] = "mixed"
-    share: float = Field(0.5, ge=0, le=1)
-    """Probability that a step is written by `student`."""
-    student: SampledRecipe = SampledRecipe()
-    other: Part = FixedRecipe()
+    share: Schedule = ConstantShareRecipe(value=0.5)
+    """Probability that a step is written by `student`: a number, or a schedule."""
+    student: Own = SampledRecipe()
+    other: Other = FixedRecipe()
+
+    @field_validator("share", mode="before")
+    @classmethod
+    def _a_number_is_a_constant(cls, given: Any) -> Any:
+        return (
+            given if isinstance(given, Mapping | Strict) else {"kind": "constant", "value": given}
+        )
 
 
-RolloutRecipe = Annotated[FixedRecipe | SampledRecipe | MixedRecipe, Field(discriminator="kind")]
+RolloutRecipe = Annotated[
+    FixedRecipe | SampledRecipe | MixedRecipe | ReplayRecipe, Field(discriminator="kind")
+]
 
 
 class ResponseRecipe(Strict):
@@ -302,6 +353,19 @@ class Recipe(Strict):
         for key, value in given.items():
             check_training_argument(key, value)
         return given
+
+    @model_validator(mode="after")
+    def _an_adaptive_share_needs_its_loss(self) -> Recipe:
+        share = getattr(self.rollout, "share", None)
+        if isinstance(share, AdaptiveShareRecipe) and not (
+            self.evaluate.every_steps and (self.data.eval or self.data.hold_back)
+        ):
+            raise PydanticCustomError(
+                "adaptive",
+                "an adaptive share follows the held-out loss: give 'evaluate.every_steps' and "
+                "'data.eval' or 'data.hold_back'",
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_stream_has_no_end(self) -> Recipe:

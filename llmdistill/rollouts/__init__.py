@@ -8,7 +8,9 @@ from llmdistill import recipe
 from llmdistill.batch import Rollout, Sampling
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.mixed import MixedRollout
+from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.rollouts.schedules import AdaptiveShare, LinearShare, Share
 
 
 def build_rollout(answer: recipe.RolloutRecipe) -> Rollout:
@@ -31,12 +33,29 @@ def _sampled(answer: recipe.SampledRecipe) -> Rollout:
 
 def _mixed(answer: recipe.MixedRecipe) -> Rollout:
     return MixedRollout(
-        build_rollout(answer.student), build_rollout(answer.other), share=answer.share
+        build_rollout(answer.student), build_rollout(answer.other), share=_share(answer.share)
     )
+
+
+def _replay(answer: recipe.ReplayRecipe) -> Rollout:
+    return ReplayRollout(build_rollout(answer.rollout), capacity=answer.capacity)
+
+
+def _share(answer: recipe.Schedule) -> float | Share:
+    if isinstance(answer, recipe.ConstantShareRecipe):
+        return answer.value
+    return _SCHEDULES[type(answer)](**answer.model_dump(exclude={"kind"}))
+
+
+_SCHEDULES: dict[type, Callable[..., Share]] = {
+    recipe.LinearShareRecipe: LinearShare,
+    recipe.AdaptiveShareRecipe: AdaptiveShare,
+}
 
 
 _BUILDERS: dict[type, Callable[..., Rollout]] = {
     recipe.FixedRecipe: _fixed,
     recipe.SampledRecipe: _sampled,
     recipe.MixedRecipe: _mixed,
+    recipe.ReplayRecipe: _replay,
 }

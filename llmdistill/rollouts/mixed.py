@@ -1,4 +1,4 @@
-"""A mixture: each step is written by the student or by another rollout, at a fixed share.
+"""A mixture: each step is written by the student or by another rollout, at a given share.
 
 Agarwal et al. 2024 (GKD), algorithm 1: with probability `share` (lambda there) a step is on-policy.
 """
@@ -9,21 +9,24 @@ import random
 from typing import Any
 
 from llmdistill.batch import Model, Progress, Prompts, Rollout, Sequences, Stateful, Teacher
+from llmdistill.rollouts.schedules import Share
 
 
 class MixedRollout:
     """`student` writes a step with probability `share`, `other` writes the rest.
 
-    The choice is keyed by seed and step: every rank makes the same one, and so does a resumed run.
+    `share` is a number, or a schedule: a function of the progress (`schedules.py`).  The choice is
+    keyed by seed and step: every rank makes the same one, and so does a resumed run.
     """
 
-    def __init__(self, student: Rollout, other: Rollout, *, share: float = 0.5) -> None:
+    def __init__(self, student: Rollout, other: Rollout, *, share: float | Share = 0.5) -> None:
         self.student, self.other, self.share = student, other, share
 
     def write(
         self, prompts: Prompts, student: Model, teacher: Teacher, progress: Progress
     ) -> Sequences:
-        on_policy = random.Random(f"{progress.seed}/{progress.step}").random() < self.share
+        share = self.share(progress) if callable(self.share) else self.share
+        on_policy = random.Random(f"{progress.seed}/{progress.step}").random() < share
         rollout = self.student if on_policy else self.other
         return rollout.write(prompts, student, teacher, progress)
 

@@ -2,7 +2,7 @@
 
     model.safetensors, config.json, tokenizer ...   the student
     objectives.safetensors                          parameters of objectives (projectors), if any
-    rollout.json                                    what a rollout remembers, if anything
+    rollout.json, or rollout_0.json ...             what each rank's rollout remembers, if anything
 
 Optimiser, scheduler, random state and Trainer's own state are written beside them by Trainer.  No
 file is a pickle of ours, and no file holds a token or a key.
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OBJECTIVES = "objectives.safetensors"
-ROLLOUT = "rollout.json"
 STUDENT_PREFIX = "student."
 OBJECTIVES_PREFIX = "objectives."
 
@@ -38,7 +37,7 @@ TRAINING_ONLY = [
     "rng_state*",
     "trainer_state*",
     OBJECTIVES,
-    ROLLOUT,
+    "rollout*.json",
 ]
 
 
@@ -65,18 +64,20 @@ def save_merged(
     distillation.tokenizer.save_pretrained(folder)
 
 
-def save_rest(
-    distillation: Distillation,
-    rollout: Rollout,
-    folder: Path,
-    state: dict[str, Tensor] | None = None,
+def save_objectives(
+    distillation: Distillation, folder: Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """What is not the student: objectives' parameters and the rollout's memory."""
+    """The parameters of the objectives, if they have any."""
     state = distillation.state_dict() if state is None else state
     if projectors := _under(state, OBJECTIVES_PREFIX):
         safetensors.torch.save_file(projectors, folder / OBJECTIVES)
+
+
+def save_rollout(rollout: Rollout, folder: Path, rank: int | None) -> None:
+    """What this rank's rollout remembers, if anything; `rank` None where there is but one."""
     if isinstance(rollout, Stateful):
-        (folder / ROLLOUT).write_text(json.dumps(rollout.state_dict()), encoding="utf-8")
+        text = json.dumps(rollout.state_dict())
+        (folder / _rollout_name(rank)).write_text(text, encoding="utf-8")
 
 
 def load(distillation: Distillation, folder: Path) -> None:
@@ -90,14 +91,20 @@ def load(distillation: Distillation, folder: Path) -> None:
         distillation.objectives.load_state_dict(safetensors.torch.load_file(folder / OBJECTIVES))
 
 
-def load_rollout(rollout: Rollout, folder: Path) -> None:
+def load_rollout(rollout: Rollout, folder: Path, rank: int | None) -> None:
     if not isinstance(rollout, Stateful):
         return
-    if not (folder / ROLLOUT).is_file():
+    path = folder / _rollout_name(rank)
+    if not path.is_file():
         raise CheckpointError(
-            f"{folder} holds no {ROLLOUT}: it was written by another kind of rollout"
+            f"{folder} holds no {path.name}: it was written by another kind of rollout, or by "
+            "another number of processes"
         )
-    rollout.load_state_dict(json.loads((folder / ROLLOUT).read_text(encoding="utf-8")))
+    rollout.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _rollout_name(rank: int | None) -> str:
+    return "rollout.json" if rank is None else f"rollout_{rank}.json"
 
 
 def _load_student(student: PreTrainedModel, folder: Path) -> None:

@@ -37,14 +37,23 @@ class StudentTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_student(self.model, folder, state_dict)
-        checkpoint.save_rest(self.model, self.rollout, folder, state_dict)
+        checkpoint.save_objectives(self.model, folder, state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Each rank's own: its random state, and what its rollout remembers."""
+        super()._save_rng_state(output_dir)
+        checkpoint.save_rollout(self.rollout, Path(output_dir), self._rank())
+
+    def _rank(self) -> int | None:
+        """None where there is but one process, as Trainer names its files."""
+        return self.args.process_index if self.args.world_size > 1 else None
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
         """Trainer would load with strict=False and, finding no name that fits, load nothing."""
         folder = Path(resume_from_checkpoint)
-        checkpoint.load_rollout(self.rollout, folder)
+        checkpoint.load_rollout(self.rollout, folder, self._rank())
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoint.load(self.model, folder)

@@ -111,7 +111,15 @@ class DistillTrainer(StudentTrainer):
     def _progress(self) -> Progress:
         # After an epoch's last step state.epoch is a whole number: that of the epoch that begins.
         epoch = int((self.state.epoch or 0.0) + 1e-6)
-        return Progress(step=self.state.global_step, epoch=epoch, seed=self.args.seed)
+        return Progress(
+            step=self.state.global_step,
+            epoch=epoch,
+            seed=self.args.seed,
+            num_steps=self.state.max_steps,
+            eval_losses=tuple(
+                entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry
+            ),
+        )
 
     def _repeated(self, parts: list[Prompts]) -> Tensor:
         """True for rows that Accelerate repeats in an epoch's last batch to even out the ranks:

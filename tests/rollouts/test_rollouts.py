@@ -14,7 +14,9 @@ from llmdistill.errors import DataError, RecipeError
 from llmdistill.rollouts import build_rollout
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.mixed import MixedRollout
+from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.rollouts.schedules import AdaptiveShare, LinearShare
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 
@@ -32,8 +34,8 @@ def prompts(places=(0, 1, 2), *, responses=True) -> Prompts:
     )
 
 
-def at(step=0, *, epoch=0, seed=3) -> Progress:
-    return Progress(step=step, epoch=epoch, seed=seed)
+def at(step=0, *, epoch=0, seed=3, **known) -> Progress:
+    return Progress(step=step, epoch=epoch, seed=seed, **known)
 
 
 class Scribe:
@@ -273,6 +275,110 @@ def test_a_mixture_with_the_data_set_has_state_too():
     rollout.load_state_dict(json.loads(json.dumps(rollout.state_dict())))
 
 
+# ---- schedules ----
+
+
+def test_a_linear_share_goes_from_its_start_to_its_end():
+    share = LinearShare(0.2, 1.0)
+    found = [share(at(step, num_steps=5)) for step in range(5)]
+    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert share(at(9, num_steps=5)) == 1.0
+    assert share(at(0, num_steps=1)) == 0.2
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([], 0.1),
+        ([2.0], 0.1),
+        ([2.0, 2.05], 0.1),  # within the tolerance
+        ([2.0, 2.1], 0.3),
+        ([2.0, 1.5, 1.7], 0.1),  # compared with the first, not with the best
+        ([2.0, 2.2, 2.25], 0.3),  # compared with the last rise
+        ([2.0, 2.2, 2.4, 2.6], 0.7),
+        ([0.0, *range(1, 9)], 1.0),  # no more than all
+    ],
+)
+def test_an_adaptive_share_rises_with_the_held_out_loss(losses, expected):
+    share = AdaptiveShare(start=0.1, rise=0.2, tolerance=0.1)
+    assert share(at(eval_losses=tuple(losses))) == pytest.approx(expected)
+
+
+def test_a_mixture_follows_its_schedule(scribes):
+    student, _ = scribes
+    rollout = MixedRollout(SampledRollout("student"), FixedRollout(), share=LinearShare(0.0, 1.0))
+    for step in range(200):
+        rollout.write(prompts(), student, Nobody(), at(step, num_steps=200))
+        if step == 99:
+            early = len(student.calls)
+    assert 0 < early < (len(student.calls) - early) / 2
+
+
+# ---- replay ----
+
+
+def replay(capacity=6):
+    return ReplayRollout(SampledRollout("student"), capacity=capacity)
+
+
+def test_nothing_is_replayed_before_the_buffer_is_full(scribes):
+    student, _ = scribes
+    rollout = replay(capacity=12)
+    for step in range(90, 94):
+        rollout.write(prompts(), student, Nobody(), at(step, num_steps=90))
+    assert len(student.calls) == 4
+    replayed = rollout.write(prompts(), Nobody(), Nobody(), at(90, num_steps=90))
+    assert set(replayed.row_ids_B.tolist()) <= set(ROW_IDS)
+
+
+def test_at_the_first_step_nothing_is_replayed_and_at_the_last_everything(scribes):
+    student, _ = scribes
+    rollout = replay(capacity=3)
+    for _ in range(3):
+        rollout.write(prompts(), student, Nobody(), at(0, num_steps=50))
+    assert len(student.calls) == 3
+    rollout.write(prompts(), Nobody(), Nobody(), at(50, num_steps=50))
+
+
+def test_replayed_rows_are_those_written_prompt_and_all(scribes):
+    student, _ = scribes
+    rollout = replay(capacity=3)
+    written = rollout.write(prompts(), student, Nobody(), at(0, num_steps=9))
+    original = dict(zip(written.row_ids_B.tolist(), written.responses(), strict=True))
+    again = rollout.write(prompts([0, 1]), Nobody(), Nobody(), at(9, num_steps=9))
+    assert len(again) == 2
+    for row, ids, response in zip(
+        again.row_ids_B.tolist(), again.input_ids_BT.tolist(), again.responses(), strict=True
+    ):
+        prompt = PROMPTS[ROW_IDS.index(row)]
+        assert ids[: len(prompt)] == prompt
+        assert response == original[row]
+    assert again.writer_BT[again.response_mask_BT].eq(Writer.STUDENT).all()
+
+
+def test_the_oldest_rows_leave_the_buffer_first(scribes):
+    student, _ = scribes
+    rollout = replay(capacity=3)
+    rollout.write(prompts([0, 1]), student, Nobody(), at(0, num_steps=9))
+    rollout.write(prompts([2]), student, Nobody(), at(0, num_steps=9, epoch=1))
+    rollout.write(prompts([1]), student, Nobody(), at(0, num_steps=9, epoch=2))
+    assert [row for row, *_ in rollout.state_dict()["kept"]] == [0, 9, 0]
+
+
+def test_the_buffer_survives_as_json(scribes):
+    student, _ = scribes
+    rollout = replay(capacity=3)
+    rollout.write(prompts(), student, Nobody(), at(0, num_steps=9))
+    restored = replay(capacity=3)
+    restored.load_state_dict(json.loads(json.dumps(rollout.state_dict())))
+    for step in range(9, 14):
+        ours, theirs = (
+            r.write(prompts(), Nobody(), Nobody(), at(step, num_steps=9)).responses()
+            for r in (restored, rollout)
+        )
+        assert ours == theirs
+
+
 # ---- from a recipe ----
 
 
@@ -280,10 +386,24 @@ def test_a_recipe_builds_its_rollout():
     sampling = recipe.SamplingRecipe(temperature=0.5, top_p=0.9, top_k=7)
     student = recipe.SampledRecipe(sampling=sampling, max_new_tokens=33)
     other = recipe.SampledRecipe(by="teacher", samples=4)
-    built = build_rollout(recipe.MixedRecipe(share=0.3, student=student, other=other))
+    built = build_rollout(
+        recipe.MixedRecipe.model_validate({"share": 0.3, "student": student, "other": other})
+    )
     assert isinstance(built, MixedRollout)
     assert built.share == 0.3
     assert (built.student.by, built.student.max_new_tokens) == ("student", 33)
     assert built.student.sampling == Sampling(temperature=0.5, top_p=0.9, top_k=7)
     assert (built.other.by, built.other.samples) == ("teacher", 4)
     assert isinstance(build_rollout(recipe.FixedRecipe()), FixedRollout)
+
+
+def test_a_recipe_builds_schedules_and_replay():
+    schedule = {"kind": "adaptive", "start": 0.2, "rise": 0.3, "tolerance": 0.05}
+    student = {"kind": "replay", "capacity": 7, "rollout": {"kind": "sampled"}}
+    mixed = recipe.MixedRecipe.model_validate({"share": schedule, "student": student})
+    built = build_rollout(mixed)
+    assert built.share == AdaptiveShare(start=0.2, rise=0.3, tolerance=0.05)
+    assert isinstance(built.student, ReplayRollout)
+    assert built.student.capacity == 7
+    linear = {"share": {"kind": "linear", "start": 1.0, "end": 0.0}}
+    assert build_rollout(recipe.MixedRecipe.model_validate(linear)).share == LinearShare(1.0, 0.0)

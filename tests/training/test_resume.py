@@ -15,6 +15,7 @@ from llmdistill.errors import CheckpointError
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.mixed import MixedRollout
+from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from tests import toy
 from tests.training.helpers import trainer, weights
@@ -26,6 +27,7 @@ ROLLOUTS = {
     "seqkd": lambda: SampledRollout(
         "teacher", max_new_tokens=6, samples=2, sampling=Sampling(temperature=0.8)
     ),
+    "replay": lambda: ReplayRollout(SampledRollout("student", max_new_tokens=6), capacity=4),
     "mixed": lambda: MixedRollout(SampledRollout("student", max_new_tokens=6), FixedRollout()),
 }
 
