@@ -71,7 +71,8 @@ def test_nothing_is_executed_that_was_read(path):
             "pickle.load",
             "pickle.loads",
         }, name
-        if name.endswith(".from_pretrained"):
+        # An adapter is weights and numbers: PEFT takes no such argument and runs no code of its.
+        if name.endswith(".from_pretrained") and name != "PeftModel.from_pretrained":
             assert keywords.get("trust_remote_code") == "False", f"{name} leaves it to chance"
     imported = {
         a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names

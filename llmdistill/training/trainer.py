@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import Module
@@ -101,7 +102,7 @@ class DistillTrainer(StudentTrainer):
         prompts = Prompts.join(parts, pad_id=0)
         with self.accelerator.autocast():
             sequences = self.rollout.write(prompts, self.model, self.teacher, self._progress())
-        sequences = sequences.without_loss(self._repeated(parts)).to(device)
+        sequences = sequences.without_loss(_repeated(self.accelerator, parts)).to(device)
         order = sequences.attention_mask_BT.sum(1).argsort(descending=True, stable=True)
         rows = order.split([len(part) for part in parts])
         count = self.accelerator.reduce(sequences.num_predicted.sum(), reduction="sum")
@@ -120,18 +121,6 @@ class DistillTrainer(StudentTrainer):
                 entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry
             ),
         )
-
-    def _repeated(self, parts: list[Prompts]) -> Tensor:
-        """True for rows that Accelerate repeats in an epoch's last batch to even out the ranks:
-        (B,).
-        """
-        repeated_B = torch.zeros(sum(map(len, parts)), dtype=torch.bool)
-        state = self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0:
-            size = len(parts[-1])
-            place = self.accelerator.process_index * size + torch.arange(size)
-            repeated_B[-size:] = place >= state.remainder
-        return repeated_B
 
     # ---- what is matched ----
 
@@ -156,7 +145,9 @@ class DistillTrainer(StudentTrainer):
     ) -> tuple[Tensor, None, None]:
         """The loss on the evaluation rows' own responses."""
         sequences = FixedRollout().write(inputs, self.model, self.teacher, self._progress())
-        sequences = sequences.without_loss(self._repeated([inputs])).to(self.args.device)
+        sequences = sequences.without_loss(_repeated(self.accelerator, [inputs])).to(
+            self.args.device
+        )
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(sequences)
         self._eval_sum += torch.stack([output.total.double(), output.count.double()]).cpu()
@@ -242,6 +233,19 @@ class DistillTrainer(StudentTrainer):
     def _add_terms(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + value.detach()
+
+
+def _repeated(accelerator: Accelerator, parts: list[Prompts]) -> Tensor:
+    """True for rows that Accelerate repeats in an epoch's last batch to even out the ranks:
+    (B,).
+    """
+    repeated_B = torch.zeros(sum(map(len, parts)), dtype=torch.bool)
+    state = accelerator.gradient_state
+    if state.end_of_dataloader and state.remainder > 0:
+        size = len(parts[-1])
+        place = accelerator.process_index * size + torch.arange(size)
+        repeated_B[-size:] = place >= state.remainder
+    return repeated_B
 
 
 def _forced(args: TrainingArguments) -> TrainingArguments:
