@@ -46,11 +46,16 @@ class LossSum(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
+    """How tokens are drawn: temperature 0 is greedy, top_k 0 and top_p 1 keep every token.
+
+    With `continuous` rows join and leave the batch while it is written (transformers'
+    `generate_batch`): made for GPUs.  An answer then depends on the rows beside it.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    continuous: bool = False
 
 
 @dataclass(frozen=True)

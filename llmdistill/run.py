@@ -14,29 +14,31 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from llmdistill import recipe as recipes
-from llmdistill.data.collate import EncodedRows, PromptDataset, PromptStream, collate
+from llmdistill.data import build_rows
+from llmdistill.data.collate import EncodedRows, PromptDataset, collate, sample_text
 from llmdistill.data.render import same_template
-from llmdistill.data.sources import read
-from llmdistill.data.validate import Row, Rules
+from llmdistill.data.validate import Row
 from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
 from llmdistill.evaluation.measure import Evaluation, Figures
-from llmdistill.models import carve
-from llmdistill.models.adapters import add_adapter
-from llmdistill.models.load import default_device, load_model, load_tokenizer, native_bfloat16
+from llmdistill.models import build_student
+from llmdistill.models.load import default_device, load_tokenizer, native_bfloat16
 from llmdistill.objectives import build_objective
 from llmdistill.publish.card import model_card
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts import build_rollout
 from llmdistill.teachers import build_teacher
+from llmdistill.teachers.adapter_off import AdapterOffTeacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.progress import MetricsFile, ProgressBar
 from llmdistill.training.trainer import DistillTrainer
@@ -85,31 +87,20 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         if PartialState().is_main_process:
             _prepare_folder(folder, resume=resume, overwrite=overwrite)
             (folder / "recipe.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
-    arguments = _training_arguments(recipe, folder)
-    teacher = build_teacher(recipe.teacher)
-    tokenizer = _student_tokenizer(recipe, teacher)
+    arguments = training_arguments(recipe, folder)
+    tokenizer = load_student_tokenizer(recipe)
     train, held = load_data(recipe, tokenizer)
-    student = build_student(recipe, teacher, train)
+    teacher, student = load_pair(recipe, tokenizer, train)
     evaluation = _evaluation(recipe, teacher, held)
 
     before: tuple[Figures, list[str]] | None = None
     if evaluation is not None:
         logger.info("measuring the student before training")
         before = evaluation.measure(student)
-    student = _trainable(recipe, student)
-    trainer = DistillTrainer(
-        student=student,
-        teacher=teacher,
-        rollout=build_rollout(recipe.rollout),
-        objectives=[build_objective(answer) for answer in recipe.objectives],
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=_teacher_text(evaluation, held) if evaluation is not None else None,
-        processing_class=tokenizer,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressBar()],
-        merge_adapter=recipe.student.peft is None or recipe.student.peft.save == "merged",
-    )
-    _own_progress_only(trainer)
+    reference = _teacher_text(evaluation, held) if evaluation is not None else None
+    trainer = build_trainer(recipe, arguments, teacher, student, tokenizer, train, reference)
+    for callback in _callbacks(recipe, folder):
+        trainer.add_callback(callback)
     if isinstance(train, PromptDataset):
         logger.info("training on %d rows (of the data: %s)", len(train), train.counts)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(folder) if resume else None)
@@ -146,131 +137,56 @@ def load_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[EncodedRows, PromptDataset | None]:
     """Rows to train on and rows to measure on (None where the recipe asks for none)."""
-    data = recipe.data
-    rules = _rules(data, needs_response=_trains_on_data(recipe.rollout))
-    if data.streaming:
-        train: EncodedRows = _stream(data, tokenizer, rules)
-    else:
-        train = _load(data.train, tokenizer, rules, recipe.seed)
-        if data.hold_back >= len(train):
-            raise RecipeError(
-                f"data.hold_back: {data.hold_back} of {len(train)} rows leaves none to train on"
-            )
-        if data.hold_back:
-            return train.hold_back(data.hold_back)
-    if not data.eval:
-        return train, None
-    return train, _load(data.eval, tokenizer, _rules(data, needs_response=False), recipe.seed)
+    needed = recipe.rollout.takes_data
+    return build_rows(recipe.data, tokenizer, needs_response=needed, seed=recipe.seed)
 
 
-def _load(
-    sources: Sequence[recipes.SourceRecipe],
-    tokenizer: PreTrainedTokenizerBase,
-    rules: Rules,
-    seed: int,
-) -> PromptDataset:
-    parts = []
-    for source in sources:
-        rows = read(source.source, columns=source.columns)
-        part = PromptDataset.encode(rows, tokenizer, replace(rules, form=source.format))
-        parts.append((part, source.weight))
-    return PromptDataset.join(parts, seed=seed)
+def load_pair(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: EncodedRows
+) -> tuple[LocalTeacher, PreTrainedModel]:
+    """Teacher and student, the student as it is trained."""
+    if isinstance(recipe.teacher, recipes.AdapterOffTeacherRecipe):
+        student = _student(recipe, None, train)
+        return AdapterOffTeacher(student, tokenizer), student
+    teacher = build_teacher(recipe.teacher)
+    return teacher, _student(recipe, teacher, train)
 
 
-def _stream(
-    data: recipes.DataRecipe, tokenizer: PreTrainedTokenizerBase, rules: Rules
-) -> PromptStream:
-    if len({source.format for source in data.train}) > 1:
-        raise RecipeError("data.train: the sources of one stream are read in one format")
-
-    def rows() -> Iterator[tuple[str, Any]]:
-        for source in data.train:
-            yield from read(source.source, columns=source.columns, streaming=True)
-
-    return PromptStream(rows, tokenizer, replace(rules, form=data.train[0].format))
-
-
-def _rules(data: recipes.DataRecipe, *, needs_response: bool) -> Rules:
-    return Rules(
-        every_turn=data.turns == "all",
-        template_options=data.chat_template_kwargs,
-        needs_response=needs_response,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_response_tokens=data.max_response_tokens,
-        long_prompts=data.long_prompts,
-        long_responses=data.long_responses,
-        skip_bad=data.on_bad_row == "skip",
-    )
-
-
-def build_student(recipe: Recipe, teacher: LocalTeacher, train: EncodedRows) -> PreTrainedModel:
-    """The student's model, carved where the recipe says so.
-
-    Where it is cut out of the very teacher, the teacher's weights are copied instead of loaded
-    again.
+def _student(recipe: Recipe, teacher: LocalTeacher | None, train: EncodedRows) -> Any:
+    """The student; where it is cut out of the very teacher, the teacher's weights are copied
+    instead of loaded again.
     """
-    answer = recipe.student
-    same = (answer.model, answer.revision) == (recipe.teacher.model, recipe.teacher.revision)
-    wanted = getattr(torch, answer.dtype) if answer.dtype != "auto" else None
-    if same and answer.carve is not None and teacher.model.dtype == wanted:
-        base = teacher.model
-    else:
-        device = "cpu" if recipe.training.get("use_cpu") else None
-        base = load_model(answer.model, revision=answer.revision, dtype=answer.dtype, device=device)
-    if answer.carve is None:
-        return base
-    layers = _layers(answer.carve, base, train)
-    logger.info("carving the student: layers %s", layers)
-    return carve.keep_layers(base, layers)
-
-
-def _layers(answer: recipes.CarveRecipe, base: PreTrainedModel, train: EncodedRows) -> list[int]:
-    if isinstance(answer.layers, list):
-        return answer.layers
-    carve.check_num_layers(base, answer.layers)
-    if answer.by == "even":
-        return carve.evenly_spaced(carve.num_layers(base), answer.layers)
-    texts = [[*row.prompt_ids, *(row.response_ids or [])] for row in train.head(CARVE_ROWS)]
-    sample = collate([Row(i, ids, None) for i, ids in enumerate(texts)])
-    influence = carve.influence(
-        base, sample.input_ids_BP.to(base.device), sample.attention_mask_BP.to(base.device)
-    )
-    return carve.most_influential(influence, answer.layers)
-
-
-def _trainable(recipe: Recipe, student: PreTrainedModel) -> PreTrainedModel:
-    """The student with what is trained of it: all of it, or an adapter."""
-    answer = recipe.student.peft
-    if answer is None:
-        return student.requires_grad_(True)
-    return add_adapter(
-        student,
-        rank=answer.r,
-        alpha=answer.alpha,
-        targets=answer.targets,
-        dropout=answer.dropout,
+    answer, base = recipe.student, None
+    if teacher is not None and (answer.model, answer.revision) == recipe.teacher_source:
+        model = teacher.model
+        wanted = getattr(torch, answer.dtype) if answer.dtype != "auto" else None
+        whole = not any(parameter.is_meta for parameter in model.parameters())  # not offloaded
+        if whole and model.dtype == wanted and not getattr(model, "is_quantized", False):
+            base = model
+    sample = sample_text(train, CARVE_ROWS)
+    return build_student(
+        answer,
+        base=base,
+        sample=(sample.input_ids_BP, sample.attention_mask_BP),
+        device="cpu" if recipe.training.get("use_cpu") else None,
         seed=recipe.seed,
     )
 
 
-def _student_tokenizer(recipe: Recipe, teacher: LocalTeacher) -> PreTrainedTokenizerBase:
+def load_student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The student's tokenizer; it must render a conversation as the teacher's does."""
-    student, base = recipe.student, recipe.teacher
-    if (student.model, student.revision) == (base.model, base.revision):
-        return teacher.tokenizer
-    tokenizer = load_tokenizer(student.model, revision=student.revision)
-    if not same_template(teacher.tokenizer, tokenizer):
+    student = (recipe.student.model, recipe.student.revision)
+    tokenizer = load_tokenizer(student[0], revision=student[1])
+    if student == recipe.teacher_source:
+        return tokenizer
+    base, revision = recipe.teacher_source
+    if not same_template(load_tokenizer(base, revision=revision), tokenizer):
         raise VocabularyError(
-            f"the chat templates of teacher '{base.model}' and student '{student.model}' render a "
+            f"the chat templates of teacher '{base}' and student '{student[0]}' render a "
             "conversation in different tokens; the teacher would judge text that it does not "
             "expect. Give the student the teacher's template, or choose another pair."
         )
     return tokenizer
-
-
-def _trains_on_data(rollout: recipes.RolloutRecipe) -> bool:
-    other = rollout.other if isinstance(rollout, recipes.MixedRecipe) else rollout
-    return isinstance(other, recipes.FixedRecipe)
 
 
 def _evaluation(
@@ -285,6 +201,7 @@ def _evaluation(
         collate(held.rows),
         max_new_tokens=recipe.evaluate.max_new_tokens,
         seed=recipe.seed,
+        answer_pattern=recipe.evaluate.answer_pattern,
     )
 
 
@@ -299,7 +216,7 @@ def _teacher_text(evaluation: Evaluation, held: PromptDataset | None) -> PromptD
     )
 
 
-def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     """TrainingArguments with a run's own folder and seed; bfloat16 where the device has it, if not
     said.
     """
@@ -314,6 +231,8 @@ def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         given.setdefault("dataloader_drop_last", True)  # its last batch would be filled up
     if recipe.evaluate.every_steps:
         given |= {"eval_strategy": "steps", "eval_steps": recipe.evaluate.every_steps}
+    if recipe.evaluate.patience is not None:
+        given |= {"load_best_model_at_end": True, "save_steps": recipe.evaluate.every_steps}
     given |= {"output_dir": str(folder / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
     try:
         return TrainingArguments(**given)
@@ -321,10 +240,35 @@ def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         raise RecipeError(f"training: {error}") from error
 
 
-def _own_progress_only(trainer: DistillTrainer) -> None:
-    from transformers.trainer_callback import PrinterCallback
+def build_trainer(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    teacher: LocalTeacher,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: EncodedRows,
+    reference: PromptDataset | None = None,
+) -> DistillTrainer:
+    trainer = DistillTrainer(
+        student=student,
+        teacher=teacher,
+        rollout=build_rollout(recipe.rollout),
+        objectives=[build_objective(answer) for answer in recipe.objectives],
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=reference,
+        processing_class=tokenizer,
+        merge_adapter=recipe.student.peft is None or recipe.student.peft.save == "merged",
+    )
+    trainer.remove_callback(PrinterCallback)  # a run shows one bar of its own
+    return trainer
 
-    trainer.remove_callback(PrinterCallback)
+
+def _callbacks(recipe: Recipe, folder: Path) -> list[TrainerCallback]:
+    callbacks = [MetricsFile(folder / "metrics.jsonl"), ProgressBar()]
+    if recipe.evaluate.patience is not None:
+        callbacks.append(EarlyStoppingCallback(recipe.evaluate.patience))
+    return callbacks
 
 
 def _prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ import time
 import pytest
 
 from llmdistill.cli import main
+from llmdistill.models.load import load_model
+from llmdistill.recipe import load
 from tests import toy
 
 
@@ -82,7 +85,10 @@ def test_help_is_quick():
             check=True,
         )
         seconds.append(time.perf_counter() - start)
-    assert all(command in done.stdout for command in ("train", "evaluate", "check", "env"))
+    assert all(
+        command in done.stdout
+        for command in ("train", "evaluate", "carve", "check", "env", "recipes")
+    )
     assert min(seconds) < 1.0
 
 
@@ -137,11 +143,79 @@ def test_evaluate_writes_the_figures(pair, monkeypatch, capsys, tmp_path):
     teacher, student = pair
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in toy.rows(3)))
     options = ["--teacher", teacher, "--data", f"{tmp_path}/data.jsonl", "--max-new-tokens", "5"]
-    assert run(monkeypatch, "evaluate", student, *options, "--output", f"{tmp_path}/out.json") == 0
-    assert "kl_own_text" in capsys.readouterr().out
+    options += ["--output", f"{tmp_path}/out.json", "--answer-pattern", "[a-z]+"]
+    assert run(monkeypatch, "evaluate", student, teacher, *options) == 0
+    shown = capsys.readouterr().out
+    assert "kl_own_text" in shown
+    assert "exact_match" in shown
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert set(figures) == {"student", "teacher"}
-    assert figures["student"]["kl_teacher_text"] > 0.1
+    assert set(figures) == {student, teacher, "teacher"}
+    assert figures[student]["kl_teacher_text"] > 0.1
+    assert figures[teacher]["kl_teacher_text"] == pytest.approx(0, abs=1e-6)
+
+
+def test_evaluate_finds_a_wrong_pattern_first(pair, monkeypatch, capsys):
+    options = ["--teacher", "none", "--data", "none", "--answer-pattern", "("]
+    assert run(monkeypatch, "evaluate", "none", *options) == 2
+    assert "--answer-pattern: '(' is no regular expression" in capsys.readouterr().err
+
+
+def test_carve_saves_a_smaller_model(pair, monkeypatch, capsys, tmp_path):
+    teacher, _ = pair
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in toy.rows(3)))
+    cut = [
+        "--layers",
+        "0,2",
+        "--mlp-width",
+        "40",
+        "--heads",
+        "2",
+        "--data",
+        f"{tmp_path}/data.jsonl",
+    ]
+    assert run(monkeypatch, "carve", teacher, f"{tmp_path}/small", *cut) == 0
+    assert "parameters" in capsys.readouterr().out
+    model = load_model(f"{tmp_path}/small", device="cpu")
+    config = model.config
+    assert config.num_hidden_layers == 2
+    assert (config.intermediate_size, config.num_attention_heads) == (40, 2)
+    assert run(monkeypatch, "carve", teacher, f"{tmp_path}/small", *cut) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give 'layers', 'mlp_width' or 'heads'"),
+        (["--layers", "two"], "'layers'"),
+        (["--layers", "2", "--by", "luck"], "'by'"),
+    ],
+)
+def test_carve_says_what_is_wrong(pair, monkeypatch, capsys, tmp_path, options, message):
+    assert run(monkeypatch, "carve", pair[0], f"{tmp_path}/small", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_recipes_are_listed_and_copied(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "recipes", "list") == 0
+    shown = capsys.readouterr().out
+    assert "gkd " in shown
+    assert "Generalised knowledge distillation" in shown
+    target = tmp_path / "mine" / "gkd.yaml"
+    assert run(monkeypatch, "recipes", "copy", "gkd", str(target)) == 0
+    assert load(target).output == "runs/gkd"
+    assert run(monkeypatch, "recipes", "copy", "gkd", str(target)) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert run(monkeypatch, "recipes", "copy", "gdk") == 2
+    assert "Did you mean 'gkd'?" in capsys.readouterr().err
+
+
+def test_check_tells_memory_and_time(recipe, monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "check", str(recipe), "--time") == 0
+    shown = capsys.readouterr().out
+    assert "teacher's weights" in shown
+    assert re.search(r"time +\d+\.\d s a step here, 1 steps", shown)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_data_file_ends_with_2(pair, monkeypatch, capsys):

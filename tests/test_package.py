@@ -39,7 +39,7 @@ SIGNATURES = {
     "ResponseObjective": "divergence target token_weight weight scale_by_t2 chunk_size options",
     "SampledRollout": "by sampling max_new_tokens samples",
     "MixedRollout": "student other share",
-    "Sampling": "temperature top_p top_k",
+    "Sampling": "temperature top_p top_k continuous",
     "distill": "recipe resume overwrite",
 }
 

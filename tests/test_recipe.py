@@ -450,3 +450,39 @@ def test_a_share_is_a_number_or_a_schedule():
 )
 def test_wrong_schedules_are_named(rollout, said):
     assert said in message(MINIMAL | {"rollout": rollout})
+
+
+# ---- what must fit together ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message_part"),
+    [
+        ({"student": {"model": "a", "carve": {}}}, "give 'layers', 'mlp_width' or 'heads'"),
+        ({"student": {"model": "a", "quantization": "bnb_4bit"}}, "save: adapter"),
+        ({"student": {"model": "a", "quantization": "bnb_4bit", "peft": {}}}, "save: adapter"),
+        ({"student": {"model": "a", "quantization": "int3"}}, "'student.quantization'"),
+        ({"teacher": {"kind": "adapter_off"}}, "the base under 'student.peft'"),
+        ({"teacher": {"kind": "adapter_off", "model": "a"}}, "unknown key 'teacher.model'"),
+        ({"evaluate": {"patience": 2}}, "'patience' needs 'every_steps'"),
+        ({"evaluate": {"patience": 2, "every_steps": 5}}, "follow the held-out loss"),
+        ({"evaluate": {"answer_pattern": "("}}, "is no regular expression"),
+        ({"evaluate": {"answer_pattern": "(a)(b)"}}, "one group at most"),
+    ],
+)
+def test_answers_that_do_not_fit_together(changes, message_part):
+    assert message_part in message(MINIMAL | changes)
+
+
+def test_a_teacher_without_a_kind_is_a_local_one():
+    assert recipes.build(MINIMAL | {"teacher": {"model": "a"}}).teacher.kind == "local"
+
+
+def test_the_base_under_an_adapter_is_a_teacher():
+    changes = {"teacher": {"kind": "adapter_off"}, "student": {"model": "a", "peft": {}}}
+    assert recipes.build(MINIMAL | changes).teacher_source == ("a", None)
+
+
+def test_a_quantised_base_carries_an_adapter():
+    student = {"model": "a", "quantization": "bnb_4bit", "peft": {"save": "adapter"}}
+    assert recipes.build(MINIMAL | {"student": student}).student.quantization == "bnb_4bit"

@@ -21,13 +21,17 @@ from tests import toy
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
 FIGURES = {
     "kl_teacher_text", "kl_own_text", "top1_agreement", "draft_acceptance", "rouge_l_teacher",
-    "repeated_4grams", "num_parameters", "tokens_per_second",
+    "rouge_l_references", "exact_match", "perplexity", "repeated_4grams", "num_parameters", "num_bytes",
+    "tokens_per_second",
 }  # fmt: skip
+
+
+TRAINING = {"use_cpu": True, "dataloader_pin_memory": False, "save_strategy": "steps"}
 
 
 def test_all_recipes_are_found():
     assert [path.stem for path in RECIPES] == [
-        "distillm", "gkd", "on_policy", "peft", "quickstart", "seqkd", "sft", "supervised_kd",
+        "distillm", "eight_gpus", "gkd", "on_policy", "one_gpu", "peft", "quickstart", "seqkd", "sft", "supervised_kd",
     ]  # fmt: skip
 
 
@@ -61,7 +65,8 @@ def test_runs_two_steps_on_a_toy_pair(path, pair, data):
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert set(evaluation) == {"before", "after", "teacher"}
     assert all(set(figures) == FIGURES for figures in evaluation.values())
-    assert evaluation["teacher"]["kl_teacher_text"] == pytest.approx(0, abs=1e-6)
+    # What it writes is judged while it is written: in bfloat16 the digits differ a little.
+    assert evaluation["teacher"]["kl_teacher_text"] == pytest.approx(0, abs=1e-4)
     assert evaluation["before"]["kl_teacher_text"] != evaluation["after"]["kl_teacher_text"]
     assert result.answers[0].teacher != ""
     steps = [
@@ -79,7 +84,7 @@ def shorter(path: Path) -> list[str]:
             "student.carve.layers=2", "rollout.student.max_new_tokens=6", "rollout.other.max_new_tokens=6",
             "data.max_prompt_tokens=110", "data.hold_back=4",
         ]  # fmt: skip
-    if path.stem == "gkd":
+    if path.stem in ("gkd", "one_gpu"):
         return ["rollout.student.max_new_tokens=6"]
     if path.stem == "distillm":
         return ["rollout.student.rollout.max_new_tokens=6", "rollout.share.start=1.0"]
@@ -133,6 +138,49 @@ def test_an_adapter_is_exported_alone_where_asked_for(pair, data):
     after = result.evaluation["after"]
     assert found.kl_teacher_text == pytest.approx(after.kl_teacher_text, rel=1e-4)
     assert after.kl_teacher_text != pytest.approx(result.evaluation["before"].kl_teacher_text)
+
+
+def test_the_base_under_an_adapter_teaches(pair, data):
+    """From a recipe, labels and the base's distribution together; it measures like a copy of it."""
+    _, student = pair
+    recipe = {
+        "output": f"{data}/run",
+        "teacher": {"kind": "adapter_off"},
+        "student": {"model": student, "peft": {"r": 4}},
+        "data": {"train": f"{data}/train.jsonl", "eval": f"{data}/heldout.jsonl"},
+        "objectives": [{"kind": "response"}, {"kind": "cross_entropy"}],
+        "training": TRAINING | {"max_steps": 3, "learning_rate": 0.01},
+        "evaluate": {"max_new_tokens": 4},
+    }
+    result = distill(recipes.build(recipe))
+    figures = result.evaluation
+    assert figures["before"].kl_teacher_text == pytest.approx(0, abs=1e-6)  # it starts as the base
+    assert figures["after"].kl_teacher_text > 1e-4
+    judge = LocalTeacher(load_model(student, dtype="float32"), load_tokenizer(student))
+    rows = PromptDataset.encode(read(f"{data}/heldout.jsonl"), judge.tokenizer).rows
+    evaluation = Evaluation(judge, collate(rows), max_new_tokens=4, seed=0)
+    found, _ = evaluation.measure(load_model(str(result.student), dtype="float32"))
+    assert found.kl_teacher_text == pytest.approx(figures["after"].kl_teacher_text, rel=1e-3)
+    assert f"`{student}`" in (result.student / "README.md").read_text()
+
+
+def test_a_run_stops_when_the_held_out_loss_rises_and_keeps_the_best(pair, data):
+    teacher, student = pair
+    recipe = {
+        "output": f"{data}/run",
+        "teacher": {"model": teacher},
+        "student": {"model": student},
+        "data": {"train": f"{data}/train.jsonl", "eval": f"{data}/heldout.jsonl"},
+        "training": TRAINING | {"max_steps": 20, "learning_rate": 20.0, "optim": "sgd"},
+        "evaluate": {"max_new_tokens": 4, "every_steps": 1, "patience": 2},
+    }
+    result = distill(recipes.build(recipe))
+    lines = (data / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [entry["eval_loss"] for entry in map(json.loads, lines) if "eval_loss" in entry]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 20
+    after = result.evaluation["after"].kl_teacher_text  # forward KL is the loss here
+    assert after == pytest.approx(losses[best], rel=1e-4)
 
 
 def test_the_student_loads_in_plain_transformers(pair, data):

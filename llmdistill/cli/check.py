@@ -9,7 +9,9 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from llmdistill.data.collate import EncodedRows
     from llmdistill.data.validate import Row
+    from llmdistill.recipe import Recipe
 
 
 def check(
@@ -17,34 +19,24 @@ def check(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to it: data.train=x.jsonl")
     ] = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Also make two steps, forget them, and tell how long.")
+    ] = False,
 ) -> None:
-    """Validate a recipe, count its data, compare the tokenizers and show one rendered example."""
+    """Validate a recipe, count its data, compare the tokenizers, show one rendered example and
+    estimate memory and time.
+    """
     from llmdistill import recipe as recipes
 
     loaded = recipes.load(recipe, overrides or [])
 
     from llmdistill.cli.show import console
     from llmdistill.data.collate import PromptDataset
-    from llmdistill.data.render import same_template
-    from llmdistill.models.load import load_config, load_tokenizer
-    from llmdistill.models.vocabulary import Agreement, compare
     from llmdistill.run import load_data
 
     console.print(f"recipe       {recipe} is valid; the run folder would be {loaded.output}")
-    sides = (loaded.teacher, loaded.student)
-    teacher, student = (load_tokenizer(side.model, revision=side.revision) for side in sides)
-    configs = [load_config(side.model, revision=side.revision).get_text_config() for side in sides]
-    verdict = compare(teacher, student, *(config.vocab_size for config in configs))
-    console.print(
-        f"vocabulary   {verdict.agreement.value}: "
-        f"{verdict.reason or f'{verdict.shared} shared ids'}"
-    )
-    template = same_template(teacher, student)
-    console.print(
-        f"template     {'both sides render alike' if template else 'the sides render differently'}"
-    )
-    train, held = load_data(loaded, student)
-    first = train.head(1)[0]
+    tokenizer, fits = _pair(loaded)
+    train, held = load_data(loaded, tokenizer)
     known = (
         f"{len(train)} rows ({train.counts})" if isinstance(train, PromptDataset) else "a stream"
     )
@@ -52,9 +44,56 @@ def check(
     if held is not None:
         console.print(f"             evaluate {len(held)} rows ({held.counts})", highlight=False)
     console.print("example      trained tokens are marked:\n")
-    console.print(_marked(first, student))
-    if verdict.agreement is Agreement.DIFFERENT or not template:
+    console.print(_marked(train.head(1)[0], tokenizer))
+    _memory(loaded, train)
+    if not fits:
         raise typer.Exit(2)
+    if time:
+        _time(loaded, train)
+
+
+def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
+    """Shows whether teacher and student speak alike: the student's tokenizer, and the verdict."""
+    from llmdistill.cli.show import console
+    from llmdistill.data.render import same_template
+    from llmdistill.models.load import load_config, load_tokenizer
+    from llmdistill.models.vocabulary import Agreement, compare
+
+    sides = (recipe.teacher_source, (recipe.student.model, recipe.student.revision))
+    teacher, student = (load_tokenizer(name, revision=revision) for name, revision in sides)
+    configs = [load_config(name, revision=revision).get_text_config() for name, revision in sides]
+    verdict = compare(teacher, student, *(config.vocab_size for config in configs))
+    reason = verdict.reason or f"{verdict.shared} shared ids"
+    console.print(f"vocabulary   {verdict.agreement.value}: {reason}")
+    alike = same_template(teacher, student)
+    console.print(
+        f"template     {'both sides render' if alike else 'the sides do not render'} alike"
+    )
+    return student, alike and verdict.agreement is not Agreement.DIFFERENT
+
+
+def _memory(recipe: Recipe, train: EncodedRows) -> None:
+    from llmdistill.cli import show
+    from llmdistill.cost import memory
+
+    parts = memory(recipe, train)
+    sizes = [*parts.items(), ("all", sum(parts.values()))]
+    rows = [[name, f"{size / 2**30:.2f}"] for name, size in sizes if size]
+    show.console.print()
+    show.table([["", "GiB"], *rows], "memory on one device, estimated for the longest rows")
+
+
+def _time(recipe: Recipe, train: EncodedRows) -> None:
+    from llmdistill.cli.show import console
+    from llmdistill.cost import num_steps, seconds_per_step
+
+    seconds, steps = seconds_per_step(recipe), num_steps(recipe, train)
+    hours = seconds * steps / 3600
+    console.print(
+        f"time         {seconds:.1f} s a step here, {steps} steps: {hours:.1f} hours, and the "
+        "evaluations",
+        soft_wrap=True,
+    )
 
 
 def _marked(row: Row, tokenizer: PreTrainedTokenizerBase) -> object:

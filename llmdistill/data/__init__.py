@@ -1,0 +1,80 @@
+"""From a user's files to rows of ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llmdistill import recipe
+from llmdistill.data.collate import EncodedRows, PromptDataset, PromptStream
+from llmdistill.data.sources import read
+from llmdistill.data.validate import Rules
+from llmdistill.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_rows(
+    answer: recipe.DataRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    needs_response: bool,
+    seed: int,
+) -> tuple[EncodedRows, PromptDataset | None]:
+    """Rows to train on and rows to measure on (None where the recipe asks for none)."""
+    rules = _rules(answer, needs_response=needs_response)
+    if answer.streaming:
+        train: EncodedRows = _stream(answer.train, tokenizer, rules)
+    else:
+        train = _load(answer.train, tokenizer, rules, seed)
+        if answer.hold_back >= len(train):
+            raise RecipeError(
+                f"data.hold_back: {answer.hold_back} of {len(train)} rows leaves none to train on"
+            )
+        if answer.hold_back:
+            return train.hold_back(answer.hold_back)
+    if not answer.eval:
+        return train, None
+    return train, _load(answer.eval, tokenizer, replace(rules, needs_response=False), seed)
+
+
+def _load(
+    sources: Sequence[recipe.SourceRecipe],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: Rules,
+    seed: int,
+) -> PromptDataset:
+    parts = []
+    for source in sources:
+        rows = read(source.source, columns=source.columns)
+        part = PromptDataset.encode(rows, tokenizer, replace(rules, form=source.format))
+        parts.append((part, source.weight))
+    return PromptDataset.join(parts, seed=seed)
+
+
+def _stream(
+    sources: Sequence[recipe.SourceRecipe], tokenizer: PreTrainedTokenizerBase, rules: Rules
+) -> PromptStream:
+    if len({source.format for source in sources}) > 1:
+        raise RecipeError("data.train: the sources of one stream are read in one format")
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        for source in sources:
+            yield from read(source.source, columns=source.columns, streaming=True)
+
+    return PromptStream(rows, tokenizer, replace(rules, form=sources[0].format))
+
+
+def _rules(answer: recipe.DataRecipe, *, needs_response: bool) -> Rules:
+    return Rules(
+        every_turn=answer.turns == "all",
+        template_options=answer.chat_template_kwargs,
+        needs_response=needs_response,
+        max_prompt_tokens=answer.max_prompt_tokens,
+        max_response_tokens=answer.max_response_tokens,
+        long_prompts=answer.long_prompts,
+        long_responses=answer.long_responses,
+        skip_bad=answer.on_bad_row == "skip",
+    )

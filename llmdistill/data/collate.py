@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Dataset, IterableDataset
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from llmdistill.batch import Prompts
 from llmdistill.data.validate import Counts, Row, Rules, encode, stream
@@ -83,6 +84,28 @@ class PromptDataset(Dataset):
         return PromptDataset(kept, self.counts), PromptDataset([self.rows[i] for i in sorted(held)])
 
 
+class ByLength(Sampler[int]):
+    """Rows in a random order in which neighbours are of similar length: `window` of them make a
+    step.  The order depends on seed and epoch alone.
+    """
+
+    def __init__(self, rows: PromptDataset, window: int, *, seed: int) -> None:
+        self.lengths = [len(row.prompt_ids) + len(row.response_ids or ()) for row in rows.rows]
+        self.window, self.seed, self.epoch = window, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        draw = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.window, generator=draw))
+
+
 class PromptStream(IterableDataset):
     """Rows encoded while they are read, in their order, anew in each epoch; none is held.
 
@@ -116,6 +139,12 @@ def _skip(_error: DataError) -> None:
 
 def _stop(error: DataError) -> None:
     raise error
+
+
+def sample_text(rows: EncodedRows, number: int) -> Prompts:
+    """The first rows as plain text, responses included: what a model is carved by."""
+    texts = [[*row.prompt_ids, *(row.response_ids or [])] for row in rows.head(number)]
+    return Prompts.pack(texts, range(len(texts)), pad_id=0)
 
 
 def collate(rows: Sequence[Row]) -> Prompts:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 @contextlib.contextmanager
 def packed(model: nn.Module, batch_size: int) -> Iterator[None]:
     """Within it, the model's linear layers on a CPU run packed.  Gradients must be off."""
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
+    layers = [m for m in model.modules() if type(m) is nn.Linear and _is_plain(m.weight)]
     layers = [layer for layer in layers if _packs(_product_dtype(layer.weight))]
     weights: dict[tuple, Tensor] = {}  # tied layers are packed once
     try:
@@ -38,6 +38,11 @@ def packed(model: nn.Module, batch_size: int) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """On the CPU, and neither quantised nor sharded."""
+    return weight.device.type == "cpu" and type(weight) is nn.Parameter
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:

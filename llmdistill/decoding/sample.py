@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from llmdistill.batch import Draw, Prompts, Sampling, Sequences, TeacherSignal, Writer
+from llmdistill.decoding.continuous import sample_continuously
 from llmdistill.decoding.keyed import perturb, row_keys
 from llmdistill.decoding.packed import packed
 from llmdistill.models.heads import eval_mode, split, unwrap_adapters
 from llmdistill.models.vocabulary import end_ids, num_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class KeyedSampler:
@@ -59,42 +60,62 @@ def sample(
     """The prompts with the model's answers, their end tokens included where they came.
 
     The model writes in eval mode and is left as it was.  With `keep_states` the final hidden states
-    that it wrote from come along as `signal`: it need not judge these answers again.
+    that it wrote from come along as `signal`: it need not judge these answers again.  (Continuous
+    batching keeps none.)
     """
-    from transformers import GenerationConfig
-
+    if sampling.continuous:
+        return sample_continuously(
+            model,
+            tokenizer,
+            prompts,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            draw=draw,
+            writer=writer,
+        )
     device = next(model.parameters()).device
     ids_BP = prompts.input_ids_BP.to(device)
     keys_B = row_keys(draw, prompts.row_ids_B.to(device), writer)
     ends, pad_id = end_ids(model, tokenizer), tokenizer.pad_token_id
+    sampler = KeyedSampler(ids_BP.shape[1], sampling, keys_B, num_tokens(tokenizer))
     with (
         eval_mode(model),
         packed(model, len(prompts)),
         _blank_generation_config(model),
+        torch.compiler.set_stance("force_eager"),  # shapes change with every token
         _head_inputs(model) as states_BH,
     ):
         output_BT = model.generate(
             input_ids=ids_BP,
             attention_mask=prompts.attention_mask_BP.to(device),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=sorted(ends),
-                pad_token_id=pad_id,
-                use_cache=True,
-            ),
-            logits_processor=[
-                KeyedSampler(ids_BP.shape[1], sampling, keys_B, num_tokens(tokenizer))
-            ],
+            generation_config=_greedy(max_new_tokens, ends, pad_id),
+            logits_processor=[sampler],
         )
     responses = [_until_end(row, ends) for row in output_BT[:, ids_BP.shape[1] :].tolist()]
     row_ids = prompts.row_ids_B.tolist()
     written = Sequences.pack(prompts.ids(), responses, row_ids, writer=writer, pad_id=pad_id)
-    if not keep_states:
-        return written
+    return replace(written, signal=_judged(model, states_BH, responses)) if keep_states else written
+
+
+def _judged(
+    model: PreTrainedModel, states_BH: list[Tensor], responses: list[list[int]]
+) -> TeacherSignal:
+    """The states that the kept tokens were written from, row by row, and the head over them."""
     states_GBH = torch.stack(states_BH)
     kept_NH = torch.cat([states_GBH[: len(ids), row] for row, ids in enumerate(responses)])
-    return replace(written, signal=TeacherSignal(kept_NH, split(model)[1]))
+    return TeacherSignal(kept_NH, split(model)[1])
+
+
+def _greedy(max_new_tokens: int, ends: frozenset[int], pad_id: int) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
 
 
 @contextlib.contextmanager

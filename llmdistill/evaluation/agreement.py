@@ -1,20 +1,29 @@
-"""How close a student's distributions are to its teacher's on given sequences.
+"""How close a student's distributions are to its teacher's, and to the text, on given sequences.
 
 N = predicted tokens, n = those of one block, H = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from llmdistill.batch import Need, Sequences, Teacher, TeacherSignal, final_hidden
+from llmdistill.batch import (
+    Need,
+    Sequences,
+    StudentView,
+    Teacher,
+    TeacherSignal,
+    final_hidden,
+)
 from llmdistill.models.heads import split
 from llmdistill.objectives.chunked import BLOCK_ROWS, HeadLogits
 from llmdistill.objectives.divergences import kl, log_probs
+from llmdistill.objectives.response import CrossEntropyObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,9 +54,9 @@ class Judged:
 
 
 def judge(teacher: Teacher, batches: Sequence[Sequences]) -> list[Judged]:
-    return [
-        Judged(batch, teacher.judge(batch, frozenset({Need.DISTRIBUTION}))) for batch in batches
-    ]
+    """The batches with the teacher's judgement; its own text brings it along."""
+    needs = frozenset({Need.DISTRIBUTION})
+    return [Judged(batch, batch.signal or teacher.judge(batch, needs)) for batch in batches]
 
 
 @torch.no_grad()
@@ -61,6 +70,24 @@ def agreement(student: PreTrainedModel, judged: Sequence[Judged], num_tokens: in
     kl_sum, same, accepted, count = sums.tolist()
     count = max(count, 1)
     return Agreement(kl_sum / count, same / count, accepted / count)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, batches: Sequence[Sequences], num_tokens: int) -> float:
+    """exp of the mean negative log-likelihood of the predicted tokens, over all batches together.
+
+    The model is used in the mode that it is in.
+    """
+    device = next(model.parameters()).device
+    likelihood = CrossEntropyObjective()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        sequences = batch.to(device)
+        backbone, head = split(model)
+        view = StudentView(final_hidden(backbone, sequences), head.narrow(num_tokens))
+        sums += torch.stack([part.double() for part in likelihood(view, None, sequences)]).cpu()
+    total, count = sums.tolist()
+    return math.exp(min(total / max(count, 1), 700))  # exp of more is no float
 
 
 def _sums(student: PreTrainedModel, judged: Judged, num_tokens: int) -> torch.Tensor:

@@ -1,12 +1,14 @@
 """How close, how good, how fast: the figures of `evaluation.json`.
 
-A reference is made once: the teacher's greedy answers to the evaluation prompts.  Each model is
+The reference is made once: the teacher's greedy answers to the evaluation prompts.  Each model is
 then measured against it with the same prompts, lengths and random draws.
 """
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,8 +16,9 @@ import torch
 
 from llmdistill.batch import Draw, Prompts, Sampling, Sequences, Writer
 from llmdistill.decoding.sample import sample
-from llmdistill.evaluation.agreement import Judged, agreement, judge
-from llmdistill.evaluation.text import repeated_ngrams, rouge_l
+from llmdistill.errors import DataError
+from llmdistill.evaluation.agreement import Judged, agreement, judge, perplexity
+from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
 from llmdistill.models.heads import eval_mode
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.teachers.local import LocalTeacher
@@ -30,15 +33,23 @@ GREEDY = Sampling(temperature=0)
 
 @dataclass(frozen=True)
 class Figures:
-    """One model's figures; README.md says what each one means."""
+    """One model's figures; README.md says what each one means.
+
+    None where the rows have no references (`perplexity`, `rouge_l_references`) or no answer pattern
+    was given (`exact_match`).
+    """
 
     kl_teacher_text: float
     kl_own_text: float
     top1_agreement: float
     draft_acceptance: float
     rouge_l_teacher: float
+    rouge_l_references: float | None
+    exact_match: float | None
+    perplexity: float | None
     repeated_4grams: float
     num_parameters: int
+    num_bytes: int
     tokens_per_second: float
 
 
@@ -52,70 +63,107 @@ class Written:
 
 
 class Evaluation:
-    """Measures models against one teacher on one set of prompts."""
+    """Measures models against one teacher on one set of prompts, and on the responses that come
+    with them.
+    """
 
     def __init__(
-        self, teacher: LocalTeacher, prompts: Prompts, *, max_new_tokens: int, seed: int
+        self,
+        teacher: LocalTeacher,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int,
+        seed: int,
+        answer_pattern: str | None = None,
     ) -> None:
+        if answer_pattern is not None and prompts.responses is None:
+            raise DataError(
+                "evaluate.answer_pattern: some evaluation rows have no response to compare with"
+            )
         self.teacher = teacher
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.seed = seed
-        self.reference = self.greedy(teacher.model)
+        self.answer_pattern = answer_pattern
+        if answer_pattern is not None:  # a reference without a result is found before the writing
+            exact_match(self._references(), self._references(), answer_pattern)
+        self.reference = self._greedy(teacher.write)
         self._judged = judge(teacher, self.reference.batches)
 
     def measure_teacher(self) -> Figures:
         """The teacher against itself: what its own text looks like, and its speed."""
-        return self._figures(self.teacher.model, self.reference, self._judged)
+        with self.teacher.in_use() as model:
+            return self._figures(model, self.reference, self._judged)
 
     def measure(self, model: PreTrainedModel) -> tuple[Figures, list[str]]:
         """A model's figures and its greedy answers."""
-        written = self.greedy(model)
-        own = self._write(model, Sampling(), range(len(self.prompts)))
-        return self._figures(model, written, judge(self.teacher, own)), written.texts
-
-    def greedy(self, model: PreTrainedModel) -> Written:
-        start = time.perf_counter()
-        timed = self._write(model, GREEDY, range(min(TIMED_ROWS, len(self.prompts))))
-        seconds = time.perf_counter() - start
-        count = sum(int(batch.num_predicted.sum()) for batch in timed)
-        batches = timed + self._write(model, GREEDY, range(TIMED_ROWS, len(self.prompts)))
-        texts = [
-            self.teacher.tokenizer.decode(ids, skip_special_tokens=True)
-            for batch in batches
-            for ids in batch.responses()
-        ]
-        return Written(batches, texts, count / seconds)
+        write = functools.partial(sample, model, self.teacher.tokenizer, writer=Writer.STUDENT)
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            written = self._greedy(write)
+            own = self._write(write, Sampling(), range(len(self.prompts)))
+        with eval_mode(model):
+            return self._figures(model, written, judge(self.teacher, own)), written.texts
 
     def _figures(self, model: PreTrainedModel, written: Written, own: list[Judged]) -> Figures:
         shared = num_tokens(self.teacher.tokenizer)
-        with eval_mode(model):
-            on_teacher = agreement(model, self._judged, shared)
-            on_own = agreement(model, own, shared)
+        on_teacher = agreement(model, self._judged, shared)
+        on_own = agreement(model, own, shared)
+        texts, references = written.texts, self._references()
+        pattern = self.answer_pattern
         return Figures(
             kl_teacher_text=on_teacher.forward_kl,
             kl_own_text=on_own.forward_kl,
             top1_agreement=on_teacher.top1,
             draft_acceptance=on_teacher.acceptance,
-            rouge_l_teacher=rouge_l(written.texts, self.reference.texts),
-            repeated_4grams=repeated_ngrams(written.texts, 4),
+            rouge_l_teacher=rouge_l(texts, self.reference.texts),
+            rouge_l_references=rouge_l(texts, references) if references else None,
+            exact_match=exact_match(texts, references, pattern) if pattern else None,
+            perplexity=perplexity(model, self._given(), shared) if references else None,
+            repeated_4grams=repeated_ngrams(texts, 4),
             num_parameters=sum(p.numel() for p in model.parameters()),
+            num_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             tokens_per_second=written.tokens_per_second,
         )
 
-    def _write(self, model: PreTrainedModel, sampling: Sampling, rows: range) -> list[Sequences]:
-        """The model's answers to these prompts, in batches."""
-        device = next(model.parameters()).device
-        with torch.autocast(device.type, enabled=False):
-            return [
-                sample(
-                    model,
-                    self.teacher.tokenizer,
-                    self.prompts.select(rows[start : start + BATCH_SIZE], pad_id=0),
-                    sampling,
-                    max_new_tokens=self.max_new_tokens,
-                    draw=Draw(self.seed),
-                    writer=Writer.TEACHER if model is self.teacher.model else Writer.STUDENT,
-                )
-                for start in range(0, len(rows), BATCH_SIZE)
-            ]
+    def _greedy(self, write: Callable[..., Sequences]) -> Written:
+        start = time.perf_counter()
+        timed = self._write(write, GREEDY, range(min(TIMED_ROWS, len(self.prompts))))
+        seconds = time.perf_counter() - start
+        count = sum(int(batch.num_predicted.sum()) for batch in timed)
+        batches = timed + self._write(write, GREEDY, range(TIMED_ROWS, len(self.prompts)))
+        texts = self._decode([ids for batch in batches for ids in batch.responses()])
+        return Written(batches, texts, count / seconds)
+
+    def _write(
+        self, write: Callable[..., Sequences], sampling: Sampling, rows: range
+    ) -> list[Sequences]:
+        """A model's answers to these prompts, in batches."""
+        return [
+            write(some, sampling, max_new_tokens=self.max_new_tokens, draw=Draw(self.seed))
+            for some in self._batches(rows)
+        ]
+
+    def _given(self) -> list[Sequences]:
+        """The prompts with the responses that they came with, in batches."""
+        return [
+            Sequences.pack(
+                some.ids(),
+                some.responses or (),
+                some.row_ids_B.tolist(),
+                writer=Writer.DATA,
+                pad_id=0,
+            )
+            for some in self._batches(range(len(self.prompts)))
+        ]
+
+    def _batches(self, rows: range) -> Iterator[Prompts]:
+        for start in range(0, len(rows), BATCH_SIZE):
+            yield self.prompts.select(rows[start : start + BATCH_SIZE], pad_id=0)
+
+    def _references(self) -> list[str]:
+        return self._decode(self.prompts.responses or ())
+
+    def _decode(self, answers: Iterable[Iterable[int]]) -> list[str]:
+        decode = self.teacher.tokenizer.decode
+        return [decode(list(ids), skip_special_tokens=True) for ids in answers]

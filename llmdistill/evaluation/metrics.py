@@ -1,8 +1,9 @@
-"""The measures of `text.py` as `evaluate.Metric`, for who computes with that library; nothing is
+r"""The measures of `text.py` as `evaluate.Metric`, for who computes with that library; nothing is
 fetched.
 
 RepeatedNGrams().compute(predictions=[...], n=4)
 RougeL().compute(predictions=[...], references=[...])
+ExactMatch().compute(predictions=[...], references=[...], pattern=r"#### (-?[\d,.]+)")
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from llmdistill.evaluation.text import repeated_ngrams, rouge_l
+from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
 
 
 def _info(description: str, *columns: str) -> evaluate.MetricInfo:
@@ -40,3 +41,15 @@ class RougeL(evaluate.Metric):
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         return {"rouge_l": rouge_l(predictions, references)}
+
+
+class ExactMatch(evaluate.Metric):
+    """Share of answers with the reference's result: {"exact_match": float}."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("Share of answers with the reference's result", "predictions", "references")
+
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[str], pattern: str
+    ) -> dict[str, float]:
+        return {"exact_match": exact_match(predictions, references, pattern)}

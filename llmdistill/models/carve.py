@@ -1,41 +1,97 @@
-"""A student cut out of a teacher: fewer layers, everything else as it was.
+"""A student cut out of a teacher: fewer layers, narrower MLPs, fewer attention heads.
 
-B = sequences, T = tokens, H = hidden size.  A block's influence is 1 - cos(its input, its output),
-averaged over the tokens of a sample text: a block that hardly turns the residual stream is hardly
-missed (Men et al. 2024, "ShortGPT", eq. 1).
+B = sequences, T = tokens, H = hidden size, L = layers.  A block's influence is 1 - cos(its input,
+its output), averaged over the tokens of a sample text: a block that hardly turns the residual
+stream is hardly missed (Men et al. 2024, "ShortGPT", eq. 1).
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from llmdistill.errors import ModelError
+from llmdistill.models import widths
+from llmdistill.models.blocks import blocks, blocks_replaced
 from llmdistill.models.heads import split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+logger = logging.getLogger("llmdistill")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept.
+
+    `layers`: how many, chosen `by` influence or evenly spaced, or which ones; None is all of them.
+    `mlp_width` and `heads`: so many in each layer, those that are most active.
+    """
+
+    layers: int | Sequence[int] | None = None
+    by: str = "influence"
+    mlp_width: int | None = None
+    heads: int | None = None
+
+
+def carve(
+    model: PreTrainedModel, plan: Plan, sample_BT: Tensor, attention_mask_BT: Tensor
+) -> PreTrainedModel:
+    """A new model with what the plan keeps, measured on a sample text; shares no tensor with
+    `model`.
+
+    Layers go first, and widths are measured on what they leave.  Raises ModelError where the model
+    cannot be cut so.
+    """
+    if plan.mlp_width is not None:
+        widths.check_mlp_width(model, plan.mlp_width)
+    if plan.heads is not None:
+        widths.check_heads(model, plan.heads)
+    layers = _layers(model, plan, sample_BT, attention_mask_BT)
+    logger.info("carving: layers %s", ", ".join(map(str, layers)))
+    student = keep_layers(model, layers)
+    if plan.mlp_width is not None:
+        activity_LI = widths.neuron_activity(student, sample_BT, attention_mask_BT)
+        widths.keep_neurons(student, activity_LI, plan.mlp_width)
+    if plan.heads is not None:
+        activity_LA = widths.head_activity(student, sample_BT, attention_mask_BT)
+        widths.keep_heads(student, activity_LA, plan.heads)
+    return student
+
+
+def _layers(
+    model: PreTrainedModel, plan: Plan, sample_BT: Tensor, attention_mask_BT: Tensor
+) -> list[int]:
+    """The layers that a plan keeps."""
+    count = len(blocks(model))
+    if plan.layers is None:
+        return list(range(count))
+    if not isinstance(plan.layers, int):
+        return list(plan.layers)
+    if not 0 < plan.layers <= count:
+        raise ModelError(f"carve.layers: got {plan.layers}, the model has {count} layers")
+    if plan.by == "even":
+        return evenly_spaced(count, plan.layers)
+    return most_influential(influence(model, sample_BT, attention_mask_BT), plan.layers)
+
+
 def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """A new model with these layers of the teacher, in this order; shares no tensor with it."""
-    backbone, _ = split(teacher)
-    blocks = _blocks(teacher)
-    if not layers or not all(0 <= layer < len(blocks) for layer in layers):
-        raise ModelError(f"cannot keep layers {list(layers)} of a model that has {len(blocks)}")
+    own = blocks(teacher)
+    if not layers or not all(0 <= layer < len(own) for layer in layers):
+        raise ModelError(f"cannot keep layers {list(layers)} of a model that has {len(own)}")
     if len(set(layers)) < len(layers):
         raise ModelError(f"cannot keep a layer twice, got {list(layers)}")
-    kept = nn.ModuleList(blocks[layer] for layer in layers)
-    name = _blocks_name(backbone)
-    setattr(backbone, name, kept)
-    try:
+    with blocks_replaced(teacher, nn.ModuleList(own[layer] for layer in layers)):
         student = copy.deepcopy(teacher)
-    finally:
-        setattr(backbone, name, blocks)
     _renumber(student, layers)
     return student
 
@@ -47,14 +103,14 @@ def evenly_spaced(num_layers: int, num_kept: int) -> list[int]:
     return [round(i * (num_layers - 1) / (num_kept - 1)) for i in range(num_kept)]
 
 
-def most_influential(influence: Tensor, num_kept: int) -> list[int]:
+def most_influential(influence_L: Tensor, num_kept: int) -> list[int]:
     """The layers with the largest influence, in the model's order."""
-    return sorted(influence.topk(num_kept).indices.tolist())
+    return sorted(influence_L.topk(num_kept).indices.tolist())
 
 
 @torch.no_grad()
 def influence(teacher: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-    """Each layer's influence on this sample text: (layers,), in [0, 2]."""
+    """Each layer's influence on this sample text: (L,), in [0, 2]."""
     backbone, _ = split(teacher)
     real_BT = attention_mask_BT.bool()
     found: list[Tensor] = []
@@ -65,40 +121,13 @@ def influence(teacher: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT:
         cosine_BT = torch.cosine_similarity(before_BTH.float(), after_BTH.float(), dim=-1)
         found.append(1 - cosine_BT[real_BT].mean())
 
-    hooks = [block.register_forward_hook(record, with_kwargs=True) for block in _blocks(teacher)]
+    hooks = [block.register_forward_hook(record, with_kwargs=True) for block in blocks(teacher)]
     try:
         backbone(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     return torch.stack(found)
-
-
-def num_layers(model: PreTrainedModel) -> int:
-    return len(_blocks(model))
-
-
-def check_num_layers(model: PreTrainedModel, num_kept: int) -> None:
-    if not 0 < num_kept <= num_layers(model):
-        raise ModelError(
-            f"student.carve.layers: got {num_kept}, the model has {num_layers(model)} layers"
-        )
-
-
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
-    backbone, _ = split(model)
-    return getattr(backbone, _blocks_name(backbone))
-
-
-def _blocks_name(backbone: nn.Module) -> str:
-    """The one list of blocks of a backbone: `layers` in most families, `h` in GPT-2's."""
-    names = [name for name, child in backbone.named_children() if isinstance(child, nn.ModuleList)]
-    if len(names) != 1:
-        raise ModelError(
-            f"{type(backbone).__name__} has {len(names)} lists of blocks; only models with one "
-            f"can be carved"
-        )
-    return names[0]
 
 
 def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
@@ -109,7 +138,7 @@ def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
     if isinstance(types := getattr(config, "layer_types", None), list):
         config.layer_types = [types[layer] for layer in layers]
     config.num_hidden_layers = len(layers)
-    for index, block in enumerate(_blocks(student)):
+    for index, block in enumerate(blocks(student)):
         for module in block.modules():
             if "layer_idx" in module.__dict__:
                 module.__dict__["layer_idx"] = index

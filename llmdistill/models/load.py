@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from llmdistill.errors import ModelError
+from llmdistill.models.offload import offload_blocks
+from llmdistill.models.quantization import quantization_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,30 +60,58 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     device: str | torch.device | None = None,
+    quantization: str | None = None,
+    offload: bool = False,
 ) -> PreTrainedModel:
     """A causal LM in eval mode.  `dtype` auto is `preferred_dtype(device)`; `device` None is a GPU,
     or the CPU where there is none.
 
-    An adapter of PEFT is loaded onto its base and merged into it.  Raises ModelError with the
-    reason when it cannot be loaded.
+    `quantization` is a kind of QUANTIZATIONS.  With `offload` the blocks stay in the CPU's memory
+    and visit the device in turn.  An adapter of PEFT is loaded onto its base and merged into it.
+    Raises ModelError with the reason when it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     if dtype not in DTYPES:
         raise ModelError(f"cannot load '{name}': dtype '{dtype}' is none of {', '.join(DTYPES)}")
     device = torch.device(device or default_device())
+    wanted = DTYPES[dtype] or preferred_dtype(device)
+    if not offload:
+        return _load(name, revision, wanted, device, quantization)
+    if device.type == "cpu" or quantization is not None:
+        reason = "it is on the CPU already" if device.type == "cpu" else "it is quantised"
+        raise ModelError(f"cannot offload '{name}': {reason}")
+    return offload_blocks(_load(name, revision, wanted, torch.device("cpu"), None), device)
+
+
+def _load(
+    name: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None,
+) -> PreTrainedModel:
     if base := adapter_base(name, revision=revision):
-        return _on_its_base(name, load_model(base, dtype=dtype, device=device), revision)
+        if quantization is not None:
+            raise ModelError(f"cannot quantise '{name}': it is an adapter; merge it first")
+        return _on_its_base(name, _load(base, None, dtype, device, None), revision)
+    from transformers import AutoModelForCausalLM
+
     folder, options = _locate(name)
-    if "gguf_file" in options:
+    is_gguf = "gguf_file" in options
+    if is_gguf and quantization is not None:
+        raise ModelError(f"cannot quantise '{name}': a .gguf file is; name an unquantised model")
+    if is_gguf:
         options["quantization_config"] = _dequantize()
     else:
         options["use_safetensors"] = True  # a pickle could run code
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, dtype)
+    if not is_gguf and (quantization is not None or _stored_quantized(name, revision)):
+        options["device_map"] = {"": device}  # such weights are placed once, while they are read
     with _clear_errors(name), _quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             revision=revision,
-            dtype=DTYPES[dtype] or preferred_dtype(device),
+            dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             **options,
@@ -91,10 +121,14 @@ def load_model(
             f"cannot load '{name}': {len(missing)} weights are not in its files and would be "
             f"random ({missing[0]}, ...). The download or the conversion is incomplete."
         )
+    if is_gguf:  # it is dense now, and its config must not say otherwise
+        model.config.__dict__.pop("quantization_config", None)
     model.config.name_or_path = model.name_or_path = name
-    # A checkpoint made from a quantised file is dense now; its config must not say otherwise.
-    model.config.__dict__.pop("quantization_config", None)
-    return model.to(device).eval()
+    return (model if "device_map" in options else model.to(device)).eval()
+
+
+def _stored_quantized(name: str, revision: str | None) -> bool:
+    return getattr(load_config(name, revision=revision), "quantization_config", None) is not None
 
 
 def adapter_base(name: str, *, revision: str | None = None) -> str | None:

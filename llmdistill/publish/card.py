@@ -24,27 +24,31 @@ MEANING = {
     "top1_agreement": "share of tokens where both put the same one first",
     "draft_acceptance": "share of drafts that speculative decoding would accept",
     "rouge_l_teacher": "ROUGE-L of greedy answers against the teacher's",
+    "rouge_l_references": "ROUGE-L of greedy answers against the data set's",
+    "exact_match": "share of greedy answers with the reference's result",
+    "perplexity": "perplexity on the data set's responses",
     "repeated_4grams": "share of repeated 4-grams in greedy answers",
     "num_parameters": "parameters",
+    "num_bytes": "bytes of the weights, as measured",
     "tokens_per_second": "greedy tokens per second at batch 8, on the training machine",
 }
 PACKAGES = ("llmdistill", "torch", "transformers", "accelerate")
 
 
 def figures_table(evaluation: Mapping[str, Figures]) -> list[list[str]]:
-    """Rows of a table: a header, then one row a figure, one column a model."""
+    """Rows of a table: a header, then one row a figure that was taken, one column a model."""
     columns = {name: asdict(figures) for name, figures in evaluation.items()}
-    rows = [["", *columns]]
-    for key in MEANING:
-        rows.append([key, *(_number(values[key]) for values in columns.values())])
-    return rows
+    taken = [key for key in MEANING if any(c[key] is not None for c in columns.values())]
+    return [["", *columns]] + [
+        [key, *(_number(values[key]) for values in columns.values())] for key in taken
+    ]
 
 
 def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
     """The card as Markdown with its metadata; parses with `ModelCard.load`."""
     from huggingface_hub import ModelCardData
 
-    terms = license_of(recipe.teacher.model)
+    terms = license_of(recipe.teacher_source[0])
     data = ModelCardData(
         base_model=_hub_name(recipe.student.model),
         license=terms or "other",
@@ -84,9 +88,7 @@ def license_of(model: str) -> str | None:
 def _origin(recipe: Recipe, license_name: str | None) -> str:
     student = f"`{_escape(recipe.student.model)}`"
     if recipe.student.carve is not None:
-        kept = recipe.student.carve.layers
-        layers = f"{kept} layers" if isinstance(kept, int) else f"layers {kept}"
-        student += f", cut down to {layers} (by {recipe.student.carve.by})"
+        student += f", carved ({_options(recipe.student.carve)})"
     terms = (
         f"The teacher's licence is {_escape(license_name)}."
         if license_name
@@ -95,7 +97,7 @@ def _origin(recipe: Recipe, license_name: str | None) -> str:
     return (
         "A causal language model distilled with "
         f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n- **Student**: {student}\n- "
-        f"**Teacher**: `{_escape(recipe.teacher.model)}`\n- **Who writes**: "
+        f"**Teacher**: `{_escape(recipe.teacher_source[0])}`\n- **Who writes**: "
         f"{_describe(recipe.rollout)}\n- **What is matched**: "
         f"{'; '.join(_describe(o) for o in recipe.objectives)}\n- **Data**: "
         f"{_sources(recipe.data.train)}\n\n{terms}"
@@ -126,13 +128,18 @@ def _made(recipe: Recipe) -> str:
 
 def _describe(answer: recipes.Strict) -> str:
     """One answer of a recipe in a line: its kind, then what differs from the defaults."""
+    kind, options = str(getattr(answer, "kind", "")), _options(answer)
+    return f"{_escape(kind)} ({options})" if options else _escape(kind)
+
+
+def _options(answer: recipes.Strict) -> str:
     given = answer.model_dump(exclude_defaults=True, exclude={"kind"})
-    options = ", ".join(f"{key} {value}" for key, value in given.items())
-    kind = str(getattr(answer, "kind", ""))
-    return _escape(f"{kind} ({options})" if options else kind)
+    return _escape(", ".join(f"{key} {value}" for key, value in given.items()))
 
 
-def _number(value: float | int) -> str:
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.0f}" if value >= 100 else f"{value:.3f}"

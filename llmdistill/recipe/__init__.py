@@ -3,33 +3,38 @@
 Reading one imports neither torch nor transformers, so a typo is found in well under a second.
 """
 
-from llmdistill.recipe.reading import build, dump, load, parse_yaml
-from llmdistill.recipe.schema import (
+from llmdistill.recipe.base import Strict
+from llmdistill.recipe.questions import (
+    AdapterOffTeacherRecipe,
     AdaptiveShareRecipe,
-    CarveRecipe,
     ConstantShareRecipe,
     CrossEntropyRecipe,
-    DataRecipe,
-    EvaluateRecipe,
     FixedRecipe,
     LinearShareRecipe,
     LocalTeacherRecipe,
     MixedRecipe,
     ObjectiveRecipe,
-    PeftRecipe,
-    Recipe,
     ReplayRecipe,
     ResponseRecipe,
     RolloutRecipe,
     SampledRecipe,
     SamplingRecipe,
     Schedule,
+    TeacherRecipe,
+)
+from llmdistill.recipe.reading import build, build_part, dump, load, parse_yaml
+from llmdistill.recipe.schema import (
+    CarveRecipe,
+    DataRecipe,
+    EvaluateRecipe,
+    PeftRecipe,
+    Recipe,
     SourceRecipe,
-    Strict,
     StudentRecipe,
 )
 
 __all__ = [
+    "AdapterOffTeacherRecipe",
     "AdaptiveShareRecipe",
     "CarveRecipe",
     "ConstantShareRecipe",
@@ -52,7 +57,9 @@ __all__ = [
     "SourceRecipe",
     "Strict",
     "StudentRecipe",
+    "TeacherRecipe",
     "build",
+    "build_part",
     "dump",
     "load",
     "parse_yaml",

@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib.util
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,15 @@ def wrong_option(divergence: str, options: Mapping[str, float], known: Sequence[
             bounds = f"{low:g} to {high:g}, got {value:g}"
             return f"'{option}' of divergence '{divergence}' should be {bounds}"
     return None
+
+
+def wrong_pattern(pattern: str) -> str | None:
+    """What is wrong with a pattern that finds the result in an answer; None if nothing."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        return f"{pattern!r} is no regular expression: {error}"
+    return f"{pattern!r} should have one group at most; use (?:...)" if groups > 1 else None
 
 
 def check_training_argument(key: str, value: Any) -> None:

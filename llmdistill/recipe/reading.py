@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from llmdistill.errors import RecipeError
+from llmdistill.recipe.base import Strict
 from llmdistill.recipe.facts import close_to
 from llmdistill.recipe.schema import Recipe
+
+Part = TypeVar("Part", bound=Strict)
 
 REFUSED = {
     "trust_remote_code": " Code from a model's repository could do anything on this machine; "
@@ -43,8 +46,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def build(data: dict[str, Any], place: str = "recipe") -> Recipe:
     """A recipe from plain data; RecipeError with the dotted path of each mistake."""
+    return build_part(Recipe, data, place)
+
+
+def build_part(part: type[Part], data: dict[str, Any], place: str) -> Part:
+    """One part of a recipe from plain data, in the same way."""
     try:
-        return Recipe.model_validate(data)
+        return part.model_validate(data)
     except ValidationError as error:
         lines = [_describe(dict(item), data) for item in error.errors()]
         raise RecipeError(f"{place}: " + "\n".join(dict.fromkeys(lines))) from None

@@ -6,77 +6,42 @@ documented where it is declared.  Nothing here imports torch or transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.facts import (
-    check_training_argument,
-    close_to,
-    divergence_options,
-    wrong_option,
+from llmdistill.recipe.base import Dtype, Quantization, Strict
+from llmdistill.recipe.facts import check_training_argument, wrong_pattern
+from llmdistill.recipe.questions import (
+    AdapterOffTeacherRecipe,
+    AdaptiveShareRecipe,
+    FixedRecipe,
+    LocalTeacherRecipe,
+    ObjectiveRecipe,
+    ResponseRecipe,
+    RolloutRecipe,
+    TeacherRecipe,
 )
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-class Strict(BaseModel):
-    """Base of all recipe classes: no unknown keys, no silent conversion, no change after
-    reading.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys_only(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise PydanticCustomError(
-                        "unknown_key", "", {"key": str(key), "known": list(cls.model_fields)}
-                    )
-        return data
-
-
-class SamplingRecipe(Strict):
-    """How tokens are drawn."""
-
-    temperature: float = Field(1.0, ge=0)
-    """0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    """0 keeps every token."""
-
-
-class LocalTeacherRecipe(Strict):
-    """Who judges: a model on this machine."""
-
-    kind: Literal["local"] = "local"
-    model: str
-    """A Hub id, a folder, a .gguf file, or `smollm2-135m-instruct` (embedded)."""
-    revision: str | None = None
-    dtype: Dtype = "auto"
-    """auto: bfloat16 where the device multiplies it natively, else float32."""
-    device: str | None = None
 
 
 class CarveRecipe(Strict):
-    """How a student is cut out of its model."""
+    """How a student is cut out of its model; what is not named stays whole."""
 
-    layers: int | list[int]
+    layers: int | list[int] | None = None
     """How many to keep, or which ones."""
     by: Literal["influence", "even"] = "influence"
     """influence: those that change the hidden states most; even: evenly spaced."""
+    mlp_width: int | None = Field(None, gt=0)
+    """Neurons to keep in each MLP: the most active ones."""
+    heads: int | None = Field(None, gt=0)
+    """Attention heads to keep in each layer: the most active ones."""
+
+    @model_validator(mode="after")
+    def _something_is_cut(self) -> CarveRecipe:
+        if self.layers is None and self.mlp_width is None and self.heads is None:
+            raise PydanticCustomError("carve", "give 'layers', 'mlp_width' or 'heads'")
+        return self
 
 
 class PeftRecipe(Strict):
@@ -100,6 +65,8 @@ class StudentRecipe(Strict):
     """Master weights; `training.bf16` sets the dtype of products.  With `peft` the base may be
     bfloat16.
     """
+    quantization: Quantization | None = None
+    """Of the frozen base under `peft`; needs the extra `quantization`."""
     carve: CarveRecipe | None = None
     peft: PeftRecipe | None = None
 
@@ -109,6 +76,12 @@ class StudentRecipe(Strict):
             raise PydanticCustomError(
                 "adapter",
                 "a carved base is saved nowhere, so an adapter would lack it; use save: merged",
+            )
+        if self.quantization and (self.carve or self.peft is None or self.peft.save != "adapter"):
+            raise PydanticCustomError(
+                "quantization",
+                "quantised weights can be neither trained, carved nor merged into; give 'peft' "
+                "with save: adapter, or leave 'quantization' out",
             )
         return self
 
@@ -171,165 +144,29 @@ class DataRecipe(Strict):
         return self
 
 
-class FixedRecipe(Strict):
-    """Who writes: the data set."""
-
-    kind: Literal["fixed"] = "fixed"
-
-
-class SampledRecipe(Strict):
-    """Who writes: one model."""
-
-    kind: Literal["sampled"] = "sampled"
-    by: Literal["student", "teacher"] = "student"
-    sampling: SamplingRecipe = SamplingRecipe()
-    max_new_tokens: int = Field(256, gt=0)
-    samples: int = Field(1, gt=0)
-    """Answers of the teacher to each prompt, written once; epoch e trains on answer e mod
-    samples.
-    """
-
-    @model_validator(mode="after")
-    def _student_writes_anew(self) -> SampledRecipe:
-        if self.by == "student" and self.samples != 1:
-            raise PydanticCustomError(
-                "samples", "'samples' is for by: teacher; a student writes anew"
-            )
-        return self
-
-
-class ReplayRecipe(Strict):
-    """Who writes: the student, less and less often; else what it wrote before is taken again."""
-
-    kind: Literal["replay"] = "replay"
-    rollout: SampledRecipe = SampledRecipe()
-    capacity: int = Field(1000, gt=0)
-    """Rows that are kept."""
-
-    @model_validator(mode="after")
-    def _the_student_writes(self) -> ReplayRecipe:
-        if self.rollout.by == "teacher":
-            raise PydanticCustomError("by", "a teacher's answers are kept anyway; use by: student")
-        return self
-
-
-class ConstantShareRecipe(Strict):
-    kind: Literal["constant"] = "constant"
-    value: float = Field(ge=0, le=1)
-
-
-class LinearShareRecipe(Strict):
-    """From one share to another over all steps."""
-
-    kind: Literal["linear"] = "linear"
-    start: float = Field(ge=0, le=1)
-    end: float = Field(ge=0, le=1)
-
-
-class AdaptiveShareRecipe(Strict):
-    """DistiLLM's: the share rises when the held-out loss does."""
-
-    kind: Literal["adaptive"] = "adaptive"
-    start: float = Field(0.0, ge=0, le=1)
-    rise: float = Field(0.1, gt=0, le=1)
-    tolerance: float = Field(0.1, ge=0)
-    """Nats by which the held-out loss must have risen."""
-
-
-Schedule = Annotated[
-    ConstantShareRecipe | LinearShareRecipe | AdaptiveShareRecipe, Field(discriminator="kind")
-]
-Own = Annotated[SampledRecipe | ReplayRecipe, Field(discriminator="kind")]
-Other = Annotated[FixedRecipe | SampledRecipe, Field(discriminator="kind")]
-
-
-class MixedRecipe(Strict):
-    """Who writes: the student a share of the steps, another rollout the rest."""
-
-    kind: Literal["mixed"] = "mixed"
-    share: Schedule = ConstantShareRecipe(value=0.5)
-    """Probability that a step is written by `student`: a number, or a schedule."""
-    student: Own = SampledRecipe()
-    other: Other = FixedRecipe()
-
-    @field_validator("share", mode="before")
-    @classmethod
-    def _a_number_is_a_constant(cls, given: Any) -> Any:
-        return (
-            given if isinstance(given, Mapping | Strict) else {"kind": "constant", "value": given}
-        )
-
-
-RolloutRecipe = Annotated[
-    FixedRecipe | SampledRecipe | MixedRecipe | ReplayRecipe, Field(discriminator="kind")
-]
-
-
-class ResponseRecipe(Strict):
-    """What is matched: next-token distributions."""
-
-    kind: Literal["response"] = "response"
-    divergence: str = "forward_kl"
-    alpha: float | None = None
-    """skew_forward_kl and skew_reverse_kl: the share of the other side; alpha_beta: its first
-    power.
-    """
-    beta: float | None = None
-    """jsd: 0 is forward KL, 1 reverse KL; alpha_beta: its second power."""
-    head_mass: float | None = None
-    """adaptive_kl: the teacher's mass that counts as its head."""
-    temperature: float = Field(1.0, gt=0)
-    """Of the divergence; a sampler has its own."""
-    scale_by_t2: bool = False
-    """Multiply by temperature^2, which keeps the gradient's size next to a cross-entropy."""
-    target: Literal["teacher"] = "teacher"
-    token_weight: Literal["uniform", "sequence_mean"] = "uniform"
-    weight: float = 1.0
-
-    @field_validator("divergence")
-    @classmethod
-    def _known_divergence(cls, name: str) -> str:
-        if name not in divergence_options():
-            known = list(divergence_options())
-            raise PydanticCustomError(
-                "divergence",
-                "should be one of {names}.{close}",
-                {"names": ", ".join(known), "close": close_to(name, known)},
-            )
-        return name
-
-    @field_validator("alpha", "beta", "head_mass")
-    @classmethod
-    def _own_option(cls, value: float | None, info: ValidationInfo) -> float | None:
-        name = info.data.get("divergence")  # missing where it is itself wrong
-        if name and value is not None:
-            known = divergence_options()[name]
-            if wrong := wrong_option(name, {str(info.field_name): value}, known):
-                raise PydanticCustomError("option", "{wrong}", {"wrong": wrong})
-        return value
-
-    def options(self) -> dict[str, float]:
-        """The divergence's own options that were given."""
-        names = ("temperature", "alpha", "beta", "head_mass")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-class CrossEntropyRecipe(Strict):
-    """What is matched: the tokens themselves, where the student did not write them."""
-
-    kind: Literal["cross_entropy"] = "cross_entropy"
-    weight: float = 1.0
-
-
-ObjectiveRecipe = Annotated[ResponseRecipe | CrossEntropyRecipe, Field(discriminator="kind")]
-
-
 class EvaluateRecipe(Strict):
     """How the student is measured before and after."""
 
     max_new_tokens: int = Field(96, gt=0)
+    answer_pattern: str | None = None
+    """A regular expression for the result in an answer: the last match counts, by its group."""
     every_steps: int = Field(0, ge=0)
     """Also the held-out loss every so many steps; 0 is never."""
+    patience: int | None = Field(None, gt=0)
+    """Stop when so many of these have brought no lower loss, and keep the best student."""
+
+    @model_validator(mode="after")
+    def _patience_needs_a_loss(self) -> EvaluateRecipe:
+        if self.patience is not None and not self.every_steps:
+            raise PydanticCustomError("patience", "'patience' needs 'every_steps'")
+        return self
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _a_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is not None and (wrong := wrong_pattern(pattern)):
+            raise PydanticCustomError("pattern", "{wrong}", {"wrong": wrong})
+        return pattern
 
 
 class Recipe(Strict):
@@ -338,7 +175,7 @@ class Recipe(Strict):
     seed: int = Field(0, ge=0)
     output: str
     """The run folder."""
-    teacher: LocalTeacherRecipe
+    teacher: TeacherRecipe
     student: StudentRecipe
     data: DataRecipe
     rollout: RolloutRecipe = FixedRecipe()
@@ -355,15 +192,32 @@ class Recipe(Strict):
         return given
 
     @model_validator(mode="after")
-    def _an_adaptive_share_needs_its_loss(self) -> Recipe:
+    def _what_follows_the_loss_has_one(self) -> Recipe:
         share = getattr(self.rollout, "share", None)
-        if isinstance(share, AdaptiveShareRecipe) and not (
-            self.evaluate.every_steps and (self.data.eval or self.data.hold_back)
-        ):
+        follows = isinstance(share, AdaptiveShareRecipe) or self.evaluate.patience is not None
+        if follows and not (self.evaluate.every_steps and (self.data.eval or self.data.hold_back)):
             raise PydanticCustomError(
-                "adaptive",
-                "an adaptive share follows the held-out loss: give 'evaluate.every_steps' and "
-                "'data.eval' or 'data.hold_back'",
+                "held_out",
+                "an adaptive share and 'evaluate.patience' follow the held-out loss: give "
+                "'evaluate.every_steps' and 'data.eval' or 'data.hold_back'",
+            )
+        return self
+
+    @property
+    def teacher_source(self) -> tuple[str, str | None]:
+        """Name and revision of the teacher's model."""
+        if isinstance(self.teacher, LocalTeacherRecipe):
+            return self.teacher.model, self.teacher.revision
+        return self.student.model, self.student.revision
+
+    @model_validator(mode="after")
+    def _a_base_is_whole(self) -> Recipe:
+        whole = self.student.peft is not None and self.student.carve is None
+        if isinstance(self.teacher, AdapterOffTeacherRecipe) and not whole:
+            raise PydanticCustomError(
+                "adapter_off",
+                "a teacher of kind adapter_off is the base under 'student.peft', uncarved; give "
+                "that, or a teacher of kind local",
             )
         return self
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,20 +43,28 @@ class LocalTeacher:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[PreTrainedModel]:
+        """The model as it judges and writes: in its own dtype, whatever the student's products
+        are in.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            yield self.model
+
     @torch.no_grad()
     def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
         """One forward pass: the final hidden states at the places that predict, and the head."""
-        backbone, head = split(self.model)
-        with torch.autocast(self.device.type, enabled=False):  # the teacher keeps its own dtype
+        with self.in_use() as model:
+            backbone, head = split(model)
             return TeacherSignal(final_hidden(backbone, sequences.to(self.device)), head)
 
     def write(
         self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
     ) -> Sequences:
         """The teacher's own answers, judged while they are written."""
-        with torch.autocast(self.device.type, enabled=False):
+        with self.in_use() as model:
             return sample(
-                self.model,
+                model,
                 self.tokenizer,
                 prompts,
                 sampling,

@@ -1,4 +1,5 @@
-"""What a run shows and writes while it trains: one progress bar, and metrics.jsonl."""
+"""What a run shows and writes while it trains: one progress bar, metrics.jsonl, and how long
+steps take."""
 
 from __future__ import annotations
 
@@ -42,6 +43,22 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class StepClock(TrainerCallback):
+    """The seconds that each step took, its rollouts included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._since = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self._since)
+        self._since = now
 
 
 class MetricsFile(TrainerCallback):

@@ -9,20 +9,22 @@ Trainer's.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
+from torch.utils.data import Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from llmdistill.batch import Progress, Prompts, Rollout, Sequences
-from llmdistill.data.collate import EncodedRows, PromptDataset, collate
+from llmdistill.data.collate import ByLength, EncodedRows, PromptDataset, collate
 from llmdistill.errors import TrainingError
+from llmdistill.models.blocks import blocks
 from llmdistill.models.vocabulary import require_same
 from llmdistill.objectives.base import Objective
 from llmdistill.rollouts.fixed import FixedRollout
@@ -85,6 +87,16 @@ class DistillTrainer(StudentTrainer):
         )
         student.config.use_cache = use_cache  # Trainer turns it off; it would be saved so
         _check_sharded(self)
+        _compile_blocks(self)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Trainer does not see how long our rows are."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        by_length = self.args.train_sampling_strategy == "group_by_length"
+        if not by_length or not isinstance(rows, PromptDataset):
+            return super()._get_train_sampler(train_dataset)
+        window = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return ByLength(rows, window, seed=self.args.seed)
 
     # ---- who writes: the rollouts of a whole accumulation window, and the exact divisor ----
 
@@ -179,16 +191,7 @@ class DistillTrainer(StudentTrainer):
                 f"train {' and '.join(groups)} together; choose adamw_torch"
             )
         self.optimizer = optimizer_class(
-            [
-                {
-                    "params": [p for name, p in named.items() if (name in decayed) is decays],
-                    "weight_decay": self.args.weight_decay if decays else 0.0,
-                    "name": group,
-                }
-                for group, named in groups.items()
-                for decays in (True, False)
-            ],
-            **options,
+            _optimizer_groups(groups, decayed, self.args.weight_decay), **options
         )
         return self.optimizer
 
@@ -235,6 +238,20 @@ class DistillTrainer(StudentTrainer):
             self._terms[name] = self._terms.get(name, 0.0) + value.detach()
 
 
+def _optimizer_groups(
+    groups: Mapping[str, Mapping[str, Parameter]], decayed: set[str], weight_decay: float
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "params": [p for name, p in named.items() if (name in decayed) is decays],
+            "weight_decay": weight_decay if decays else 0.0,
+            "name": group,
+        }
+        for group, named in groups.items()
+        for decays in (True, False)
+    ]
+
+
 def _repeated(accelerator: Accelerator, parts: list[Prompts]) -> Tensor:
     """True for rows that Accelerate repeats in an epoch's last batch to even out the ranks:
     (B,).
@@ -246,6 +263,17 @@ def _repeated(accelerator: Accelerator, parts: list[Prompts]) -> Tensor:
         place = accelerator.process_index * size + torch.arange(size)
         repeated_B[-size:] = place >= state.remainder
     return repeated_B
+
+
+def _compile_blocks(trainer: DistillTrainer) -> None:
+    """`torch_compile` compiles the student's blocks.  Accelerate would compile the whole step, and
+    fail on it.
+    """
+    args = trainer.args
+    if args.torch_compile:
+        trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        for block in blocks(trainer.model.student):
+            block.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
 
 def _forced(args: TrainingArguments) -> TrainingArguments:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmdistill.evaluation.text import repeated_ngrams, rouge_l
+from llmdistill.errors import DataError
+from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
 
 
 @pytest.mark.parametrize(
@@ -61,3 +62,32 @@ def test_rouge_l_is_the_mean_over_answers():
 def test_rouge_l_wants_a_reference_for_each():
     with pytest.raises(ValueError, match="shorter"):
         rouge_l(["a", "b"], ["a"])
+
+
+GSM8K = r"#### (-?[\d,.]+)"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "same"),
+    [
+        ("So #### 72", "48 + 24 #### 72", True),
+        ("#### 1,080.", "#### 1080", True),  # commas and the full stop do not count
+        ("#### 5 no, #### 6", "#### 6", True),  # the last one counts
+        ("#### 6 no, #### 5", "#### 6", False),
+        ("72", "#### 72", False),  # no result
+        ("#### -3", "#### 3", False),
+        ("", "#### 3", False),
+    ],
+)
+def test_exact_match(answer, reference, same):
+    assert exact_match([answer], [reference], GSM8K) == float(same)
+
+
+def test_exact_match_is_a_share():
+    assert exact_match(["#### 1", "#### 2", "3"], ["#### 1"] * 3, GSM8K) == pytest.approx(1 / 3)
+    assert exact_match(["yes"], ["well, yes"], "yes|no") == 1.0  # without a group: all of it
+
+
+def test_a_reference_without_a_result_is_named():
+    with pytest.raises(DataError, match="evaluation row 1 .*'none here'"):
+        exact_match(["#### 1", "#### 1"], ["#### 1", "none here"], GSM8K)

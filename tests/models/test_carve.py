@@ -11,13 +11,14 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from llmdistill.errors import ModelError
+from llmdistill.models.blocks import blocks
 from llmdistill.models.carve import (
-    check_num_layers,
+    Plan,
+    carve,
     evenly_spaced,
     influence,
     keep_layers,
     most_influential,
-    num_layers,
 )
 
 KEPT = [0, 2, 3]
@@ -45,7 +46,7 @@ def make_identity(model, layer: int) -> None:
 
 def test_kept_layers_are_bit_equal_copies(teacher_model):
     student = keep_layers(teacher_model, KEPT)
-    assert num_layers(student) == 3
+    assert len(blocks(student)) == 3
     for ours, theirs in enumerate(KEPT):
         mine = student.model.layers[ours].state_dict()
         for name, value in teacher_model.model.layers[theirs].state_dict().items():
@@ -73,7 +74,7 @@ def test_the_teacher_is_unchanged(teacher_model, ids_BT):
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.zero_()
-    assert num_layers(teacher_model) == 4
+    assert len(blocks(teacher_model)) == 4
     assert [block.self_attn.layer_idx for block in teacher_model.model.layers] == [0, 1, 2, 3]
     assert teacher_model.config.to_dict() == config.to_dict()
     assert all(torch.equal(value, before[name]) for name, value in state(teacher_model).items())
@@ -87,7 +88,7 @@ def test_the_teacher_is_whole_after_a_copy_that_failed(teacher_model, monkeypatc
     monkeypatch.setattr(copy, "deepcopy", fail)
     with pytest.raises(MemoryError):
         keep_layers(teacher_model, [0])
-    assert num_layers(teacher_model) == 4
+    assert len(blocks(teacher_model)) == 4
 
 
 def test_config_and_blocks_count_anew(teacher_model):
@@ -168,12 +169,13 @@ def test_a_layer_kept_twice_is_refused_or_copied(teacher_model):
 @pytest.mark.parametrize(
     ("kept", "fits"), [(0, False), (1, True), (4, True), (5, False), (-1, False)]
 )
-def test_check_num_layers(teacher_model, kept, fits):
+def test_the_number_of_layers_is_checked(teacher_model, ids_BT, kept, fits):
     if fits:
-        check_num_layers(teacher_model, kept)
+        student = carve(teacher_model, Plan(layers=kept), ids_BT, torch.ones_like(ids_BT))
+        assert len(blocks(student)) == kept
     else:
         with pytest.raises(ModelError, match=f"got {kept}, the model has 4 layers"):
-            check_num_layers(teacher_model, kept)
+            carve(teacher_model, Plan(layers=kept), ids_BT, torch.ones_like(ids_BT))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -23,8 +24,12 @@ FIGURES = Figures(
     top1_agreement=0.5,
     draft_acceptance=0.25,
     rouge_l_teacher=1.0,
+    rouge_l_references=0.125,
+    exact_match=None,
+    perplexity=7.5,
     repeated_4grams=0.0,
     num_parameters=1_234_567,
+    num_bytes=4_938_268,
     tokens_per_second=123.4,
 )
 HOSTILE = "a<script>alert(1)</script>|b`c`\n# d"
@@ -135,7 +140,7 @@ def test_a_licence_that_is_a_list_leaves_a_card_that_parses(tmp_path):
 def test_the_text_says_how_it_was_made():
     text = parsed().text
     assert "# tiny-student\n" in text
-    assert "`org/student`, cut down to 4 layers (by influence)" in text
+    assert "`org/student`, carved (layers 4)" in text
     assert f"**Teacher**: `{EMBEDDED_NAME}`" in text
     assert "response (divergence jsd, beta 0.25); cross_entropy" in text
     assert "**Who writes**: fixed" in text
@@ -154,7 +159,7 @@ def test_the_figures_are_a_table():
     assert cells["kl_teacher_text"] == "0.123"
     assert cells["num_parameters"] == "1,234,567"
     assert cells["tokens_per_second"] == "123"
-    assert set(cells) == set(vars(FIGURES))
+    assert set(cells) == set(vars(FIGURES)) - {"exact_match"}  # nothing took it
 
 
 def test_the_table_is_in_the_card_with_where_its_rows_come_from():
@@ -206,3 +211,9 @@ def test_hostile_names_do_not_break_the_metadata(name):
     data = parsed(student={"model": name}, data={"train": name}).data.to_dict()
     assert data["license"] == "apache-2.0"
     assert data["base_model"] == name
+
+
+def test_a_figure_that_one_model_lacks_is_a_dash():
+    other = replace(FIGURES, exact_match=0.5)
+    rows = {row[0]: row[1:] for row in figures_table({"a": FIGURES, "b": other})}
+    assert rows["exact_match"] == ["-", "0.500"]

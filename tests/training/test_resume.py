@@ -70,6 +70,15 @@ def states(trainer):
     return [tensor for state in values for tensor in state.values() if torch.is_tensor(tensor)]
 
 
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_rows_grouped_by_length_resume_too(tmp_path, step):
+    options = {"train_sampling_strategy": "group_by_length"}
+    straight, resumed = made(tmp_path / "a", **options), made(tmp_path / "b", **options)
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+    assert torch.equal(weights(resumed.model.student), weights(straight.model.student))
+
+
 def test_dropout_matters_in_this_test(tmp_path):
     """Otherwise the random state would not be tested."""
     with_dropout, without = made(tmp_path / "a"), made(tmp_path / "b", student=toy.model())

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from llmdistill.batch import LossSum, Prompts, Sequences, Writer
@@ -168,6 +169,31 @@ def test_the_rollout_is_written_once_for_the_whole_window(tmp_path):
 
     trainer(tmp_path, rollout=Counted(), gradient_accumulation_steps=2, max_steps=2).train()
     assert calls == [8, 8]
+
+
+def test_rows_can_be_grouped_by_length(tmp_path):
+    """Every row once an epoch, in another order each time, with much less padding."""
+    rows, steps = dataset(64), []
+
+    class Spy(FixedRollout):
+        def write(self, prompts, *others):
+            steps.append(super().write(prompts, *others))
+            return steps[-1]
+
+    def padding(strategy):
+        steps.clear()
+        trainer(
+            tmp_path, rows=rows, rollout=Spy(), train_sampling_strategy=strategy, num_train_epochs=2,
+            max_steps=-1,
+        ).train()  # fmt: skip
+        epochs = [
+            torch.cat([s.row_ids_B for s in some]).tolist() for some in (steps[:16], steps[16:])
+        ]
+        assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
+        assert epochs[0] != epochs[1]
+        return sum(int((step.attention_mask_BT == 0).sum()) for step in steps)
+
+    assert padding("group_by_length") < padding("random") / 2
 
 
 def test_every_row_is_trained_once_an_epoch(tmp_path):
@@ -560,6 +586,39 @@ def test_passes_on_what_trainer_asks_of_a_model(tmp_path):
 def test_activation_checkpointing_changes_no_gradient(tmp_path):
     plain, checkpointed = (gradient(tmp_path, activation_checkpointing=on) for on in (False, True))
     torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def _environment(monkeypatch):
+    """TrainingArguments writes what to compile with into the environment, for good."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
+
+
+@pytest.mark.usefixtures("_environment")
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own insides
+def test_a_compiled_step_has_the_same_gradient(tmp_path):
+    """The blocks are compiled, and only for training: the student writes uncompiled."""
+    write = SampledRollout("student", max_new_tokens=4)
+    plain = gradient(tmp_path, rollout=write)
+    frames = CompileCounter()
+    torch.compiler.reset()
+    made = trainer(
+        tmp_path, rollout=write, learning_rate=1.0, torch_compile=True, torch_compile_backend="eager"
+    )  # fmt: skip
+    for block in made.model.student.model.layers:
+        block.compile(backend=frames)
+    before = weights(made.model.student)
+    made.train()
+    assert 0 < frames.frame_count <= 3 * 2  # a frame for each block, and one more when lengths vary
+    torch.testing.assert_close(before - weights(made.model.student), plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_environment")
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own insides
+def test_torch_compile_on_this_machine(tmp_path):
+    plain, compiled = (gradient(tmp_path, torch_compile=on) for on in (False, True))
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
 
 
 def test_bf16_autocast_is_close_to_float32(tmp_path):

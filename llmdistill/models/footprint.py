@@ -1,0 +1,110 @@
+"""How much memory a run will hold, by part: from configurations alone, nothing is loaded.
+
+H = hidden size, I = MLP neurons, L = layers, V = vocabulary.  An estimate of what lies on one
+device without sharding; the test compares its activations with those that autograd keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmdistill.models import widths
+from llmdistill.models.blocks import blocks
+from llmdistill.models.carve import Plan, evenly_spaced, keep_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+QUANTIZED_BYTES = {"bnb_4bit": 0.55, "bnb_8bit": 1.03, "torchao_int8": 1.02}  # scales included
+ADAM_BYTES = 8.0  # two moments of four bytes
+OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.0, "adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0}
+CHUNK_ROWS, CHUNK_BUFFERS = 256, 3  # of logits in float32: both sides and a gradient
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step works on: the tokens of a micro-batch, and of the window that is written at
+    once.
+    """
+
+    tokens: int
+    written_tokens: int
+    product_bytes: float
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+
+
+def skeleton(config: PreTrainedConfig, plan: Plan | None = None) -> PreTrainedModel:
+    """A model of this shape without any weights, of the plan's size where one is given."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if plan is None:
+        return model
+    count = len(blocks(model))
+    kept = count if plan.layers is None else plan.layers
+    model = keep_layers(model, evenly_spaced(count, kept) if isinstance(kept, int) else kept)
+    text = model.config.get_text_config()
+    if plan.mlp_width is not None:
+        widths.check_mlp_width(model, plan.mlp_width)
+        activity_LI = torch.zeros(len(blocks(model)), text.intermediate_size)
+        widths.keep_neurons(model, activity_LI, plan.mlp_width)
+    if plan.heads is not None:
+        widths.check_heads(model, plan.heads)
+        activity_LA = torch.zeros(len(blocks(model)), text.num_attention_heads)
+        widths.keep_heads(model, activity_LA, plan.heads)
+    return model
+
+
+def footprint(
+    teacher: PreTrainedModel | None,
+    student: PreTrainedModel,
+    load: Load,
+    *,
+    teacher_bytes: float,
+    student_bytes: float,
+) -> dict[str, float]:
+    """Bytes by part.  `teacher_bytes` and `student_bytes` are those of one weight; a teacher of
+    None is the student itself.
+    """
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    optimizer = OPTIMIZER_BYTES.get(load.optimizer, ADAM_BYTES)
+    config = student.config.get_text_config()
+    return {
+        "teacher's weights": teacher_bytes * teacher.num_parameters() if teacher else 0.0,
+        "student's weights": student_bytes * student.num_parameters(),
+        "gradients": 4.0 * trained,
+        "optimizer": optimizer * trained,
+        "activations": activation_bytes(student, load),
+        "cache while writing": load.written_tokens * load.product_bytes * _cached(student),
+        "chunks of logits": 4.0 * CHUNK_ROWS * CHUNK_BUFFERS * config.vocab_size,
+    }
+
+
+def activation_bytes(student: PreTrainedModel, load: Load) -> float:
+    """What a backward pass needs of the forward pass, without the head.
+
+    A block keeps two residual states, two normalised ones, queries, keys and values before and
+    after their rotation, the attention's output, and four rows of its MLP; with checkpointing one
+    residual state, and all of one block at a time.  The final norm keeps two states.
+    """
+    config = student.config.get_text_config()
+    keys = _cached(student) / config.num_hidden_layers
+    block = 7 * config.hidden_size + 2 * keys + 4 * getattr(config, "intermediate_size", 0)
+    if load.checkpointing:
+        kept = config.num_hidden_layers * config.hidden_size + block
+    else:
+        kept = config.num_hidden_layers * block
+    return load.tokens * load.product_bytes * (kept + 2 * config.hidden_size)
+
+
+def _cached(model: PreTrainedModel) -> float:
+    """Numbers that a cache holds for one token: keys and values of all layers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size

@@ -1,0 +1,163 @@
+"""Narrower blocks: the MLP neurons and attention heads that are most active on a sample text.
+
+B = sequences, T = tokens, N = real tokens, L = layers, I = MLP neurons, A = attention heads, D =
+size of a head.  A neuron's activity is the root mean square of what it hands to the down
+projection; a head's is the mean norm of what it hands to the output projection (Muralidharan et al.
+2024, "Minitron", section 2.2).  Heads that share keys and values are kept or dropped together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmdistill.errors import ModelError
+from llmdistill.models.blocks import blocks
+from llmdistill.models.heads import split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NORMS = ("q_norm", "k_norm")  # of each head's queries and keys, in some families
+
+
+def check_mlp_width(model: PreTrainedModel, width: int) -> None:
+    """Raises ModelError unless the model's MLPs can be cut to this width."""
+    neurons = _parts(model, "mlp", ("up_proj", "down_proj"))[0].up_proj.out_features
+    if not 0 < width <= neurons:
+        raise ModelError(f"carve.mlp_width: got {width}, an MLP here has {neurons} neurons")
+
+
+def check_heads(model: PreTrainedModel, heads: int) -> None:
+    """Raises ModelError unless the model can be cut to this number of heads."""
+    known = ("q_proj", "k_proj", "v_proj", "o_proj")
+    num_heads, shared, size = _attention_shape(model)
+    for attention in _parts(model, "self_attn", known):
+        weights = {name.split(".")[0]: p for name, p in attention.named_parameters()}
+        odd = [name for name in weights if name not in (*known, *NORMS)]
+        odd += [name for name in NORMS if name in weights and weights[name].numel() != size]
+        if odd or attention.q_proj.out_features != num_heads * size:
+            raise ModelError(
+                f"carve.heads: {type(attention).__name__} does more with its heads than plain "
+                f"attention ({', '.join(odd) or 'q_proj'}); llmdistill cannot drop some of them"
+            )
+    if not 0 < heads <= num_heads or heads % shared:
+        raise ModelError(
+            f"carve.heads: got {heads}; the model has {num_heads}, and {shared} at a time share "
+            f"keys and values, so it must be a multiple of {shared}"
+        )
+
+
+def neuron_activity(model: PreTrainedModel, ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """(L, I)"""
+    layers = [mlp.down_proj for mlp in _parts(model, "mlp", ("down_proj",))]
+    return _mean_inputs(model, layers, Tensor.square, ids_BT, attention_mask_BT).sqrt()
+
+
+def head_activity(model: PreTrainedModel, ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """(L, A)"""
+    num_heads, _, size = _attention_shape(model)
+    layers = [attention.o_proj for attention in _parts(model, "self_attn", ("o_proj",))]
+
+    def norms(handed_on_N: Tensor) -> Tensor:
+        return handed_on_N.unflatten(-1, (num_heads, size)).norm(dim=-1)
+
+    return _mean_inputs(model, layers, norms, ids_BT, attention_mask_BT)
+
+
+def keep_neurons(model: PreTrainedModel, activity_LI: Tensor, width: int) -> None:
+    """Cuts every MLP of the model, in place, to its most active neurons."""
+    for mlp, activity_I in zip(_parts(model, "mlp", ("down_proj",)), activity_LI, strict=True):
+        kept = _largest(activity_I, width)
+        for name, layer in mlp.named_children():
+            if isinstance(layer, nn.Linear):
+                _narrow(layer, kept, inputs=name == "down_proj")
+    model.config.get_text_config().intermediate_size = width
+
+
+def keep_heads(model: PreTrainedModel, activity_LA: Tensor, heads: int) -> None:
+    """Cuts every attention of the model, in place, to its most active heads."""
+    _, shared, size = _attention_shape(model)
+    counts = {"num_attention_heads": heads, "num_key_value_heads": heads // shared}
+    parts = _parts(model, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
+    for attention, activity_A in zip(parts, activity_LA, strict=True):
+        groups = _largest(activity_A.unflatten(0, (-1, shared)).sum(-1), heads // shared)
+        queries = _spread(_spread(groups, shared), size)
+        _narrow(attention.q_proj, queries)
+        _narrow(attention.k_proj, _spread(groups, size))
+        _narrow(attention.v_proj, _spread(groups, size))
+        _narrow(attention.o_proj, queries, inputs=True)
+        attention.__dict__.update({k: v for k, v in counts.items() if k in attention.__dict__})
+    config = model.config.get_text_config()
+    config.head_dim = size  # it would follow from the number of heads otherwise
+    for name, count in counts.items():
+        setattr(config, name, count)
+
+
+@torch.no_grad()
+def _mean_inputs(
+    model: PreTrainedModel,
+    layers: list[nn.Module],
+    measure: Callable[[Tensor], Tensor],
+    ids_BT: Tensor,
+    attention_mask_BT: Tensor,
+) -> Tensor:
+    """The mean of `measure` over what real tokens hand to each of these layers: (L, ...)."""
+    real_BT = attention_mask_BT.bool()
+    found: list[Tensor] = []
+
+    def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(measure(inputs[0][real_BT].float()).mean(0))
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    try:
+        backbone, _ = split(model)
+        backbone(input_ids=ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)
+
+
+def _parts(model: PreTrainedModel, part: str, layers: tuple[str, ...]) -> list[Any]:
+    """This part of every block; ModelError where a block has none with these linear layers."""
+    found = [getattr(block, part, None) for block in blocks(model)]
+    for module in found:
+        if not all(isinstance(getattr(module, name, None), nn.Linear) for name in layers):
+            raise ModelError(
+                f"{type(model).__name__} has no blocks with {part}.{{{', '.join(layers)}}} as "
+                "plain linear layers; only its layers can be carved"
+            )
+    return found
+
+
+def _attention_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Heads, heads that share one pair of keys and values, and the size of a head."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    shared = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    return heads, shared, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def _largest(activity: Tensor, number: int) -> Tensor:
+    """The places of the largest entries, in order."""
+    return activity.topk(number).indices.sort().values
+
+
+def _spread(places: Tensor, size: int) -> Tensor:
+    """All rows of blocks of `size` rows: [1] and 3 give [3, 4, 5]."""
+    return (places[:, None] * size + torch.arange(size, device=places.device)).flatten()
+
+
+def _narrow(layer: nn.Linear, kept: Tensor, *, inputs: bool = False) -> None:
+    """Keeps these outputs of a linear layer, or these inputs."""
+    places = kept.to(layer.weight.device)
+    weight = layer.weight.detach().index_select(int(inputs), places)
+    layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    if layer.bias is not None and not inputs:
+        bias = layer.bias.detach()[places]
+        layer.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+    layer.out_features, layer.in_features = layer.weight.shape

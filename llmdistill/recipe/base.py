@@ -1,0 +1,31 @@
+"""What all recipe classes have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["bnb_4bit", "bnb_8bit", "torchao_int8"]
+
+
+class Strict(BaseModel):
+    """Base of all recipe classes: no unknown keys, no silent conversion, no change after
+    reading.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys_only(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError(
+                        "unknown_key", "", {"key": str(key), "known": list(cls.model_fields)}
+                    )
+        return data

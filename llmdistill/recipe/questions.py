@@ -1,0 +1,253 @@
+"""The three questions of a recipe: who writes, who judges, what is matched.
+
+Each answer is one class; its `kind` names it in YAML, and the folder that answers the question
+builds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from llmdistill.recipe.base import Dtype, Quantization, Strict
+from llmdistill.recipe.facts import close_to, divergence_options, wrong_option
+
+
+class SamplingRecipe(Strict):
+    """How tokens are drawn."""
+
+    temperature: float = Field(1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0 keeps every token."""
+    continuous: bool = False
+    """Rows join and leave the batch as they end (`generate_batch`, for GPUs); an answer then
+    depends on the rows beside it.
+    """
+
+
+class LocalTeacherRecipe(Strict):
+    """Who judges: a model on this machine."""
+
+    kind: Literal["local"] = "local"
+    model: str
+    """A Hub id, a folder, a .gguf file, or `smollm2-135m-instruct` (embedded)."""
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    """auto: bfloat16 where the device multiplies it natively, else float32."""
+    device: str | None = None
+    """None: the GPU of this process, or the CPU."""
+    quantization: Quantization | None = None
+    """Quantise the weights while they are read; needs the extra `quantization`."""
+    offload: bool = False
+    """Keep the blocks in the CPU's memory; each visits the GPU for its own pass."""
+
+
+class AdapterOffTeacherRecipe(Strict):
+    """Who judges: the student's own base, with the adapter of `student.peft` switched off."""
+
+    kind: Literal["adapter_off"] = "adapter_off"
+
+
+def _kind_of_teacher(given: Any) -> str:
+    if isinstance(given, Mapping):
+        return str(given.get("kind", "local"))
+    return getattr(given, "kind", "local")
+
+
+TeacherRecipe = Annotated[
+    Annotated[LocalTeacherRecipe, Tag("local")]
+    | Annotated[AdapterOffTeacherRecipe, Tag("adapter_off")],
+    Discriminator(_kind_of_teacher),
+]
+
+
+class FixedRecipe(Strict):
+    """Who writes: the data set."""
+
+    kind: Literal["fixed"] = "fixed"
+
+    @property
+    def takes_data(self) -> bool:
+        """Are the data set's own answers trained on?"""
+        return True
+
+    @property
+    def new_tokens(self) -> int:
+        """The longest answer that is written."""
+        return 0
+
+
+class SampledRecipe(Strict):
+    """Who writes: one model."""
+
+    kind: Literal["sampled"] = "sampled"
+    by: Literal["student", "teacher"] = "student"
+    sampling: SamplingRecipe = SamplingRecipe()
+    max_new_tokens: int = Field(256, gt=0)
+    samples: int = Field(1, gt=0)
+    """Answers of the teacher to each prompt, written once; epoch e trains on answer e mod
+    samples.
+    """
+
+    @model_validator(mode="after")
+    def _student_writes_anew(self) -> SampledRecipe:
+        if self.by == "student" and self.samples != 1:
+            raise PydanticCustomError(
+                "samples", "'samples' is for by: teacher; a student writes anew"
+            )
+        return self
+
+    @property
+    def takes_data(self) -> bool:
+        return False
+
+    @property
+    def new_tokens(self) -> int:
+        return self.max_new_tokens
+
+
+class ReplayRecipe(Strict):
+    """Who writes: the student, less and less often; else what it wrote before is taken again."""
+
+    kind: Literal["replay"] = "replay"
+    rollout: SampledRecipe = SampledRecipe()
+    capacity: int = Field(1000, gt=0)
+    """Rows that are kept."""
+
+    @model_validator(mode="after")
+    def _the_student_writes(self) -> ReplayRecipe:
+        if self.rollout.by == "teacher":
+            raise PydanticCustomError("by", "a teacher's answers are kept anyway; use by: student")
+        return self
+
+    @property
+    def takes_data(self) -> bool:
+        return False
+
+    @property
+    def new_tokens(self) -> int:
+        return self.rollout.new_tokens
+
+
+class ConstantShareRecipe(Strict):
+    kind: Literal["constant"] = "constant"
+    value: float = Field(ge=0, le=1)
+
+
+class LinearShareRecipe(Strict):
+    """From one share to another over all steps."""
+
+    kind: Literal["linear"] = "linear"
+    start: float = Field(ge=0, le=1)
+    end: float = Field(ge=0, le=1)
+
+
+class AdaptiveShareRecipe(Strict):
+    """DistiLLM's: the share rises when the held-out loss does."""
+
+    kind: Literal["adaptive"] = "adaptive"
+    start: float = Field(0.0, ge=0, le=1)
+    rise: float = Field(0.1, gt=0, le=1)
+    tolerance: float = Field(0.1, ge=0)
+    """Nats by which the held-out loss must have risen."""
+
+
+Schedule = Annotated[
+    ConstantShareRecipe | LinearShareRecipe | AdaptiveShareRecipe, Field(discriminator="kind")
+]
+Own = Annotated[SampledRecipe | ReplayRecipe, Field(discriminator="kind")]
+Other = Annotated[FixedRecipe | SampledRecipe, Field(discriminator="kind")]
+
+
+class MixedRecipe(Strict):
+    """Who writes: the student a share of the steps, another rollout the rest."""
+
+    kind: Literal["mixed"] = "mixed"
+    share: Schedule = ConstantShareRecipe(value=0.5)
+    """Probability that a step is written by `student`: a number, or a schedule."""
+    student: Own = SampledRecipe()
+    other: Other = FixedRecipe()
+
+    @field_validator("share", mode="before")
+    @classmethod
+    def _a_number_is_a_constant(cls, given: Any) -> Any:
+        return (
+            given if isinstance(given, Mapping | Strict) else {"kind": "constant", "value": given}
+        )
+
+    @property
+    def takes_data(self) -> bool:
+        return self.other.takes_data
+
+    @property
+    def new_tokens(self) -> int:
+        return max(self.student.new_tokens, self.other.new_tokens)
+
+
+RolloutRecipe = Annotated[
+    FixedRecipe | SampledRecipe | MixedRecipe | ReplayRecipe, Field(discriminator="kind")
+]
+
+
+class ResponseRecipe(Strict):
+    """What is matched: next-token distributions."""
+
+    kind: Literal["response"] = "response"
+    divergence: str = "forward_kl"
+    alpha: float | None = None
+    """skew_forward_kl and skew_reverse_kl: the share of the other side; alpha_beta: its first
+    power.
+    """
+    beta: float | None = None
+    """jsd: 0 is forward KL, 1 reverse KL; alpha_beta: its second power."""
+    head_mass: float | None = None
+    """adaptive_kl: the teacher's mass that counts as its head."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the divergence; a sampler has its own."""
+    scale_by_t2: bool = False
+    """Multiply by temperature^2, which keeps the gradient's size next to a cross-entropy."""
+    target: Literal["teacher"] = "teacher"
+    token_weight: Literal["uniform", "sequence_mean"] = "uniform"
+    weight: float = 1.0
+
+    @field_validator("divergence")
+    @classmethod
+    def _known_divergence(cls, name: str) -> str:
+        if name not in divergence_options():
+            known = list(divergence_options())
+            raise PydanticCustomError(
+                "divergence",
+                "should be one of {names}.{close}",
+                {"names": ", ".join(known), "close": close_to(name, known)},
+            )
+        return name
+
+    @field_validator("alpha", "beta", "head_mass")
+    @classmethod
+    def _own_option(cls, value: float | None, info: ValidationInfo) -> float | None:
+        name = info.data.get("divergence")  # missing where it is itself wrong
+        if name and value is not None:
+            known = divergence_options()[name]
+            if wrong := wrong_option(name, {str(info.field_name): value}, known):
+                raise PydanticCustomError("option", "{wrong}", {"wrong": wrong})
+        return value
+
+    def options(self) -> dict[str, float]:
+        """The divergence's own options that were given."""
+        names = ("temperature", "alpha", "beta", "head_mass")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class CrossEntropyRecipe(Strict):
+    """What is matched: the tokens themselves, where the student did not write them."""
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+    weight: float = 1.0
+
+
+ObjectiveRecipe = Annotated[ResponseRecipe | CrossEntropyRecipe, Field(discriminator="kind")]

@@ -1,0 +1,45 @@
+"""The student's own base as its teacher: one model in memory, judged with its adapter switched
+off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from llmdistill.batch import Prompts
+from llmdistill.decoding.session import Session
+from llmdistill.errors import ModelError
+from llmdistill.models.heads import check_split, eval_mode
+from llmdistill.teachers.local import LocalTeacher
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class AdapterOffTeacher(LocalTeacher):
+    """Judges and writes with the frozen weights that a PEFT student's adapter stands on.
+
+    Raises ModelError for a student without an adapter.
+    """
+
+    def __init__(self, student: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not hasattr(student, "disable_adapter"):
+            raise ModelError(
+                f"{type(student).__name__} has no adapter to switch off: give student.peft"
+            )
+        check_split(student)
+        self.model, self.tokenizer = student, tokenizer
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[PreTrainedModel]:
+        with super().in_use() as model, eval_mode(model), model.disable_adapter():
+            yield model
+
+    def session(self, prompts: Prompts) -> Session:
+        raise ModelError(
+            "a teacher of kind adapter_off cannot be stepped beside its student: they are one "
+            "model; load it twice (kind: local)"
+        )

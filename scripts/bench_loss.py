@@ -1,0 +1,226 @@
+"""The loss from hidden states to gradients: ours, TRL's and Liger's, against the four products.
+
+    python scripts/bench_loss.py [--write docs/results/loss.md] [--dtype bfloat16] [--rounds 5]
+
+N positions, hidden size H, vocabulary V; JSD with beta 0.5, gradients for hidden states and head.
+Time is the median of calls in turn, memory what a process of its own needs above its inputs.  On a
+GPU the shapes are those of a student of 360M and a teacher of 1.7B parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import benchmark
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from llmdistill.models.heads import Head
+from llmdistill.objectives.chunked import HeadLogits, chunked_sum
+from llmdistill.objectives.divergences import DIVERGENCES
+
+CPU_SHAPES = [(512, 576, 576, 49_152), (512, 384, 384, 151_936), (2048, 576, 576, 49_152)]
+GPU_SHAPES = [(8192, 960, 2048, 49_152), (8192, 1024, 2560, 151_936)]
+CHUNK = 256
+CUDA = torch.cuda.is_available()
+
+
+class Inputs:
+    """Random hidden states and heads whose JSD is about 0.2 nats."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        positions, width, teacher_width, vocabulary = shape
+        device = "cuda" if CUDA else "cpu"
+        draw = torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(size, generator=draw, device=device) * scale).to(dtype)
+
+        self.student_NH = normal(positions, width).requires_grad_()
+        self.teacher_NH = normal(positions, teacher_width)
+        self.student_VH = normal(vocabulary, width, scale=1.5 / width**0.5).requires_grad_()
+        self.teacher_VH = normal(vocabulary, teacher_width, scale=1.5 / teacher_width**0.5)
+
+    def forget(self) -> None:
+        self.student_NH.grad = self.student_VH.grad = None
+
+
+def products(data: Inputs) -> None:
+    """The floor: both projections and both gradients, in chunks, in buffers that are used again."""
+    hidden, head = data.student_NH.detach(), data.student_VH.detach()
+    logits_cV = head.new_empty(CHUNK, len(head))
+    grad_NH, grad_VH = torch.empty_like(hidden), torch.zeros_like(head)
+    for start in range(0, len(hidden), CHUNK):
+        rows = slice(start, start + CHUNK)
+        torch.mm(data.teacher_NH[rows], data.teacher_VH.t(), out=logits_cV)
+        torch.mm(hidden[rows], head.t(), out=logits_cV)
+        torch.mm(logits_cV, head, out=grad_NH[rows])
+        grad_VH.addmm_(logits_cV.t(), hidden[rows])
+
+
+def ours(data: Inputs, divergence: str = "jsd") -> float:
+    data.forget()
+    teacher = HeadLogits(data.teacher_NH, Head(data.teacher_VH), CHUNK)
+    function = DIVERGENCES[divergence]
+    total, _ = chunked_sum(
+        data.student_NH,
+        Head(data.student_VH),
+        lambda student_nV, rows: function(student_nV, teacher[rows]),
+        torch.ones(len(data.student_NH), device=data.student_NH.device),
+        chunk_size=CHUNK,
+    )
+    loss = total / len(data.student_NH)
+    loss.backward()
+    return loss.item()
+
+
+def trl_gkd(data: Inputs) -> float:
+    from trl.experimental.gkd import GKDTrainer
+
+    data.forget()
+    student_NV, teacher_NV = (
+        data.student_NH @ data.student_VH.t(),
+        data.teacher_NH @ data.teacher_VH.t(),
+    )
+    loss = GKDTrainer.generalized_jsd_loss(student_NV[None], teacher_NV[None], beta=0.5)
+    loss.backward()
+    return loss.item() / len(student_NV)  # it divides by the rows: one here
+
+
+def trl_chunked(data: Inputs) -> float:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    data.forget()
+    loss, _, _ = _chunked_divergence_loss(
+        data.student_NH[None],
+        data.teacher_NH[None],
+        data.student_VH,
+        data.teacher_VH,
+        torch.ones(1, len(data.student_NH), device=data.student_NH.device),
+        beta=0.5,
+    )
+    loss.backward()
+    return loss.item()
+
+
+def liger(data: Inputs) -> float:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    data.forget()
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=CUDA, chunk_size=128
+    )(
+        data.student_NH,
+        data.student_VH,
+        data.teacher_NH,
+        data.teacher_VH,
+        torch.zeros(len(data.student_NH), dtype=torch.long, device=data.student_NH.device),
+    )
+    loss.backward()
+    return loss.item()
+
+
+PEERS: dict[str, Callable[[Inputs], object]] = {
+    "four products": products,
+    "ours": ours,
+    "TRL GKD": trl_gkd,
+    "TRL chunked": trl_chunked,
+    "Liger": liger,
+}
+
+
+def jsd_rows(shapes: list[tuple[int, ...]], dtype: str, rounds: int) -> list[dict[str, object]]:
+    rows = []
+    for shape in shapes:
+        data = Inputs(shape, getattr(torch, dtype))
+        exact = reference(data)
+        losses = {name: run(data) for name, run in PEERS.items() if run is not products}
+        seconds = benchmark.in_turn(
+            {name: lambda run=run, data=data: run(data) for name, run in PEERS.items()}, rounds
+        )
+        del data
+        for name in PEERS:
+            row: dict[str, object] = {"N, H student, H teacher, V": ", ".join(map(str, shape))}
+            row |= {"": name, "seconds": seconds[name]}
+            row["times the products"] = seconds[name] / seconds["four products"]
+            row["times TRL chunked"] = seconds[name] / seconds["TRL chunked"]
+            row["MiB above inputs"] = round(peak(name, shape, dtype))
+            wrong = abs(losses[name] - exact) / exact if name in losses else None
+            row["error of the loss"] = f"{wrong:.0e}" if wrong is not None else "-"
+            rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def reference(data: Inputs) -> float:
+    """The loss in float64 from the very logits that products in this dtype give."""
+    total = 0.0
+    for start in range(0, len(data.student_NH), 32):
+        rows = slice(start, start + 32)
+        student_nV = (data.student_NH[rows] @ data.student_VH.t()).double()
+        teacher_nV = (data.teacher_NH[rows] @ data.teacher_VH.t()).double()
+        total += DIVERGENCES["jsd"](student_nV, teacher_nV).sum().item()
+    return total / len(data.student_NH)
+
+
+def divergence_rows(shape: tuple[int, ...], dtype: str, rounds: int) -> list[dict[str, object]]:
+    data = Inputs(shape, getattr(torch, dtype))
+    variants: dict[str, Callable[[], object]] = {"four products": lambda: products(data)}
+    for name in DIVERGENCES:
+        variants[name] = lambda name=name: ours(data, name)
+    seconds = benchmark.in_turn(variants, rounds)
+    floor = seconds["four products"]
+    return [
+        {"divergence": name, "seconds": some, "times the products": some / floor}
+        for name, some in seconds.items()
+    ]
+
+
+def peak(name: str, shape: tuple[int, ...], dtype: str) -> float:
+    """MiB that one call needs above its inputs, in a process of its own."""
+    command = [sys.executable, __file__, "--one", json.dumps([name, shape, dtype])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def one(name: str, shape: tuple[int, ...], dtype: str) -> None:
+    data = Inputs(tuple(shape), getattr(torch, dtype))
+    small = Inputs((8, 16, 16, 64), getattr(torch, dtype))
+    PEERS[name](small) if name != "four products" else None  # libraries load before it counts
+    benchmark.reset_peak()
+    before = benchmark.peak_mib()
+    PEERS[name](data)
+    print(benchmark.peak_mib() - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write")
+    parser.add_argument("--dtype", default="bfloat16" if CUDA else "float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.one:
+        return one(*json.loads(options.one))
+    shapes = GPU_SHAPES if CUDA else CPU_SHAPES
+    parts = [
+        f"JSD with beta 0.5 in {options.dtype}; the error is that of the loss against float64 on "
+        "the same logits.",
+        benchmark.table(jsd_rows(shapes, options.dtype, options.rounds)),
+        f"Our divergences at {', '.join(map(str, shapes[0]))}:",
+        benchmark.table(divergence_rows(shapes[0], options.dtype, options.rounds)),
+    ]
+    benchmark.report(options.write, "The loss, from hidden states to gradients", parts)
+
+
+if __name__ == "__main__":
+    main()

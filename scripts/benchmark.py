@@ -1,0 +1,92 @@
+"""What the benchmarks share: timing in turn, peak memory, and tables with their command, date and
+versions.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "trl", "liger-kernel")
+
+
+def in_turn(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each variant, called one after the other in each round; one round before
+    that does not count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, variant in variants.items():
+            start = time.perf_counter()
+            variant()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(some) for name, some in seconds.items()}
+
+
+def reset_peak() -> None:
+    """From here on `peak_mib` is the largest that this process has been."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    """The largest that this process, or what it holds on its GPU, has been since `reset_peak`."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def conditions() -> str:
+    """When, where and with what a table was made."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    command = " ".join(["python", *sys.argv])
+    return f"`{command}`, {date.today()}, {device}, {torch.get_num_threads()} threads; {versions}."
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows of equal keys as a Markdown table."""
+    header = list(rows[0])
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(_cell(row[key]) for key in header) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def report(path: str | None, title: str, parts: Sequence[str]) -> None:
+    """Prints the parts, and writes them where a path is given."""
+    text = "\n\n".join([f"# {title}", *parts, conditions()]) + "\n"
+    print(text)
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def _cell(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next(line for line in lines if line.startswith("flags")).split()
+    widest = next(name for name in ("avx512_bf16", "avx512f", "avx2") if name in flags)
+    return f"{platform.machine()} CPU with {widest}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"

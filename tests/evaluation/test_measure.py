@@ -1,0 +1,93 @@
+"""The figures of one model: against the teacher, against references, and None where there are none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmdistill.data.collate import PromptDataset, collate
+from llmdistill.errors import DataError
+from llmdistill.evaluation.measure import Evaluation
+from llmdistill.teachers.local import LocalTeacher
+from tests import toy
+
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return LocalTeacher(toy.teacher_model(), toy.tokenizer())
+
+
+def prompts(number=5, **options):
+    return collate(PromptDataset.of(toy.rows(number, **options), toy.tokenizer()).rows)
+
+
+def evaluation(teacher, some, **options):
+    return Evaluation(teacher, some, max_new_tokens=TOKENS, seed=0, **options)
+
+
+def test_perplexity_is_that_of_the_given_responses(teacher):
+    """By plain loops over single rows, padding ids cut before the softmax."""
+    student, some = toy.model(), prompts()
+    figures, _ = evaluation(teacher, some).measure(student)
+    total = count = 0
+    for prompt, response in zip(some.ids(), some.responses, strict=True):
+        with torch.no_grad():
+            logits = student(torch.tensor([[*prompt, *response]])).logits[0, :, : toy.NUM_TOKENS]
+        log = logits.double().log_softmax(-1)[len(prompt) - 1 : -1]
+        total -= log.gather(-1, torch.tensor(response)[:, None]).sum()
+        count += len(response)
+    assert figures.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_without_responses_there_is_nothing_to_compare_with(teacher):
+    figures, _ = evaluation(teacher, prompts(answers=False)).measure(toy.model())
+    assert (figures.perplexity, figures.rouge_l_references, figures.exact_match) == (None,) * 3
+    assert figures.rouge_l_teacher >= 0
+
+
+def test_the_references_are_the_data_sets_own(teacher):
+    """The teacher's own answers as references: it scores all of them, ends included."""
+    some = prompts()
+    made = evaluation(teacher, some)
+    own = tuple(tuple(ids) for batch in made.reference.batches for ids in batch.responses())
+    figures = evaluation(
+        teacher, replace(some, responses=own), answer_pattern=r"(?s)^.*$"
+    ).measure_teacher()
+    assert figures.rouge_l_references == figures.rouge_l_teacher
+    assert figures.exact_match == 1.0
+    other, _ = evaluation(
+        teacher, replace(some, responses=own), answer_pattern=r"(?s)^.*$"
+    ).measure(toy.model())
+    assert other.exact_match < 1.0
+    assert other.perplexity > figures.perplexity
+
+
+def test_the_teacher_against_itself(teacher):
+    figures = evaluation(teacher, prompts()).measure_teacher()
+    assert figures.kl_teacher_text == pytest.approx(0, abs=1e-6)
+    assert figures.top1_agreement == 1.0
+    assert figures.num_bytes == 4 * figures.num_parameters
+
+
+def test_the_teacher_does_not_judge_what_it_wrote_again(teacher, monkeypatch):
+    judged = []
+    judge = teacher.judge
+    monkeypatch.setattr(teacher, "judge", lambda s, n: judged.append(len(s)) or judge(s, n))
+    made = evaluation(teacher, prompts())
+    made.measure_teacher()
+    assert judged == []
+    made.measure(toy.model())
+    assert judged == [5]  # the student's samples
+
+
+def test_a_reference_without_a_result_is_found_before_anything_is_written(teacher, monkeypatch):
+    monkeypatch.setattr(teacher, "write", None)
+    with pytest.raises(DataError, match="reference of evaluation row 0 matches '####'"):
+        evaluation(teacher, prompts(), answer_pattern="####")
+    with pytest.raises(DataError, match="have no response"):
+        evaluation(teacher, prompts(answers=False), answer_pattern="####")

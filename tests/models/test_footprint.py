@@ -1,0 +1,79 @@
+"""The estimate of memory: exact for weights, within a quarter for what autograd keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from llmdistill.models.adapters import add_adapter
+from llmdistill.models.carve import Plan, carve
+from llmdistill.models.footprint import Load, activation_bytes, footprint, skeleton
+from tests import toy
+
+SHAPE = {
+    "vocab_size": 300, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6,
+    "num_attention_heads": 6, "num_key_value_heads": 2,
+}  # fmt: skip
+LOAD = Load(tokens=4 * 64, written_tokens=512, product_bytes=4.0)
+
+
+def test_a_skeleton_has_the_size_of_the_model_and_no_weights():
+    model = toy.teacher_model()
+    bones = skeleton(model.config)
+    assert bones.num_parameters() == model.num_parameters()
+    assert all(p.is_meta for p in bones.parameters())
+
+
+def test_a_carved_skeleton_has_the_size_of_the_carved_model():
+    plan = Plan(layers=2, mlp_width=40, heads=2)
+    ids = torch.tensor([[5, 6, 7]])
+    model = carve(toy.teacher_model(), plan, ids, torch.ones_like(ids))
+    assert skeleton(toy.teacher_model().config, plan).num_parameters() == model.num_parameters()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("config", "model"), [(LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM)]
+)
+def test_activations_are_what_autograd_keeps(config, model, checkpointing):
+    student = model(config(**SHAPE)).train()
+    if checkpointing:
+        student.activation_checkpointing_enable()
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = student.model(torch.randint(3, 250, (4, 64)), use_cache=False).last_hidden_state
+    expected = sum(kept.values())
+    found = activation_bytes(student, replace(LOAD, checkpointing=checkpointing))
+    if checkpointing:  # the hooks do not see what is made again, one block, in the backward pass
+        found -= (activation_bytes(student, LOAD) - LOAD.tokens * 4.0 * 2 * 96) / 6
+    assert hidden.requires_grad
+    assert found == pytest.approx(expected, rel=0.25)
+
+
+def test_the_parts():
+    student, teacher = toy.model(), toy.teacher_model()
+    parts = footprint(teacher, student, LOAD, teacher_bytes=2.0, student_bytes=4.0)
+    assert parts["teacher's weights"] == 2 * teacher.num_parameters()
+    assert parts["student's weights"] == parts["gradients"] == 4 * student.num_parameters()
+    assert parts["optimizer"] == 8 * student.num_parameters()
+    # Three layers, keys and values, two heads of eight.
+    assert parts["cache while writing"] == 512 * 4.0 * 3 * 2 * 2 * 8
+
+
+def test_an_adapter_alone_has_gradients():
+    student = add_adapter(
+        skeleton(toy.model().config), rank=2, alpha=4.0, targets="all-linear", dropout=0.0, seed=0
+    )
+    parts = footprint(None, student, LOAD, teacher_bytes=0.0, student_bytes=4.0)
+    assert parts["gradients"] < parts["student's weights"] / 4
+    assert parts["teacher's weights"] == 0
