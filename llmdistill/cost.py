@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from llmdistill import recipe as recipes
 from llmdistill.data.collate import EncodedRows, PromptDataset
 from llmdistill.models.adapters import add_adapter
 from llmdistill.models.carve import Plan
-from llmdistill.models.footprint import QUANTIZED_BYTES, Load, footprint, skeleton
+from llmdistill.models.footprint import Load, footprint, skeleton, weight_bytes
 from llmdistill.models.load import DTYPES, default_device, load_config, preferred_dtype
 from llmdistill.recipe import Recipe
 from llmdistill.run import (
@@ -24,6 +25,14 @@ from llmdistill.run import (
 )
 from llmdistill.training.progress import StepClock
 
+SHORT = {  # two steps that leave nothing behind
+    "max_steps": 2,
+    "save_strategy": "no",
+    "push_to_hub": False,
+    "load_best_model_at_end": False,
+    "eval_on_start": False,
+    "report_to": "none",
+}
 LOOKED_AT = 10_000  # rows whose lengths are taken
 
 
@@ -32,13 +41,17 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
     answer, training = recipe.student, recipe.training
     plan = Plan(**answer.carve.model_dump()) if answer.carve is not None else None
     student = skeleton(load_config(answer.model, revision=answer.revision), plan)
+    student_bytes = weight_bytes(student, _dtype_bytes(answer.dtype), answer.quantization)
     if answer.peft is not None:
         options = answer.peft.model_dump(exclude={"save", "r"})
         student = add_adapter(student, rank=answer.peft.r, seed=recipe.seed, **options)
-    teacher = None
+    teacher_bytes = 0.0
     if isinstance(recipe.teacher, recipes.LocalTeacherRecipe):
         name, revision = recipe.teacher_source
         teacher = skeleton(load_config(name, revision=revision))
+        size = _dtype_bytes(recipe.teacher.dtype)
+        resident = 1 if recipe.teacher.offload else None
+        teacher_bytes = weight_bytes(teacher, size, recipe.teacher.quantization, resident)
     rows = int(training.get("per_device_train_batch_size", 8))
     window = rows * int(training.get("gradient_accumulation_steps", 1))
     longest = _longest(recipe, train)
@@ -50,35 +63,48 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
         checkpointing=bool(training.get("activation_checkpointing")),
         optimizer=str(training.get("optim", "adamw_torch")),
     )
-    return footprint(
-        teacher,
-        student,
-        load,
-        teacher_bytes=_weight_bytes(recipe.teacher) if teacher is not None else 0.0,
-        student_bytes=_weight_bytes(answer),
-    )
+    weights = {"teacher's weights": teacher_bytes, "student's weights": student_bytes}
+    return weights | footprint(student, load)
 
 
-def seconds_per_step(recipe: Recipe) -> float:
-    """How long a step takes on this machine: the second of two that are made and forgotten."""
-    short = {
-        "max_steps": 2,
-        "save_strategy": "no",
-        "push_to_hub": False,
-        "load_best_model_at_end": False,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        changes = {"training": recipe.training | short, "evaluate": recipes.EvaluateRecipe()}
-        trial = recipe.model_copy(update=changes)
-        tokenizer = load_student_tokenizer(trial)
-        train, _ = load_data(trial, tokenizer)
-        teacher, student = load_pair(trial, tokenizer, train)
-        arguments = training_arguments(trial, Path(folder))
-        trainer = build_trainer(trial, arguments, teacher, student, tokenizer, train)
-        clock = StepClock()
-        trainer.add_callback(clock)
-        trainer.train()
-        return clock.seconds[-1]
+def seconds_per_step(recipe: Recipe) -> dict[str, tuple[float, float | None]]:
+    """For each way in which a step may be written: the seconds that it takes on this machine (the
+    second of two that are made and forgotten), and its share of the steps, None where that adapts.
+    """
+    tokenizer = load_student_tokenizer(recipe)
+    train, _ = load_data(recipe, tokenizer)
+    teacher, student = load_pair(recipe, tokenizer, train)
+    found = {}
+    for rollout, share in _branches(recipe.rollout):
+        changes = {"rollout": rollout, "training": recipe.training | SHORT}
+        trial = recipe.model_copy(update=changes | {"evaluate": recipes.EvaluateRecipe()})
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = training_arguments(trial, Path(folder))
+            trainer = build_trainer(trial, arguments, teacher, student, tokenizer, train)
+            clock = StepClock()
+            trainer.add_callback(clock)
+            trainer.train()
+        found[_writer(rollout)] = (clock.seconds[-1], share)
+    return found
+
+
+def _branches(rollout: recipes.RolloutRecipe) -> list[tuple[Any, float | None]]:
+    if not isinstance(rollout, recipes.MixedRecipe):
+        return [(rollout, 1.0)]
+    share = rollout.share
+    if isinstance(share, recipes.AdaptiveShareRecipe):
+        return [(rollout.student, None), (rollout.other, None)]
+    if isinstance(share, recipes.ConstantShareRecipe):
+        mean = share.value
+    else:
+        mean = (share.start + share.end) / 2
+    return [(rollout.student, mean), (rollout.other, 1 - mean)]
+
+
+def _writer(rollout: recipes.RolloutRecipe) -> str:
+    if isinstance(rollout, recipes.FixedRecipe):
+        return "the data set"
+    return f"the {getattr(rollout, 'by', 'student')}"
 
 
 def num_steps(recipe: Recipe, train: EncodedRows) -> int:
@@ -99,8 +125,5 @@ def _longest(recipe: Recipe, train: EncodedRows) -> int:
     return prompt + max(recipe.rollout.new_tokens, answer * recipe.rollout.takes_data)
 
 
-def _weight_bytes(side: recipes.TeacherRecipe | recipes.StudentRecipe) -> float:
-    assert not isinstance(side, recipes.AdapterOffTeacherRecipe)
-    if side.quantization is not None:
-        return QUANTIZED_BYTES[side.quantization]
-    return float((DTYPES[side.dtype] or preferred_dtype(default_device())).itemsize)
+def _dtype_bytes(dtype: str) -> float:
+    return float((DTYPES[dtype] or preferred_dtype(default_device())).itemsize)

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmdistill")
 
+RANKS_WAIT = 6 * 3600  # seconds: the first rank measures while the others wait
 CARVE_ROWS = 48  # rows of training text on which the layers' influence is measured
 
 
@@ -83,11 +84,11 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     `overwrite` (delete it first); else CheckpointError.
     """
     folder = Path(recipe.output)
+    arguments = training_arguments(recipe, folder, resume=resume)
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             _prepare_folder(folder, resume=resume, overwrite=overwrite)
             (folder / "recipe.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
-    arguments = training_arguments(recipe, folder)
     tokenizer = load_student_tokenizer(recipe)
     train, held = load_data(recipe, tokenizer)
     teacher, student = load_pair(recipe, tokenizer, train)
@@ -216,7 +217,7 @@ def _teacher_text(evaluation: Evaluation, held: PromptDataset | None) -> PromptD
     )
 
 
-def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+def training_arguments(recipe: Recipe, folder: Path, *, resume: bool = False) -> TrainingArguments:
     """TrainingArguments with a run's own folder and seed; bfloat16 where the device has it, if not
     said.
     """
@@ -233,6 +234,10 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         given |= {"eval_strategy": "steps", "eval_steps": recipe.evaluate.every_steps}
     if recipe.evaluate.patience is not None:
         given |= {"load_best_model_at_end": True, "save_steps": recipe.evaluate.every_steps}
+        given["restore_callback_states_from_checkpoint"] = True
+    if resume:
+        given["eval_on_start"] = False  # it was measured when it started
+    given.setdefault("ddp_timeout", RANKS_WAIT)
     given |= {"output_dir": str(folder / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
     try:
         return TrainingArguments(**given)

@@ -214,7 +214,8 @@ def test_check_tells_memory_and_time(recipe, monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "check", str(recipe), "--time") == 0
     shown = capsys.readouterr().out
     assert "teacher's weights" in shown
-    assert re.search(r"time +\d+\.\d s a step here, 1 steps", shown)
+    assert re.search(r"time +\d+\.\d s a step here when the data set writes", shown)
+    assert "1 steps: at most 0.0 hours" in shown
     assert not (tmp_path / "run").exists()
 
 
@@ -229,3 +230,16 @@ def test_env_names_versions_and_the_meaning_of_auto(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "transformers" in shown
     assert "dtype auto" in shown
+
+
+def test_check_times_each_way_of_writing(recipe, monkeypatch, capsys):
+    mixed = [
+        "rollout.kind=mixed",
+        "rollout.share=0.25",
+        "rollout.student={max_new_tokens: 3, kind: sampled}",
+    ]
+    more = ["training.eval_on_start=true", "training.report_to=none"]
+    assert run(monkeypatch, "check", str(recipe), "--time", *mixed, *more) == 0
+    shown = capsys.readouterr().out
+    assert "when the student writes" in shown
+    assert "when the data set writes" in shown

@@ -320,7 +320,7 @@ def test_overrides_reach_mappings_and_lists(file):
             "objectives.1={kind: response, divergence: reverse_kl}",
             "training.learning_rate=2e-5",
             "training.max_steps=4",
-            "evaluate.every_steps=5",  # a mapping that the file does not have
+            "evaluate.max_new_tokens=5",  # a mapping that the file does not have
             "output=a=b",
         ],
     )
@@ -328,7 +328,7 @@ def test_overrides_reach_mappings_and_lists(file):
     assert recipe.objectives[0].beta == 0.25
     assert recipe.objectives[1].divergence == "reverse_kl"
     assert recipe.training == {"learning_rate": 2e-5, "max_steps": 4}
-    assert recipe.evaluate.every_steps == 5
+    assert recipe.evaluate.max_new_tokens == 5
     assert recipe.output == "a=b"
 
 
@@ -454,6 +454,9 @@ def test_wrong_schedules_are_named(rollout, said):
 
 # ---- what must fit together ----
 
+HELD = {"train": "train.jsonl", "hold_back": 2}
+STREAM = {"train": "train.jsonl", "streaming": True}
+
 
 @pytest.mark.parametrize(
     ("changes", "message_part"),
@@ -465,7 +468,30 @@ def test_wrong_schedules_are_named(rollout, said):
         ({"teacher": {"kind": "adapter_off"}}, "the base under 'student.peft'"),
         ({"teacher": {"kind": "adapter_off", "model": "a"}}, "unknown key 'teacher.model'"),
         ({"evaluate": {"patience": 2}}, "'patience' needs 'every_steps'"),
-        ({"evaluate": {"patience": 2, "every_steps": 5}}, "follow the held-out loss"),
+        ({"evaluate": {"every_steps": 5}}, "needs 'data.eval' or 'data.hold_back'"),
+        ({"training": {"eval_on_start": True}}, "needs 'data.eval' or 'data.hold_back'"),
+        (
+            {
+                "data": HELD,
+                "evaluate": {"patience": 2, "every_steps": 5},
+                "training": {"save_steps": 4},
+            },
+            "leave training.save_steps out",
+        ),
+        ({"data": HELD | {"turns": "all"}}, "a held turn would stand in another row"),
+        (
+            {"data": STREAM, "training": {"max_steps": 3, "dataloader_num_workers": 2}},
+            "would read the whole stream",
+        ),
+        (
+            {
+                "data": STREAM,
+                "training": {"max_steps": 3, "train_sampling_strategy": "group_by_length"},
+            },
+            "a stream is read in its order",
+        ),
+        ({"training": {"label_smoothing_factor": 0.1}}, "would do nothing"),
+        ({"training": {"use_liger_kernel": True}}, "would do nothing"),
         ({"evaluate": {"answer_pattern": "("}}, "is no regular expression"),
         ({"evaluate": {"answer_pattern": "(a)(b)"}}, "one group at most"),
     ],

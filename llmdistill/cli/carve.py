@@ -35,6 +35,7 @@ def carve(
     from llmdistill.cli.show import console
     from llmdistill.data.collate import PromptDataset, sample_text
     from llmdistill.data.sources import read
+    from llmdistill.data.validate import Rules
     from llmdistill.errors import CheckpointError
     from llmdistill.models.carve import Plan
     from llmdistill.models.carve import carve as cut
@@ -44,7 +45,8 @@ def carve(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is not empty; name a new folder")
     tokenizer = load_tokenizer(model)
-    rows = PromptDataset.encode(itertools.islice(read(data), max_rows), tokenizer)
+    rules = Rules(max_prompt_tokens=512, max_response_tokens=512)
+    rows = PromptDataset.encode(itertools.islice(read(data), max_rows), tokenizer, rules)
     whole = load_model(model, dtype=dtype)
     text = sample_text(rows, max_rows)
     sample = (part.to(whole.device) for part in (text.input_ids_BP, text.attention_mask_BP))

@@ -87,13 +87,12 @@ def _time(recipe: Recipe, train: EncodedRows) -> None:
     from llmdistill.cli.show import console
     from llmdistill.cost import num_steps, seconds_per_step
 
-    seconds, steps = seconds_per_step(recipe), num_steps(recipe, train)
-    hours = seconds * steps / 3600
-    console.print(
-        f"time         {seconds:.1f} s a step here, {steps} steps: {hours:.1f} hours, and the "
-        "evaluations",
-        soft_wrap=True,
-    )
+    steps, all_seconds = num_steps(recipe, train), 0.0
+    for writer, (seconds, share) in seconds_per_step(recipe).items():
+        console.print(f"time         {seconds:.1f} s a step here when {writer} writes")
+        all_seconds += seconds * (1.0 if share is None else share)
+    hours = steps * all_seconds / 3600
+    console.print(f"             {steps} steps: at most {hours:.1f} hours, and the evaluations")
 
 
 def _marked(row: Row, tokenizer: PreTrainedTokenizerBase) -> object:

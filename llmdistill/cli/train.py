@@ -26,18 +26,18 @@ def train(
     loaded = recipes.load(recipe, overrides or [])
 
     import logging
-
-    from accelerate import PartialState
+    import os
 
     from llmdistill.cli import show
     from llmdistill.publish.card import figures_table
     from llmdistill.run import distill
 
-    if PartialState().is_main_process:
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("llmdistill").setLevel(logging.INFO)
     result = distill(loaded, resume=resume, overwrite=overwrite)
-    if not PartialState().is_main_process:
+    if not is_main:
         return
     if result.evaluation:
         show.answers(result.answers[:3])

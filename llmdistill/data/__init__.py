@@ -28,30 +28,39 @@ def build_rows(
     if answer.streaming:
         train: EncodedRows = _stream(answer.train, tokenizer, rules)
     else:
-        train = _load(answer.train, tokenizer, rules, seed)
-        if answer.hold_back >= len(train):
-            raise RecipeError(
-                f"data.hold_back: {answer.hold_back} of {len(train)} rows leaves none to train on"
-            )
+        parts = _load(answer.train, tokenizer, rules)
         if answer.hold_back:
-            return train.hold_back(answer.hold_back)
+            return _hold_back(parts, answer.hold_back, seed)
+        train = PromptDataset.join(parts, seed=seed)
     if not answer.eval:
         return train, None
-    return train, _load(answer.eval, tokenizer, replace(rules, needs_response=False), seed)
+    parts = _load(answer.eval, tokenizer, replace(rules, needs_response=False))
+    return train, PromptDataset.join(parts, seed=seed)
+
+
+def _hold_back(
+    parts: Sequence[tuple[PromptDataset, float]], number: int, seed: int
+) -> tuple[PromptDataset, PromptDataset]:
+    """What is left to train on, and the rows held back: no copy of one is in both."""
+    once = PromptDataset.join([(part, 1.0) for part, _ in parts], seed=seed)
+    if number >= len(once):
+        raise RecipeError(f"data.hold_back: {number} of {len(once)} rows leaves none to train on")
+    _, held = once.hold_back(number)
+    without = frozenset(row.row_id for row in held.rows)
+    return PromptDataset.join(parts, seed=seed, without=without), held
 
 
 def _load(
     sources: Sequence[recipe.SourceRecipe],
     tokenizer: PreTrainedTokenizerBase,
     rules: Rules,
-    seed: int,
-) -> PromptDataset:
+) -> list[tuple[PromptDataset, float]]:
     parts = []
     for source in sources:
         rows = read(source.source, columns=source.columns)
         part = PromptDataset.encode(rows, tokenizer, replace(rules, form=source.format))
         parts.append((part, source.weight))
-    return PromptDataset.join(parts, seed=seed)
+    return parts
 
 
 def _stream(

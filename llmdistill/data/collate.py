@@ -48,8 +48,15 @@ class PromptDataset(Dataset):
         return cls.encode(((f"row {i}", row) for i, row in enumerate(rows)), tokenizer)
 
     @classmethod
-    def join(cls, parts: Sequence[tuple[PromptDataset, float]], *, seed: int) -> PromptDataset:
-        """Several data sets as one, each row as often as its part's weight says.
+    def join(
+        cls,
+        parts: Sequence[tuple[PromptDataset, float]],
+        *,
+        seed: int,
+        without: frozenset[int] = frozenset(),
+    ) -> PromptDataset:
+        """Several data sets as one, each row as often as its part's weight says, but for the row
+        ids `without`.
 
         A weight of 2.5 is every row twice and half of them once more, the same ones in every run.
         Copies are rows of their own: a model writes each of them another answer.
@@ -60,6 +67,8 @@ class PromptDataset(Dataset):
         for part, weight in parts:
             for row in part.rows:
                 placed = replace(row, row_id=total.examples + row.row_id)
+                if placed.row_id in without:
+                    continue
                 drawn = random.Random(f"{seed}/{placed.row_id}").random() < weight % 1
                 times = int(weight) + drawn
                 rows += [placed] * (times > 0)

@@ -7,6 +7,7 @@ on the same machine in the same batch, and nothing more.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import TYPE_CHECKING
@@ -44,8 +45,8 @@ def sample_continuously(
     """
     longest = prompts.input_ids_BP.shape[1] + max_new_tokens
     seed = int(row_keys(draw, prompts.row_ids_B[:1], writer)[0]) % 2**31
-    with eval_mode(model):
-        outputs = unwrap_adapters(model).generate_batch(
+    with eval_mode(model), torch.random.fork_rng():  # it seeds the global generator
+        outputs = _in_product_dtype(unwrap_adapters(model)).generate_batch(
             prompts.ids(),
             generation_config=_generation_config(model, tokenizer, sampling, max_new_tokens),
             continuous_batching_config=_batching_config(prompts, longest, seed),
@@ -66,6 +67,16 @@ def sample_continuously(
     return Sequences.pack(
         prompts.ids(), responses, row_ids, writer=writer, pad_id=tokenizer.pad_token_id
     )
+
+
+def _in_product_dtype(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or a copy in autocast's dtype, which does not reach the thread that
+    `generate_batch` writes in.
+    """
+    device = model.device.type
+    if not torch.is_autocast_enabled(device) or model.dtype == torch.get_autocast_dtype(device):
+        return model
+    return copy.deepcopy(model).to(torch.get_autocast_dtype(device))
 
 
 def _generation_config(

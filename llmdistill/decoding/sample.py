@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,27 +56,22 @@ def sample(
     draw: Draw,
     writer: Writer,
     keep_states: bool = False,
+    stops: bool = True,
 ) -> Sequences:
     """The prompts with the model's answers, their end tokens included where they came.
 
-    The model writes in eval mode and is left as it was.  With `keep_states` the final hidden states
-    that it wrote from come along as `signal`: it need not judge these answers again.  (Continuous
-    batching keeps none.)
+    The model writes in eval mode and is left as it was.  With `keep_states` the states that it
+    wrote from come along as `signal`, to be judged no more (continuous batching keeps none).
+    Without `stops` no token ends an answer: for timing.
     """
     if sampling.continuous:
-        return sample_continuously(
-            model,
-            tokenizer,
-            prompts,
-            sampling,
-            max_new_tokens=max_new_tokens,
-            draw=draw,
-            writer=writer,
-        )
+        options: Any = {"max_new_tokens": max_new_tokens, "draw": draw, "writer": writer}
+        return sample_continuously(model, tokenizer, prompts, sampling, **options)
     device = next(model.parameters()).device
     ids_BP = prompts.input_ids_BP.to(device)
     keys_B = row_keys(draw, prompts.row_ids_B.to(device), writer)
-    ends, pad_id = end_ids(model, tokenizer), tokenizer.pad_token_id
+    ends = end_ids(model, tokenizer) if stops else frozenset()
+    pad_id = tokenizer.pad_token_id
     sampler = KeyedSampler(ids_BP.shape[1], sampling, keys_B, num_tokens(tokenizer))
     with (
         eval_mode(model),
@@ -92,8 +87,8 @@ def sample(
             logits_processor=[sampler],
         )
     responses = [_until_end(row, ends) for row in output_BT[:, ids_BP.shape[1] :].tolist()]
-    row_ids = prompts.row_ids_B.tolist()
-    written = Sequences.pack(prompts.ids(), responses, row_ids, writer=writer, pad_id=pad_id)
+    rows = prompts.row_ids_B.tolist()
+    written = Sequences.pack(prompts.ids(), responses, rows, writer=writer, pad_id=pad_id)
     return replace(written, signal=_judged(model, states_BH, responses)) if keep_states else written
 
 
@@ -112,7 +107,7 @@ def _greedy(max_new_tokens: int, ends: frozenset[int], pad_id: int) -> Generatio
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
+        eos_token_id=sorted(ends) or None,
         pad_token_id=pad_id,
         use_cache=True,
     )

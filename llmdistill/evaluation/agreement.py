@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,7 +56,12 @@ class Judged:
 def judge(teacher: Teacher, batches: Sequence[Sequences]) -> list[Judged]:
     """The batches with the teacher's judgement; its own text brings it along."""
     needs = frozenset({Need.DISTRIBUTION})
-    return [Judged(batch, batch.signal or teacher.judge(batch, needs)) for batch in batches]
+    judged = []
+    for batch in batches:
+        signal = batch.signal or teacher.judge(batch, needs)
+        kept = replace(signal, hidden_NH=signal.hidden_NH.cpu())  # they wait there for every model
+        judged.append(Judged(replace(batch, signal=None), kept))
+    return judged
 
 
 @torch.no_grad()
@@ -85,7 +90,7 @@ def perplexity(model: PreTrainedModel, batches: Sequence[Sequences], num_tokens:
         sequences = batch.to(device)
         backbone, head = split(model)
         view = StudentView(final_hidden(backbone, sequences), head.narrow(num_tokens))
-        sums += torch.stack([part.double() for part in likelihood(view, None, sequences)]).cpu()
+        sums += torch.tensor([float(part) for part in likelihood(view, None, sequences)])
     total, count = sums.tolist()
     return math.exp(min(total / max(count, 1), 700))  # exp of more is no float
 
@@ -96,7 +101,8 @@ def _sums(student: PreTrainedModel, judged: Judged, num_tokens: int) -> torch.Te
     hidden_NH = final_hidden(backbone, judged.sequences.to(device))
     signal = judged.signal
     students = HeadLogits(hidden_NH, head.narrow(num_tokens), CHUNK_SIZE)
-    teachers = HeadLogits(signal.hidden_NH, signal.head.narrow(num_tokens), CHUNK_SIZE)
+    over = signal.head.weight_VH.device
+    teachers = HeadLogits(signal.hidden_NH.to(over), signal.head.narrow(num_tokens), CHUNK_SIZE)
     sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(hidden_NH), BLOCK_ROWS):
         rows = slice(start, min(start + BLOCK_ROWS, len(hidden_NH)))
@@ -104,5 +110,5 @@ def _sums(student: PreTrainedModel, judged: Judged, num_tokens: int) -> torch.Te
         same_n = student_nV.argmax(-1) == teacher_nV.argmax(-1)
         accepted_n = 1 - (student_nV.exp() - teacher_nV.exp()).abs().sum(-1) / 2
         parts = (kl(teacher_nV, student_nV), same_n, accepted_n, torch.ones_like(accepted_n))
-        sums += torch.stack([part.double().sum() for part in parts]).cpu()
+        sums += torch.stack([part.float().sum() for part in parts]).cpu()
     return sums

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from llmdistill.decoding.sample import sample
 from llmdistill.errors import DataError
 from llmdistill.evaluation.agreement import Judged, agreement, judge, perplexity
 from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
+from llmdistill.models.footprint import num_bytes
 from llmdistill.models.heads import eval_mode
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.teachers.local import LocalTeacher
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TIMED_ROWS = 8  # tokens per second are those of this many rows in one batch
+WARM_UP_TOKENS, TIMED_TOKENS = 2, 48
 BATCH_SIZE = 32  # of the rest
 GREEDY = Sampling(temperature=0)
 
@@ -55,11 +57,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class Written:
-    """Greedy answers of one model, as sequences and as text, and how fast they came."""
+    """Greedy answers of one model, as sequences and as text."""
 
     batches: list[Sequences]
     texts: list[str]
-    tokens_per_second: float
 
 
 class Evaluation:
@@ -89,6 +90,7 @@ class Evaluation:
             exact_match(self._references(), self._references(), answer_pattern)
         self.reference = self._greedy(teacher.write)
         self._judged = judge(teacher, self.reference.batches)
+        self.reference = replace(self.reference, batches=[one.sequences for one in self._judged])
 
     def measure_teacher(self) -> Figures:
         """The teacher against itself: what its own text looks like, and its speed."""
@@ -121,19 +123,34 @@ class Evaluation:
             exact_match=exact_match(texts, references, pattern) if pattern else None,
             perplexity=perplexity(model, self._given(), shared) if references else None,
             repeated_4grams=repeated_ngrams(texts, 4),
-            num_parameters=sum(p.numel() for p in model.parameters()),
-            num_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-            tokens_per_second=written.tokens_per_second,
+            num_parameters=model.num_parameters(),
+            num_bytes=num_bytes(model),
+            tokens_per_second=self._speed(model),
         )
 
     def _greedy(self, write: Callable[..., Sequences]) -> Written:
-        start = time.perf_counter()
-        timed = self._write(write, GREEDY, range(min(TIMED_ROWS, len(self.prompts))))
-        seconds = time.perf_counter() - start
-        count = sum(int(batch.num_predicted.sum()) for batch in timed)
-        batches = timed + self._write(write, GREEDY, range(TIMED_ROWS, len(self.prompts)))
-        texts = self._decode([ids for batch in batches for ids in batch.responses()])
-        return Written(batches, texts, count / seconds)
+        batches = self._write(write, GREEDY, range(len(self.prompts)))
+        return Written(batches, self._decode([ids for some in batches for ids in some.responses()]))
+
+    def _speed(self, model: PreTrainedModel) -> float:
+        """Tokens per second of TIMED_ROWS rows, whatever the model writes: no row ends early."""
+        prompts = self.prompts.select(range(min(TIMED_ROWS, len(self.prompts))), pad_id=0)
+        seconds = 0.0
+        for number in (WARM_UP_TOKENS, TIMED_TOKENS):
+            start = time.perf_counter()
+            with torch.autocast(next(model.parameters()).device.type, enabled=False):
+                sample(
+                    model,
+                    self.teacher.tokenizer,
+                    prompts,
+                    GREEDY,
+                    max_new_tokens=number,
+                    draw=Draw(self.seed),
+                    writer=Writer.STUDENT,
+                    stops=False,
+                )
+            seconds = time.perf_counter() - start
+        return len(prompts) * TIMED_TOKENS / seconds
 
     def _write(
         self, write: Callable[..., Sequences], sampling: Sampling, rows: range

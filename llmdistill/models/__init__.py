@@ -41,12 +41,13 @@ def build_student(
         plan = Plan(**answer.carve.model_dump())
         ids_BT, mask_BT = (part.to(base.device) for part in sample)
         base = carve(base, plan, ids_BT, mask_BT)
+    alone = answer.peft is not None and answer.peft.save == "adapter"
+    if getattr(base, "is_quantized", False) and not alone:
+        raise RecipeError(
+            f"student.model: '{answer.model}' is quantised, and such weights can be neither "
+            "trained nor merged into; train an adapter on it (student.peft with save: adapter)"
+        )
     if answer.peft is None:
-        if getattr(base, "is_quantized", False):
-            raise RecipeError(
-                f"student.model: '{answer.model}' is quantised, and such weights cannot be "
-                "trained; train an adapter on it (student.peft with save: adapter)"
-            )
         return base.requires_grad_(True)
     return add_adapter(
         base,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmdistill.errors import ModelError
 from llmdistill.models import widths
 from llmdistill.models.blocks import blocks, blocks_replaced
-from llmdistill.models.heads import split
+from llmdistill.models.sampled import mean_over_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,21 @@ def carve(
     if plan.heads is not None:
         activity_LA = widths.head_activity(student, sample_BT, attention_mask_BT)
         widths.keep_heads(student, activity_LA, plan.heads)
+    _check_whole(student)
     return student
+
+
+def _check_whole(student: PreTrainedModel) -> None:
+    """Raises ModelError where the cut model's configuration would give a model of other shapes."""
+    with torch.device("meta"):
+        rebuilt = type(student)(student.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
+    for name, tensor in student.state_dict().items():
+        if shapes.get(name) != tuple(tensor.shape):
+            raise ModelError(
+                f"{type(student).__name__} cannot be cut like this: its configuration would make "
+                f"{name} {shapes.get(name)} when it is loaded, and it is {tuple(tensor.shape)}"
+            )
 
 
 def _layers(
@@ -111,23 +125,13 @@ def most_influential(influence_L: Tensor, num_kept: int) -> list[int]:
 @torch.no_grad()
 def influence(teacher: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
     """Each layer's influence on this sample text: (L,), in [0, 2]."""
-    backbone, _ = split(teacher)
-    real_BT = attention_mask_BT.bool()
-    found: list[Tensor] = []
 
-    def record(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def turn(args: tuple, kwargs: dict, output: Any) -> Tensor:
         before_BTH = args[0] if args else kwargs["hidden_states"]
         after_BTH = output[0] if isinstance(output, tuple) else output
-        cosine_BT = torch.cosine_similarity(before_BTH.float(), after_BTH.float(), dim=-1)
-        found.append(1 - cosine_BT[real_BT].mean())
+        return 1 - torch.cosine_similarity(before_BTH.float(), after_BTH.float(), dim=-1)
 
-    hooks = [block.register_forward_hook(record, with_kwargs=True) for block in blocks(teacher)]
-    try:
-        backbone(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(found)
+    return mean_over_tokens(teacher, list(blocks(teacher)), turn, input_ids_BT, attention_mask_BT)
 
 
 def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
@@ -135,8 +139,10 @@ def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
     layer.
     """
     config = student.config.get_text_config()
-    if isinstance(types := getattr(config, "layer_types", None), list):
-        config.layer_types = [types[layer] for layer in layers]
+    for name, value in list(vars(config).items()):
+        per_layer = isinstance(value, list) and len(value) == config.num_hidden_layers
+        if per_layer and not name.endswith("_token_id"):  # layer_types, no_rope_layers, ...
+            setattr(config, name, [value[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
     for index, block in enumerate(blocks(student)):
         for module in block.modules():

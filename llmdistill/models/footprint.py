@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 QUANTIZED_BYTES = {"bnb_4bit": 0.55, "bnb_8bit": 1.03, "torchao_int8": 1.02}  # scales included
 ADAM_BYTES = 8.0  # two moments of four bytes
 OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.0, "adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0}
-CHUNK_ROWS, CHUNK_BUFFERS = 256, 3  # of logits in float32: both sides and a gradient
+# Chunks of logits in float32, of both sides and what is made of them.
+CHUNK_ROWS, CHUNK_NUMBERS, CHUNK_BUFFERS = 256, 2**24, 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,17 @@ class Load:
     product_bytes: float
     checkpointing: bool = False
     optimizer: str = "adamw"
+
+
+def num_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's weights as they are held, quantised ones too."""
+    total = 0
+    for parameter in model.parameters():
+        inner = [parameter]
+        if hasattr(parameter, "__tensor_flatten__"):  # torchao's are tensors made of tensors
+            inner = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+        total += sum(tensor.numel() * tensor.element_size() for tensor in inner)
+    return total
 
 
 def skeleton(config: PreTrainedConfig, plan: Plan | None = None) -> PreTrainedModel:
@@ -60,28 +72,33 @@ def skeleton(config: PreTrainedConfig, plan: Plan | None = None) -> PreTrainedMo
     return model
 
 
-def footprint(
-    teacher: PreTrainedModel | None,
-    student: PreTrainedModel,
-    load: Load,
-    *,
-    teacher_bytes: float,
-    student_bytes: float,
-) -> dict[str, float]:
-    """Bytes by part.  `teacher_bytes` and `student_bytes` are those of one weight; a teacher of
-    None is the student itself.
+def weight_bytes(
+    model: PreTrainedModel,
+    size: float,
+    quantization: str | None = None,
+    resident_blocks: int | None = None,
+) -> float:
+    """Bytes of a model's weights at `size` bytes each, its blocks quantised or only some of them on
+    the device at a time.
     """
+    in_blocks = sum(p.numel() for p in blocks(model).parameters())
+    others = sum(p.numel() for p in model.parameters()) - in_blocks
+    if resident_blocks is not None:
+        in_blocks = in_blocks * resident_blocks // len(blocks(model))
+    return others * size + in_blocks * QUANTIZED_BYTES.get(quantization or "", size)
+
+
+def footprint(student: PreTrainedModel, load: Load) -> dict[str, float]:
+    """Bytes by part that training a student adds to the weights of both models."""
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     optimizer = OPTIMIZER_BYTES.get(load.optimizer, ADAM_BYTES)
-    config = student.config.get_text_config()
+    vocab_size = student.config.get_text_config().vocab_size
     return {
-        "teacher's weights": teacher_bytes * teacher.num_parameters() if teacher else 0.0,
-        "student's weights": student_bytes * student.num_parameters(),
         "gradients": 4.0 * trained,
         "optimizer": optimizer * trained,
         "activations": activation_bytes(student, load),
         "cache while writing": load.written_tokens * load.product_bytes * _cached(student),
-        "chunks of logits": 4.0 * CHUNK_ROWS * CHUNK_BUFFERS * config.vocab_size,
+        "chunks of logits": 4.0 * CHUNK_BUFFERS * min(CHUNK_ROWS * vocab_size, CHUNK_NUMBERS),
     }
 
 

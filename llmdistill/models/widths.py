@@ -8,7 +8,6 @@ projection; a head's is the mean norm of what it hands to the output projection 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from llmdistill.errors import ModelError
 from llmdistill.models.blocks import blocks
-from llmdistill.models.heads import split
+from llmdistill.models.sampled import mean_over_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +53,11 @@ def check_heads(model: PreTrainedModel, heads: int) -> None:
 def neuron_activity(model: PreTrainedModel, ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
     """(L, I)"""
     layers = [mlp.down_proj for mlp in _parts(model, "mlp", ("down_proj",))]
-    return _mean_inputs(model, layers, Tensor.square, ids_BT, attention_mask_BT).sqrt()
+
+    def squares(args: tuple, _kwargs: dict, _output: Any) -> Tensor:
+        return args[0].float().square()
+
+    return mean_over_tokens(model, layers, squares, ids_BT, attention_mask_BT).sqrt()
 
 
 def head_activity(model: PreTrainedModel, ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
@@ -62,10 +65,10 @@ def head_activity(model: PreTrainedModel, ids_BT: Tensor, attention_mask_BT: Ten
     num_heads, _, size = _attention_shape(model)
     layers = [attention.o_proj for attention in _parts(model, "self_attn", ("o_proj",))]
 
-    def norms(handed_on_N: Tensor) -> Tensor:
-        return handed_on_N.unflatten(-1, (num_heads, size)).norm(dim=-1)
+    def norms(args: tuple, _kwargs: dict, _output: Any) -> Tensor:
+        return args[0].float().unflatten(-1, (num_heads, size)).norm(dim=-1)
 
-    return _mean_inputs(model, layers, norms, ids_BT, attention_mask_BT)
+    return mean_over_tokens(model, layers, norms, ids_BT, attention_mask_BT)
 
 
 def keep_neurons(model: PreTrainedModel, activity_LI: Tensor, width: int) -> None:
@@ -82,6 +85,7 @@ def keep_heads(model: PreTrainedModel, activity_LA: Tensor, heads: int) -> None:
     """Cuts every attention of the model, in place, to its most active heads."""
     _, shared, size = _attention_shape(model)
     counts = {"num_attention_heads": heads, "num_key_value_heads": heads // shared}
+    attributes = counts | {"num_heads": heads}  # what some families' attention keeps for itself
     parts = _parts(model, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
     for attention, activity_A in zip(parts, activity_LA, strict=True):
         groups = _largest(activity_A.unflatten(0, (-1, shared)).sum(-1), heads // shared)
@@ -90,36 +94,13 @@ def keep_heads(model: PreTrainedModel, activity_LA: Tensor, heads: int) -> None:
         _narrow(attention.k_proj, _spread(groups, size))
         _narrow(attention.v_proj, _spread(groups, size))
         _narrow(attention.o_proj, queries, inputs=True)
-        attention.__dict__.update({k: v for k, v in counts.items() if k in attention.__dict__})
+        attention.__dict__.update(
+            {name: count for name, count in attributes.items() if name in attention.__dict__}
+        )
     config = model.config.get_text_config()
     config.head_dim = size  # it would follow from the number of heads otherwise
     for name, count in counts.items():
         setattr(config, name, count)
-
-
-@torch.no_grad()
-def _mean_inputs(
-    model: PreTrainedModel,
-    layers: list[nn.Module],
-    measure: Callable[[Tensor], Tensor],
-    ids_BT: Tensor,
-    attention_mask_BT: Tensor,
-) -> Tensor:
-    """The mean of `measure` over what real tokens hand to each of these layers: (L, ...)."""
-    real_BT = attention_mask_BT.bool()
-    found: list[Tensor] = []
-
-    def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(measure(inputs[0][real_BT].float()).mean(0))
-
-    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
-        backbone, _ = split(model)
-        backbone(input_ids=ids_BT, attention_mask=attention_mask_BT, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(found)
 
 
 def _parts(model: PreTrainedModel, part: str, layers: tuple[str, ...]) -> list[Any]:

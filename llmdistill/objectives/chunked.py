@@ -20,6 +20,7 @@ from llmdistill.models.heads import Head
 PositionLoss = Callable[[Tensor, slice], Tensor]
 
 BLOCK_ROWS = 8  # rows of a chunk on which autograd runs at a time, on a CPU
+CHUNK_NUMBERS = 2**24  # logits in a chunk at the most: 64 MiB in float32
 
 
 def chunked_sum(
@@ -32,6 +33,9 @@ def chunked_sum(
 ) -> tuple[Tensor, Tensor]:
     """sum_N weight * position_loss(logits), and the unweighted losses: (), (N,).
 
+    A chunk holds `chunk_size` positions, fewer where the vocabulary is so large that its logits
+    would pass 64 MiB.
+
     `position_loss(student_nV, rows)` gives the (n,) losses of the positions `rows`, from the
     student's logits there; it must not keep them.  The sum is differentiable once, in the hidden
     states and in the head's weight and bias; the losses are detached.  Products run in autocast's
@@ -41,11 +45,16 @@ def chunked_sum(
     product_dtype = student_head.weight_VH.dtype
     if torch.is_autocast_enabled(device_type):
         product_dtype = torch.get_autocast_dtype(device_type)
+    weight_VH, bias_V = student_head.weight_VH, student_head.bias_V
+    if not torch.is_grad_enabled():  # a Function would see parameters, and make their gradients
+        student_NH, weight_VH = student_NH.detach(), weight_VH.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
+    chunk_size = rows_of_chunk(chunk_size, student_head)
     with torch.autocast(device_type, enabled=False):
         total, per_position_N = _ChunkedSum.apply(
             student_NH,
-            student_head.weight_VH,
-            student_head.bias_V,
+            weight_VH,
+            bias_V,
             student_head,
             position_loss,
             weight_N,
@@ -53,6 +62,10 @@ def chunked_sum(
             product_dtype,
         )
     return total, per_position_N
+
+
+def rows_of_chunk(chunk_size: int, head: Head) -> int:
+    return max(1, min(chunk_size, CHUNK_NUMBERS // head.num_tokens))
 
 
 class HeadLogits:
@@ -65,7 +78,7 @@ class HeadLogits:
     def __init__(self, hidden_NH: Tensor, head: Head, chunk_size: int) -> None:
         self.hidden_NH = hidden_NH.to(head.weight_VH.dtype)
         self.head = head
-        self.chunk_size = chunk_size
+        self.chunk_size = rows_of_chunk(chunk_size, head)
         self._buffer_cV: Tensor | None = None
         self._made: range = range(0)
 

@@ -9,7 +9,6 @@ To add one: write a function of (student_NV, teacher_NV, *, options) and name it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -144,7 +143,10 @@ def log_probs(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
     scaled_NV = logits_NV.to(wide)
     if temperature != 1.0:
         scaled_NV = scaled_NV / temperature
-    return torch.log_softmax(scaled_NV, dim=-1).clamp_min(LOG_ZERO)
+    log_NV = torch.log_softmax(scaled_NV, dim=-1)
+    if log_NV.device.type == "cpu" and log_NV.detach().amin() >= LOG_ZERO:
+        return log_NV  # looking is cheaper than clamping, and its backward pass
+    return log_NV.clamp_min(LOG_ZERO)
 
 
 def kl(from_NV: Tensor, to_NV: Tensor) -> Tensor:
@@ -156,4 +158,5 @@ def log_mixture(first_NV: Tensor, second_NV: Tensor, share: float) -> Tensor:
     """log(share first + (1 - share) second), of log-probabilities: (N, V)."""
     if share in (0.0, 1.0):
         return first_NV if share == 1.0 else second_NV
-    return torch.logaddexp(first_NV + math.log(share), second_NV + math.log1p(-share))
+    mixture_NV = share * first_NV.exp() + (1 - share) * second_NV.exp()
+    return mixture_NV.clamp_min(torch.finfo(mixture_NV.dtype).tiny).log()

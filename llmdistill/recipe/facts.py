@@ -36,7 +36,10 @@ OWNED = {
     "resume_from_checkpoint": "the option --resume",
     "hub_token": "`hf auth login` or HF_TOKEN: keys do not belong into a recipe",
 }
-
+REFUSED = {
+    "label_smoothing_factor": "the loss is that of `objectives`, which has no labels to smooth",
+    "use_liger_kernel": "it fuses a loss on logits that are never made here",
+}
 
 # What the options of divergences may be.  alpha_beta divides by alpha * beta: below a thousandth
 # its digits are lost, and forward_kl or reverse_kl says it better.
@@ -75,6 +78,8 @@ def check_training_argument(key: str, value: Any) -> None:
     fields = training_fields()
     if key in OWNED:
         raise PydanticCustomError("owned", f"'{key}' is set by llmdistill; use {OWNED[key]}")
+    if key in REFUSED:
+        raise PydanticCustomError("refused", f"'{key}' would do nothing: {REFUSED[key]}")
     if key in RENAMED:
         raise PydanticCustomError("renamed", f"'{key}': {RENAMED[key]}")
     if key not in fields:

@@ -137,6 +137,10 @@ class DataRecipe(Strict):
     def _one_source_of_eval_rows(self) -> DataRecipe:
         if self.eval and self.hold_back:
             raise PydanticCustomError("both", "give 'eval' or 'hold_back', not both")
+        if self.hold_back and self.turns == "all":
+            raise PydanticCustomError(
+                "turns", "with 'turns: all' a held turn would stand in another row; give 'eval'"
+            )
         if self.streaming and (self.hold_back or any(s.weight != 1 for s in self.train)):
             raise PydanticCustomError(
                 "streaming", "a stream has neither 'hold_back' nor weights; give 'eval', or load it"
@@ -195,6 +199,11 @@ class Recipe(Strict):
     def _what_follows_the_loss_has_one(self) -> Recipe:
         share = getattr(self.rollout, "share", None)
         follows = isinstance(share, AdaptiveShareRecipe) or self.evaluate.patience is not None
+        measures = self.evaluate.every_steps or self.training.get("eval_on_start")
+        if measures and not (self.data.eval or self.data.hold_back):
+            raise PydanticCustomError(
+                "held_out", "measuring while training needs 'data.eval' or 'data.hold_back'"
+            )
         if follows and not (self.evaluate.every_steps and (self.data.eval or self.data.hold_back)):
             raise PydanticCustomError(
                 "held_out",
@@ -226,5 +235,26 @@ class Recipe(Strict):
         if self.data.streaming and self.training.get("max_steps", -1) <= 0:
             raise PydanticCustomError(
                 "streaming", "'data.streaming' needs 'training.max_steps': a stream has no length"
+            )
+        if self.data.streaming and self.training.get("train_sampling_strategy"):
+            raise PydanticCustomError(
+                "streaming", "a stream is read in its order; leave train_sampling_strategy out"
+            )
+        if self.data.streaming and self.training.get("dataloader_num_workers"):
+            raise PydanticCustomError(
+                "streaming",
+                "each of several workers would read the whole stream; leave "
+                "dataloader_num_workers at 0",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_is_saved(self) -> Recipe:
+        every = self.evaluate.every_steps
+        if self.evaluate.patience and self.training.get("save_steps", every) != every:
+            raise PydanticCustomError(
+                "patience",
+                "with 'evaluate.patience' students are saved when they are measured; "
+                "leave training.save_steps out",
             )
         return self

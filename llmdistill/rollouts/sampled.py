@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
 from llmdistill.batch import Draw, Model, Progress, Prompts, Sampling, Sequences, Teacher, Writer
 from llmdistill.errors import RecipeError
+
+Kept = tuple[tuple[int, int], list[int]]  # (row, sample), ids
 
 
 class SampledRollout:
@@ -43,6 +48,7 @@ class SampledRollout:
         sample = progress.epoch % self.samples
         keys = [(row, sample) for row in prompts.row_ids_B.tolist()]
         missing = {key: place for place, key in enumerate(keys) if key not in self._kept}
+        written, new = None, []
         if missing:
             written = teacher.write(
                 prompts.select(list(missing.values()), pad_id=0),
@@ -50,9 +56,10 @@ class SampledRollout:
                 max_new_tokens=self.max_new_tokens,
                 draw=Draw(progress.seed, sample=sample),
             )
-            self._kept.update(zip(missing, written.responses(), strict=True))
-            if len(missing) == len(keys):
-                return written  # with its judgement
+            new = list(zip(missing, written.responses(), strict=True))
+        self._kept.update(_of_all_ranks(new))
+        if written is not None and len(missing) == len(keys):
+            return written  # with its judgement
         return Sequences.pack(
             prompts.ids(),
             [self._kept[key] for key in keys],
@@ -66,3 +73,8 @@ class SampledRollout:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._kept = {(row, sample): ids for row, sample, ids in state["kept"]}
+
+
+def _of_all_ranks(new: list[Kept]) -> list[Kept]:
+    """What every rank has just written: in the next epoch a row may come to another rank."""
+    return gather_object(new) if PartialState().num_processes > 1 else new

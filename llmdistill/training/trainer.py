@@ -9,6 +9,7 @@ Trainer's.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+logger = logging.getLogger("llmdistill")
 
 
 class DistillTrainer(StudentTrainer):
@@ -114,7 +117,8 @@ class DistillTrainer(StudentTrainer):
         prompts = Prompts.join(parts, pad_id=0)
         with self.accelerator.autocast():
             sequences = self.rollout.write(prompts, self.model, self.teacher, self._progress())
-        sequences = sequences.without_loss(_repeated(self.accelerator, parts)).to(device)
+        rest = _remainder(self.train_dataset, self.args)
+        sequences = sequences.without_loss(_repeated(self.accelerator, parts, rest)).to(device)
         order = sequences.attention_mask_BT.sum(1).argsort(descending=True, stable=True)
         rows = order.split([len(part) for part in parts])
         count = self.accelerator.reduce(sequences.num_predicted.sum(), reduction="sum")
@@ -157,20 +161,22 @@ class DistillTrainer(StudentTrainer):
     ) -> tuple[Tensor, None, None]:
         """The loss on the evaluation rows' own responses."""
         sequences = FixedRollout().write(inputs, self.model, self.teacher, self._progress())
-        sequences = sequences.without_loss(_repeated(self.accelerator, [inputs])).to(
-            self.args.device
-        )
+        rest = self.accelerator.gradient_state.remainder
+        repeated_B = _repeated(self.accelerator, [inputs], rest)
+        sequences = sequences.without_loss(repeated_B).to(self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(sequences)
-        self._eval_sum += torch.stack([output.total.double(), output.count.double()]).cpu()
+        self._eval_sums["total"] += float(output.total)
+        self._eval_sums["count"] += float(output.count)
         return output.total / output.count.clamp_min(1), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer averages batch means; the loss reported is the mean over all predicted tokens."""
-        self._eval_sum = torch.zeros(2, dtype=torch.float64)
+        self._eval_sums = {"total": 0.0, "count": 0.0}
         result = super().evaluation_loop(*args, **kwargs)
-        total, count = self.accelerator.reduce(self._eval_sum.to(self.args.device)).tolist()
-        result.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / max(count, 1)
+        sums = _over_ranks(self.accelerator, self._eval_sums)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        result.metrics[f"{prefix}_loss"] = sums["total"] / max(sums["count"], 1)
         return result
 
     # ---- optimiser groups and clipping, by owner ----
@@ -211,7 +217,8 @@ class DistillTrainer(StudentTrainer):
         """Trainer's last call before the update: the place to stop a step that is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss = torch.as_tensor(self._step_loss, device=self.args.device)
-        stop_if_not_finite(self.accelerator, loss, norm, self.state.global_step)
+        checked = norm if self.accelerator.scaler is None else 0.0  # float16's scaler looks itself
+        stop_if_not_finite(self.accelerator, loss, checked, self.state.global_step)
         self._step_loss = 0.0
         return norm
 
@@ -222,10 +229,7 @@ class DistillTrainer(StudentTrainer):
         ranks.
         """
         if "loss" in logs and self._terms:
-            names = sorted(self._terms)
-            sums = torch.stack([torch.as_tensor(self._terms[n]).double() for n in names])
-            values = self.accelerator.reduce(sums.to(self.args.device)).tolist()
-            reduced = dict(zip(names, values, strict=True))
+            reduced = _over_ranks(self.accelerator, self._terms)
             self._terms = {}
             num_tokens = reduced.pop("tokens")
             if len(reduced) > 1:
@@ -252,16 +256,36 @@ def _optimizer_groups(
     ]
 
 
-def _repeated(accelerator: Accelerator, parts: list[Prompts]) -> Tensor:
+def _over_ranks(accelerator: Accelerator, terms: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Each term summed over all ranks; one rank alone leaves them on the CPU (not each device has
+    float64).
+    """
+    names = sorted(terms)
+    sums = torch.tensor([float(terms[name]) for name in names], dtype=torch.float64)
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums.to(accelerator.device))
+    return dict(zip(names, sums.tolist(), strict=True))
+
+
+def _remainder(rows: Any, args: TrainingArguments) -> int:
+    """Rows of the last batch of all ranks together that are not filler; 0 where it has none.
+
+    Accelerate's own count is lost when a run is resumed within an epoch.
+    """
+    if args.dataloader_drop_last or not isinstance(rows, PromptDataset):
+        return 0
+    return len(rows) % (args.train_batch_size * args.world_size)
+
+
+def _repeated(accelerator: Accelerator, parts: list[Prompts], remainder: int) -> Tensor:
     """True for rows that Accelerate repeats in an epoch's last batch to even out the ranks:
     (B,).
     """
     repeated_B = torch.zeros(sum(map(len, parts)), dtype=torch.bool)
-    state = accelerator.gradient_state
-    if state.end_of_dataloader and state.remainder > 0:
+    if accelerator.gradient_state.end_of_dataloader and remainder > 0:
         size = len(parts[-1])
         place = accelerator.process_index * size + torch.arange(size)
-        repeated_B[-size:] = place >= state.remainder
+        repeated_B[-size:] = place >= remainder
     return repeated_B
 
 
@@ -281,6 +305,9 @@ def _forced(args: TrainingArguments) -> TrainingArguments:
     args.remove_unused_columns = False  # it would look at our module's forward, and raise
     args.logging_nan_inf_filter = False  # it would log NaN as 0.0; the guard stops instead
     args.accelerator_config.dispatch_batches = False  # batches are objects of ours
+    if args.n_gpu > 1:  # DataParallel cannot scatter them; several GPUs need a launcher
+        logger.warning("using one GPU of %d; `accelerate launch` uses them all", args.n_gpu)
+        args._n_gpu = 1
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every parameter gets a gradient, be it zero
     return args

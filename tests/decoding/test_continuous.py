@@ -19,8 +19,8 @@ def prompts():
     return collate(PromptDataset.of(toy.rows(5), toy.tokenizer()).rows)
 
 
-def write(model, prompts, **options):
-    rest = {"max_new_tokens": 8, "draw": Draw(3), "writer": Writer.STUDENT}
+def write(model, prompts, *, epoch=0, **options):
+    rest = {"max_new_tokens": 8, "draw": Draw(3, epoch=epoch), "writer": Writer.STUDENT}
     return sample(model, toy.tokenizer(), prompts, Sampling(**options), **rest)
 
 
@@ -37,7 +37,32 @@ def test_the_same_seed_gives_the_same_answers(prompts):
     first, again = (write(toy.model(), prompts, continuous=True).responses() for _ in range(2))
     assert first == again
     assert first != write(toy.model(), prompts, temperature=0.0).responses()
+    other = write(toy.model(), prompts, continuous=True, epoch=1).responses()
+    assert first != other
     assert all(token < toy.NUM_TOKENS for ids in first for token in ids)
+
+
+def test_the_global_generator_is_left_alone(prompts):
+    model = toy.model()
+    before = torch.get_rng_state()
+    write(model, prompts, continuous=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_writes_in_the_dtype_of_autocast(prompts, monkeypatch):
+    seen = []
+    model = toy.model()
+    generate_batch = type(model).generate_batch
+
+    def spy(self, *args, **options):
+        seen.append(self.dtype)
+        return generate_batch(self, *args, **options)
+
+    monkeypatch.setattr(type(model), "generate_batch", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        write(model, prompts, continuous=True)
+    assert seen == [torch.bfloat16]
+    assert model.dtype == torch.float32
 
 
 def test_answers_that_were_not_finished_are_an_error(prompts, monkeypatch):

@@ -52,6 +52,7 @@ def test_rows_that_even_out_the_ranks_weigh_nothing(tmp_path):
         num_train_epochs=2,
     )
     torch.testing.assert_close(two_ranks("uneven", tmp_path), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(two_ranks("resumed", tmp_path), expected, rtol=0, atol=1e-6)
 
 
 def test_on_policy_writes_the_same_on_two_ranks(tmp_path):
@@ -71,6 +72,6 @@ def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):
     torch.testing.assert_close(two_ranks("evaluation", tmp_path), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("case", ["gradients", "empty_rank", "bad_rank"])
+@pytest.mark.parametrize("case", ["gradients", "empty_rank", "bad_rank", "kept_answers"])
 def test_on_two_ranks(tmp_path, case):
     two_ranks(case, tmp_path)

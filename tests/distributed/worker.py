@@ -44,6 +44,35 @@ def uneven(folder: Path) -> None:
     )
 
 
+def resumed(folder: Path) -> None:
+    """10 rows, stopped in the middle of the second epoch: its filler rows weigh nothing either."""
+    options = {"rows": dataset(10), "per_device_train_batch_size": 2, "num_train_epochs": 2}
+    options |= {"max_steps": -1, "save_strategy": "steps", "save_steps": 1}
+    trainer(folder / "run", **options).train()
+    again = trainer(folder / "again", **options)
+    again.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4"))
+    if dist.get_rank() == 0:
+        torch.save(weights(again.model.student), folder / "weights.pt")
+
+
+def kept_answers(folder: Path) -> None:
+    """The teacher answers each of 8 prompts once, whichever rank they come to in which epoch."""
+    rollout = SampledRollout("teacher", max_new_tokens=4)
+    made = trainer(
+        folder / "run", rows=dataset(8), rollout=rollout, per_device_train_batch_size=2,
+        max_steps=-1, num_train_epochs=3,
+    )  # fmt: skip
+    asked = []
+    write = made.teacher.write
+    made.teacher.write = lambda prompts, *a, **k: (
+        asked.append(len(prompts)) or write(prompts, *a, **k)
+    )
+    made.train()
+    counts = [torch.zeros(1) for _ in range(2)]
+    dist.all_gather(counts, torch.tensor([float(sum(asked))]))
+    assert sum(counts) == 8, counts
+
+
 def on_policy(folder: Path) -> None:
     rollout = SampledRollout("student", max_new_tokens=6)
     same_weights(
@@ -111,7 +140,17 @@ def bad_rank(folder: Path) -> None:
 
 CASES = {
     case.__name__: case
-    for case in (fixed, uneven, on_policy, gradients, empty_rank, evaluation, bad_rank)
+    for case in (
+        fixed,
+        uneven,
+        resumed,
+        kept_answers,
+        on_policy,
+        gradients,
+        empty_rank,
+        evaluation,
+        bad_rank,
+    )
 }
 
 if __name__ == "__main__":

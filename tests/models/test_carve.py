@@ -8,7 +8,14 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from llmdistill.errors import ModelError
 from llmdistill.models.blocks import blocks
@@ -110,6 +117,20 @@ def test_layer_types_are_those_of_the_kept_layers():
     )
     student = keep_layers(Gemma2ForCausalLM(config), [1, 3])
     assert student.config.layer_types == ["full_attention", "sliding_attention"]
+
+
+def test_every_list_of_one_entry_a_layer_is_cut(ids_BT, tmp_path):
+    """SmolLM3 says layer by layer where positions are rotated."""
+    config = SmolLM3Config(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=8,
+        num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3,
+    )  # fmt: skip
+    student = keep_layers(SmolLM3ForCausalLM(config).eval(), [0, 3, 4, 7])
+    assert student.config.no_rope_layers == [1, 0, 1, 0]
+    student.save_pretrained(tmp_path)
+    loaded = SmolLM3ForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, ids_BT), logits(student, ids_BT), rtol=0, atol=1e-6)
 
 
 def test_gpt2_can_be_carved():

@@ -10,7 +10,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from llmdistill.models.adapters import add_adapter
 from llmdistill.models.carve import Plan, carve
-from llmdistill.models.footprint import Load, activation_bytes, footprint, skeleton
+from llmdistill.models.footprint import (
+    Load,
+    activation_bytes,
+    footprint,
+    num_bytes,
+    skeleton,
+    weight_bytes,
+)
+from llmdistill.models.load import load_model
 from tests import toy
 
 SHAPE = {
@@ -62,9 +70,9 @@ def test_activations_are_what_autograd_keeps(config, model, checkpointing):
 
 def test_the_parts():
     student, teacher = toy.model(), toy.teacher_model()
-    parts = footprint(teacher, student, LOAD, teacher_bytes=2.0, student_bytes=4.0)
-    assert parts["teacher's weights"] == 2 * teacher.num_parameters()
-    assert parts["student's weights"] == parts["gradients"] == 4 * student.num_parameters()
+    parts = footprint(student, LOAD)
+    assert weight_bytes(teacher, 2.0) == 2 * teacher.num_parameters()
+    assert parts["gradients"] == 4 * student.num_parameters()
     assert parts["optimizer"] == 8 * student.num_parameters()
     # Three layers, keys and values, two heads of eight.
     assert parts["cache while writing"] == 512 * 4.0 * 3 * 2 * 2 * 8
@@ -74,6 +82,21 @@ def test_an_adapter_alone_has_gradients():
     student = add_adapter(
         skeleton(toy.model().config), rank=2, alpha=4.0, targets="all-linear", dropout=0.0, seed=0
     )
-    parts = footprint(None, student, LOAD, teacher_bytes=0.0, student_bytes=4.0)
-    assert parts["gradients"] < parts["student's weights"] / 4
-    assert parts["teacher's weights"] == 0
+    assert footprint(student, LOAD)["gradients"] < weight_bytes(student, 4.0) / 4
+
+
+def test_blocks_are_quantised_or_away_and_the_rest_is_whole():
+    model = toy.teacher_model()
+    one = sum(p.numel() for p in model.model.layers[0].parameters())
+    rest = model.num_parameters() - 4 * one
+    assert weight_bytes(model, 4.0, resident_blocks=1) == 4 * (rest + one)
+    assert weight_bytes(model, 4.0, "bnb_4bit") == pytest.approx(4 * rest + 0.55 * 4 * one)
+
+
+def test_the_bytes_of_quantised_weights_are_those_held(tmp_path):
+    model = toy.model(hidden=256, layers=2)
+    assert num_bytes(model) == 4 * model.num_parameters()
+    model.save_pretrained(tmp_path)
+    small = load_model(str(tmp_path), dtype="float32", device="cpu", quantization="torchao_int8")
+    assert num_bytes(small) == pytest.approx(weight_bytes(model, 4.0, "torchao_int8"), rel=0.02)
+    assert small.num_parameters() == model.num_parameters()

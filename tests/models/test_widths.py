@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StableLmConfig, StableLmForCausalLM
 
 from llmdistill.errors import ModelError
 from llmdistill.models.carve import Plan, carve
 from llmdistill.models.widths import head_activity, neuron_activity
 from tests import toy
-from tests.models.test_heads import family
+from tests.models.test_heads import SIZES, family
 
 IDS = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
@@ -130,6 +130,13 @@ def test_widths_that_do_not_fit_are_refused(plan, message):
 def test_families_of_another_form_are_refused_by_name(name, plan):
     with pytest.raises(ModelError, match=f"{name}.* only its layers can be carved"):
         cut(family(name), **plan)
+
+
+def test_a_family_that_would_load_with_other_shapes_is_refused():
+    """StableLM takes the size of a head from their number, whatever the configuration says."""
+    config = StableLmConfig(**{k: v for k, v in SIZES.items() if k != "initializer_range"})
+    with pytest.raises(ModelError, match="when it is loaded"):
+        cut(StableLmForCausalLM(config).eval(), heads=2)
 
 
 def test_a_norm_over_all_heads_is_refused():
