@@ -1,6 +1,7 @@
 """The loss from hidden states to gradients: ours, TRL's and Liger's, against the four products.
 
     python scripts/bench_loss.py [--write docs/results/loss.md] [--dtype bfloat16] [--rounds 5]
+    python scripts/bench_loss.py --profile jsd
 
 N positions, hidden size H, vocabulary V; JSD with beta 0.5, gradients for hidden states and head.
 Time is the median of calls in turn, memory what a process of its own needs above its inputs.  On a
@@ -187,6 +188,20 @@ def divergence_rows(shape: tuple[int, ...], dtype: str, rounds: int) -> list[dic
     ]
 
 
+def profile_rows(divergence: str, shape: tuple[int, ...], dtype: str) -> list[dict[str, object]]:
+    """Where the time of one divergence goes, by operation."""
+    data = Inputs(shape, getattr(torch, dtype))
+    ours(data, divergence)
+    with torch.profiler.profile() as seen:
+        ours(data, divergence)
+    events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return [
+        {"operation": e.key, "calls": e.count, "share": e.self_cpu_time_total / total}
+        for e in events[:12]
+    ]
+
+
 def peak(name: str, shape: tuple[int, ...], dtype: str) -> float:
     """MiB that one call needs above its inputs, in a process of its own."""
     command = [sys.executable, __file__, "--one", json.dumps([name, shape, dtype])]
@@ -210,12 +225,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16" if CUDA else "float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--profile", metavar="DIVERGENCE", help="only show where its time goes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.one:
         return one(*json.loads(options.one))
     shapes = GPU_SHAPES if CUDA else CPU_SHAPES
+    if options.profile:
+        rows = profile_rows(options.profile, shapes[0], options.dtype)
+        about = f"{options.profile} at {', '.join(map(str, shapes[0]))}:"
+        parts = [about, benchmark.table(rows)]
+        return benchmark.report(options.write, "Where the time of a loss goes", parts)
     parts = [
         f"JSD with beta 0.5 in {options.dtype}; the error is that of the loss against float64 on "
         "the same logits.",

@@ -21,7 +21,7 @@ from llmdistill.batch import (
     final_hidden,
 )
 from llmdistill.models.heads import split
-from llmdistill.objectives.chunked import BLOCK_ROWS, HeadLogits
+from llmdistill.objectives.chunked import HeadLogits, block_rows
 from llmdistill.objectives.divergences import kl, log_probs
 from llmdistill.objectives.response import CrossEntropyObjective
 
@@ -104,8 +104,9 @@ def _sums(student: PreTrainedModel, judged: Judged, num_tokens: int) -> torch.Te
     over = signal.head.weight_VH.device
     teachers = HeadLogits(signal.hidden_NH.to(over), signal.head.narrow(num_tokens), CHUNK_SIZE)
     sums = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(hidden_NH), BLOCK_ROWS):
-        rows = slice(start, min(start + BLOCK_ROWS, len(hidden_NH)))
+    step = min(block_rows(students.chunk_size, num_tokens, device), students.chunk_size)
+    for start in range(0, len(hidden_NH), step):
+        rows = slice(start, min(start + step, len(hidden_NH)))
         student_nV, teacher_nV = log_probs(students[rows]), log_probs(teachers[rows].to(device))
         same_n = student_nV.argmax(-1) == teacher_nV.argmax(-1)
         accepted_n = 1 - (student_nV.exp() - teacher_nV.exp()).abs().sum(-1) / 2

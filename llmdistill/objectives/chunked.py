@@ -19,7 +19,7 @@ from llmdistill.models.heads import Head
 
 PositionLoss = Callable[[Tensor, slice], Tensor]
 
-BLOCK_ROWS = 8  # rows of a chunk on which autograd runs at a time, on a CPU
+BLOCK_NUMBERS = 400_000  # logits on which autograd runs at a time, on a CPU: its cache's size
 CHUNK_NUMBERS = 2**24  # logits in a chunk at the most: 64 MiB in float32
 
 
@@ -62,6 +62,11 @@ def chunked_sum(
             product_dtype,
         )
     return total, per_position_N
+
+
+def block_rows(chunk_size: int, num_tokens: int, device: torch.device) -> int:
+    """Positions to work on at a time: what a CPU's cache holds, or a GPU's whole chunk."""
+    return max(1, BLOCK_NUMBERS // num_tokens) if device.type == "cpu" else chunk_size
 
 
 def rows_of_chunk(chunk_size: int, head: Head) -> int:
@@ -158,7 +163,7 @@ def _losses(
     from.
     """
     wide = torch.promote_types(logits_cV.dtype, torch.float32)
-    step = BLOCK_ROWS if logits_cV.device.type == "cpu" else len(logits_cV)
+    step = block_rows(len(logits_cV), logits_cV.shape[1], logits_cV.device)
     losses = []
     for offset in range(0, len(logits_cV), step):
         block_nV = logits_cV[offset : offset + step]

@@ -47,8 +47,10 @@ def jsd(
         return divergence(student_NV, teacher_NV, temperature=temperature)
     student_NV = log_probs(student_NV, temperature)
     teacher_NV = log_probs(teacher_NV, temperature)
-    mixture_NV = log_mixture(teacher_NV, student_NV, beta)
-    return beta * kl(teacher_NV, mixture_NV) + (1 - beta) * kl(student_NV, mixture_NV)
+    p_NV, q_NV = teacher_NV.exp(), student_NV.exp()
+    mixture_NV = log_mixture(p_NV, q_NV, beta)
+    forward_N = (p_NV * (teacher_NV - mixture_NV)).sum(-1)
+    return beta * forward_N + (1 - beta) * (q_NV * (student_NV - mixture_NV)).sum(-1)
 
 
 def skew_forward_kl(
@@ -60,7 +62,10 @@ def skew_forward_kl(
     """
     student_NV = log_probs(student_NV, temperature)
     teacher_NV = log_probs(teacher_NV, temperature)
-    return kl(teacher_NV, log_mixture(teacher_NV, student_NV, alpha))
+    if alpha == 0.0:
+        return kl(teacher_NV, student_NV)
+    p_NV = teacher_NV.exp()
+    return (p_NV * (teacher_NV - log_mixture(p_NV, student_NV.exp(), alpha))).sum(-1)
 
 
 def skew_reverse_kl(
@@ -72,7 +77,10 @@ def skew_reverse_kl(
     """
     student_NV = log_probs(student_NV, temperature)
     teacher_NV = log_probs(teacher_NV, temperature)
-    return kl(student_NV, log_mixture(student_NV, teacher_NV, alpha))
+    if alpha == 0.0:
+        return kl(student_NV, teacher_NV)
+    q_NV = student_NV.exp()
+    return (q_NV * (student_NV - log_mixture(q_NV, teacher_NV.exp(), alpha))).sum(-1)
 
 
 def tvd(student_NV: Tensor, teacher_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -155,8 +163,6 @@ def kl(from_NV: Tensor, to_NV: Tensor) -> Tensor:
 
 
 def log_mixture(first_NV: Tensor, second_NV: Tensor, share: float) -> Tensor:
-    """log(share first + (1 - share) second), of log-probabilities: (N, V)."""
-    if share in (0.0, 1.0):
-        return first_NV if share == 1.0 else second_NV
-    mixture_NV = share * first_NV.exp() + (1 - share) * second_NV.exp()
-    return mixture_NV.clamp_min(torch.finfo(mixture_NV.dtype).tiny).log()
+    """log(share first + (1 - share) second), of probabilities: (N, V)."""
+    mixture_NV = share * first_NV + (1 - share) * second_NV
+    return (mixture_NV + torch.finfo(mixture_NV.dtype).tiny).log()  # log 0 would be no number

@@ -30,7 +30,7 @@ MEANING = {
     "repeated_4grams": "share of repeated 4-grams in greedy answers",
     "num_parameters": "parameters",
     "num_bytes": "bytes of the weights, as measured",
-    "tokens_per_second": "greedy tokens per second at batch 8, on the training machine",
+    "tokens_per_second": "tokens per second at batch 8, on the training machine",
 }
 PACKAGES = ("llmdistill", "torch", "transformers", "accelerate")
 

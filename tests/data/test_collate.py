@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from llmdistill.data import build_rows
 from llmdistill.data.collate import PromptDataset, PromptStream, collate
 from llmdistill.data.validate import Counts, Row, Rules
 from llmdistill.errors import DataError
+from llmdistill.recipe import DataRecipe
 from tests import toy
 
 ROWS = [Row(4, [5, 6, 7], [8]), Row(9, [0], [10, 2]), Row(1, [12, 13], [14, 15, 0])]
@@ -159,3 +163,19 @@ def test_a_malformed_row_stops_a_stream_when_it_comes(tokenizer):
     skipping = stream(tokenizer, rows, skip_bad=True)
     assert [row.row_id for row in skipping] == [0, 2]
     assert skipping.counts.bad == 1
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.5, 2.0])
+def test_no_copy_of_a_held_row_is_trained_on(weight, tmp_path, tokenizer):
+    lines = [json.dumps(row) for row in toy.rows(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(r) for r in toy.rows(10, seed=1)))
+    sources = [{"source": f"{tmp_path}/a.jsonl", "weight": weight}, f"{tmp_path}/b.jsonl"]
+    answer = DataRecipe(train=sources, hold_back=9)
+    train, held = build_rows(answer, tokenizer, needs_response=True, seed=0)
+    assert len({tuple(row.prompt_ids + row.response_ids) for row in held.rows}) == len(held) == 9
+    texts = {(tuple(row.prompt_ids), tuple(row.response_ids)) for row in held.rows}
+    assert not texts & {(tuple(row.prompt_ids), tuple(row.response_ids)) for row in train.rows}
+    assert len({row.row_id for row in train.rows} | {row.row_id for row in held.rows}) == len(
+        train
+    ) + len(held)

@@ -258,3 +258,18 @@ def test_padding_does_not_change_influence(teacher_model, ids_BT):
 def test_influence_leaves_no_hooks(teacher_model, ids_BT):
     influence(teacher_model, ids_BT, torch.ones_like(ids_BT))
     assert not any(module._forward_hooks for module in teacher_model.modules())
+
+
+def test_a_sample_of_many_rows_is_read_a_few_at_a_time(teacher_model, ids_BT, monkeypatch):
+    """Ragged rows in several batches give what they give in one."""
+    many_BT = torch.randint(3, 250, (11, 9), generator=torch.Generator().manual_seed(2))
+    mask_BT = (torch.arange(9) < torch.arange(11)[:, None] % 7 + 2).long()
+    widths = []
+    teacher_model.model.register_forward_pre_hook(
+        lambda _m, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    found = influence(teacher_model, many_BT, mask_BT)
+    assert [rows for rows, _ in widths] == [8, 3]
+    assert widths[1][1] < 9  # columns that none of its rows needs are left out
+    monkeypatch.setattr("llmdistill.models.sampled.ROWS", 11)
+    torch.testing.assert_close(influence(teacher_model, many_BT, mask_BT), found)

@@ -39,3 +39,14 @@ def test_an_offloaded_teacher_writes_the_same():
 def test_on_the_cpu_there_is_nothing_to_offload(pair):
     with pytest.raises(ModelError, match="it is on the CPU already"):
         load_model(pair[0], device="cpu", offload=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_on_a_gpu_the_blocks_stay_in_the_cpus_memory(pair):
+    ids = torch.tensor([[5, 6, 7]], device="cuda")
+    expected = load_model(pair[0], dtype="float32", device="cuda")(ids).logits
+    model = load_model(pair[0], dtype="float32", device="cuda", offload=True)
+    assert model.model.embed_tokens.weight.is_cuda
+    assert not any(p.is_cuda for p in model.model.layers.parameters())
+    torch.testing.assert_close(model(ids).logits, expected)

@@ -166,3 +166,30 @@ def test_the_watch_sees_a_dense_loss():
     with LargestTensor() as watch:
         run(HEADS["plain"], None, "jsd")
     assert watch.largest >= N * V
+
+
+def test_without_gradients_none_is_made(monkeypatch):
+    """A head's weight is a parameter in every evaluation, too."""
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    hidden, weight, _, teacher_hidden, teacher_weight, weights = parts()
+    teacher = HeadLogits(teacher_hidden, Head(teacher_weight), 7)
+    with torch.no_grad():
+        total, _ = chunked_sum(
+            hidden,
+            Head(torch.nn.Parameter(weight)),
+            lambda student, rows: DIVERGENCES["forward_kl"](student, teacher[rows]),
+            weights,
+        )
+    assert not total.requires_grad
+
+
+def test_a_large_vocabulary_makes_small_chunks(monkeypatch):
+    """A chunk's logits are bounded, and the value does not change."""
+    plain = run(lambda weight, bias: Head(weight), 37)
+    monkeypatch.setattr("llmdistill.objectives.chunked.CHUNK_NUMBERS", 5 * V + 3)
+    mode = LargestTensor()
+    with mode:
+        small = run(lambda weight, bias: Head(weight), 37)
+    assert mode.largest <= max(5 * V, V * 2 * H)  # five rows of logits, or the teacher's head
+    for ours, theirs in zip(small, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)

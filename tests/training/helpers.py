@@ -42,12 +42,13 @@ def trainer(
         for name in ("eval_dataset", "callbacks", "model_card")
         if name in options
     }
+    args = options.pop("args", None) or arguments(folder, **options)
     return DistillTrainer(
         student=student or toy.model(),
         teacher=teacher or LocalTeacher(toy.teacher_model(), tokenizer),
         rollout=rollout or FixedRollout(),
         objectives=objectives or [ResponseObjective("forward_kl")],
-        args=arguments(folder, **options),
+        args=args,
         train_dataset=toy.rows(8) if rows is None else rows,
         processing_class=tokenizer,
         **kept,

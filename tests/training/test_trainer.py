@@ -555,6 +555,28 @@ def test_a_token_is_in_no_file(tmp_path):
 # ---- arguments ----
 
 
+def test_several_gpus_without_a_launcher_are_not_data_parallel(tmp_path, caplog):
+    args = arguments(tmp_path)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    made = trainer(tmp_path, args=args)
+    assert made.args.n_gpu == 1
+    assert made.args.train_batch_size == made.args.per_device_train_batch_size
+    assert "using one GPU of 2" in caplog.text
+
+
+def test_an_overflow_is_left_to_the_scaler_of_float16(tmp_path):
+    """It skips the step and scales less; without one the same step stops the run."""
+    made = trainer(tmp_path, max_grad_norm=1.0)
+    made.args.max_steps = 1
+    for parameter in made.model.student.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    with pytest.raises(NonFiniteLossError):
+        made._get_grad_norm(made.model)
+    made.accelerator.scaler = object()
+    assert not torch.isfinite(torch.as_tensor(made._get_grad_norm(made.model)))
+
+
 def test_fsdp_that_would_silently_train_ddp_is_refused(tmp_path):
     made = trainer(tmp_path)
     made.args.fsdp = True
