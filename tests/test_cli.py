@@ -139,6 +139,13 @@ def test_check_shows_the_verdicts_and_marks_what_is_trained(recipe, monkeypatch,
     assert not (tmp_path / "run").exists()
 
 
+def test_check_marks_no_answer_that_a_model_replaces(recipe, monkeypatch, capsys):
+    assert run(monkeypatch, "check", str(recipe), "rollout.kind=sampled") == 0
+    shown = capsys.readouterr().out
+    assert "[written during the run]" in shown
+    assert "<|im_end|>]" not in shown
+
+
 def test_evaluate_writes_the_figures(pair, monkeypatch, capsys, tmp_path):
     teacher, student = pair
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in toy.rows(3)))

@@ -44,7 +44,7 @@ def check(
     if held is not None:
         console.print(f"             evaluate {len(held)} rows ({held.counts})", highlight=False)
     console.print("example      trained tokens are marked:\n")
-    console.print(_marked(train.head(1)[0], tokenizer))
+    console.print(_marked(train.head(1)[0], tokenizer, written=not loaded.rollout.takes_data))
     _memory(loaded, train)
     if not fits:
         raise typer.Exit(2)
@@ -95,13 +95,13 @@ def _time(recipe: Recipe, train: EncodedRows) -> None:
     console.print(f"             {steps} steps: at most {hours:.1f} hours, and the evaluations")
 
 
-def _marked(row: Row, tokenizer: PreTrainedTokenizerBase) -> object:
+def _marked(row: Row, tokenizer: PreTrainedTokenizerBase, *, written: bool) -> object:
     """The row as the student reads it, the tokens that are trained in reverse video and
     brackets.
     """
     from rich.text import Text
 
     text = Text(tokenizer.decode(row.prompt_ids), style="dim")
-    if row.response_ids is None:
+    if written or row.response_ids is None:
         return text.append("[written during the run]", style="reverse")
     return text.append(f"[{tokenizer.decode(row.response_ids)}]", style="reverse")
