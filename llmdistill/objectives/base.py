@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import abc
+
 from torch import nn
 
 from llmdistill.batch import LossSum, Need, Sequences, StudentView, TeacherSignal
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, abc.ABC):
     """One term of the loss.  Its parameters, if it has any, are trained along and not exported.
 
     `needs` is what the teacher must provide.  `compares_samples` says that the value depends on
@@ -22,7 +24,10 @@ class Objective(nn.Module):
         super().__init__()
         self.weight = weight
 
+    @abc.abstractmethod
     def forward(
         self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
     ) -> LossSum:
-        raise NotImplementedError
+        """Summed over the N predicted tokens of a micro-batch, in nats.  `signal` is None where
+        `needs` is empty.
+        """
