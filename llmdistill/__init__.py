@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llmdistill.objectives.response import CrossEntropyObjective as CrossEntropyObjective
     from llmdistill.objectives.response import ResponseObjective as ResponseObjective
     from llmdistill.rollouts.fixed import FixedRollout as FixedRollout
+    from llmdistill.rollouts.interleaved import InterleavedRollout as InterleavedRollout
     from llmdistill.rollouts.mixed import MixedRollout as MixedRollout
     from llmdistill.rollouts.sampled import SampledRollout as SampledRollout
     from llmdistill.run import distill as distill
@@ -24,6 +25,7 @@ _PUBLIC = {
     "CrossEntropyObjective": "llmdistill.objectives.response",
     "DistillTrainer": "llmdistill.training.trainer",
     "FixedRollout": "llmdistill.rollouts.fixed",
+    "InterleavedRollout": "llmdistill.rollouts.interleaved",
     "LlmDistillError": "llmdistill.errors",
     "LocalTeacher": "llmdistill.teachers.local",
     "MixedRollout": "llmdistill.rollouts.mixed",

@@ -148,7 +148,8 @@ class Sequences:
     """Prompts with their responses, padded on the right: what a rollout writes.
 
     `embedding_change`, a function (B, T, H) -> (B, T, H), is applied by student and teacher to
-    their own embeddings.  `signal` is there when the writer has already judged what it kept.
+    their own embeddings.  `signal` is there when the writer has already judged what it kept, and
+    `judgements_B` then counts the teacher's passes over each row.
     """
 
     input_ids_BT: Tensor
@@ -157,6 +158,7 @@ class Sequences:
     row_ids_B: Tensor
     writer_BT: Tensor
     writer_logprob_BT: Tensor | None = None
+    judgements_B: Tensor | None = None
     embedding_change: Callable[[Tensor], Tensor] | None = None
     signal: TeacherSignal | None = None
 

@@ -104,6 +104,8 @@ def _branches(rollout: recipes.RolloutRecipe) -> list[tuple[Any, float | None]]:
 def _writer(rollout: recipes.RolloutRecipe) -> str:
     if isinstance(rollout, recipes.FixedRecipe):
         return "the data set"
+    if isinstance(rollout, recipes.InterleavedRecipe):
+        return "both models"
     return f"the {getattr(rollout, 'by', 'student')}"
 
 

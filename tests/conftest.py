@@ -12,10 +12,12 @@ import torch
 
 from tests import toy
 
+torch.set_num_threads(1)  # two workers share two cores
+
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> None:
-    """Two workers share two cores; and no test depends on the one before it."""
+def _seed() -> None:
+    """No test depends on the one before it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

@@ -23,8 +23,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 def test_the_public_names():
     """P3: at most 15, each importable."""
     assert llmdistill.__all__ == [
-        "CrossEntropyObjective", "DistillTrainer", "FixedRollout", "LlmDistillError", "LocalTeacher",
-        "MixedRollout", "ResponseObjective", "SampledRollout", "Sampling", "distill",
+        "CrossEntropyObjective", "DistillTrainer", "FixedRollout", "InterleavedRollout",
+        "LlmDistillError", "LocalTeacher", "MixedRollout", "ResponseObjective", "SampledRollout", "Sampling", "distill",
     ]  # fmt: skip
     for name in llmdistill.__all__:
         assert getattr(llmdistill, name).__name__ == name
@@ -38,6 +38,7 @@ SIGNATURES = {
     "LocalTeacher": "model tokenizer",
     "ResponseObjective": "divergence target token_weight weight scale_by_t2 chunk_size options",
     "SampledRollout": "by sampling max_new_tokens samples",
+    "InterleavedRollout": "top_k accept block_size max_new_tokens student_sampling teacher_sampling",
     "MixedRollout": "student other share",
     "Sampling": "temperature top_p top_k continuous",
     "distill": "recipe resume overwrite",

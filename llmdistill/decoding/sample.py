@@ -20,8 +20,8 @@ from torch import Tensor
 from llmdistill.batch import Draw, Prompts, Sampling, Sequences, TeacherSignal, Writer
 from llmdistill.decoding.continuous import sample_continuously
 from llmdistill.decoding.keyed import perturb, row_keys
-from llmdistill.decoding.packed import packed
-from llmdistill.models.heads import eval_mode, split, unwrap_adapters
+from llmdistill.decoding.session import ready_to_write
+from llmdistill.models.heads import split, unwrap_adapters
 from llmdistill.models.vocabulary import end_ids, num_tokens
 
 if TYPE_CHECKING:
@@ -74,10 +74,8 @@ def sample(
     pad_id = tokenizer.pad_token_id
     sampler = KeyedSampler(ids_BP.shape[1], sampling, keys_B, num_tokens(tokenizer))
     with (
-        eval_mode(model),
-        packed(model, len(prompts)),
+        ready_to_write(model, len(prompts)),
         _blank_generation_config(model),
-        torch.compiler.set_stance("force_eager"),  # shapes change with every token
         _head_inputs(model) as states_BH,
     ):
         output_BT = model.generate(

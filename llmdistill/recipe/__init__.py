@@ -5,11 +5,13 @@ Reading one imports neither torch nor transformers, so a typo is found in well u
 
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.questions import (
+    ACCEPT_OPTIONS,
     AdapterOffTeacherRecipe,
     AdaptiveShareRecipe,
     ConstantShareRecipe,
     CrossEntropyRecipe,
     FixedRecipe,
+    InterleavedRecipe,
     LinearShareRecipe,
     LocalTeacherRecipe,
     MixedRecipe,
@@ -34,6 +36,7 @@ from llmdistill.recipe.schema import (
 )
 
 __all__ = [
+    "ACCEPT_OPTIONS",
     "AdapterOffTeacherRecipe",
     "AdaptiveShareRecipe",
     "CarveRecipe",
@@ -42,6 +45,7 @@ __all__ = [
     "DataRecipe",
     "EvaluateRecipe",
     "FixedRecipe",
+    "InterleavedRecipe",
     "LinearShareRecipe",
     "LocalTeacherRecipe",
     "MixedRecipe",

@@ -16,14 +16,19 @@ from llmdistill.recipe.base import Dtype, Quantization, Strict
 from llmdistill.recipe.facts import close_to, divergence_options, wrong_option
 
 
-class SamplingRecipe(Strict):
-    """How tokens are drawn."""
+class WarpRecipe(Strict):
+    """How a token is drawn."""
 
     temperature: float = Field(1.0, ge=0)
     """0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     """0 keeps every token."""
+
+
+class SamplingRecipe(WarpRecipe):
+    """How one model draws a whole answer."""
+
     continuous: bool = False
     """Rows join and leave the batch as they end (`generate_batch`, for GPUs); an answer then
     depends on the rows beside it.
@@ -134,6 +139,71 @@ class ReplayRecipe(Strict):
         return self.rollout.new_tokens
 
 
+# What each way to accept a draft can be told, and what it takes if it is not.
+ACCEPT_OPTIONS: dict[str, dict[str, float]] = {
+    "top_k": {"top_k": 25},
+    "top_p": {"top_p": 0.95},
+    "mixture": {"teacher_share": 0.2},
+    "switch": {"factor": 3.0, "window": 10},
+}
+
+
+class InterleavedRecipe(Strict):
+    """Who writes: both; the student drafts, the teacher replaces what it does not accept (SKD)."""
+
+    kind: Literal["interleaved"] = "interleaved"
+    accept: Literal["top_k", "top_p", "mixture", "switch"] = "top_k"
+    """Which drafted tokens stay.  top_k: the teacher's likeliest; top_p: those in its nucleus;
+    mixture: all, but a share of the slots is the teacher's (MiniLLM); switch: all until the
+    divergence jumps, then none (AdaSwitch).
+    """
+    top_k: int | None = Field(None, ge=0)
+    """accept: top_k.  0 takes nothing from the student, the size of the vocabulary everything."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """accept: top_p.  The nucleus is taken at temperature 1."""
+    teacher_share: float | None = Field(None, ge=0, le=1)
+    """accept: mixture."""
+    factor: float | None = Field(None, gt=0)
+    """accept: switch.  A jump is this many times the mean of the slots before."""
+    window: int | None = Field(None, gt=0)
+    """accept: switch.  The slots that are compared with."""
+    block_size: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """Tokens drafted at a time; auto: as many as pay, measured while writing.  The answers do not
+    depend on it.
+    """
+    max_new_tokens: int = Field(256, gt=0)
+    student_sampling: WarpRecipe = WarpRecipe(temperature=0.5, top_p=0.5)
+    teacher_sampling: WarpRecipe = WarpRecipe(temperature=0.2, top_p=0.5)
+    """Of the tokens that replace what is not accepted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_the_defaults_of_its_rule(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {**ACCEPT_OPTIONS.get(str(given.get("accept", "top_k")), {}), **given}
+
+    @model_validator(mode="after")
+    def _options_of_its_rule(self) -> InterleavedRecipe:
+        for rule, options in ACCEPT_OPTIONS.items():
+            for name in options:
+                if rule != self.accept and getattr(self, name) is not None:
+                    raise PydanticCustomError(
+                        "accept",
+                        "'{name}' is an option of accept: {rule}; this is accept: {accept}",
+                        {"name": name, "rule": rule, "accept": self.accept},
+                    )
+        return self
+
+    @property
+    def takes_data(self) -> bool:
+        return False
+
+    @property
+    def new_tokens(self) -> int:
+        return self.max_new_tokens
+
+
 class ConstantShareRecipe(Strict):
     kind: Literal["constant"] = "constant"
     value: float = Field(ge=0, le=1)
@@ -160,7 +230,7 @@ class AdaptiveShareRecipe(Strict):
 Schedule = Annotated[
     ConstantShareRecipe | LinearShareRecipe | AdaptiveShareRecipe, Field(discriminator="kind")
 ]
-Own = Annotated[SampledRecipe | ReplayRecipe, Field(discriminator="kind")]
+Own = Annotated[SampledRecipe | ReplayRecipe | InterleavedRecipe, Field(discriminator="kind")]
 Other = Annotated[FixedRecipe | SampledRecipe, Field(discriminator="kind")]
 
 
@@ -190,7 +260,8 @@ class MixedRecipe(Strict):
 
 
 RolloutRecipe = Annotated[
-    FixedRecipe | SampledRecipe | MixedRecipe | ReplayRecipe, Field(discriminator="kind")
+    FixedRecipe | SampledRecipe | InterleavedRecipe | MixedRecipe | ReplayRecipe,
+    Field(discriminator="kind"),
 ]
 
 

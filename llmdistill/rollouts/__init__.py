@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from llmdistill import recipe
 from llmdistill.batch import Rollout, Sampling
+from llmdistill.rollouts.acceptance import Accept, Mixture, Switch, TopK, TopP
 from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.mixed import MixedRollout
 from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
@@ -28,6 +30,17 @@ def _sampled(answer: recipe.SampledRecipe) -> Rollout:
         sampling=Sampling(**answer.sampling.model_dump()),
         max_new_tokens=answer.max_new_tokens,
         samples=answer.samples,
+    )
+
+
+def _interleaved(answer: recipe.InterleavedRecipe) -> Rollout:
+    options = recipe.ACCEPT_OPTIONS[answer.accept]
+    return InterleavedRollout(
+        accept=_ACCEPT[answer.accept](*(getattr(answer, name) for name in options)),
+        block_size=answer.block_size,
+        max_new_tokens=answer.max_new_tokens,
+        student_sampling=Sampling(**answer.student_sampling.model_dump()),
+        teacher_sampling=Sampling(**answer.teacher_sampling.model_dump()),
     )
 
 
@@ -53,9 +66,17 @@ _SCHEDULES: dict[type, Callable[..., Share]] = {
 }
 
 
+_ACCEPT: dict[str, Callable[..., Accept]] = {
+    "top_k": TopK,
+    "top_p": TopP,
+    "mixture": Mixture,
+    "switch": Switch,
+}
+
 _BUILDERS: dict[type, Callable[..., Rollout]] = {
     recipe.FixedRecipe: _fixed,
     recipe.SampledRecipe: _sampled,
+    recipe.InterleavedRecipe: _interleaved,
     recipe.MixedRecipe: _mixed,
     recipe.ReplayRecipe: _replay,
 }

@@ -8,8 +8,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llmdistill.batch import Prompts
-from llmdistill.decoding.session import Session
 from llmdistill.errors import ModelError
 from llmdistill.models.heads import check_split, eval_mode
 from llmdistill.teachers.local import LocalTeacher
@@ -37,9 +35,3 @@ class AdapterOffTeacher(LocalTeacher):
     def in_use(self) -> Iterator[PreTrainedModel]:
         with super().in_use() as model, eval_mode(model), model.disable_adapter():
             yield model
-
-    def session(self, prompts: Prompts) -> Session:
-        raise ModelError(
-            "a teacher of kind adapter_off cannot be stepped beside its student: they are one "
-            "model; load it twice (kind: local)"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from llmdistill.batch import (
     final_hidden,
 )
 from llmdistill.decoding.sample import sample
-from llmdistill.decoding.session import Session
+from llmdistill.decoding.session import Session, session
 from llmdistill.models.heads import check_split, split
 
 if TYPE_CHECKING:
@@ -74,6 +75,6 @@ class LocalTeacher:
                 keep_states=True,
             )
 
-    def session(self, prompts: Prompts) -> Session:
+    def session(self, prompts: Prompts) -> AbstractContextManager[Session]:
         """The teacher as something that can be stepped: for interleaved writing."""
-        return Session(self.model, prompts)
+        return session(self.model, self.tokenizer, prompts, within=self.in_use)

@@ -1,15 +1,16 @@
 """One step's mathematics.
 
 N = predicted tokens, H = hidden size, V = vocabulary. `Distillation` is the module that a trainer
-wraps: the student and the objectives, all that has parameters.  It has two entrances, `forward`
-(one micro-batch: judge and match) and `write` (the student writes).  Nothing else touches the
-student while it is wrapped.  A frozen teacher is not part of the module: it is neither saved, nor
-moved, nor put in training mode.
+wraps: the student and the objectives, all that has parameters.  It has three entrances: `forward`
+(one micro-batch: judge and match), `write` (the student writes) and `session` (it writes token by
+token).  Nothing else touches the student while it is wrapped.  A frozen teacher is not part of the
+module: it is neither saved, nor moved, nor put in training mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ from llmdistill.batch import (
     final_hidden,
 )
 from llmdistill.decoding.sample import sample
+from llmdistill.decoding.session import Session, session
 from llmdistill.models.heads import check_split, split
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.objectives.base import Objective
@@ -109,6 +111,10 @@ class Distillation(nn.Module):
             draw=draw,
             writer=Writer.STUDENT,
         )
+
+    def session(self, prompts: Prompts) -> AbstractContextManager[Session]:
+        """The student as something that can be stepped: for interleaved writing."""
+        return session(self.student, self.tokenizer, prompts)
 
     def parameter_groups(self) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
         """Trainable parameters by who owns them, each under its name in this module."""

@@ -251,3 +251,21 @@ def test_the_logits_are_left_as_they_were():
     before = logits_BV.clone()
     draw_tokens(logits_BV, Sampling(0.7, 0.9, 20), keys(), 0)
     assert torch.equal(logits_BV, before)
+
+
+@pytest.mark.parametrize("looked_at", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 0.999])
+def test_the_nucleus_does_not_depend_on_how_many_tokens_are_looked_at(
+    monkeypatch, looked_at, top_p
+):
+    """Flat rows, whose nucleus is wide, stand beside peaked ones."""
+    sizes_B1 = torch.tensor([0.01, 1.0, 5.0, 0.5])[:, None]
+    logits_BV = torch.randn(4, 40, generator=torch.Generator().manual_seed(3)) * sizes_B1
+    expected = cut_away(logits_BV, Sampling(top_p=top_p))
+    monkeypatch.setattr("llmdistill.decoding.keyed.NUCLEUS_TOKENS", looked_at)
+    assert torch.equal(cut_away(logits_BV, Sampling(top_p=top_p)), expected)
+
+
+def test_a_tie_at_the_edge_of_the_nucleus_keeps_all_that_are_equal():
+    logits_BV = torch.tensor([[0.6, 0.2, 0.2, 1e-9]]).log()
+    assert cut_away(logits_BV, Sampling(top_p=0.7)).tolist() == [[False, False, False, True]]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llmdistill.batch import Draw, Prompts, Sampling, Writer, final_hidden
-from llmdistill.decoding.sample import eval_mode, sample
-from llmdistill.models.heads import split
+from llmdistill.decoding.sample import sample
+from llmdistill.models.heads import eval_mode, split
 from tests import toy
 
 END = 2

@@ -34,7 +34,7 @@ def hidden(model, ids):
 def start(model, prompts=PROMPTS):
     """A session that has read its prompts whole."""
     batch = pack(prompts)
-    session = Session(model, batch)
+    session = Session(model, toy.tokenizer(), batch)
     session.extend(batch.input_ids_BP[:, -1:])
     return session
 
@@ -66,7 +66,7 @@ def sliding(family: str, window: int = 4):
 
 def test_stepping_greedily_is_generate(exact):
     batch = pack(PROMPTS)
-    session, head = Session(exact, batch), split(exact)[1]
+    session, head = Session(exact, toy.tokenizer(), batch), split(exact)[1]
     ids_B1, written = batch.input_ids_BP[:, -1:], []
     for _ in range(10):
         ids_B1 = head(session.extend(ids_B1)[:, -1]).argmax(-1)[:, None]
@@ -93,7 +93,7 @@ def test_extending_by_many_is_extending_one_by_one(exact):
 
 def test_the_first_extension_predicts_the_first_response_token(exact):
     batch = pack(PROMPTS)
-    session = Session(exact, batch)
+    session = Session(exact, toy.tokenizer(), batch)
     assert session.length_B.tolist() == [len(prompt) - 1 for prompt in PROMPTS]
     found = session.extend(batch.input_ids_BP[:, -1:])
     assert found.shape == (4, 1, 32)
@@ -102,7 +102,7 @@ def test_the_first_extension_predicts_the_first_response_token(exact):
 
 
 def test_one_token_prompts_start_from_an_empty_cache(exact):
-    session = Session(exact, pack([[8], [9]]))
+    session = Session(exact, toy.tokenizer(), pack([[8], [9]]))
     assert session.length_B.tolist() == [0, 0]
     torch.testing.assert_close(session.extend(torch.tensor([[8], [9]]))[1], hidden(exact, [9]))
 
@@ -131,7 +131,8 @@ def test_what_was_taken_back_would_have_mattered(exact):
     assert (kept.extend(draft(1, 9)) - whole.extend(draft(1, 9))).abs().max() > 1e-2
 
 
-def test_the_tail_that_no_row_keeps_is_cut_off(exact):
+def test_the_tail_that_no_row_keeps_is_cut_off(exact, monkeypatch):
+    monkeypatch.setattr("llmdistill.decoding.session.HOLES", 1.0)
     session = start(exact)
     assert session._cache.get_seq_length() == 5
     session.extend(draft(6))

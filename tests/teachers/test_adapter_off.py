@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmdistill.batch import Draw, Need, Sampling
+from llmdistill.batch import Draw, Need, Prompts, Sampling, Sequences, Writer
 from llmdistill.data.collate import PromptDataset, collate
+from llmdistill.decoding.session import session
 from llmdistill.errors import ModelError
 from llmdistill.models.adapters import add_adapter
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
@@ -80,6 +81,16 @@ def test_a_student_without_an_adapter_is_refused():
         AdapterOffTeacher(toy.model(), toy.tokenizer())
 
 
-def test_it_cannot_be_stepped_beside_its_student(student):
-    with pytest.raises(ModelError, match="they are one model"):
-        AdapterOffTeacher(student, toy.tokenizer()).session(None)
+def test_it_is_stepped_beside_its_student(student):
+    """One model, two sessions: each pass runs with the adapter as it should be."""
+    prompts = Prompts.pack([[5, 6, 7], [8]], [0, 1], pad_id=0)
+    teacher = AdapterOffTeacher(student, toy.tokenizer())
+    last_B1 = prompts.input_ids_BP[:, -1:]
+    with session(student, toy.tokenizer(), prompts) as own, teacher.session(prompts) as base:
+        adapted, plain = own.extend(last_B1), base.extend(last_B1)
+        again = own.extend(last_B1)
+    sequences = Sequences.pack([[5, 6, 7], [8]], [[9], [9]], [0, 1], writer=Writer.DATA, pad_id=0)
+    judged = teacher.judge(sequences, teacher.provides)
+    torch.testing.assert_close(plain[:, 0], judged.hidden_NH)
+    assert (adapted - plain).abs().max() > 1e-3
+    assert (again - adapted).abs().max() > 1e-3

@@ -1,0 +1,82 @@
+"""How many tokens to draft before they are judged: measured, not guessed.
+
+A = open rows, g = block size.  A block costs g passes of the student over A tokens and one of the
+teacher over A * g; with acceptance a it brings E = (1 - a^g) / (1 - a) tokens a row (Leviathan et
+al. 2023, equation 1, without the bonus token).  The size of least cost per token is 1 where passes
+are bound by arithmetic and 5 or more where they are bound by memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+TRIED = (4, 1, 8, 2) * 2  # the sizes of the first blocks, so that there is something to compare
+MEMORY = 0.98  # weight of what was known of the acceptance when a block is added
+
+
+class Measured(NamedTuple):
+    """What a block took: seconds to draft it and to judge it; of its `judged` tokens `stayed`."""
+
+    num_rows: int
+    size: int
+    draft_seconds: float
+    judge_seconds: float
+    stayed: int
+    judged: int
+
+
+class Costs:
+    """Seconds of one pass by its number of tokens: the least of the last few, interpolated."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, deque[float]] = {}
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        self._seconds.setdefault(num_tokens, deque(maxlen=4)).append(seconds)
+
+    def __call__(self, num_tokens: int) -> float:
+        """Between two measured sizes on a line, below them as the smallest, above in proportion."""
+        below = max((n for n in self._seconds if n <= num_tokens), default=None)
+        above = min((n for n in self._seconds if n >= num_tokens), default=None)
+        if below is None:
+            return min(self._seconds[above]) if above is not None else 0.0
+        low = min(self._seconds[below])
+        if above is None:
+            return low * num_tokens / below
+        share = (num_tokens - below) / max(above - below, 1)
+        return low + share * (min(self._seconds[above]) - low)
+
+
+class AutoBlock:
+    """The block size of least measured cost per token, for the rows and the acceptance of now."""
+
+    def __init__(self) -> None:
+        self.draft, self.judge = Costs(), Costs()
+        self._untried = list(reversed(TRIED))
+        self._stayed, self._judged = 0.0, 0.0
+
+    def choose(self, num_rows: int) -> int:
+        if self._untried:
+            return self._untried[-1]
+        acceptance = self._stayed / max(self._judged, 1.0)
+        draft = self.draft(num_rows)
+
+        def cost(size: int) -> float:
+            return (size * draft + self.judge(num_rows * size)) / expected(size, acceptance)
+
+        return min(SIZES, key=cost)
+
+    def learn(self, block: Measured) -> None:
+        self.draft.add(block.num_rows, block.draft_seconds / block.size)
+        self.judge.add(block.num_rows * block.size, block.judge_seconds)
+        self._stayed = MEMORY * self._stayed + block.stayed
+        self._judged = MEMORY * self._judged + block.judged
+        if self._untried and self._untried[-1] == block.size:
+            self._untried.pop()
+
+
+def expected(size: int, acceptance: float) -> float:
+    """Tokens that a block brings a row: its accepted head, and the replacement where it ends."""
+    return float(sum(acceptance**i for i in range(size)))

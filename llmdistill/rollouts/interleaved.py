@@ -1,0 +1,213 @@
+"""Both write: the student drafts a block, the teacher judges it in one pass and replaces the first
+token that it refuses; the rest of the draft is dropped, and both go on from there.
+
+A = open rows, G = drafted tokens, n = those of them at hand, V = vocabulary.  Xu et al. 2025 (SKD),
+algorithm 1; where the released code departs from it, the algorithm is followed.  Each token is
+drawn by the randomness of its own row and slot, so the answers are the same with any block size and
+beside any rows, up to the rounding of the models.
+
+    both models read    last token on the page, draft_1 .. draft_G-1
+    the teacher judges  draft_1 .. draft_G, each by the state before it
+    both caches keep    what is on the page now, but its last token
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from llmdistill.batch import Draw, Model, Progress, Prompts, Sampling, Sequences, Teacher, Writer
+from llmdistill.decoding.keyed import draw_tokens, row_keys
+from llmdistill.decoding.session import Session
+from llmdistill.errors import RecipeError
+from llmdistill.rollouts.acceptance import Accept, Block, TopK
+from llmdistill.rollouts.blocks import AutoBlock, Measured
+from llmdistill.rollouts.page import Open, Page, Piece
+
+LEAVE = 1 / 8  # ended rows leave the batch once they are this share of it
+
+
+@runtime_checkable
+class Stepped(Protocol):
+    """A model that can be written with token by token."""
+
+    def session(self, prompts: Prompts) -> AbstractContextManager[Session]: ...
+
+
+class InterleavedRollout:
+    """Answers that student and teacher write together, judged by the teacher while they do.
+
+    `accept` says which drafted tokens stay (`acceptance.py`), by default those among the teacher's
+    `top_k` likeliest; what replaces the others is drawn from the teacher's own distribution as
+    `teacher_sampling` warps it.  `block_size` tokens are drafted at a time; `auto` measures how
+    many pay.  The defaults are the paper's.
+    """
+
+    def __init__(
+        self,
+        *,
+        top_k: int | None = None,
+        accept: Accept | None = None,
+        block_size: int | Literal["auto"] = "auto",
+        max_new_tokens: int = 256,
+        student_sampling: Sampling | None = None,
+        teacher_sampling: Sampling | None = None,
+    ) -> None:
+        if accept is not None and top_k is not None:
+            raise RecipeError("rollout: give 'top_k' or another way to 'accept', not both")
+        self.accept = accept or TopK(25 if top_k is None else top_k)
+        self.block_size = block_size
+        self.max_new_tokens = max_new_tokens
+        self.student_sampling = student_sampling or Sampling(temperature=0.5, top_p=0.5)
+        self.teacher_sampling = teacher_sampling or Sampling(temperature=0.2, top_p=0.5)
+        if self.student_sampling.continuous or self.teacher_sampling.continuous:
+            raise RecipeError("rollout: two models that step together cannot be 'continuous'")
+        self._auto = AutoBlock()
+
+    @torch.no_grad()
+    def write(
+        self, prompts: Prompts, student: Model, teacher: Teacher, progress: Progress
+    ) -> Sequences:
+        """Raises RecipeError for a teacher that cannot be stepped."""
+        if not isinstance(student, Stepped) or not isinstance(teacher, Stepped):
+            raise RecipeError(
+                "rollout.kind: interleaved steps the teacher token by token, and a "
+                f"{type(teacher).__name__} cannot be stepped; use a teacher of kind local"
+            )
+        draw = Draw(progress.seed, epoch=progress.epoch)
+        with student.session(prompts) as drafter, teacher.session(prompts) as judge:
+            pair = _Pair(self, prompts, drafter, judge, draw)
+            while len(pair.open):
+                size = self._size(len(pair.open)) if pair.can_take_back else 1
+                self._auto.learn(pair.write_block(size))
+            return pair.page.sequences(prompts, judge.head)
+
+    def _size(self, num_rows: int) -> int:
+        return self._auto.choose(num_rows) if self.block_size == "auto" else self.block_size
+
+
+class _Pair:
+    """Both models at work on one batch."""
+
+    def __init__(
+        self,
+        rollout: InterleavedRollout,
+        prompts: Prompts,
+        drafter: Session,
+        judge: Session,
+        draw: Draw,
+    ) -> None:
+        self.rollout, self.drafter, self.judge = rollout, drafter, judge
+        self.can_take_back = drafter.can_hold_holes and judge.can_hold_holes
+        self.open = Open.start(prompts, rollout.max_new_tokens, judge.device)
+        self.page = Page(len(prompts))
+        self.rule = rollout.accept.start(len(prompts), rollout.max_new_tokens, judge.device)
+        self.ends = torch.tensor(sorted(drafter.ends | judge.ends), device=judge.device)
+        row_ids_B = prompts.row_ids_B.to(judge.device)
+        self.keys = {writer: row_keys(draw, row_ids_B, writer) for writer in Writer}
+
+    def write_block(self, size: int) -> Measured:
+        """Drafts, judges, keeps what stands; rows that end leave.  Gives what it took."""
+        now, num_rows = self.open, len(self.open)
+        size = min(size, int(now.room_A.max()))
+        start = self._clock()
+        draft_AG, student_AGV = self._draft(size)
+        drafted = self._clock()
+        hidden_AGH = self.judge.extend(torch.cat([now.last_A1, draft_AG[:, :-1]], 1))
+        block = Block(
+            draft_AG,
+            now.row_A,
+            now.written_A[:, None] + torch.arange(size, device=draft_AG.device),
+            self.keys[Writer.DATA][now.row_A],  # neither writer's own
+            self.judge.logits(hidden_AGH),
+            student_AGV,
+        )
+        stays_A = self.rule(block).long().cumprod(1).sum(1)  # up to the first refusal
+        tokens_AG, writer_AG = self._replaced(block, stays_A)
+        count_A, ended_A = self._kept(tokens_AG, stays_A)
+        kept_AG = torch.arange(size, device=count_A.device) < count_A[:, None]
+        samplings = (self.rollout.teacher_sampling, self.rollout.student_sampling)
+        log_prob_AG = self.rule.log_prob(block, tokens_AG, *samplings)
+        self.page.add(
+            Piece(
+                now.row_A[:, None].expand_as(tokens_AG)[kept_AG],
+                block.slots_AG[kept_AG],
+                tokens_AG[kept_AG],
+                writer_AG[kept_AG],
+                hidden_AGH[kept_AG],
+                None if log_prob_AG is None else log_prob_AG[kept_AG],
+            )
+        )
+        self._go_on(size, now.after(tokens_AG, count_A, ended_A))
+        stayed = int((kept_AG & (writer_AG == Writer.STUDENT)).sum())
+        judged = self._clock()
+        return Measured(
+            num_rows, size, drafted - start, judged - drafted, stayed, int(kept_AG.sum())
+        )
+
+    def _draft(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """The student's next tokens, and the logits that they were drawn from if the rule asks:
+        (A, G), (A, G, V).
+        """
+        device = self.drafter.device
+        next_A1 = self.open.last_A1.to(device)
+        keys_A = self.keys[Writer.STUDENT][self.open.row_A].to(device)
+        drafted, logits = [], []
+        for offset in range(size):
+            logits_AV = self.drafter.logits(self.drafter.extend(next_A1))[:, -1]
+            slot_A = (self.open.written_A + offset).to(device)
+            next_A1 = draw_tokens(logits_AV, self.rollout.student_sampling, keys_A, slot_A)[:, None]
+            drafted.append(next_A1)
+            logits += [logits_AV] * self.rule.sees_student
+        draft_AG = torch.cat(drafted, 1).to(self.judge.device)
+        return draft_AG, torch.stack(logits, 1).to(self.judge.device) if logits else None
+
+    def _replaced(self, block: Block, stays_A: Tensor) -> tuple[Tensor, Tensor]:
+        """The draft with the teacher's token at each row's first refusal, and who wrote what."""
+        tokens_AG = block.draft_AG.clone()
+        writer_AG = torch.full_like(tokens_AG, int(Writer.STUDENT))
+        refused_n = (stays_A < tokens_AG.shape[1]).nonzero()[:, 0]
+        at = (refused_n, stays_A[refused_n])
+        keys_n = self.keys[Writer.TEACHER][block.rows_A[refused_n]]
+        tokens_AG[at] = draw_tokens(
+            block.teacher_AGV[at], self.rollout.teacher_sampling, keys_n, block.slots_AG[at]
+        )
+        writer_AG[at] = int(Writer.TEACHER)
+        return tokens_AG, writer_AG
+
+    def _kept(self, tokens_AG: Tensor, stays_A: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tokens of each row go on the page, and whether they end its answer: (A,), (A,).
+
+        Those that stay and the replacement, to the first end token, as far as there is room.
+        """
+        size = tokens_AG.shape[1]
+        count_A = (stays_A + 1).clamp_max(size).minimum(self.open.room_A)
+        inside_AG = torch.arange(size, device=count_A.device) < count_A[:, None]
+        ends_AG = torch.isin(tokens_AG, self.ends) & inside_AG
+        ended_A = ends_AG.any(1)
+        return torch.where(ended_A, ends_AG.long().argmax(1) + 1, count_A), ended_A
+
+    def _go_on(self, size: int, after: Open) -> None:
+        """Sets both models back to the page, and lets rows leave that have ended."""
+        has_room_A = after.room_A > 0
+        ended_n, going_n = (~has_room_A).nonzero()[:, 0], has_room_A.nonzero()[:, 0]
+        if len(ended_n) < LEAVE * len(after):
+            going_n = torch.arange(len(after), device=going_n.device)
+        elif len(going_n):
+            self.drafter.drop(ended_n)
+            self.judge.drop(ended_n)
+        self.open = after.select(going_n)
+        if size > 1 and len(self.open):
+            length_A = self.open.prompt_A + self.open.written_A - 1
+            self.drafter.keep(length_A)
+            self.judge.keep(length_A)
+
+    def _clock(self) -> float:
+        """The time, once the device has done what it was given."""
+        if self.judge.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,103 @@
+"""What two writers have written so far: the rows still open, and the tokens that stay.
+
+A = open rows, B = all rows, G = tokens of a block, n = tokens of it that stay, N = all that stayed,
+H = hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmdistill.batch import Prompts, Sequences, TeacherSignal, Writer
+from llmdistill.models.heads import Head
+
+
+@dataclass(frozen=True)
+class Open:
+    """The rows whose answers have not ended."""
+
+    row_A: Tensor  # their places in the batch
+    last_A1: Tensor  # the last token on the page, which neither model has read
+    prompt_A: Tensor  # tokens of the prompt
+    written_A: Tensor  # tokens of the answer so far
+    room_A: Tensor  # tokens that still fit; 0 once it has ended
+
+    @classmethod
+    def start(cls, prompts: Prompts, room: int, device: torch.device) -> Open:
+        row_A = torch.arange(len(prompts), device=device)
+        return cls(
+            row_A,
+            prompts.input_ids_BP[:, -1:].to(device),
+            prompts.attention_mask_BP.sum(1).to(device),
+            torch.zeros_like(row_A),
+            torch.full_like(row_A, room),
+        )
+
+    def __len__(self) -> int:
+        return len(self.row_A)
+
+    def after(self, tokens_AG: Tensor, count_A: Tensor, ended_A: Tensor) -> Open:
+        """With the first `count_A` of these tokens on the page."""
+        newest_A1 = tokens_AG.gather(1, (count_A - 1).clamp_min(0)[:, None])
+        return replace(
+            self,
+            last_A1=torch.where(count_A[:, None] > 0, newest_A1, self.last_A1),
+            written_A=self.written_A + count_A,
+            room_A=torch.where(ended_A, 0, self.room_A - count_A),
+        )
+
+    def select(self, places: Tensor) -> Open:
+        return Open(**{field.name: getattr(self, field.name)[places] for field in fields(self)})
+
+
+class Piece(NamedTuple):
+    """The tokens of one block that stay, with the teacher's states that predict them."""
+
+    row_n: Tensor
+    slot_n: Tensor
+    token_n: Tensor
+    writer_n: Tensor
+    hidden_nH: Tensor
+    log_prob_n: Tensor | None
+
+
+class Page:
+    """Pieces in the order of their blocks; `sequences` puts each row's together."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._pieces: list[Piece] = []
+        self._judgements_B = torch.zeros(num_rows, dtype=torch.long)
+
+    def add(self, piece: Piece) -> None:
+        self._pieces.append(piece)
+        self._judgements_B[piece.row_n.unique().cpu()] += 1
+
+    def sequences(self, prompts: Prompts, head: Head) -> Sequences:
+        """The prompts with their answers, who wrote which token, and the teacher's judgement."""
+        columns = list(zip(*self._pieces, strict=True))
+        row_N, slot_N = torch.cat(columns[0]), torch.cat(columns[1])
+        order_N = (row_N * (slot_N.max() + 1) + slot_N).argsort()
+        token_N, writer_N, hidden_NH = (torch.cat(column)[order_N] for column in columns[2:5])
+        counts = row_N.bincount(minlength=len(prompts)).tolist()
+        written = Sequences.pack(
+            prompts.ids(),
+            [ids.tolist() for ids in token_N.split(counts)],
+            prompts.row_ids_B.tolist(),
+            writer=Writer.STUDENT,
+            pad_id=0,  # masked everywhere: any id does
+        )
+        mask_BT, log_prob_BT = written.response_mask_BT, None
+        if columns[5][0] is not None:
+            log_prob_N = torch.cat(columns[5])[order_N].cpu()
+            log_prob_BT = torch.zeros(mask_BT.shape).masked_scatter(mask_BT, log_prob_N)
+        return replace(
+            written,
+            writer_BT=written.writer_BT.masked_scatter(mask_BT, writer_N.cpu()),
+            writer_logprob_BT=log_prob_BT,
+            judgements_B=self._judgements_B,
+            signal=TeacherSignal(hidden_NH, head),
+        )
