@@ -2,7 +2,7 @@
 
     train.jsonl  train.json  train.csv  train.tsv  train.parquet     a file
     folder/                                                          all such files in it, by name
-    org/name  org/name:split                                         a data set of the Hub
+    org/name  org/name:split  org/name:config:split                  a data set of the Hub
     seed_tasks                                                       175 instructions of our own
 
 A row comes with its place (`train.jsonl:214`), as it is in the file.  One that cannot be read is
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.resources import files
@@ -24,7 +25,7 @@ from llmdistill.errors import DataError
 SEED_TASKS = "seed_tasks"
 HELP = (
     "Give a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, or a data set of "
-    "the Hub as org/name or org/name:split."
+    "the Hub as org/name, org/name:split or org/name:config:split."
 )
 
 Rows = Iterator[tuple[str, Any]]
@@ -149,9 +150,11 @@ def _read_parquet(path: Path, source: str) -> Rows:
 def _hub_rows(source: str, streaming: bool) -> Rows:
     import datasets
 
-    name, _, split = source.partition(":")
+    name, *parts = re.split(r":(?![^\[]*\])", source)  # not the colon of a slice: train[:100]
+    split = parts.pop() if parts else "train"
+    config = parts[0] if parts else None
     try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=streaming)
+        rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:
         raise DataError(
             f"cannot load data set '{source}': {type(error).__name__}: {error}. {HELP}"

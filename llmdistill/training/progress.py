@@ -38,7 +38,10 @@ class ProgressBar(TrainerCallback):
             now = time.perf_counter()
             speed = logs["predicted_tokens"] / (now - self._since)
             self._since = now
-            self._bar.set_postfix({"loss": f"{logs['loss']:.3f}", "tokens/s": f"{speed:.0f}"})
+            shown = {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{speed:.0f}"}
+            if "acceptance" in logs:
+                shown["accepted"] = f"{logs['acceptance']:.2f}"
+            self._bar.set_postfix(shown)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.guards import stop_if_not_finite
 from llmdistill.training.saving import StudentTrainer
 from llmdistill.training.step import Distillation
+from llmdistill.training.tally import Tally, over_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -75,7 +77,7 @@ class DistillTrainer(StudentTrainer):
         )
         self.teacher, self.rollout = teacher, rollout
         self.model_card, self.merge_adapter = model_card, merge_adapter
-        self._terms: dict[str, float | Tensor] = {}
+        self._tally = Tally()
         self._step_loss: Tensor | float = 0.0
         use_cache = student.config.use_cache
         super().__init__(
@@ -115,14 +117,17 @@ class DistillTrainer(StudentTrainer):
         if not parts:
             return [], None
         prompts = Prompts.join(parts, pad_id=0)
+        start = time.perf_counter()
         with self.accelerator.autocast():
             sequences = self.rollout.write(prompts, self.model, self.teacher, self._progress())
+        seconds = time.perf_counter() - start
         rest = _remainder(self.train_dataset, self.args)
-        sequences = sequences.without_loss(_repeated(self.accelerator, parts, rest)).to(device)
+        sequences = sequences.without_loss(_repeated(self.accelerator, parts, rest))
+        self._tally.add_written(sequences, seconds)
+        sequences = sequences.to(device)
         order = sequences.attention_mask_BT.sum(1).argsort(descending=True, stable=True)
         rows = order.split([len(part) for part in parts])
         count = self.accelerator.reduce(sequences.num_predicted.sum(), reduction="sum")
-        self._add_terms({"tokens": sequences.num_predicted.sum()})
         return [{"sequences": sequences.select(some)} for some in rows], count
 
     def _progress(self) -> Progress:
@@ -153,7 +158,7 @@ class DistillTrainer(StudentTrainer):
         divisor = torch.as_tensor(num_items_in_batch, device=output.total.device).clamp_min(1)
         loss = output.total / divisor * self.accelerator.num_processes
         self._step_loss = self._step_loss + loss.detach()
-        self._add_terms(output.terms)
+        self._tally.add_terms(output.terms)
         return (loss, output) if return_outputs else loss
 
     def prediction_step(
@@ -174,7 +179,7 @@ class DistillTrainer(StudentTrainer):
         """Trainer averages batch means; the loss reported is the mean over all predicted tokens."""
         self._eval_sums = {"total": 0.0, "count": 0.0}
         result = super().evaluation_loop(*args, **kwargs)
-        sums = _over_ranks(self.accelerator, self._eval_sums)
+        sums = over_ranks(self.accelerator, self._eval_sums)
         prefix = kwargs.get("metric_key_prefix", "eval")
         result.metrics[f"{prefix}_loss"] = sums["total"] / max(sums["count"], 1)
         return result
@@ -225,21 +230,10 @@ class DistillTrainer(StudentTrainer):
     # ---- what is logged ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds each objective's mean per predicted token and the tokens per second, over all
-        ranks.
-        """
-        if "loss" in logs and self._terms:
-            reduced = _over_ranks(self.accelerator, self._terms)
-            self._terms = {}
-            num_tokens = reduced.pop("tokens")
-            if len(reduced) > 1:
-                logs.update({name: value / max(num_tokens, 1) for name, value in reduced.items()})
-            logs["predicted_tokens"] = num_tokens
+        """Adds what was written and each objective's mean since the last line, over all ranks."""
+        if "loss" in logs:
+            logs.update(self._tally.figures(self.accelerator))
         super().log(logs, start_time)
-
-    def _add_terms(self, terms: dict[str, Tensor]) -> None:
-        for name, value in terms.items():
-            self._terms[name] = self._terms.get(name, 0.0) + value.detach()
 
 
 def _optimizer_groups(
@@ -254,17 +248,6 @@ def _optimizer_groups(
         for group, named in groups.items()
         for decays in (True, False)
     ]
-
-
-def _over_ranks(accelerator: Accelerator, terms: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Each term summed over all ranks; one rank alone leaves them on the CPU (not each device has
-    float64).
-    """
-    names = sorted(terms)
-    sums = torch.tensor([float(terms[name]) for name in names], dtype=torch.float64)
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device))
-    return dict(zip(names, sums.tolist(), strict=True))
 
 
 def _remainder(rows: Any, args: TrainingArguments) -> int:

@@ -77,23 +77,29 @@ def test_the_packages_own_rows():
 
 
 @pytest.mark.parametrize(
-    ("source", "name", "split"),
-    [("org/rows", "org/rows", "train"), ("org/rows:test", "org/rows", "test")],
+    ("source", "config", "split"),
+    [
+        ("org/rows", None, "train"),
+        ("org/rows:test", None, "test"),
+        ("org/rows:test[:100]", None, "test[:100]"),
+        ("org/rows:main:test", "main", "test"),
+        ("org/rows:main:test[10:100]", "main", "test[10:100]"),
+    ],
 )
-def test_a_data_set_of_the_hub(monkeypatch, source, name, split):
+def test_a_data_set_of_the_hub(monkeypatch, source, config, split):
     asked = []
 
-    def load_dataset(name, split, streaming):
-        asked.append((name, split, streaming))
+    def load_dataset(name, config, split, streaming):
+        asked.append((name, config, split, streaming))
         return [{"a": 1}, {"a": 2}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert list(read(source)) == [(f"{source}[0]", {"a": 1}), (f"{source}[1]", {"a": 2})]
-    assert asked == [(name, split, False)]
+    assert asked == [("org/rows", config, split, False)]
 
 
 def test_a_data_set_that_does_not_come_says_what_to_do(monkeypatch):
-    def load_dataset(name, split, streaming):
+    def load_dataset(name, config, split, streaming):
         raise ConnectionError("offline")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)

@@ -1,0 +1,155 @@
+"""Who should write?  One student, three rollouts: interleaved (SKD), its own, the data set's.
+
+    python scripts/compare_rollouts.py --train gsm8k_train.jsonl --eval gsm8k_test.jsonl \
+        [--write docs/results/skd.md]
+
+`recipes/skd_cpu.yaml` with the same student, prompts, order, number of new tokens and seed; only
+the answer to "who writes" differs.  The held-out loss is the forward KL per token on the teacher's
+greedy answers to held-out prompts.  A run that is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from llmdistill import recipe as recipes
+from llmdistill.run import distill
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "skd_cpu.yaml"
+OWN = "{kind: sampled, by: student, sampling: {temperature: 0.5, top_p: 0.5}, max_new_tokens: %d}"
+EVERY = 20  # steps
+FIGURES = (
+    "kl_teacher_text", "kl_own_text", "top1_agreement", "draft_acceptance", "rouge_l_teacher",
+    "repeated_4grams",
+)  # fmt: skip
+
+
+def overrides(name: str, options: argparse.Namespace) -> list[str]:
+    """What a variant changes in the recipe."""
+    written = {
+        "interleaved": [f"rollout.max_new_tokens={options.new_tokens}"],
+        "on_policy": ["rollout=" + OWN % options.new_tokens],
+        "supervised_kd": ["rollout={kind: fixed}"],
+    }
+    return [
+        f"output={Path(options.runs) / name}", *written[name],
+        f"data.train={options.train}", f"data.eval={options.eval}",
+        f"data.max_response_tokens={options.new_tokens}", "data.max_prompt_tokens=80",
+        f"training.max_steps={options.steps}", "training.eval_on_start=true",
+        f"evaluate.max_new_tokens={options.new_tokens}", f"evaluate.every_steps={EVERY}",
+    ]  # fmt: skip
+
+
+def head(source: str, rows: int, folder: Path) -> Path:
+    """The first rows of a file, as a file: few of them are measured on."""
+    lines = Path(source).read_text(encoding="utf-8").splitlines()[:rows]
+    path = folder / f"first_{rows}.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """A line every `EVERY` steps: the held-out loss there, means of what was logged since."""
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = []
+    for entry in (entry for entry in logged if "eval_loss" in entry):
+        since = [e for e in logged if entry["step"] - EVERY < e["step"] <= entry["step"]]
+        lines.append({"step": entry["step"], "held-out KL": entry["eval_loss"]} | _means(since))
+    return lines
+
+
+def _means(entries: list[dict[str, Any]]) -> dict[str, float]:
+    keys = ("loss", "acceptance", "tokens_per_judgement", "replaced_q1", "replaced_q4")
+    found = {key: [e[key] for e in entries if key in e] for key in keys}
+    return {key: sum(values) / len(values) for key, values in found.items() if values}
+
+
+def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    for name, lines in curves.items():
+        left.plot([e["step"] for e in lines], [e["held-out KL"] for e in lines], "o-", label=name)
+    skd = [e for e in curves["interleaved"] if "acceptance" in e]
+    right.plot([e["step"] for e in skd], [e["acceptance"] for e in skd], "o-", label="accepted")
+    for part, title in (("replaced_q1", "first"), ("replaced_q4", "last")):
+        steps, shares = [e["step"] for e in skd], [e[part] for e in skd]
+        right.plot(steps, shares, "--", label=f"replaced, {title} quarter")
+    left.set(xlabel="step", ylabel="nats per token", title="held-out KL, teacher's answers")
+    right.set(xlabel="step", ylim=(0, 1), title="interleaved: drafted tokens")
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def report(options: argparse.Namespace, runs: Path, names: list[str]) -> None:
+    curves = {name: curve(runs / name) for name in names}
+    wide = {name: {e["step"]: e for e in lines} for name, lines in curves.items()}
+    steps = [e["step"] for e in curves["interleaved"]]
+    table = [
+        {"step": step}
+        | {f"{name}: held-out KL": wide[name][step]["held-out KL"] for name in names}
+        | {f"{name}: loss": wide[name][step].get("loss", "") for name in names}
+        | {
+            key: wide["interleaved"][step].get(key, "")
+            for key in ("acceptance", "tokens_per_judgement", "replaced_q1", "replaced_q4")
+        }
+        for step in steps
+    ]
+    figures = {name: json.loads((runs / name / "evaluation.json").read_text()) for name in names}
+    ends = [{"student": "before"} | _chosen(figures[names[0]]["before"])]
+    ends += [{"student": f"after {name}"} | _chosen(figures[name]["after"]) for name in names]
+    parts = [
+        "Who writes, at equal steps: `recipes/skd_cpu.yaml` on GSM8K's questions, "
+        f"{options.steps} steps of 8 prompts, at most {options.new_tokens} tokens an answer; "
+        f"measured on the first {options.eval_rows} test questions.  Losses are each rollout's own "
+        "and not comparable between columns; the held-out KL is.  Figures over steps are means "
+        f"since the line before.  `replaced_q1` and `_q4`: share of the tokens in the first and "
+        "last quarter of an answer that the teacher wrote.",
+        benchmark.table(table),
+        benchmark.table(ends),
+    ]
+    if options.write:
+        picture = Path(options.write).with_suffix(".svg")
+        plot(curves, picture)
+        parts.append(f"![held-out KL and acceptance]({picture.name})")
+    benchmark.report(options.write, "Who writes: SKD beside its neighbours", parts)
+
+
+def _chosen(figures: dict[str, Any]) -> dict[str, float]:
+    return {name: figures[name] for name in FIGURES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--eval-rows", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--runs", default="runs/compare_rollouts")
+    parser.add_argument("--write")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    runs = Path(options.runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    options.eval = head(options.eval, options.eval_rows, runs)
+    names = ["interleaved", "on_policy", "supervised_kd"]
+    for name in names:
+        if not (runs / name / "evaluation.json").is_file():
+            distill(recipes.load(RECIPE, overrides(name, options)), overwrite=True)
+    report(options, runs, names)
+
+
+if __name__ == "__main__":
+    main()
