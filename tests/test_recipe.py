@@ -446,6 +446,26 @@ def test_a_share_is_a_number_or_a_schedule():
         ({"kind": "mixed", "share": {"kind": "adaptive"}}, "give 'evaluate.every_steps'"),
         ({"kind": "replay", "rollout": {"kind": "sampled", "by": "teacher"}}, "'rollout': a teac"),
         ({"kind": "replay", "capacity": 0}, "'rollout.capacity'"),
+        (
+            {"kind": "interleaved", "top_p": 0.9},
+            "'top_p' is an option of accept: top_p; this is accept: top_k",
+        ),
+        (
+            {"kind": "interleaved", "accept": "mixture", "top_k": 5},
+            "'top_k' is an option of accept: top_k",
+        ),
+        (
+            {"kind": "interleaved", "accept": "topk"},
+            "'rollout.accept': input should be 'top_k', 'top_p'",
+        ),
+        ({"kind": "interleaved", "top_k": -1}, "'rollout.top_k'"),
+        ({"kind": "interleaved", "block_size": 0}, "'rollout.block_size"),
+        ({"kind": "interleaved", "block_size": "large"}, "'rollout.block_size"),
+        (
+            {"kind": "interleaved", "student_sampling": {"continuous": True}},
+            "'rollout.student_sampling.continuous'",
+        ),
+        ({"kind": "interleaved", "top_q": 1}, "'rollout.top_q'"),
     ],
 )
 def test_wrong_schedules_are_named(rollout, said):

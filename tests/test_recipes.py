@@ -31,7 +31,8 @@ TRAINING = {"use_cpu": True, "dataloader_pin_memory": False, "save_strategy": "s
 
 def test_all_recipes_are_found():
     assert [path.stem for path in RECIPES] == [
-        "distillm", "eight_gpus", "gkd", "on_policy", "one_gpu", "peft", "quickstart", "seqkd", "sft", "supervised_kd",
+        "distillm", "eight_gpus", "gkd", "on_policy", "one_gpu", "peft", "quickstart", "seqkd", "sft",
+        "skd", "skd_cpu", "supervised_kd",
     ]  # fmt: skip
 
 
@@ -84,6 +85,10 @@ def shorter(path: Path) -> list[str]:
             "student.carve.layers=2", "rollout.student.max_new_tokens=6", "rollout.other.max_new_tokens=6",
             "data.max_prompt_tokens=110", "data.hold_back=4",
         ]  # fmt: skip
+    if path.stem == "skd":
+        return ["rollout.max_new_tokens=6", "training.bf16=false"]
+    if path.stem == "skd_cpu":
+        return ["rollout.max_new_tokens=6", "student.carve.layers=2"]
     if path.stem in ("gkd", "one_gpu"):
         return ["rollout.student.max_new_tokens=6"]
     if path.stem == "distillm":

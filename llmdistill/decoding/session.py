@@ -129,6 +129,13 @@ class Session:
             layer.keys = _columns(layer.keys, order_BC)
             layer.values = _columns(layer.values, order_BC)
 
+    def _holds(self, num_columns: int) -> bool:
+        """Has the model put these tokens into the cache that it was given?"""
+        from transformers.cache_utils import DynamicLayer
+
+        attends = any(isinstance(layer, DynamicLayer) for layer in self._cache.layers)
+        return attends and self._cache.get_seq_length() == num_columns
+
     @torch.no_grad()
     def _read(self, ids_BG: Tensor, mask_BG: Tensor) -> Tensor:
         start_B1 = self.length_B[:, None]
@@ -142,7 +149,7 @@ class Session:
                 past_key_values=self._cache,
                 use_cache=True,
             )
-        if self._cache.get_seq_length() != self._mask_BC.shape[1]:
+        if not self._holds(self._mask_BC.shape[1]):
             raise ModelError(
                 f"{type(unwrap_adapters(self.model)).__name__} keeps no cache of its tokens that "
                 "can be stepped; it cannot write interleaved"

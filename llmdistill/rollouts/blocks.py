@@ -8,6 +8,7 @@ are bound by arithmetic and 5 or more where they are bound by memory.
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ class Measured(NamedTuple):
 
 
 class Costs:
-    """Seconds of one pass by its number of tokens: the least of the last few, interpolated."""
+    """Seconds of one pass by its number of tokens: the least of the last few measured."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, deque[float]] = {}
@@ -37,16 +38,18 @@ class Costs:
         self._seconds.setdefault(num_tokens, deque(maxlen=4)).append(seconds)
 
     def __call__(self, num_tokens: int) -> float:
-        """Between two measured sizes on a line, below them as the smallest, above in proportion."""
-        below = max((n for n in self._seconds if n <= num_tokens), default=None)
-        above = min((n for n in self._seconds if n >= num_tokens), default=None)
-        if below is None:
-            return min(self._seconds[above]) if above is not None else 0.0
-        low = min(self._seconds[below])
-        if above is None:
-            return low * num_tokens / below
-        share = (num_tokens - below) / max(above - below, 1)
-        return low + share * (min(self._seconds[above]) - low)
+        """On the line through the measured sizes on either side, or through the largest two; below
+        all of them the smallest.
+        """
+        sizes = sorted(self._seconds)
+        if not sizes or num_tokens <= sizes[0] or len(sizes) == 1:
+            return min(self._seconds[sizes[0]]) if sizes else 0.0
+        place = min(bisect.bisect_left(sizes, num_tokens), len(sizes) - 1)
+        (low, low_seconds), (high, high_seconds) = (
+            (size, min(self._seconds[size])) for size in sizes[place - 1 : place + 1]
+        )
+        slope = max(high_seconds - low_seconds, 0.0) / (high - low)
+        return low_seconds + slope * (num_tokens - low)
 
 
 class AutoBlock:

@@ -110,7 +110,8 @@ def test_a_data_set_that_does_not_come_says_what_to_do(monkeypatch):
 def test_a_stream_of_the_hub_is_asked_for_as_one(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "datasets.load_dataset", lambda name, split, streaming: asked.append(streaming) or []
+        "datasets.load_dataset",
+        lambda name, config, split, streaming: asked.append(streaming) or [],
     )
     assert list(read("org/rows", streaming=True)) == []
     assert asked == [True]

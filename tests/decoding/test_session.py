@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from llmdistill.batch import Prompts
-from llmdistill.decoding.session import Session
+from llmdistill.decoding.session import HOLES, Session, _columns
 from llmdistill.errors import ModelError
 from llmdistill.models.heads import split
 from tests import toy
+from tests.models.test_heads import FAMILIES, family
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [20, 21, 22, 23]]
 
@@ -231,3 +242,90 @@ def test_a_window_that_is_full_takes_nothing_back_or_says_so(family):
     for row in range(2):
         ids = [*prompts[row], int(ids_BG[row, 0]), int(draft(1, 5, rows=2)[row, 0])]
         torch.testing.assert_close(found[row], hidden(model, ids)[-1:], atol=1e-5, rtol=1e-4)
+
+
+# ---- rows that move together ----
+
+
+def test_rows_close_up_when_too_many_columns_are_holes(exact):
+    """Blocks of 6 of which a row keeps one or two: most of the cache would be holes."""
+    session = start(exact)
+    rows = [list(prompt) for prompt in PROMPTS]
+    widths = []
+    for round_ in range(6):
+        ids_BG = draft(6, seed=round_)
+        found = session.extend(ids_BG)
+        for row, ids in enumerate(rows):
+            expected = hidden(exact, ids + ids_BG[row].tolist())[len(ids) :]
+            torch.testing.assert_close(found[row], expected)
+            ids += ids_BG[row, : 1 + (row + round_) % 2 + 3 * (row == round_ % 4)].tolist()
+        session.keep(torch.tensor([len(ids) for ids in rows]))
+        assert session.length_B.tolist() == [len(ids) for ids in rows]
+        widths.append(session._cache.get_seq_length())
+    longest = max(len(ids) for ids in rows)
+    assert widths[-1] <= longest / (1 - HOLES)
+    assert any(after < before + 5 for before, after in itertools.pairwise(widths))
+
+
+def test_rows_stay_where_they_are_while_holes_are_few(exact, monkeypatch):
+    moved = []
+    monkeypatch.setattr(
+        "llmdistill.decoding.session._columns", lambda *args: moved.append(1) or args[0]
+    )
+    session = start(exact)
+    session.extend(draft(4))
+    session.keep(torch.tensor([7, 4, 9, 8]))  # 9 columns; the longest row fills them
+    assert moved == []
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_values_of_another_size_than_keys_move_too(exact, monkeypatch, compact):
+    monkeypatch.setattr("llmdistill.decoding.session.HOLES", 0.0 if compact else 1.0)
+    states = torch.arange(2 * 1 * 4 * 3.0).reshape(2, 1, 4, 3)
+    order = torch.tensor([[1, 3], [0, 2]])
+    assert torch.equal(_columns(states, order)[1, 0], states[1, 0, [0, 2]])
+    session = start(exact)
+    session.extend(draft(4))
+    session.keep(torch.tensor([3, 2, 6, 4]))
+    expected = hidden(exact, PROMPTS[2] + draft(4)[2, :1].tolist() + [9])[-1]
+    torch.testing.assert_close(session.extend(torch.full((4, 1), 9))[2, 0], expected)
+
+
+def test_a_model_without_a_cache_of_its_tokens_is_refused():
+    """A Mamba keeps states, not tokens."""
+    config = MambaConfig(vocab_size=toy.NUM_TOKENS, hidden_size=16, num_hidden_layers=2)
+    model = MambaForCausalLM(config).eval()
+    with pytest.raises(ModelError, match="MambaForCausalLM"):
+        start(model)
+
+
+# ---- scores ----
+
+
+def test_logits_are_the_models_own_over_the_ids_that_mean_something():
+    batch = pack(PROMPTS)
+    for name in FAMILIES:
+        model = family(name)
+        tokenizer = toy.tokenizer()
+        session = Session(model, tokenizer, batch)
+        session.num_tokens = 50  # of 61
+        found = session.logits(session.extend(batch.input_ids_BP[:, -1:]))
+        assert found.shape == (4, 1, 50)
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([PROMPTS[2]]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(found[2, 0], expected[:50], rtol=1e-4, atol=1e-4)
+
+
+def test_each_pass_runs_within_its_context():
+    entered = []
+
+    @contextlib.contextmanager
+    def within():
+        entered.append(1)
+        yield
+
+    batch = pack(PROMPTS)
+    session = Session(toy.model(), toy.tokenizer(), batch, within=within)
+    states = session.extend(batch.input_ids_BP[:, -1:])
+    session.logits(states)
+    assert len(entered) == 3  # the prompt, the token, the scores

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
-from tests.training.helpers import dataset, trainer, weights
+from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +65,17 @@ def test_on_policy_writes_the_same_on_two_ranks(tmp_path):
         max_steps=2,
     )
     torch.testing.assert_close(two_ranks("on_policy", tmp_path), expected, rtol=0, atol=1e-6)
+
+
+def test_two_models_write_the_same_on_two_ranks(tmp_path):
+    expected = one_rank(
+        tmp_path / "one",
+        rows=dataset(16),
+        rollout=InterleavedRollout(**INTERLEAVED),
+        per_device_train_batch_size=8,
+        max_steps=2,
+    )
+    torch.testing.assert_close(two_ranks("interleaved", tmp_path), expected, rtol=0, atol=1e-6)
 
 
 def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):

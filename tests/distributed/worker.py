@@ -14,9 +14,10 @@ import torch.distributed as dist
 from llmdistill.errors import NonFiniteLossError
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from tests import toy
-from tests.training.helpers import dataset, trainer, weights
+from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
 
 def same_weights(folder: Path, **options) -> None:
@@ -75,6 +76,14 @@ def kept_answers(folder: Path) -> None:
 
 def on_policy(folder: Path) -> None:
     rollout = SampledRollout("student", max_new_tokens=6)
+    same_weights(
+        folder, rows=dataset(16), rollout=rollout, per_device_train_batch_size=4, max_steps=2
+    )
+
+
+def interleaved(folder: Path) -> None:
+    """Both models write; the log is over both ranks."""
+    rollout = InterleavedRollout(**INTERLEAVED)
     same_weights(
         folder, rows=dataset(16), rollout=rollout, per_device_train_batch_size=4, max_steps=2
     )
@@ -146,6 +155,7 @@ CASES = {
         resumed,
         kept_answers,
         on_policy,
+        interleaved,
         gradients,
         empty_rank,
         evaluation,

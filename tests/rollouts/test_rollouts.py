@@ -12,7 +12,9 @@ from llmdistill.batch import Draw, Progress, Prompts, Sampling, Sequences, State
 from llmdistill.decoding.sample import sample
 from llmdistill.errors import DataError, RecipeError
 from llmdistill.rollouts import build_rollout
+from llmdistill.rollouts.acceptance import Mixture, Switch, TopK, TopP
 from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.mixed import MixedRollout
 from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
@@ -407,3 +409,34 @@ def test_a_recipe_builds_schedules_and_replay():
     assert built.student.capacity == 7
     linear = {"share": {"kind": "linear", "start": 1.0, "end": 0.0}}
     assert build_rollout(recipe.MixedRecipe.model_validate(linear)).share == LinearShare(1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "accept"),
+    [
+        ({}, TopK(25)),
+        ({"top_k": 0}, TopK(0)),
+        ({"accept": "top_p"}, TopP(0.95)),
+        ({"accept": "top_p", "top_p": 0.5}, TopP(0.5)),
+        ({"accept": "mixture", "teacher_share": 0.4}, Mixture(0.4)),
+        ({"accept": "switch", "window": 7}, Switch(3.0, 7)),
+    ],
+)
+def test_a_recipe_builds_an_interleaved_rollout(given, accept):
+    built = build_rollout(recipe.InterleavedRecipe.model_validate(given))
+    assert isinstance(built, InterleavedRollout)
+    assert built.accept == accept
+    assert (built.block_size, built.max_new_tokens) == ("auto", 256)
+    assert built.student_sampling == Sampling(0.5, 0.5)
+    assert built.teacher_sampling == Sampling(0.2, 0.5)
+
+
+def test_a_recipe_gives_an_interleaved_rollout_its_options():
+    answer = recipe.InterleavedRecipe.model_validate(
+        {"block_size": 5, "max_new_tokens": 9, "student_sampling": {"temperature": 1.0},
+         "teacher_sampling": {"top_k": 4}}
+    )  # fmt: skip
+    built = build_rollout(recipe.MixedRecipe(student=answer)).student
+    assert (built.block_size, built.max_new_tokens) == (5, 9)
+    assert built.student_sampling == Sampling(1.0)
+    assert built.teacher_sampling == Sampling(top_k=4)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import torch
 from transformers import TrainingArguments
 
+from llmdistill.batch import Sampling
 from llmdistill.data.collate import PromptDataset
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.trainer import DistillTrainer
 from tests import toy
+
+INTERLEAVED = {  # a rollout whose acceptance is neither 0 nor 1 on the toys
+    "top_k": 120,
+    "block_size": 3,
+    "max_new_tokens": 6,
+    "student_sampling": Sampling(),
+}
 
 
 def arguments(folder, **options) -> TrainingArguments:

@@ -14,6 +14,7 @@ from llmdistill.data.validate import Rules
 from llmdistill.errors import CheckpointError
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.mixed import MixedRollout
 from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
@@ -26,6 +27,9 @@ ROLLOUTS = {
     "on_policy": lambda: SampledRollout("student", max_new_tokens=6),
     "seqkd": lambda: SampledRollout(
         "teacher", max_new_tokens=6, samples=2, sampling=Sampling(temperature=0.8)
+    ),
+    "interleaved": lambda: InterleavedRollout(
+        block_size=3, max_new_tokens=6, student_sampling=Sampling()
     ),
     "replay": lambda: ReplayRollout(SampledRollout("student", max_new_tokens=6), capacity=4),
     "mixed": lambda: MixedRollout(SampledRollout("student", max_new_tokens=6), FixedRollout()),

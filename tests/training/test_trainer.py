@@ -21,11 +21,12 @@ from llmdistill.errors import NonFiniteLossError, TrainingError, VocabularyError
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.trainer import _check_sharded
 from tests import toy
-from tests.training.helpers import arguments, dataset, gradient, trainer, weights
+from tests.training.helpers import INTERLEAVED, arguments, dataset, gradient, trainer, weights
 
 # ---- the divisor, and what must not matter ----
 
@@ -430,6 +431,51 @@ def test_logs_the_loss_and_each_term_per_predicted_token(tmp_path):
     logs = made.state.log_history[0]
     assert logs["loss"] == pytest.approx(logs["forward_kl"] + 0.5 * logs["cross_entropy"], rel=1e-5)
     assert logs["predicted_tokens"] == sum(len(row.response_ids) for row in dataset().rows)
+
+
+def test_logs_who_wrote_what(tmp_path):
+    """Against the sequences themselves, over an accumulation window."""
+    rollout, seen = InterleavedRollout(**INTERLEAVED), []
+    write = rollout.write
+    rollout.write = lambda *args: seen.append(write(*args)) or seen[-1]
+    made = trainer(tmp_path, rollout=rollout, gradient_accumulation_steps=2)
+    judged = []
+    judge = made.teacher.judge
+    made.teacher.judge = lambda *args: judged.append(1) or judge(*args)
+    made.train()
+    logs, (written,) = made.state.log_history[0], seen
+    assert judged == []  # the rollout has judged what it kept
+    writers = [
+        w[m].tolist() for w, m in zip(written.writer_BT, written.response_mask_BT, strict=True)
+    ]
+    taught = [[writer == Writer.TEACHER for writer in row] for row in writers]
+    number = sum(map(len, taught))
+    assert 0 < sum(map(sum, taught)) < number
+    assert logs["predicted_tokens"] == number
+    assert logs["teacher_share"] == pytest.approx(sum(map(sum, taught)) / number)
+    assert logs["acceptance"] == pytest.approx(1 - logs["teacher_share"])
+    passes = int(written.judgements_B.sum())
+    assert logs["tokens_per_judgement"] == pytest.approx(number / passes)
+    assert 1 < logs["tokens_per_judgement"] <= 3
+    assert logs["written_per_second"] > 0
+    for quarter in range(4):
+        part = [t for row in taught for i, t in enumerate(row) if 4 * i // len(row) == quarter]
+        assert logs[f"replaced_q{quarter + 1}"] == pytest.approx(sum(part) / max(len(part), 1))
+
+
+def test_logs_no_writers_where_there_is_one(tmp_path):
+    made = trainer(tmp_path)
+    made.train()
+    assert (
+        not {"acceptance", "teacher_share", "written_per_second"} & made.state.log_history[0].keys()
+    )
+
+
+def test_what_was_logged_is_not_logged_again(tmp_path):
+    made = trainer(tmp_path, rollout=InterleavedRollout(**INTERLEAVED), max_steps=2)
+    made.train()
+    first, second, *_ = made.state.log_history
+    assert abs(first["predicted_tokens"] - second["predicted_tokens"]) <= 10
 
 
 def test_the_evaluation_loss_is_the_mean_over_tokens_not_over_batches(tmp_path):
