@@ -1,31 +1,41 @@
-"""Writing: tokens per second of ours beside stock `generate`, real models, float32 or bfloat16.
+"""Writing: stock `generate`, ours, and both models interleaved, in tokens per second.
 
-    python scripts/bench_rollouts.py [--write docs/results/rollouts.md] [--student FOLDER]
+    python scripts/bench_rollouts.py --student runs/quickstart/student [--write PATH]
 
-The embedded teacher, and a student where a folder is given (the quickstart's, say), sample 64
-tokens behind prompts of 64, at temperature 1.  Calls in turn; tokens behind an end are not counted.
+Embedded teacher and its 20-layer student after the quickstart, prompts and answers of 64 tokens;
+the student samples at temperature 0.5 and top-p 0.5, the teacher at 0.2 and 0.5 (SKD's settings),
+top-25 acceptance.  Calls in turn, medians; tokens behind an end are not counted.
+
+With `--random` both models have random weights, in the shapes of SmolLM2-1.7B and 360M (on a GPU)
+or smaller ones: nothing is loaded, and a slot is the teacher's with probability 0.1, whatever the
+models say.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import benchmark
 import torch
+from bench_step import model, tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llmdistill.batch import Draw, Prompts, Sampling, Writer
+from llmdistill import InterleavedRollout, LocalTeacher, ResponseObjective, SampledRollout, Sampling
+from llmdistill.batch import Progress, Prompts, Sequences, Writer
 from llmdistill.data.sources import read
-from llmdistill.decoding.sample import sample
 from llmdistill.models.load import load_model, load_tokenizer
+from llmdistill.rollouts.acceptance import Mixture, TopK
+from llmdistill.training.step import Distillation
 
 TEACHER = "smollm2-135m-instruct"
 PROMPT, NEW = 64, 64
-BATCHES = (1, 8, 32)
+OWN = {"student": Sampling(0.5, 0.5), "teacher": Sampling(0.2, 0.5)}
+BLOCKS = {"per token": 1, "blocks of 2": 2, "blocks of 4": 4, "blocks of 8": 8, "auto": "auto"}
 
 
 def prompts(tokenizer: Any, size: int) -> Prompts:
@@ -37,70 +47,115 @@ def prompts(tokenizer: Any, size: int) -> Prompts:
     )
 
 
-def stock(model: Any, tokenizer: Any, some: Prompts, number: int) -> int:
-    torch.manual_seed(number)
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=some.input_ids_BP.to(model.device),
-            attention_mask=some.attention_mask_BP.to(model.device),
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-    new_BG = output[:, PROMPT:]
-    ended_BG = (new_BG == tokenizer.eos_token_id).cumsum(1)
-    return int(((ended_BG - (new_BG == tokenizer.eos_token_id).long()) == 0).sum())
+class Bench:
+    """A pair of models, and every way in which they write."""
+
+    def __init__(self, teacher: Any, student: Any, tokenizer: Any, accept: Any) -> None:
+        self.tokenizer = tokenizer
+        self.models = {"teacher": teacher, "student": student}
+        self.teacher = LocalTeacher(teacher, tokenizer)
+        self.student = Distillation(student, self.teacher, [ResponseObjective()], tokenizer)
+        rollouts: dict[str, Any] = {
+            f"ours, {who} alone": SampledRollout(who, sampling=sampling, max_new_tokens=NEW)
+            for who, sampling in OWN.items()
+        }
+        for name, size in BLOCKS.items():
+            rollouts[f"interleaved, {name}"] = InterleavedRollout(
+                accept=accept, block_size=size, max_new_tokens=NEW,
+                student_sampling=OWN["student"], teacher_sampling=OWN["teacher"],
+            )  # fmt: skip
+        self.rollouts = rollouts
+
+    def stock(self, who: str, some: Prompts, number: int) -> int:
+        """Tokens written by plain `generate`."""
+        made, sampling = self.models[who], OWN[who]
+        torch.manual_seed(number)
+        with torch.no_grad():
+            output = made.generate(
+                input_ids=some.input_ids_BP.to(made.device),
+                attention_mask=some.attention_mask_BP.to(made.device),
+                do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0,
+                max_new_tokens=NEW, pad_token_id=self.tokenizer.pad_token_id,
+            )  # fmt: skip
+        new_BG = output[:, PROMPT:]
+        ends_BG = (new_BG == self.tokenizer.eos_token_id).long()
+        return int((ends_BG.cumsum(1) - ends_BG == 0).sum())
+
+    def written(self, name: str, some: Prompts, number: int) -> Sequences:
+        """Another seed each time; the teacher's answers are not to be remembered."""
+        rollout = self.rollouts[name]
+        if isinstance(rollout, SampledRollout):
+            rollout.load_state_dict({"kept": []})
+        at = Progress(step=0, epoch=0, seed=number)
+        return rollout.write(some, self.student, self.teacher, at)
+
+    def rows(self, size: int, rounds: int) -> list[dict[str, Any]]:
+        some = prompts(self.tokenizer, size)
+        tokens: dict[str, list[int]] = {}
+        seen: dict[str, list[Sequences]] = {}
+
+        def call(name: str) -> None:
+            number = len(tokens.setdefault(name, []))
+            if name.startswith("generate"):
+                tokens[name].append(self.stock(name.rpartition(" ")[2], some, number))
+            else:
+                seen.setdefault(name, []).append(self.written(name, some, number))
+                tokens[name].append(int(seen[name][-1].num_predicted.sum()))
+
+        names = ["generate, teacher", "generate, student", *self.rollouts]
+        variants: dict[str, Callable[[], None]] = {n: (lambda n=n: call(n)) for n in names}
+        seconds = benchmark.in_turn(variants, rounds)
+        speed = {n: sum(tokens[n][1:]) / len(tokens[n][1:]) / seconds[n] for n in names}
+        return [
+            {
+                "batch": size,
+                "who writes": name,
+                "tokens/s": f"{speed[name]:.1f}",
+                "time a token, against the teacher's generate": speed[names[0]] / speed[name],
+            }
+            | _shares(seen.get(name, []))
+            for name in names
+        ]
 
 
-def ours(model: Any, tokenizer: Any, some: Prompts, number: int) -> int:
-    options = {"max_new_tokens": NEW, "draw": Draw(number), "writer": Writer.STUDENT}
-    return int(sample(model, tokenizer, some, Sampling(), **options).num_predicted.sum())
-
-
-def speeds(model: Any, tokenizer: Any, size: int, rounds: int) -> dict[str, float]:
-    """Tokens per second by who writes."""
-    some = prompts(tokenizer, size)
-    counts: dict[str, list[int]] = {"stock generate": [], "ours": []}
-
-    def call(name: str, write: Any) -> None:
-        counts[name].append(write(model, tokenizer, some, len(counts[name])))
-
-    seconds = benchmark.in_turn(
-        {
-            name: lambda name=name, write=write: call(name, write)
-            for name, write in (("stock generate", stock), ("ours", ours))
-        },
-        rounds,
-    )
-    return {n: sum(c[1:]) / len(c[1:]) / seconds[n] for n, c in counts.items()}
+def _shares(written: list[Sequences]) -> dict[str, Any]:
+    """Who wrote, and how much a judgement brought, where there were any."""
+    judged = [s for s in written if s.judgements_B is not None and int(s.judgements_B.sum())]
+    if not judged:
+        return {"accepted": "", "teacher's share": "", "tokens a judgement": ""}
+    writers_N = torch.cat([s.target_writers_N for s in judged])
+    passes = sum(int(s.judgements_B.sum()) for s in judged if s.judgements_B is not None)
+    share = float((writers_N == Writer.TEACHER).double().mean())
+    return {
+        "accepted": 1 - share,
+        "teacher's share": share,
+        "tokens a judgement": len(writers_N) / passes,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write")
-    parser.add_argument("--student", help="a folder, to be measured too")
+    pair = parser.add_mutually_exclusive_group(required=True)
+    pair.add_argument("--student", help="a student of the embedded teacher: its folder")
+    pair.add_argument("--random", action="store_true")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = []
-    for name in filter(None, (TEACHER, options.student)):
-        model, tokenizer = load_model(name, dtype=options.dtype), load_tokenizer(name)
-        for size in BATCHES:
-            found = speeds(model, tokenizer, size, options.rounds)
-            for who, speed in found.items():
-                rows.append(
-                    {
-                        "model": name,
-                        "batch": size,
-                        "who": who,
-                        "tokens/s": round(speed),
-                        "time against stock": found["stock generate"] / speed,
-                    }
-                )
-    about = (__doc__ or "").split("\n\n")[2]
+    if options.random:
+        dtype = getattr(torch, options.dtype)
+        models = [model(name).to(dtype) for name in ("teacher", "student")]
+        bench = Bench(*models, tokenizer(), Mixture(0.1))
+    else:
+        models = [load_model(name, dtype=options.dtype) for name in (TEACHER, options.student)]
+        bench = Bench(*models, load_tokenizer(TEACHER), TopK(25))
+    rows = [row for size in options.batches for row in bench.rows(size, options.rounds)]
+    about = "\n\n".join((__doc__ or "").split("\n\n")[2:])
     benchmark.report(
-        options.write, "Writing", [f"{about.strip()} {options.dtype}.", benchmark.table(rows)]
+        options.write, "Writing", [f"{about.strip()}\n\n{options.dtype}.", benchmark.table(rows)]
     )
 
 

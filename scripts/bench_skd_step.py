@@ -1,0 +1,120 @@
+"""A training step in which both models write (SKD) beside one in which the student does.
+
+    python scripts/bench_skd_step.py --student runs/quickstart/student [--write PATH]
+
+Embedded teacher, its 20-layer student after the quickstart, 8 prompts of 128 tokens, answers of 128
+at the most; the student samples at temperature 0.5 and top-p 0.5 in both, forward KL, AdamW.
+Trainers in turn, a fresh student each time; medians without each one's first step, in which the
+block size is tried out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import torch
+from bench_rollouts import OWN, TEACHER
+from transformers import TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from llmdistill import (
+    DistillTrainer,
+    InterleavedRollout,
+    LocalTeacher,
+    ResponseObjective,
+    SampledRollout,
+)
+from llmdistill.data.collate import PromptDataset
+from llmdistill.data.sources import read
+from llmdistill.data.validate import Row
+from llmdistill.models.load import load_model, load_tokenizer
+from llmdistill.training.progress import StepClock
+
+PROMPT, NEW, BATCH = 128, 128, 8
+
+
+def rows(tokenizer: Any, number: int) -> PromptDataset:
+    """The seed tasks one behind the other, cut into prompts of one length."""
+    text = " ".join(f"{row['instruction']} {row['output']}" for _, row in read("seed_tasks"))
+    ids = tokenizer(text)["input_ids"]
+    cuts = [ids[i * PROMPT : (i + 1) * PROMPT] for i in range(number)]
+    return PromptDataset([Row(i, prompt, None) for i, prompt in enumerate(cuts)])
+
+
+def run(rollout: Any, options: argparse.Namespace) -> tuple[list[float], list[dict[str, float]]]:
+    """Seconds of each step but the first, and what was logged of them."""
+    tokenizer = load_tokenizer(TEACHER)
+    teacher = LocalTeacher(load_model(TEACHER, dtype=options.dtype), tokenizer)
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, per_device_train_batch_size=BATCH, max_steps=options.steps, logging_steps=1,
+            learning_rate=1e-4, use_cpu=not torch.cuda.is_available(), save_strategy="no",
+            report_to="none", disable_tqdm=True, bf16=options.dtype == "bfloat16",
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = DistillTrainer(
+            student=load_model(options.student, dtype="float32"), teacher=teacher, rollout=rollout,
+            objectives=[ResponseObjective("forward_kl")], args=arguments, callbacks=[clock],
+            train_dataset=rows(tokenizer, BATCH * options.steps), processing_class=tokenizer,
+        )  # fmt: skip
+        trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return clock.seconds[1:], logged[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write")
+    parser.add_argument("--student", required=True)
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    samplings = {"student_sampling": OWN["student"], "teacher_sampling": OWN["teacher"]}
+    variants = {
+        "the student": lambda: SampledRollout(sampling=OWN["student"], max_new_tokens=NEW),
+        "both (SKD)": lambda: InterleavedRollout(max_new_tokens=NEW, **samplings),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    logs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    for _ in range(options.rounds):
+        for name, rollout in variants.items():
+            found = run(rollout(), options)
+            seconds[name] += found[0]
+            logs[name] += found[1]
+    median = {name: statistics.median(some) for name, some in seconds.items()}
+    table = [
+        {
+            "who writes": name,
+            "seconds a step": median[name],
+            "tokens a step": _mean(logs[name], "predicted_tokens"),
+            "written tokens/s": _mean(logs[name], "written_per_second"),
+            "accepted": _mean(logs[name], "acceptance"),
+            "tokens a judgement": _mean(logs[name], "tokens_per_judgement"),
+            "time against the student's": median[name] / median["the student"],
+        }
+        for name in variants
+    ]
+    about = (__doc__ or "").split("\n\n")[2].strip()
+    benchmark.report(
+        options.write, "A step of SKD", [f"{about}  {options.dtype}.", benchmark.table(table)]
+    )
+
+
+def _mean(logs: list[dict[str, float]], key: str) -> float | str:
+    found = [entry[key] for entry in logs if key in entry]
+    return statistics.mean(found) if found else ""
+
+
+if __name__ == "__main__":
+    main()
