@@ -13,7 +13,7 @@ from llmdistill import recipe as recipes
 from llmdistill.data.collate import EncodedRows, PromptDataset
 from llmdistill.models.adapters import add_adapter
 from llmdistill.models.carve import Plan
-from llmdistill.models.footprint import Load, footprint, skeleton, weight_bytes
+from llmdistill.models.footprint import Load, cached_numbers, footprint, skeleton, weight_bytes
 from llmdistill.models.load import DTYPES, default_device, load_config, preferred_dtype
 from llmdistill.recipe import Recipe
 from llmdistill.run import (
@@ -45,7 +45,7 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
     if answer.peft is not None:
         options = answer.peft.model_dump(exclude={"save", "r"})
         student = add_adapter(student, rank=answer.peft.r, seed=recipe.seed, **options)
-    teacher_bytes = 0.0
+    teacher, teacher_bytes, size = student, 0.0, _dtype_bytes(answer.dtype)
     if isinstance(recipe.teacher, recipes.LocalTeacherRecipe):
         name, revision = recipe.teacher_source
         teacher = skeleton(load_config(name, revision=revision))
@@ -63,8 +63,17 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
         checkpointing=bool(training.get("activation_checkpointing")),
         optimizer=str(training.get("optim", "adamw_torch")),
     )
-    weights = {"teacher's weights": teacher_bytes, "student's weights": student_bytes}
-    return weights | footprint(student, load)
+    parts = {"teacher's weights": teacher_bytes, "student's weights": student_bytes}
+    parts |= footprint(student, load)
+    if _both_write(recipe.rollout):
+        parts["cache while writing"] += load.written_tokens * size * cached_numbers(teacher)
+    return parts
+
+
+def _both_write(rollout: recipes.RolloutRecipe) -> bool:
+    """Do student and teacher hold a cache at the same time?"""
+    writers = (rollout, getattr(rollout, "student", None))
+    return any(isinstance(writer, recipes.InterleavedRecipe) for writer in writers)
 
 
 def seconds_per_step(recipe: Recipe) -> dict[str, tuple[float, float | None]]:

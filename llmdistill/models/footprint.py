@@ -97,7 +97,7 @@ def footprint(student: PreTrainedModel, load: Load) -> dict[str, float]:
         "gradients": 4.0 * trained,
         "optimizer": optimizer * trained,
         "activations": activation_bytes(student, load),
-        "cache while writing": load.written_tokens * load.product_bytes * _cached(student),
+        "cache while writing": load.written_tokens * load.product_bytes * cached_numbers(student),
         "chunks of logits": 4.0 * CHUNK_BUFFERS * min(CHUNK_ROWS * vocab_size, CHUNK_NUMBERS),
     }
 
@@ -110,7 +110,7 @@ def activation_bytes(student: PreTrainedModel, load: Load) -> float:
     residual state, and all of one block at a time.  The final norm keeps two states.
     """
     config = student.config.get_text_config()
-    keys = _cached(student) / config.num_hidden_layers
+    keys = cached_numbers(student) / config.num_hidden_layers
     block = 7 * config.hidden_size + 2 * keys + 4 * getattr(config, "intermediate_size", 0)
     if load.checkpointing:
         kept = config.num_hidden_layers * config.hidden_size + block
@@ -119,7 +119,7 @@ def activation_bytes(student: PreTrainedModel, load: Load) -> float:
     return load.tokens * load.product_bytes * (kept + 2 * config.hidden_size)
 
 
-def _cached(model: PreTrainedModel) -> float:
+def cached_numbers(model: PreTrainedModel) -> float:
     """Numbers that a cache holds for one token: keys and values of all layers."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -1,9 +1,8 @@
 """Which drafted tokens stay: the rules by which a teacher takes or replaces what a student drafts.
 
-A = rows being written, G = drafted tokens, V = vocabulary, S = slots of an answer.  A rule is asked
-once for each block and answers for every drafted token on its own; the writer cuts the block at the
-first refusal.  A new rule is one class here, one
-recipe class and one line in the table of `rollouts/__init__.py`.
+A = open rows, G = drafted tokens, V = vocabulary, S = slots of an answer.  A rule is asked once for
+each block and answers for every drafted token on its own; the writer cuts the block at the first
+refusal.
 """
 
 from __future__ import annotations
