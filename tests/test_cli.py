@@ -11,6 +11,8 @@ import time
 import pytest
 
 from llmdistill.cli import main
+from llmdistill.cost import memory
+from llmdistill.data.collate import PromptDataset
 from llmdistill.models.load import load_model
 from llmdistill.recipe import load
 from tests import toy
@@ -250,3 +252,24 @@ def test_check_times_each_way_of_writing(recipe, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "when the student writes" in shown
     assert "when the data set writes" in shown
+
+
+def test_the_memory_counts_both_caches_where_both_models_write(recipe):
+    rows = PromptDataset.of(toy.rows(4), toy.tokenizer())
+    writers = (
+        "{kind: sampled}",
+        "{kind: interleaved}",
+        "{kind: mixed, student: {kind: interleaved}}",
+    )
+    caches = [
+        memory(load(recipe, [f"rollout={writer}"]), rows)["cache while writing"]
+        for writer in writers
+    ]
+    assert caches[1] == pytest.approx(caches[0] * (1 + 4 * 48 / (3 * 32)))  # layers times width
+    assert caches[2] == caches[1]
+
+
+def test_check_times_both_models_together(recipe, monkeypatch, capsys):
+    options = ["rollout.kind=interleaved", "rollout.max_new_tokens=4"]
+    assert run(monkeypatch, "check", str(recipe), "--time", *options) == 0
+    assert "both models" in capsys.readouterr().out

@@ -86,7 +86,7 @@ def shorter(path: Path) -> list[str]:
             "data.max_prompt_tokens=110", "data.hold_back=4",
         ]  # fmt: skip
     if path.stem == "skd":
-        return ["rollout.max_new_tokens=6", "training.bf16=false"]
+        return ["rollout.max_new_tokens=6", "training.bf16=false", "evaluate.answer_pattern=null"]
     if path.stem == "skd_cpu":
         return ["rollout.max_new_tokens=6", "student.carve.layers=2"]
     if path.stem in ("gkd", "one_gpu"):

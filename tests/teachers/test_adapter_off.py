@@ -10,10 +10,11 @@ from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.decoding.session import session
 from llmdistill.errors import ModelError
 from llmdistill.models.adapters import add_adapter
+from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
-from tests.training.helpers import trainer
+from tests.training.helpers import INTERLEAVED, trainer
 
 NEEDS = frozenset({Need.DISTRIBUTION})
 
@@ -60,13 +61,14 @@ def test_writes_as_the_base_does(student):
     )
 
 
-def test_steps_are_those_with_a_second_copy_of_the_base(tmp_path):
+@pytest.mark.parametrize("rollout", [None, InterleavedRollout(**INTERLEAVED)])
+def test_steps_are_those_with_a_second_copy_of_the_base(tmp_path, rollout):
     ends = []
     for alone in (True, False):
         student = adapted(dropout=0.0)
         start = trained(student)
         teacher = AdapterOffTeacher(student, toy.tokenizer()) if alone else base()
-        trainer(tmp_path, student=student, teacher=teacher, max_steps=2).train()
+        trainer(tmp_path, student=student, teacher=teacher, rollout=rollout, max_steps=2).train()
         ends.append(trained(student))
         assert (ends[-1] - start).abs().max() > 1e-3
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)
