@@ -16,6 +16,7 @@ from llmdistill.models.carve import Plan
 from llmdistill.models.footprint import Load, cached_numbers, footprint, skeleton, weight_bytes
 from llmdistill.models.load import DTYPES, default_device, load_config, preferred_dtype
 from llmdistill.recipe import Recipe
+from llmdistill.rollouts.interleaved import LOGITS
 from llmdistill.run import (
     build_trainer,
     load_data,
@@ -67,6 +68,7 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
     parts |= footprint(student, load)
     if _both_write(recipe.rollout):
         parts["cache while writing"] += load.written_tokens * size * cached_numbers(teacher)
+        parts["chunks of logits"] += 4.0 * LOGITS
     return parts
 
 

@@ -93,6 +93,10 @@ def main() -> None:
             seconds[name] += found[0]
             logs[name] += found[1]
     median = {name: statistics.median(some) for name, some in seconds.items()}
+
+    def _per_token(name: str) -> float:
+        return median[name] / statistics.mean(e["predicted_tokens"] for e in logs[name])
+
     table = [
         {
             "who writes": name,
@@ -102,6 +106,7 @@ def main() -> None:
             "accepted": _mean(logs[name], "acceptance"),
             "tokens a judgement": _mean(logs[name], "tokens_per_judgement"),
             "time against the student's": median[name] / median["the student"],
+            "time a token against the student's": _per_token(name) / _per_token("the student"),
         }
         for name in variants
     ]

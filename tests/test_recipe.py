@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -532,3 +534,29 @@ def test_the_base_under_an_adapter_is_a_teacher():
 def test_a_quantised_base_carries_an_adapter():
     student = {"model": "a", "quantization": "bnb_4bit", "peft": {"save": "adapter"}}
     assert recipes.build(MINIMAL | {"student": student}).student.quantization == "bnb_4bit"
+
+
+def test_a_sampler_of_skd_keeps_the_other_default():
+    given = with_rollout(kind="interleaved", student_sampling={"temperature": 0.7})
+    rollout = recipes.build(given).rollout
+    assert (rollout.student_sampling.temperature, rollout.student_sampling.top_p) == (0.7, 0.5)
+    given = with_rollout(kind="interleaved", teacher_sampling={"top_p": 0.9})
+    rollout = recipes.build(given).rollout
+    assert (rollout.teacher_sampling.temperature, rollout.teacher_sampling.top_p) == (0.2, 0.9)
+
+
+def test_an_option_left_blank_takes_its_default():
+    assert recipes.build(with_rollout(kind="interleaved", top_k=None)).rollout.top_k == 25
+
+
+def test_the_result_of_a_sentence_is_its_last_number():
+    path = Path(__file__).parents[1] / "recipes" / "skd.yaml"
+    pattern = recipes.load(path).evaluate.answer_pattern
+    for text in (
+        "#### 18",
+        "She makes 9 * 2 = $18 every day.",
+        "He has 18 apples, as asked.",
+        "18.0 or 18",
+    ):
+        assert re.findall(pattern, text)[-1] == "18"
+    assert re.findall(pattern, "It is 1,250.5 in all.") == ["1,250.5"]

@@ -56,7 +56,9 @@ def cut_away(logits_BV: Tensor, sampling: Sampling) -> Tensor | None:
         edge_B1 = scores_BV.topk(sampling.top_k).values[:, -1:]
         scores_BV = scores_BV.masked_fill(scores_BV < edge_B1, -torch.inf)
     if sampling.top_p < 1.0:
-        return scores_BV < _nucleus_edge(scores_BV, sampling.top_p)
+        scores_BV = scores_BV.masked_fill(
+            scores_BV < _nucleus_edge(scores_BV, sampling.top_p), -torch.inf
+        )
     return scores_BV == -torch.inf
 
 
@@ -79,7 +81,8 @@ def _edge_within(scores_BV: Tensor, top_p: float, num_tokens: int) -> tuple[Tens
     probability_BM = (top_BM - scores_BV.logsumexp(-1, keepdim=True)).exp()
     before_BM = probability_BM.cumsum(-1) - probability_BM  # mass of the likelier; of the first: 0
     inside_BM = before_BM < top_p
-    edge_B1 = top_BM.gather(-1, inside_BM.sum(-1, keepdim=True) - 1)
+    last_B1 = (inside_BM.sum(-1, keepdim=True) - 1).clamp_min(0)  # none is, where a score is NaN
+    edge_B1 = top_BM.gather(-1, last_B1)
     return edge_B1, probability_BM.sum(-1)
 
 

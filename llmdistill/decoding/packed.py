@@ -22,6 +22,7 @@ from torch.nn import functional as F
 def packed(model: nn.Module, batch_size: int) -> Iterator[None]:
     """Within it, the model's linear layers on a CPU run packed.  Gradients must be off."""
     layers = [m for m in model.modules() if type(m) is nn.Linear and _is_plain(m.weight)]
+    layers = [layer for layer in layers if "forward" not in layer.__dict__]  # packed already
     layers = [layer for layer in layers if _packs(_product_dtype(layer.weight))]
     weights: dict[tuple, Tensor] = {}  # tied layers are packed once
     try:
@@ -32,7 +33,7 @@ def packed(model: nn.Module, batch_size: int) -> Iterator[None]:
                 weights[key] = _pack(layer.weight.detach().to(dtype), batch_size)
             bias = None if layer.bias is None else layer.bias.detach().to(dtype)
             layer.__dict__["forward"] = functools.partial(
-                _linear, weight=weights[key], bias=bias, dtype=dtype
+                _packed_or_plain, layer, weight=weights[key], bias=bias, dtype=dtype
             )
         yield
     finally:
@@ -52,6 +53,15 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
 
 def _pack(weight: Tensor, batch_size: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch_size)
+
+
+def _packed_or_plain(
+    layer: nn.Linear, x: Tensor, *, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The packed layer, where products are made in the dtype that it was packed for."""
+    if _product_dtype(layer.weight) != dtype:
+        return F.linear(x, layer.weight, layer.bias)
+    return _linear(x, weight=weight, bias=bias, dtype=dtype)
 
 
 def _linear(x: Tensor, *, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -10,13 +10,14 @@ holes the rows move together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmdistill.batch import Prompts
 from llmdistill.decoding.packed import packed
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HOLES = 0.25  # share of the columns that may be holes in every row
+WINDOWS = ("sliding_window", "window_size", "attention_types")  # how a config tells of one
+TRIAL_GAP = 0.05  # relative; bfloat16 rounds by about 0.01
+_TRIED: MutableMapping[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 class Session:
@@ -53,12 +57,7 @@ class Session:
         self.ends = end_ids(model, tokenizer)
         self.num_tokens = num_tokens(tokenizer)
         self._within = within
-        config = model.config.get_text_config()
-        windowed = getattr(config, "sliding_window", None) is not None
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * windowed
-        self.can_hold_holes = all(kind == "full_attention" for kind in kinds)
-        self._window = getattr(config, "sliding_window", None) or 0
-        self._cache = DynamicCache(config=config)
+        self._cache = DynamicCache(config=model.config.get_text_config())
         self._mask_BC = prompts.attention_mask_BP[:, :0].to(self.device)
         ids_BP = prompts.input_ids_BP.to(self.device)
         if ids_BP.shape[1] > 1:
@@ -74,9 +73,19 @@ class Session:
         """What turns the hidden states that `extend` gives into logits."""
         return split(self.model)[1]
 
-    def extend(self, ids_BG: Tensor) -> Tensor:
-        """Reads G more tokens of every row and gives their final hidden states: (B, G, H)."""
-        return self._read(ids_BG.to(self.device), torch.ones_like(ids_BG, device=self.device))
+    @property
+    def can_hold_holes(self) -> bool:
+        """May rows keep different numbers of tokens, and give any back?"""
+        return can_hold_holes(self.model)
+
+    def extend(self, ids_BG: Tensor, last_position_B: Tensor | None = None) -> Tensor:
+        """Reads G more tokens of every row and gives their final hidden states: (B, G, H).
+
+        Tokens beyond a row's `last_position_B`, which will be given back, are read as if they stood
+        there: a context with learned positions has an end.
+        """
+        mask_BG = torch.ones_like(ids_BG, device=self.device)
+        return self._read(ids_BG.to(self.device), mask_BG, last_position_B)
 
     @torch.no_grad()
     def logits(self, hidden_BGH: Tensor) -> Tensor:
@@ -90,8 +99,7 @@ class Session:
     def keep(self, length_B: Tensor) -> None:
         """Forgets what each row holds beyond its first `length_B` tokens.
 
-        Raises ModelError if that leaves holes in a model whose layers count columns (sliding
-        window).
+        Raises ModelError for a model that cannot take tokens back (`can_hold_holes`).
         """
         position_BC = self._mask_BC.cumsum(1)
         self._mask_BC = self._mask_BC * (position_BC <= length_B.to(self.device)[:, None])
@@ -99,11 +107,11 @@ class Session:
         unused = len(used_C) - int(used_C.nonzero().max()) - 1 if used_C.any() else len(used_C)
         left_BC = self._mask_BC[:, : len(used_C) - unused]
         holes = bool((left_BC[:, 1:] < left_BC[:, :-1]).any())
-        if not self.can_hold_holes and (holes or (unused and len(used_C) >= self._window)):
+        if (unused or holes) and not self.can_hold_holes:
             raise ModelError(
-                f"{type(self.model).__name__} has layers that count columns (sliding window or "
-                "recurrent): what has left the window cannot come back, and rows cannot keep "
-                "different lengths in one cache. Use block size 1."
+                f"{type(unwrap_adapters(self.model)).__name__} has layers that count columns "
+                "(a window, a recurrent state, a bias by distance): it cannot take tokens back. "
+                "Use block size 1."
             )
         if unused:
             self._cache.crop(-unused)
@@ -115,7 +123,7 @@ class Session:
         """Takes these rows out of the batch; the others close up."""
         stay = torch.ones(len(self._mask_BC), dtype=torch.bool, device=self.device)
         stay[rows.to(self.device)] = False
-        self._cache.batch_select_indices(stay.nonzero()[:, 0])
+        self._cache.reorder_cache(stay.nonzero()[:, 0])
         self._mask_BC = self._mask_BC[stay]
 
     def _close_up(self) -> None:
@@ -137,15 +145,19 @@ class Session:
         return attends and self._cache.get_seq_length() == num_columns
 
     @torch.no_grad()
-    def _read(self, ids_BG: Tensor, mask_BG: Tensor) -> Tensor:
-        start_B1 = self.length_B[:, None]
+    def _read(
+        self, ids_BG: Tensor, mask_BG: Tensor, last_position_B: Tensor | None = None
+    ) -> Tensor:
+        position_BG = (self.length_B[:, None] + mask_BG.cumsum(1) - 1).clamp_min(0)
+        if last_position_B is not None:
+            position_BG = position_BG.minimum(last_position_B.to(self.device)[:, None])
         self._mask_BC = torch.cat([self._mask_BC, mask_BG.to(self._mask_BC.dtype)], dim=1)
         with self._within():
             backbone, _ = split(self.model)
             output = backbone(
                 input_ids=ids_BG,
                 attention_mask=self._mask_BC,
-                position_ids=(start_B1 + mask_BG.cumsum(1) - 1).clamp_min(0),
+                position_ids=position_BG,
                 past_key_values=self._cache,
                 use_cache=True,
             )
@@ -177,6 +189,46 @@ def ready_to_write(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
     """In eval mode, with packed layers, and without compiling: shapes change with every token."""
     with eval_mode(model), packed(model, batch_size), torch.compiler.set_stance("force_eager"):
         yield
+
+
+def can_hold_holes(model: PreTrainedModel) -> bool:
+    """Does the model read on correctly behind columns that are masked?  Tried once, by numbers.
+
+    Windows are looked up instead: they may be longer than any trial.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    if any(kind != "full_attention" for kind in kinds) or any(
+        getattr(config, name, None) is not None for name in WINDOWS
+    ):
+        return False
+    if model not in _TRIED:
+        _TRIED[model] = _reads_on_behind_holes(model)
+    return _TRIED[model]
+
+
+@torch.no_grad()
+def _reads_on_behind_holes(model: PreTrainedModel) -> bool:
+    """Reads 12 tokens, masks 8 of them, reads one more: as if those had never been there?"""
+    from transformers import DynamicCache
+
+    backbone, config = split(model)[0], model.config.get_text_config()
+    device = next(model.parameters()).device
+    ids_1C = (torch.arange(13, device=device) % config.vocab_size)[None]
+    mask_1C = torch.ones_like(ids_1C)
+    mask_1C[:, 3:11] = 0
+    position_1C = mask_1C.cumsum(1) - 1
+    cache = DynamicCache(config=config)
+    with eval_mode(model):
+        options: Any = {"past_key_values": cache, "use_cache": True}
+        first = {"input_ids": ids_1C[:, :11], "position_ids": torch.arange(11, device=device)[None]}
+        backbone(**first, attention_mask=torch.ones_like(mask_1C[:, :11]), **options)
+        rest = {"input_ids": ids_1C[:, 11:], "position_ids": position_1C[:, 11:]}
+        found = backbone(**rest, attention_mask=mask_1C, **options).last_hidden_state
+        alone = ids_1C[mask_1C.bool()][None]
+        expected = backbone(input_ids=alone, use_cache=False).last_hidden_state[:, -2:]
+    gap = (found - expected).float().abs().mean() / expected.float().abs().mean()
+    return bool(gap < TRIAL_GAP)
 
 
 def _columns(states_BDCH: Tensor, order_BC: Tensor) -> Tensor:

@@ -148,6 +148,20 @@ ACCEPT_OPTIONS: dict[str, dict[str, float]] = {
 }
 
 
+class DraftRecipe(WarpRecipe):
+    """How the student draws a drafted token: SKD's settings, if not said."""
+
+    temperature: float = Field(0.5, ge=0)
+    top_p: float = Field(0.5, gt=0, le=1)
+
+
+class ReplaceRecipe(WarpRecipe):
+    """How the teacher draws what replaces it: SKD's settings, if not said."""
+
+    temperature: float = Field(0.2, ge=0)
+    top_p: float = Field(0.5, gt=0, le=1)
+
+
 class InterleavedRecipe(Strict):
     """Who writes: both; the student drafts, the teacher replaces what it does not accept (SKD)."""
 
@@ -172,8 +186,8 @@ class InterleavedRecipe(Strict):
     depend on it.
     """
     max_new_tokens: int = Field(256, gt=0)
-    student_sampling: WarpRecipe = WarpRecipe(temperature=0.5, top_p=0.5)
-    teacher_sampling: WarpRecipe = WarpRecipe(temperature=0.2, top_p=0.5)
+    student_sampling: DraftRecipe = DraftRecipe()
+    teacher_sampling: ReplaceRecipe = ReplaceRecipe()
     """Of the tokens that replace what is not accepted."""
 
     @model_validator(mode="before")
@@ -181,7 +195,8 @@ class InterleavedRecipe(Strict):
     def _with_the_defaults_of_its_rule(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        return {**ACCEPT_OPTIONS.get(str(given.get("accept", "top_k")), {}), **given}
+        said = {name: value for name, value in given.items() if value is not None}
+        return {**ACCEPT_OPTIONS.get(str(given.get("accept", "top_k")), {}), **said}
 
     @model_validator(mode="after")
     def _options_of_its_rule(self) -> InterleavedRecipe:

@@ -55,9 +55,9 @@ class Costs:
 class AutoBlock:
     """The block size of least measured cost per token, for the rows and the acceptance of now."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_new_tokens: int) -> None:
         self.draft, self.judge = Costs(), Costs()
-        self._untried = list(reversed(TRIED))
+        self._untried = [size for size in reversed(TRIED) if size <= max_new_tokens]
         self._stayed, self._judged = 0.0, 0.0
 
     def choose(self, num_rows: int) -> int:

@@ -26,8 +26,9 @@ from llmdistill.decoding.session import Session
 from llmdistill.errors import RecipeError
 from llmdistill.rollouts.acceptance import Accept, Block, TopK
 from llmdistill.rollouts.blocks import AutoBlock, Measured
-from llmdistill.rollouts.page import Open, Page, Piece
+from llmdistill.rollouts.page import Open, Page, Piece, Verdict
 
+LOGITS = 2**25  # the teacher's that are held at a time, as numbers
 LEAVE = 1 / 8  # ended rows leave the batch once they are this share of it
 
 
@@ -66,7 +67,10 @@ class InterleavedRollout:
         self.teacher_sampling = teacher_sampling or Sampling(temperature=0.2, top_p=0.5)
         if self.student_sampling.continuous or self.teacher_sampling.continuous:
             raise RecipeError("rollout: two models that step together cannot be 'continuous'")
-        self._auto = AutoBlock()
+        for name, value in (("block_size", block_size), ("max_new_tokens", max_new_tokens)):
+            if value != "auto" and value < 1:
+                raise RecipeError(f"rollout.{name} should be 1 or more, got {value}")
+        self._auto = AutoBlock(max_new_tokens)
 
     @torch.no_grad()
     def write(
@@ -117,33 +121,24 @@ class _Pair:
         start = self._clock()
         draft_AG, student_AGV = self._draft(size)
         drafted = self._clock()
-        hidden_AGH = self.judge.extend(torch.cat([now.last_A1, draft_AG[:, :-1]], 1))
-        block = Block(
-            draft_AG,
-            now.row_A,
-            now.written_A[:, None] + torch.arange(size, device=draft_AG.device),
-            self.keys[Writer.DATA][now.row_A],  # neither writer's own
-            self.judge.logits(hidden_AGH),
-            student_AGV,
-        )
-        stays_A = self.rule(block).long().cumprod(1).sum(1)  # up to the first refusal
-        tokens_AG, writer_AG = self._replaced(block, stays_A)
-        count_A, ended_A = self._kept(tokens_AG, stays_A)
+        read_AG = torch.cat([now.last_A1, draft_AG[:, :-1]], 1)
+        hidden_AGH = self.judge.extend(read_AG, now.last_position_A)
+        verdict = self._judge(draft_AG, student_AGV, hidden_AGH)
+        count_A, ended_A = self._kept(verdict.tokens_AG, verdict.stays_A)
         kept_AG = torch.arange(size, device=count_A.device) < count_A[:, None]
-        samplings = (self.rollout.teacher_sampling, self.rollout.student_sampling)
-        log_prob_AG = self.rule.log_prob(block, tokens_AG, *samplings)
+        log_prob_AG = verdict.log_prob_AG
         self.page.add(
             Piece(
-                now.row_A[:, None].expand_as(tokens_AG)[kept_AG],
-                block.slots_AG[kept_AG],
-                tokens_AG[kept_AG],
-                writer_AG[kept_AG],
+                now.row_A[:, None].expand_as(draft_AG)[kept_AG],
+                now.slots(size)[kept_AG],
+                verdict.tokens_AG[kept_AG],
+                verdict.writer_AG[kept_AG],
                 hidden_AGH[kept_AG],
                 None if log_prob_AG is None else log_prob_AG[kept_AG],
             )
         )
-        self._go_on(size, now.after(tokens_AG, count_A, ended_A))
-        stayed = int((kept_AG & (writer_AG == Writer.STUDENT)).sum())
+        self._go_on(size, now.after(verdict.tokens_AG, count_A, ended_A))
+        stayed = int((kept_AG & (verdict.writer_AG == Writer.STUDENT)).sum())
         judged = self._clock()
         return Measured(
             num_rows, size, drafted - start, judged - drafted, stayed, int(kept_AG.sum())
@@ -158,13 +153,38 @@ class _Pair:
         keys_A = self.keys[Writer.STUDENT][self.open.row_A].to(device)
         drafted, logits = [], []
         for offset in range(size):
-            logits_AV = self.drafter.logits(self.drafter.extend(next_A1))[:, -1]
+            hidden_A1H = self.drafter.extend(next_A1, self.open.last_position_A)
+            logits_AV = self.drafter.logits(hidden_A1H)[:, -1]
             slot_A = (self.open.written_A + offset).to(device)
             next_A1 = draw_tokens(logits_AV, self.rollout.student_sampling, keys_A, slot_A)[:, None]
             drafted.append(next_A1)
             logits += [logits_AV] * self.rule.sees_student
         draft_AG = torch.cat(drafted, 1).to(self.judge.device)
         return draft_AG, torch.stack(logits, 1).to(self.judge.device) if logits else None
+
+    def _judge(self, draft_AG: Tensor, student_AGV: Tensor | None, hidden_AGH: Tensor) -> Verdict:
+        """What the rule says, and what stands in place of what it refuses.
+
+        As many rows at a time as keep their logits small.
+        """
+        now, size = self.open, draft_AG.shape[1]
+        rows = max(LOGITS // (size * self.judge.num_tokens), 1)
+        samplings = (self.rollout.teacher_sampling, self.rollout.student_sampling)
+        verdicts = []
+        for places in torch.arange(len(draft_AG), device=draft_AG.device).split(rows):
+            block = Block(
+                draft_AG[places],
+                now.row_A[places],
+                now.slots(size)[places],
+                self.keys[Writer.DATA][now.row_A[places]],  # neither writer's own
+                self.judge.logits(hidden_AGH[places]),
+                None if student_AGV is None else student_AGV[places],
+            )
+            stays_A = self.rule(block).long().cumprod(1).sum(1)  # up to the first refusal
+            tokens_AG, writer_AG = self._replaced(block, stays_A)
+            log_prob_AG = self.rule.log_prob(block, tokens_AG, *samplings)
+            verdicts.append(Verdict(tokens_AG, writer_AG, stays_A, log_prob_AG))
+        return Verdict.join(verdicts)
 
     def _replaced(self, block: Block, stays_A: Tensor) -> tuple[Tensor, Tensor]:
         """The draft with the teacher's token at each row's first refusal, and who wrote what."""

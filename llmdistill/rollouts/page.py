@@ -6,6 +6,7 @@ H = hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -40,6 +41,15 @@ class Open:
     def __len__(self) -> int:
         return len(self.row_A)
 
+    @property
+    def last_position_A(self) -> Tensor:
+        """Where each row's answer ends at the latest."""
+        return self.prompt_A + self.written_A + self.room_A - 1
+
+    def slots(self, size: int) -> Tensor:
+        """The next slots of each answer: (A, G)."""
+        return self.written_A[:, None] + torch.arange(size, device=self.row_A.device)
+
     def after(self, tokens_AG: Tensor, count_A: Tensor, ended_A: Tensor) -> Open:
         """With the first `count_A` of these tokens on the page."""
         newest_A1 = tokens_AG.gather(1, (count_A - 1).clamp_min(0)[:, None])
@@ -52,6 +62,23 @@ class Open:
 
     def select(self, places: Tensor) -> Open:
         return Open(**{field.name: getattr(self, field.name)[places] for field in fields(self)})
+
+
+class Verdict(NamedTuple):
+    """A block as it would go on the page: its tokens, their writers, how many of each row's draft
+    stay, and the log-probabilities with which they were written where the rule knows.
+    """
+
+    tokens_AG: Tensor
+    writer_AG: Tensor
+    stays_A: Tensor
+    log_prob_AG: Tensor | None
+
+    @classmethod
+    def join(cls, parts: Sequence[Verdict]) -> Verdict:
+        tokens, writers, stays, log_probs = zip(*parts, strict=True)
+        joined = None if log_probs[0] is None else torch.cat(log_probs)
+        return cls(torch.cat(tokens), torch.cat(writers), torch.cat(stays), joined)
 
 
 class Piece(NamedTuple):

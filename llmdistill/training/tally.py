@@ -16,7 +16,7 @@ from llmdistill.batch import Sequences, Writer
 
 QUARTERS = ("q1", "q2", "q3", "q4")
 SUMS = (
-    *("tokens", "written", "taught", "seconds", "judged", "stayed", "judgements"),
+    *("tokens", "taught", "seconds", "judged", "stayed", "judgements"),
     *(f"{part}_{quarter}" for quarter in QUARTERS for part in ("all", "replaced")),
 )
 
@@ -25,15 +25,8 @@ class Tally:
     """Counts what was written and lost.  Sums are equal in name on all ranks at all times."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
         self._terms: dict[str, Tensor | float] = {}
-        self._sums, self._terms = dict.fromkeys(SUMS, 0.0), {}
-
-    def _clear(self) -> None:
-        self._sums = dict.fromkeys(
-            (*SUMS, *(f"{w}_{q}" for q in QUARTERS for w in ("all", "t"))), 0
-        )
-        self._terms = {}
 
     def add_terms(self, terms: Mapping[str, Tensor]) -> None:
         """Each objective's sum over the predicted tokens of one micro-batch."""
@@ -46,11 +39,10 @@ class Tally:
         writer_N = sequences.target_writers_N
         found: dict[str, Any] = {
             "tokens": count_B.sum(),
-            "written": (writer_N != Writer.DATA).sum(),
             "taught": (writer_N == Writer.TEACHER).sum(),
-            "seconds": seconds,
         }
-        if sequences.judgements_B is not None:
+        if sequences.judgements_B is not None:  # written now by both; others may have been kept
+            found["seconds"] = seconds
             found["judged"] = count_B.sum()
             found["stayed"] = (writer_N == Writer.STUDENT).sum()
             found["judgements"] = sequences.judgements_B[count_B > 0].sum()
@@ -67,10 +59,9 @@ class Tally:
         figures = {"predicted_tokens": tokens}
         if len(terms) > 1:
             figures |= {name: value / max(tokens, 1) for name, value in terms.items()}
-        if sums["written"]:
-            seconds = sums["seconds"] / accelerator.num_processes
-            figures["written_per_second"] = sums["written"] / seconds
         if sums["judged"]:
+            seconds = sums["seconds"] / accelerator.num_processes
+            figures["written_per_second"] = sums["judged"] / seconds
             figures["acceptance"] = sums["stayed"] / sums["judged"]
             figures["teacher_share"] = sums["taught"] / tokens
             figures["tokens_per_judgement"] = sums["judged"] / sums["judgements"]

@@ -30,6 +30,7 @@ from llmdistill.models.blocks import blocks
 from llmdistill.models.vocabulary import require_same
 from llmdistill.objectives.base import Objective
 from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.guards import stop_if_not_finite
 from llmdistill.training.saving import StudentTrainer
@@ -297,7 +298,19 @@ def _forced(args: TrainingArguments) -> TrainingArguments:
 
 
 def _check_sharded(trainer: DistillTrainer) -> None:
-    """On a CPU Accelerate takes `fsdp=` and trains with DDP, without a word."""
+    """On a CPU Accelerate takes `fsdp=` and trains with DDP, without a word; and where weights are
+    gathered for each pass, ranks that make different numbers of passes wait for ever.
+    """
+    accelerator = trainer.accelerator
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    sharded = trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+    writers = (trainer.rollout, getattr(trainer.rollout, "student", None))
+    if sharded and any(isinstance(writer, InterleavedRollout) for writer in writers):
+        raise TrainingError(
+            "an interleaved rollout cannot be written by a sharded student: each rank makes passes "
+            "of its own number. Train without FSDP and ZeRO 3 (DDP, ZeRO 2), or choose "
+            "rollout.kind: sampled"
+        )
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         raise TrainingError(
             "training.fsdp is set, but Accelerate did not shard the model (it does so on GPUs "

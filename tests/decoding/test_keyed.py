@@ -269,3 +269,23 @@ def test_the_nucleus_does_not_depend_on_how_many_tokens_are_looked_at(
 def test_a_tie_at_the_edge_of_the_nucleus_keeps_all_that_are_equal():
     logits_BV = torch.tensor([[0.6, 0.2, 0.2, 1e-9]]).log()
     assert cut_away(logits_BV, Sampling(top_p=0.7)).tolist() == [[False, False, False, True]]
+
+
+@pytest.mark.parametrize("top_p", [0.9, 0.99999, 0.9999999])
+def test_top_p_keeps_nothing_that_top_k_left_out(top_p):
+    """The mass of the likeliest may round to less than top_p."""
+    logits_BV = 8 * torch.randn(2000, 500, generator=torch.Generator().manual_seed(0))
+    cut_BV = cut_away(logits_BV, Sampling(temperature=0.2, top_k=5, top_p=top_p))
+    assert int((~cut_BV).sum(1).max()) <= 5
+    assert int((~cut_BV).sum(1).min()) >= 1
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_scores_that_are_no_numbers_do_not_stop_the_sampler(bad):
+    """The guard of the step does, and says where."""
+    logits_BV = torch.randn(3, 400)
+    logits_BV[1, 7] = bad
+    sampling = Sampling(top_p=0.9)
+    ids_B = draw_tokens(logits_BV, sampling, keys(torch.arange(3)), 0)
+    fine_B = draw_tokens(logits_BV[::2], sampling, keys(torch.arange(3)[::2]), 0)
+    assert torch.equal(ids_B[::2], fine_B)

@@ -217,3 +217,25 @@ def test_subclasses_of_linear_are_left_alone():
     model = nn.Sequential(Mine(4, 4), nn.Linear(4, 4))
     with packed(model, 2):
         assert "forward" not in model[0].__dict__
+
+
+def test_packed_layers_take_part_in_no_other_precision(monkeypatch):
+    """Packed for float32; under autocast the products are bfloat16's, as without packing."""
+    model, ids = toy.model(), torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(ids).logits
+    with torch.no_grad(), packed(model, 1):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(model(ids).logits, expected)
+        assert not torch.equal(model(ids).logits, expected)
+
+
+def test_packing_twice_is_packing_once():
+    model, ids = toy.model(), torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), packed(model, 1):
+        forward = model.lm_head.__dict__["forward"]
+        with packed(model, 1):
+            assert model.lm_head.__dict__["forward"] is forward
+        assert model.lm_head.__dict__["forward"] is forward
+        model(ids)
+    assert "forward" not in model.lm_head.__dict__

@@ -8,16 +8,26 @@ import itertools
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
 )
 
 from llmdistill.batch import Prompts
-from llmdistill.decoding.session import HOLES, Session, _columns
+from llmdistill.decoding.session import HOLES, Session, _columns, can_hold_holes
 from llmdistill.errors import ModelError
 from llmdistill.models.heads import split
 from tests import toy
@@ -329,3 +339,85 @@ def test_each_pass_runs_within_its_context():
     states = session.extend(batch.input_ids_BP[:, -1:])
     session.logits(states)
     assert len(entered) == 3  # the prompt, the token, the scores
+
+
+# ---- who can take tokens back ----
+
+
+SMALL = {"vocab_size": toy.NUM_TOKENS, "num_hidden_layers": 2, "pad_token_id": 0}
+
+
+def neo():
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": toy.NUM_TOKENS}
+    kinds = [[["global", "local"], 1]]
+    return GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=kinds, window_size=6))
+
+
+def mpt():
+    return MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=toy.NUM_TOKENS))
+
+
+def bloom():
+    return BloomForCausalLM(BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=264))
+
+
+@pytest.mark.parametrize(("build", "can"), [(neo, False), (mpt, False), (bloom, True)])
+def test_families_that_count_columns_are_found_out(build, can):
+    """By their config, or (biases by distance) by numbers."""
+    torch.manual_seed(0)
+    model = build().eval()
+    for parameter in model.parameters():
+        parameter.data *= 4  # far from flat
+    session = start(model)
+    assert session.can_hold_holes is can
+    session.extend(draft(3))
+    if can:
+        session.keep(torch.tensor([3, 2, 6, 4]))
+    else:
+        with pytest.raises(ModelError, match="Use block size 1"):
+            session.keep(torch.tensor([3, 2, 6, 4]))
+
+
+def test_the_trial_is_made_once_and_leaves_the_model_as_it_was():
+    model = toy.model(attention_dropout=0.5).train()
+    passes = []
+    model.model.register_forward_pre_hook(lambda *args: passes.append(1))
+    assert can_hold_holes(model)
+    assert can_hold_holes(model)
+    assert len(passes) == 3
+    assert model.training
+
+
+def hybrid():
+    """Layers with a state of their own beside one that attends."""
+    config = Lfm2Config(
+        **SMALL, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Lfm2ForCausalLM(config).eval()
+
+
+def test_rows_of_a_hybrid_leave_with_their_states():
+    model = hybrid()
+    prompts = [prompt * 2 for prompt in PROMPTS]
+    session = start(model, prompts)
+    session.extend(draft(1))
+    session.drop(torch.tensor([0, 2]))
+    found = session.extend(draft(1, 1)[[1, 3]])
+    for place, row in enumerate((1, 3)):
+        ids = prompts[row] + [int(draft(1)[row]), int(draft(1, 1)[row])]
+        torch.testing.assert_close(found[place, 0], hidden(model, ids)[-1], rtol=1e-3, atol=1e-4)
+
+
+def test_tokens_beyond_the_last_position_are_read_as_if_they_stood_there():
+    """They will be given back; what stands before them is as it should be."""
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=8, vocab_size=toy.NUM_TOKENS)
+    model = GPT2LMHeadModel(config).eval()
+    session = start(model)
+    found = session.extend(draft(6), torch.tensor([7, 7, 7, 7]))
+    for row in (0, 2):
+        ids = (PROMPTS[row] + draft(6)[row].tolist())[:8]
+        kept = len(ids) - len(PROMPTS[row])
+        expected = hidden(model, ids)[len(PROMPTS[row]) :]
+        torch.testing.assert_close(found[row, :kept], expected, rtol=1e-4, atol=1e-5)

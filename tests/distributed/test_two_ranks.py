@@ -68,14 +68,28 @@ def test_on_policy_writes_the_same_on_two_ranks(tmp_path):
 
 
 def test_two_models_write_the_same_on_two_ranks(tmp_path):
-    expected = one_rank(
+    made = trainer(
         tmp_path / "one",
         rows=dataset(16),
         rollout=InterleavedRollout(**INTERLEAVED),
         per_device_train_batch_size=8,
         max_steps=2,
     )
-    torch.testing.assert_close(two_ranks("interleaved", tmp_path), expected, rtol=0, atol=1e-6)
+    made.train()
+    found = two_ranks("interleaved", tmp_path)
+    torch.testing.assert_close(found, weights(made.model.student), rtol=0, atol=1e-6)
+    both = torch.load(tmp_path / "logs.pt", weights_only=True)
+    assert len(both) == 2
+    for ours, alone in zip(both, made.state.log_history, strict=False):
+        for name in (
+            "predicted_tokens",
+            "acceptance",
+            "teacher_share",
+            "replaced_q1",
+            "replaced_q4",
+        ):
+            assert ours[name] == pytest.approx(alone[name]), name
+        assert ours["tokens_per_judgement"] == pytest.approx(alone["tokens_per_judgement"])
 
 
 def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):

@@ -20,8 +20,10 @@ from tests import toy
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
 
-def same_weights(folder: Path, **options) -> None:
-    """Trains and leaves the weights of rank 0, after a check that all ranks hold the same."""
+def same_weights(folder: Path, **options) -> list[dict]:
+    """Trains and leaves the weights of rank 0, after a check that all ranks hold the same; gives
+    what was logged.
+    """
     made = trainer(folder / "run", **options)
     made.train()
     mine = weights(made.model.student)
@@ -30,6 +32,7 @@ def same_weights(folder: Path, **options) -> None:
     assert all(torch.equal(mine, other) for other in everyone), "ranks ended with different weights"
     if dist.get_rank() == 0:
         torch.save(mine, folder / "weights.pt")
+    return made.state.log_history
 
 
 def fixed(folder: Path) -> None:
@@ -83,10 +86,10 @@ def on_policy(folder: Path) -> None:
 
 def interleaved(folder: Path) -> None:
     """Both models write; the log is over both ranks."""
-    rollout = InterleavedRollout(**INTERLEAVED)
-    same_weights(
-        folder, rows=dataset(16), rollout=rollout, per_device_train_batch_size=4, max_steps=2
-    )
+    options = {"rows": dataset(16), "per_device_train_batch_size": 4, "max_steps": 2}
+    logs = same_weights(folder, rollout=InterleavedRollout(**INTERLEAVED), **options)
+    if dist.get_rank() == 0:
+        torch.save([entry for entry in logs if "acceptance" in entry], folder / "logs.pt")
 
 
 def gradients(folder: Path) -> None:

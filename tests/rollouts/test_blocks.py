@@ -45,7 +45,7 @@ def test_old_measurements_are_forgotten():
 
 def learned(*, draft, judge, acceptance, rows=8):
     """An AutoBlock that has tried what there is, with these costs."""
-    auto = AutoBlock()
+    auto = AutoBlock(64)
     while auto.choose(rows) is not None and auto._untried:
         size = auto.choose(rows)
         kept = 1000
@@ -56,7 +56,7 @@ def learned(*, draft, judge, acceptance, rows=8):
 
 
 def test_it_tries_small_and_large_blocks_first():
-    auto, seen = AutoBlock(), []
+    auto, seen = AutoBlock(64), []
     for _ in TRIED:
         seen.append(auto.choose(4))
         auto.learn(Measured(4, seen[-1], 0.1, 0.1, 1, 1))
@@ -66,7 +66,7 @@ def test_it_tries_small_and_large_blocks_first():
 
 
 def test_a_block_that_was_cut_short_does_not_count_as_tried():
-    auto = AutoBlock()
+    auto = AutoBlock(64)
     auto.learn(Measured(4, 2, 0.1, 0.1, 1, 1))  # 4 was asked for; there was room for 2
     assert auto.choose(4) == 4
 
@@ -112,3 +112,12 @@ def test_it_follows_the_acceptance():
     for _ in range(300):
         auto.learn(Measured(8, 4, 0.4, 1.0, 0, 10))
     assert auto.choose(8) < before
+
+
+def test_sizes_that_no_answer_has_room_for_are_not_tried():
+    auto, seen = AutoBlock(6), []
+    for _ in range(12):
+        seen.append(auto.choose(4))
+        auto.learn(Measured(4, min(seen[-1], 6), 0.1, 10.0, 99, 100))
+    assert seen[:6] == [4, 1, 2] * 2
+    assert seen[6:] == [16] * 6  # of which as much is drafted as there is room for

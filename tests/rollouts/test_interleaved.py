@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy.stats import chi2
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from llmdistill.batch import Draw, Progress, Prompts, Sampling, Writer
 from llmdistill.decoding.keyed import coin, draw_tokens, log_prob, row_keys
-from llmdistill.decoding.session import session
+from llmdistill.decoding.session import can_hold_holes, session
 from llmdistill.errors import RecipeError
 from llmdistill.models.heads import split
 from llmdistill.models.vocabulary import end_ids
@@ -42,7 +42,8 @@ class Pair:
     def __init__(self, student, teacher, tokenizer) -> None:
         self.teacher = LocalTeacher(teacher, tokenizer)
         self.student = Distillation(student, self.teacher, [ResponseObjective()], tokenizer)
-        self.tokenizer = tokenizer
+        for model in (student, teacher):
+            can_hold_holes(model)  # a trial of three passes, once: not to be counted
 
     def write(self, rows=range(5), progress=AT, **options):
         options = {"max_new_tokens": ROOM} | OPEN | options
@@ -565,3 +566,45 @@ def test_sessions_of_one_model_do_not_disturb_each_other(pair):
     with session(model, tokenizer, prompts) as alone:
         torch.testing.assert_close(alone.extend(prompts.input_ids_BP[:, -1:]), first)
         torch.testing.assert_close(alone.extend(torch.full((5, 1), 11)), again)
+
+
+def test_logits_are_held_a_few_rows_at_a_time(pair, book, monkeypatch):
+    monkeypatch.setattr("llmdistill.rollouts.interleaved.LOGITS", 2 * 5 * toy.NUM_TOKENS + 7)
+    for accept in (TopK(3), Mixture(0.3), Switch(factor=1.3, window=3)):
+        written = pair.write(accept=accept, block_size=5)
+        assert written.responses() == [ids for ids, _ in book[accept]]
+        assert writers(written) == [who for _, who in book[accept]]
+
+
+def test_an_answer_may_fill_the_context():
+    """Learned positions end with it; a block may not read behind them."""
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, vocab_size=toy.NUM_TOKENS)
+    torch.manual_seed(0)
+    student, teacher = (
+        GPT2LMHeadModel(config).double().eval(),
+        GPT2LMHeadModel(config).double().eval(),
+    )
+    pair = Pair(student, teacher, toy.tokenizer())
+    prompts = Prompts.pack([[5] * 12, [6] * 9, [7] * 12], range(3), pad_id=0)
+    answers = []
+    for size in (1, 5, 8, "auto"):
+        rollout = InterleavedRollout(top_k=60, block_size=size, max_new_tokens=20, **OPEN)
+        answers.append(rollout.write(prompts, pair.student, pair.teacher, AT).responses())
+        assert answers[-1] == answers[0]
+    assert max(map(len, answers[0])) == 20
+
+
+def test_under_autocast_the_teacher_judges_in_its_own_precision():
+    student, teacher = alike()
+    pair = Pair(student, teacher, toy.tokenizer())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        written = pair.write(top_k=10, block_size=3)
+    assert written.signal.hidden_NH.dtype == torch.float32
+    again = pair.teacher.judge(written, pair.teacher.provides)
+    torch.testing.assert_close(written.signal.hidden_NH, again.hidden_NH, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("option", ["block_size", "max_new_tokens"])
+def test_no_block_and_no_answer_is_empty(option):
+    with pytest.raises(RecipeError, match=f"rollout.{option} should be 1 or more, got 0"):
+        InterleavedRollout(**{option: 0})

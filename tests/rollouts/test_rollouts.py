@@ -438,5 +438,5 @@ def test_a_recipe_gives_an_interleaved_rollout_its_options():
     )  # fmt: skip
     built = build_rollout(recipe.MixedRecipe(student=answer)).student
     assert (built.block_size, built.max_new_tokens) == (5, 9)
-    assert built.student_sampling == Sampling(1.0)
-    assert built.teacher_sampling == Sampling(top_k=4)
+    assert built.student_sampling == Sampling(1.0, 0.5)
+    assert built.teacher_sampling == Sampling(0.2, 0.5, top_k=4)

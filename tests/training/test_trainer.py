@@ -22,6 +22,8 @@ from llmdistill.objectives.base import Objective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
+from llmdistill.rollouts.mixed import MixedRollout
+from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.trainer import _check_sharded
@@ -471,6 +473,14 @@ def test_logs_no_writers_where_there_is_one(tmp_path):
     )
 
 
+def test_logs_no_speed_of_what_was_kept(tmp_path):
+    """A buffer hands out tokens that nobody writes."""
+    rollout = ReplayRollout(SampledRollout(max_new_tokens=4), capacity=4)
+    made = trainer(tmp_path, rollout=rollout, max_steps=3)
+    made.train()
+    assert not any("written_per_second" in entry for entry in made.state.log_history)
+
+
 def test_what_was_logged_is_not_logged_again(tmp_path):
     made = trainer(tmp_path, rollout=InterleavedRollout(**INTERLEAVED), max_steps=2)
     made.train()
@@ -627,6 +637,22 @@ def test_fsdp_that_would_silently_train_ddp_is_refused(tmp_path):
     made = trainer(tmp_path)
     made.args.fsdp = True
     with pytest.raises(TrainingError, match="did not shard"):
+        _check_sharded(made)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("sharding", ["fsdp", "zero 3"])
+def test_a_sharded_student_does_not_write_interleaved(tmp_path, mixed, sharding):
+    rollout = InterleavedRollout(**INTERLEAVED)
+    made = trainer(tmp_path, rollout=MixedRollout(rollout, FixedRollout()) if mixed else rollout)
+    _check_sharded(made)
+    if sharding == "fsdp":
+        made.is_fsdp_enabled = True
+    else:
+        made.accelerator = SimpleNamespace(
+            state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+        )
+    with pytest.raises(TrainingError, match="cannot be written by a sharded student"):
         _check_sharded(made)
 
 
