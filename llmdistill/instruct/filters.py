@@ -1,0 +1,204 @@
+"""Which tasks are kept.  A filter gives the reason why one is dropped, or None.
+
+Those that compare with what was kept before are told of each task that all filters let pass.  The
+defaults are those of Self-Instruct (Wang et al. 2023) and Alpaca (Taori et al. 2023).
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llmdistill.instruct.similarity import RougePool
+from llmdistill.instruct.tasks import Task
+
+# What a model that reads and writes text cannot do.
+BLACKLIST = (
+    *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
+    *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
+)
+
+
+class Filter(ABC):
+    @abstractmethod
+    def reason(self, task: Task) -> str | None:
+        """Why this task is dropped, in a few words that can be counted; None keeps it."""
+
+    def kept(self, task: Task) -> None:  # noqa: B027 - most filters need no memory
+        """Every filter let this task pass."""
+
+
+class Length(Filter):
+    """The number of words of one field, by default the instruction."""
+
+    def __init__(self, min_words: int = 4, max_words: int = 150, field: str = "instruction"):
+        self.min_words, self.max_words, self.field = min_words, max_words, field
+
+    def reason(self, task: Task) -> str | None:
+        words = len(getattr(task, self.field).split())
+        if words < self.min_words:
+            return f"{self.field} too short"
+        return f"{self.field} too long" if words > self.max_words else None
+
+
+class Truncated(Filter):
+    """An answer that the limit of new tokens cut off."""
+
+    def reason(self, task: Task) -> str | None:
+        return "truncated" if task.truncated else None
+
+
+class Blacklist(Filter):
+    """Whole words of the instruction that ask for more than text."""
+
+    def __init__(self, words: Sequence[str] = BLACKLIST) -> None:
+        self.pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+
+    def reason(self, task: Task) -> str | None:
+        return "blacklisted word" if self.pattern.search(task.instruction) else None
+
+
+class OddStart(Filter):
+    """Starts with punctuation or outside ASCII, or asks to write a program."""
+
+    def reason(self, task: Task) -> str | None:
+        first = task.instruction.lstrip()[:1]
+        odd = not first or not first.isascii() or not first.isalnum()
+        if odd or task.instruction.lstrip().startswith("Write a program"):
+            return "odd start"
+        return None
+
+
+class RepeatedLines(Filter):
+    """The answer says the same line, or the same run of words, too often."""
+
+    def __init__(self, max_share: float = 0.3, ngram: int = 4) -> None:
+        self.max_share, self.ngram = max_share, ngram
+
+    def reason(self, task: Task) -> str | None:
+        lines = [line.strip() for line in task.output.splitlines() if line.strip()]
+        words = task.output.split()
+        runs = [tuple(words[i : i + self.ngram]) for i in range(len(words) - self.ngram + 1)]
+        repeats = max(_repeated(lines), _repeated(runs))
+        return "repeats itself" if repeats > self.max_share else None
+
+
+class EmptyOrEcho(Filter):
+    """Nothing was answered, or the question was."""
+
+    def reason(self, task: Task) -> str | None:
+        output = _plain(task.output)
+        if not output:
+            return "empty answer"
+        echoes = {_plain(task.instruction), _plain(task.input), _plain(task.prompt)}
+        return "echo" if output in echoes else None
+
+
+class OpenEnd(Filter):
+    """The input or the answer ends in a colon: something was to follow."""
+
+    def reason(self, task: Task) -> str | None:
+        ends = (task.input.rstrip()[-1:], task.output.rstrip()[-1:])
+        return "ends with a colon" if ":" in ends else None
+
+
+class Rouge(Filter):
+    """Too like an instruction that is there already: ROUGE-L F above `at_most`."""
+
+    def __init__(self, at_most: float = 0.7, seeds: Iterable[str] = ()) -> None:
+        self.at_most, self.pool = at_most, RougePool()
+        for seed in seeds:
+            self.pool.add(seed)
+
+    def reason(self, task: Task) -> str | None:
+        return "too similar" if self.pool.nearest(task.instruction, self.at_most) else None
+
+    def kept(self, task: Task) -> None:
+        self.pool.add(task.instruction)
+
+
+class NearDuplicates(Filter):
+    """Word runs of prompt and answer that nearly all stand in another row: MinHash (Broder 1997).
+
+    `threshold` is the Jaccard similarity of the sets of runs.
+    """
+
+    def __init__(self, threshold: float = 0.8, ngram: int = 3, permutations: int = 128) -> None:
+        from datasketch import MinHashLSH
+
+        self.ngram, self.permutations = ngram, permutations
+        self.index = MinHashLSH(threshold=threshold, num_perm=permutations)
+
+    def reason(self, task: Task) -> str | None:
+        return "near duplicate" if self.index.query(self._sketch(task)) else None
+
+    def kept(self, task: Task) -> None:
+        self.index.insert(len(self.index.keys), self._sketch(task))
+
+    def _sketch(self, task: Task):
+        from datasketch import MinHash
+
+        sketch = MinHash(num_perm=self.permutations, seed=1)
+        sketch.update_batch(
+            [run.encode() for run in _runs(f"{task.prompt}\n{task.output}", self.ngram)]
+        )
+        return sketch
+
+
+class Contamination(Filter):
+    """Shares a run of `ngram` words with the text of an evaluation set."""
+
+    def __init__(self, texts: Iterable[str], ngram: int = 10) -> None:
+        self.ngram = ngram
+        self.runs = {run for text in texts for run in _runs(text, ngram)}
+
+    def reason(self, task: Task) -> str | None:
+        runs = _runs(f"{task.prompt}\n{task.output}", self.ngram)
+        return "in an evaluation set" if any(run in self.runs for run in runs) else None
+
+
+class Language(Filter):
+    """Prompt and answer are in one of these languages (ISO 639-1), by `py3langid`."""
+
+    def __init__(self, languages: Sequence[str] = ("en",)) -> None:
+        self.languages = tuple(languages)
+
+    def reason(self, task: Task) -> str | None:
+        import py3langid
+
+        found = py3langid.classify(f"{task.prompt}\n{task.output}")[0]
+        return None if found in self.languages else "another language"
+
+
+class SameResult(Filter):
+    """The result in the answer is the reference's: the last match of a pattern, as for maths."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = re.compile(pattern)
+
+    def reason(self, task: Task) -> str | None:
+        if task.reference is None:
+            return None
+        found, expected = self._result(task.output), self._result(task.reference)
+        return None if found is not None and found == expected else "another result"
+
+    def _result(self, text: str) -> str | None:
+        matches = self.pattern.findall(text)
+        return matches[-1].replace(",", "").strip(" .$") if matches else None
+
+
+def _repeated(parts: Sequence[object]) -> float:
+    """Share of parts that stood earlier already."""
+    return 1 - len(set(parts)) / len(parts) if parts else 0.0
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).strip(" .!?:\"'")
+
+
+def _runs(text: str, length: int) -> list[str]:
+    """Runs of words in lower case without punctuation; a shorter text is one run."""
+    words = re.findall(r"\w+", text.lower())
+    return [" ".join(words[i : i + length]) for i in range(max(len(words) - length + 1, 1))]

@@ -1,0 +1,23 @@
+"""What a generator makes: an instruction, perhaps with an input, and its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """`truncated`: the writer was cut off by the limit of new tokens.  `reference` is the answer
+    that a data set already had, where the task comes from one.
+    """
+
+    instruction: str
+    input: str = ""
+    output: str = ""
+    truncated: bool = False
+    reference: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """What a user would say: the instruction, its input below."""
+        return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
