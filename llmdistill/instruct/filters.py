@@ -26,8 +26,9 @@ class Filter(ABC):
     def reason(self, task: Task) -> str | None:
         """Why this task is dropped, in a few words that can be counted; None keeps it."""
 
-    def kept(self, task: Task) -> None:  # noqa: B027 - most filters need no memory
-        """Every filter let this task pass."""
+    def kept(self, task: Task) -> None:
+        """Every filter let this task pass; few have to remember it."""
+        return
 
 
 class Length(Filter):
@@ -137,7 +138,7 @@ class NearDuplicates(Filter):
     def kept(self, task: Task) -> None:
         self.index.insert(len(self.index.keys), self._sketch(task))
 
-    def _sketch(self, task: Task):
+    def _sketch(self, task: Task) -> Any:
         from datasketch import MinHash
 
         sketch = MinHash(num_perm=self.permutations, seed=1)
