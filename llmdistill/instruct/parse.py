@@ -1,0 +1,58 @@
+"""Reading tasks out of a teacher's free text: strict, so that no half task passes for one.
+
+###
+4. Instruction: ...
+4. Input:
+<noinput>
+4. Output:
+...
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from llmdistill.instruct.tasks import Task
+
+BETWEEN = "###"
+NO_INPUT = "<noinput>"
+FIELDS = ("Instruction", "Input", "Output")
+_FIELD = re.compile(rf"^[ \t]*\d+[.)]?\s*({'|'.join(FIELDS)}):[ \t]*", re.MULTILINE)
+
+
+class Parsed(NamedTuple):
+    """The tasks of a text, and how many of its items were none."""
+
+    tasks: list[Task]
+    unparsable: int
+
+
+def write_task(number: int, task: Task) -> str:
+    """A task as an item of the list."""
+    return (
+        f"{BETWEEN}\n{number}. Instruction: {task.instruction}\n{number}. Input:\n"
+        f"{task.input or NO_INPUT}\n{number}. Output:\n{task.output}\n"
+    )
+
+
+def parse_tasks(text: str, *, truncated: bool = False) -> Parsed:
+    """The items of a list, in order.  Where the text was cut off, its last item is dropped.
+
+    An item is a task if it has each field once, in order, and an instruction.
+    """
+    items = [item for item in re.split(rf"^{BETWEEN}.*$", text, flags=re.MULTILINE) if item.strip()]
+    if truncated and items:
+        items.pop()
+    found = [_task(item) for item in items]
+    tasks = [task for task in found if task is not None]
+    return Parsed(tasks, len(found) - len(tasks))
+
+
+def _task(item: str) -> Task | None:
+    _, *parts = _FIELD.split(item)
+    names, values = parts[::2], [value.strip() for value in parts[1::2]]
+    if tuple(names) != FIELDS or not values[0]:
+        return None
+    instruction, given, output = values
+    return Task(instruction, "" if given.lower() in (NO_INPUT, "") else given, output)

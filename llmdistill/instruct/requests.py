@@ -1,0 +1,44 @@
+"""What a generator asks of a teacher, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Literal
+
+from llmdistill.batch import Sampling
+from llmdistill.data.formats import Message
+from llmdistill.instruct.parse import Parsed
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation to go on with.
+
+    `turn` is whose text comes next: a teacher can be asked to write what a user would say.
+    `start` is what that text begins with; it does not come back with the reply.
+    """
+
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    max_new_tokens: int
+    turn: Literal["assistant", "user"] = "assistant"
+    start: str = ""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The text, and whether the limit of new tokens cut it off."""
+
+    text: str
+    truncated: bool = False
+
+
+# One call of a generator: it asks some things at once, is told, asks again, and ends with what it
+# made.  The same number and the same replies give the same tasks.
+Call = Generator[list[Request], list[Reply], Parsed]
+
+
+def user(text: str) -> tuple[Message, ...]:
+    """A conversation of one user turn."""
+    return ({"role": "user", "content": text},)
