@@ -1,0 +1,284 @@
+"""Call after call until enough rows are kept, in a folder that survives being killed anywhere.
+
+    calls.jsonl    what the teacher said, one line a call: the only thing that cannot be made again
+    rows.jsonl     the rows that were kept, one line a row
+    log.jsonl      when, how fast and why not: the only file with times
+
+Calls are made in rounds of a fixed size.  What a round asks depends on the rounds before it alone,
+so rows are the same however often a run was stopped, and on any number of ranks up to the rounding
+of the teacher.  A round that was not finished is made again whole: its batches are then the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from llmdistill.errors import DataError
+from llmdistill.instruct.filters import Filter
+from llmdistill.instruct.generators import TaskGenerator
+from llmdistill.instruct.parse import Parsed
+from llmdistill.instruct.requests import Reply, Request
+from llmdistill.instruct.tasks import Task
+
+UNPARSABLE = "unparsable"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request with what its randomness is keyed by: the call, its stage, the place there."""
+
+    call: int
+    stage: int
+    place: int
+    request: Request
+
+
+class Writer(Protocol):
+    """Who replies: `writers.py`."""
+
+    def write(self, asked: Sequence[Asked]) -> list[Reply]: ...
+
+
+@dataclass(frozen=True)
+class Made:
+    """One call that is done: what it made, a hash of what was asked, and what was said."""
+
+    call: int
+    parsed: Parsed
+    prompt_hash: str
+    replies: list[list[Reply]]
+
+
+@dataclass
+class Counts:
+    """What became of the tasks so far."""
+
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def made(self) -> int:
+        return self.kept + sum(self.dropped.values())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`about` stands in every row: generator, teacher, sampling, seed."""
+
+    folder: Path
+    target: int | None
+    round_size: int
+    about: Mapping[str, Any]
+
+
+class Pipeline:
+    """Runs a generator against a writer; filters decide in the order of the calls."""
+
+    def __init__(
+        self,
+        generator: TaskGenerator,
+        writer: Writer,
+        filters: Sequence[Filter],
+        settings: Settings,
+    ) -> None:
+        self.generator, self.writer, self.filters = generator, writer, filters
+        self.settings = settings
+        self.counts = Counts()
+        self._kept: list[Task] = []
+        self._next_call = 0
+
+    def run(self, progress: Callable[[Counts, float], None] = lambda counts, seconds: None) -> None:
+        """Until the target is met or the generator is done.  `progress` hears of each round."""
+        self._take_up()
+        while not self._is_done():
+            start = time.perf_counter()
+            made = self._round(self._numbers())
+            self._record(made)
+            self._keep(made)
+            seconds = time.perf_counter() - start
+            self._log(seconds)
+            progress(self.counts, seconds)
+
+    def _is_done(self) -> bool:
+        target, calls = self.settings.target, self.generator.num_calls
+        met = target is not None and self.counts.kept >= target
+        return met or (calls is not None and self._next_call >= calls)
+
+    def _numbers(self) -> list[int]:
+        end = self._next_call + self.settings.round_size
+        if self.generator.num_calls is not None:
+            end = min(end, self.generator.num_calls)
+        return list(range(self._next_call, end))
+
+    def _round(self, numbers: Sequence[int]) -> list[Made]:
+        """The calls of these numbers, shared out over the ranks."""
+        state = PartialState()
+        share = -(-len(numbers) // state.num_processes)
+        own = numbers[state.process_index * share : (state.process_index + 1) * share]
+        made = exchange(self.generator, self.writer, own, self._kept)
+        return gather_object(made) if state.num_processes > 1 else made
+
+    def _keep(self, made: Sequence[Made]) -> None:
+        """Filters what was made; what passes goes into rows.jsonl."""
+        rows, before = [], list(self._kept)
+        for call in made:
+            if call.parsed.unparsable:
+                self.counts.dropped[UNPARSABLE] += call.parsed.unparsable
+            for place, task in enumerate(call.parsed.tasks):
+                if self.settings.target is not None and self.counts.kept >= self.settings.target:
+                    break
+                if self._passes(task):
+                    rows.append(self._row(call, place, task))
+                    before.append(task)
+        self._kept = before
+        self._next_call = made[-1].call + 1 if made else self._next_call
+        self._append("rows.jsonl", rows)
+
+    def _passes(self, task: Task) -> bool:
+        for one in self.filters:
+            if reason := one.reason(task):
+                self.counts.dropped[reason] += 1
+                return False
+        for one in self.filters:
+            one.kept(task)
+        self.counts.kept += 1
+        return True
+
+    def _row(self, made: Made, place: int, task: Task) -> dict[str, Any]:
+        fields = {"instruction": task.instruction, "input": task.input, "output": task.output}
+        row_id = f"{made.call}-{place}"
+        return {"id": row_id, **fields, **self.settings.about, "prompt_hash": made.prompt_hash}
+
+    # ---- files ----
+
+    def _record(self, made: Sequence[Made]) -> None:
+        lines = [
+            {"call": m.call, "replies": [[asdict(r) for r in stage] for stage in m.replies]}
+            for m in made
+        ]
+        self._append("calls.jsonl", lines)
+
+    def _log(self, seconds: float) -> None:
+        counts = self.counts
+        entry = {
+            "time": time.time(),
+            "seconds": seconds,
+            "calls": self._next_call,
+            "kept": counts.kept,
+            "dropped": dict(sorted(counts.dropped.items())),
+        }
+        self._append("log.jsonl", [entry])
+
+    def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """All of them on disk, or (killed) the first of them and part of one."""
+        if not PartialState().is_main_process or not lines:
+            return
+        with (self.settings.folder / name).open("a", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _take_up(self) -> None:
+        """What an earlier run recorded, as if it had just been said; half a round is forgotten."""
+        PartialState().wait_for_everyone()
+        recorded = list(read_whole_lines(self.settings.folder / "calls.jsonl"))
+        whole: list[Any] = []
+        numbers = self._numbers()
+        while numbers and len(recorded) >= len(whole) + len(numbers):
+            lines = recorded[len(whole) : len(whole) + len(numbers)]
+            if [line["call"] for line in lines] != numbers:
+                raise DataError(
+                    f"{self.settings.folder / 'calls.jsonl'} holds calls of another round size; "
+                    "go on with the settings that it was begun with, or choose another folder"
+                )
+            whole += lines
+            self._next_call = numbers[-1] + 1
+            numbers = self._numbers()
+        self._next_call = 0
+        PartialState().wait_for_everyone()  # all have read before one writes
+        if PartialState().is_main_process:
+            _replace(self.settings.folder / "calls.jsonl", whole)
+            _replace(self.settings.folder / "rows.jsonl", [])
+        said = {line["call"]: line["replies"] for line in whole}
+        while self._next_call < len(said):
+            numbers = self._numbers()
+            replies = Recorded(said)
+            self._keep(exchange(self.generator, replies, numbers, self._kept))
+
+
+class Recorded:
+    """Replies that were given before."""
+
+    def __init__(self, said: Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
+        self.said = said
+
+    def write(self, asked: Sequence[Asked]) -> list[Reply]:
+        return [Reply(**self.said[one.call][one.stage][one.place]) for one in asked]
+
+
+def exchange(
+    generator: TaskGenerator, writer: Writer, numbers: Sequence[int], machine: Sequence[Task]
+) -> list[Made]:
+    """Makes these calls side by side: what they ask at the same stage is written together."""
+    calls = {number: generator.call(number, machine) for number in numbers}
+    asking = {number: next(call) for number, call in calls.items()}
+    said: dict[int, list[list[Reply]]] = {number: [] for number in numbers}
+    asked_text: dict[int, list[str]] = {number: [] for number in numbers}
+    done: dict[int, Parsed] = {}
+    while asking:
+        asked = [
+            Asked(number, len(said[number]), place, request)
+            for number, requests in asking.items()
+            for place, request in enumerate(requests)
+        ]
+        replies = iter(writer.write(asked))
+        for number, requests in list(asking.items()):
+            asked_text[number] += map(repr, requests)
+            said[number].append([next(replies) for _ in requests])
+            try:
+                asking[number] = calls[number].send(said[number][-1])
+            except StopIteration as stop:
+                done[number] = stop.value
+                del asking[number]
+    return [
+        Made(number, done[number], _hash("\n".join(asked_text[number])), said[number])
+        for number in numbers
+    ]
+
+
+def read_whole_lines(path: Path) -> Iterator[Any]:
+    """The lines of a file that were written whole; nothing where there is no file."""
+    if not path.is_file():
+        return
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number + 1} is damaged: {error}; restore it") from None
+
+
+def _replace(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """A file with these lines, or the one that was there."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    fresh = path.with_suffix(".new")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
