@@ -22,6 +22,7 @@ PROBE: tuple[Message, ...] = (
     {"role": "assistant", "content": "Blue."},
     {"role": "user", "content": "Another one?"},
 )
+WHAT_A_USER_SAYS = "what a user says"
 
 
 def render(
@@ -51,6 +52,30 @@ def render(
             "or drop the row."
         )
     return prompt, _through_end(tokenizer, whole[len(prompt) :], example.place)
+
+
+def open_user_turn(
+    tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any] | None = None
+) -> list[int]:
+    """The ids before what a user says: a teacher goes on with what one might say (Magpie).
+
+    Raises DataError for a tokenizer without a chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"tokenizer '{tokenizer.name_or_path}' has no chat template: nothing opens a user's "
+            "turn. Use the tokenizer of an instruct model."
+        )
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": WHAT_A_USER_SAYS}], tokenize=False, **(template_options or {})
+    )
+    opening = text.partition(WHAT_A_USER_SAYS)[0]
+    return list(tokenizer(opening, add_special_tokens=False)["input_ids"])
+
+
+def continued(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> list[int]:
+    """The ids of a text that goes on with a turn; control tokens in it are ordinary text."""
+    return _tokens(tokenizer, text, place, start=False) if text else []
 
 
 def same_template(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> bool:
