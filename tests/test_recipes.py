@@ -13,12 +13,15 @@ from llmdistill import recipe as recipes
 from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.data.sources import read
 from llmdistill.evaluation.measure import Evaluation
+from llmdistill.generate import generate
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.run import distill
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 
-RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
+ALL = sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
+GENERATING = [path for path in ALL if "\ngenerator:" in path.read_text()]
+RECIPES = [path for path in ALL if path not in GENERATING]
 FIGURES = {
     "kl_teacher_text", "kl_own_text", "top1_agreement", "draft_acceptance", "rouge_l_teacher",
     "rouge_l_references", "exact_match", "perplexity", "repeated_4grams", "num_parameters", "num_bytes",
@@ -36,7 +39,23 @@ def test_all_recipes_are_found():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_all_recipes_that_generate_are_found():
+    assert [path.stem for path in GENERATING] == ["magpie_cpu"]
+
+
+@pytest.mark.parametrize("path", GENERATING, ids=lambda path: path.stem)
+def test_makes_two_rows_with_a_toy_teacher(path, pair, tmp_path):
+    """Toys write no words: filters of words are left out."""
+    overrides = [
+        f"output={tmp_path}/set", f"teacher.model={pair[0]}", "target=2", "filters=[]", "round_size=4",
+        "generator.max_new_tokens=6", "generator.max_instruction_tokens=400",
+    ]  # fmt: skip
+    made = generate(recipes.load_generation(path, overrides))
+    assert made.counts.kept == 2
+    assert (made.folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_the_header_says_pair_hardware_and_time(path):
     header = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert all(word in header for word in ("Pair ", "Hardware ", "Time "))

@@ -10,6 +10,7 @@ from llmdistill.cli.carve import carve
 from llmdistill.cli.check import check
 from llmdistill.cli.env import env
 from llmdistill.cli.evaluate import evaluate
+from llmdistill.cli.generate import generate
 from llmdistill.cli.recipes import recipes
 from llmdistill.cli.train import train
 from llmdistill.errors import LlmDistillError, TrainingError
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, carve, check, env):
+for command in (train, generate, evaluate, carve, check, env):
     app.command()(command)
 app.add_typer(recipes, name="recipes")
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Task:
     """`truncated`: the writer was cut off by the limit of new tokens.  `reference` is the answer
-    that a data set already had, where the task comes from one.
+    that a data set already had, where the task comes from one; `classifies`: its answers are a few
+    fixed labels.
     """
 
     instruction: str
@@ -16,6 +17,7 @@ class Task:
     output: str = ""
     truncated: bool = False
     reference: str | None = None
+    classifies: bool = False
 
     @property
     def prompt(self) -> str:

@@ -59,7 +59,7 @@ def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {_escape(recipe.output.rstrip('/').split('/')[-1])}",
+        f"# {shown(recipe.output.rstrip('/').split('/')[-1])}",
     ]
     parts.append(_origin(recipe, terms))
     if evaluation:
@@ -86,18 +86,18 @@ def license_of(model: str) -> str | None:
 
 
 def _origin(recipe: Recipe, license_name: str | None) -> str:
-    student = f"`{_escape(recipe.student.model)}`"
+    student = f"`{shown(recipe.student.model)}`"
     if recipe.student.carve is not None:
         student += f", carved ({_options(recipe.student.carve)})"
     terms = (
-        f"The teacher's licence is {_escape(license_name)}."
+        f"The teacher's licence is {shown(license_name)}."
         if license_name
         else "The teacher's licence could not be read here: look it up before you share this model."
     )
     return (
         "A causal language model distilled with "
         f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n- **Student**: {student}\n- "
-        f"**Teacher**: `{_escape(recipe.teacher_source[0])}`\n- **Who writes**: "
+        f"**Teacher**: `{shown(recipe.teacher_source[0])}`\n- **Who writes**: "
         f"{_describe(recipe.rollout)}\n- **What is matched**: "
         f"{'; '.join(_describe(o) for o in recipe.objectives)}\n- **Data**: "
         f"{_sources(recipe.data.train)}\n\n{terms}"
@@ -115,26 +115,30 @@ def _measured(recipe: Recipe, evaluation: Mapping[str, Figures]) -> str:
 
 
 def _sources(sources: Sequence[SourceRecipe]) -> str:
-    return ", ".join(f"`{_escape(source.source)}`" for source in sources)
+    return ", ".join(f"`{shown(source.source)}`" for source in sources)
 
 
 def _made(recipe: Recipe) -> str:
-    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     return (
-        f"## How it was made\n\n`llmdistill train` with {versions}, and this recipe:\n\n"
+        f"## How it was made\n\n`llmdistill train` with {made_with()}, and this recipe:\n\n"
         f"```yaml\n{_fenced(recipes.dump(recipe))}```"
     )
+
+
+def made_with() -> str:
+    """The packages that matter, with their versions."""
+    return ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
 
 
 def _describe(answer: recipes.Strict) -> str:
     """One answer of a recipe in a line: its kind, then what differs from the defaults."""
     kind, options = str(getattr(answer, "kind", "")), _options(answer)
-    return f"{_escape(kind)} ({options})" if options else _escape(kind)
+    return f"{shown(kind)} ({options})" if options else shown(kind)
 
 
 def _options(answer: recipes.Strict) -> str:
     given = answer.model_dump(exclude_defaults=True, exclude={"kind"})
-    return _escape(", ".join(f"{key} {value}" for key, value in given.items()))
+    return shown(", ".join(f"{key} {value}" for key, value in given.items()))
 
 
 def _number(value: float | int | None) -> str:
@@ -160,7 +164,7 @@ def _version(package: str) -> str:
         return "(not installed)"
 
 
-def _escape(text: str) -> str:
+def shown(text: str) -> str:
     """Text of a user's that stands in Markdown: no tags, no table breaks, no code spans."""
     return html.escape(text, quote=False).replace("|", "\\|").replace("`", "'").replace("\n", " ")
 

@@ -4,6 +4,7 @@ Reading one imports neither torch nor transformers, so a typo is found in well u
 """
 
 from llmdistill.recipe.base import Strict
+from llmdistill.recipe.generation import GenerationRecipe
 from llmdistill.recipe.questions import (
     ACCEPT_OPTIONS,
     AdapterOffTeacherRecipe,
@@ -24,7 +25,7 @@ from llmdistill.recipe.questions import (
     Schedule,
     TeacherRecipe,
 )
-from llmdistill.recipe.reading import build, build_part, dump, load, parse_yaml
+from llmdistill.recipe.reading import build, build_part, dump, load, load_generation, parse_yaml
 from llmdistill.recipe.schema import (
     CarveRecipe,
     DataRecipe,
@@ -45,6 +46,7 @@ __all__ = [
     "DataRecipe",
     "EvaluateRecipe",
     "FixedRecipe",
+    "GenerationRecipe",
     "InterleavedRecipe",
     "LinearShareRecipe",
     "LocalTeacherRecipe",
@@ -66,5 +68,6 @@ __all__ = [
     "build_part",
     "dump",
     "load",
+    "load_generation",
     "parse_yaml",
 ]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from llmdistill.errors import RecipeError
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.facts import close_to
+from llmdistill.recipe.generation import GenerationRecipe
 from llmdistill.recipe.schema import Recipe
 
 Part = TypeVar("Part", bound=Strict)
@@ -27,6 +28,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with overrides `dotted.path=value`.  RecipeError says what is
     wrong.
     """
+    return build(_read(path, overrides), str(path))
+
+
+def load_generation(path: str | Path, overrides: Sequence[str] = ()) -> GenerationRecipe:
+    """The same for a recipe of `llmdistill generate`."""
+    return build_part(GenerationRecipe, _read(path, overrides), str(path))
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"no such recipe: {path}")
@@ -41,7 +51,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         )
     for override in overrides:
         _override(data, override)
-    return build(data, str(path))
+    return data
 
 
 def build(data: dict[str, Any], place: str = "recipe") -> Recipe:
@@ -58,7 +68,7 @@ def build_part(part: type[Part], data: dict[str, Any], place: str) -> Part:
         raise RecipeError(f"{place}: " + "\n".join(dict.fromkeys(lines))) from None
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: Recipe | GenerationRecipe) -> str:
     """The resolved recipe as YAML, defaults written out; reading it gives the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import random
+import signal
+import time
 
 import pytest
 
@@ -172,3 +176,30 @@ def test_calls_at_the_same_stage_are_written_together():
         [(3, 0, 0), (4, 0, 0), (5, 0, 0)],
         [(3, 1, 0), (3, 1, 1), (5, 1, 0), (5, 1, 1)],
     ]
+
+
+class Slow(Chatter):
+    """Takes its time, so that a kill meets it anywhere."""
+
+    def write(self, asked):
+        time.sleep(0.004)
+        return super().write(asked)
+
+
+def test_a_run_that_is_killed_anywhere_ends_the_same(straight, tmp_path):
+    """SIGKILL at 20 random moments, one after the other until the run gets through."""
+    folder, draw, kills = straight[0], random.Random(0), 0
+    fork = multiprocessing.get_context("fork")
+    while kills < 20:
+        here = tmp_path / str(kills)
+        while True:
+            child = fork.Process(target=lambda here=here: made(here, writer=Slow()).run())
+            child.start()
+            child.join(draw.uniform(0.005, 0.12))
+            if child.exitcode is not None:
+                assert child.exitcode == 0
+                break
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            kills += 1
+        assert contents(here) == contents(folder)

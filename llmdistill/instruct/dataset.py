@@ -1,0 +1,57 @@
+"""The data set that a run leaves: JSON lines and Parquet, in two splits.
+
+train.jsonl  train.parquet          the rows to train on
+held.jsonl   held.parquet           those held back, chosen by their text
+README.md                           how it was made, and what it is good for
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmdistill.instruct.pipeline import read_whole_lines
+
+SPLITS = ("train", "held")
+
+
+def write_splits(folder: Path, *, columns: str, held_back: float) -> dict[str, int]:
+    """Writes the files from rows.jsonl; gives the number of rows of each split that has some."""
+    import pyarrow
+    import pyarrow.parquet
+
+    splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
+    for row in read_whole_lines(folder / "rows.jsonl"):
+        name = "held" if _share(row) < held_back else "train"
+        splits[name].append(_columns(row, columns))
+    for name, rows in splits.items():
+        for old in folder.glob(f"{name}.*"):
+            old.unlink()
+        if rows:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}.parquet")
+    return {name: len(rows) for name, rows in splits.items() if rows}
+
+
+def _columns(row: Mapping[str, Any], columns: str) -> dict[str, Any]:
+    if columns == "alpaca":
+        return dict(row)
+    given = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")
+    messages = [
+        {"role": "user", "content": given},
+        {"role": "assistant", "content": row["output"]},
+    ]
+    kept = {k: v for k, v in row.items() if k not in ("instruction", "input", "output")}
+    return {"id": kept.pop("id"), "messages": messages, **kept}
+
+
+def _share(row: Mapping[str, Any]) -> float:
+    """A number in [0, 1) that depends on what is asked alone: the same question is never in both
+    splits.
+    """
+    text = f"{row['instruction']}\n{row['input']}".lower()
+    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12

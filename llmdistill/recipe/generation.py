@@ -1,0 +1,250 @@
+"""A recipe of `llmdistill generate`: who makes which tasks, and which of them are kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from llmdistill.recipe.base import Strict
+from llmdistill.recipe.facts import wrong_pattern
+from llmdistill.recipe.questions import LocalTeacherRecipe, WarpRecipe
+from llmdistill.recipe.schema import SourceRecipe
+
+Seeds = list[SourceRecipe]
+
+
+def _sources(given: Any) -> Any:
+    several = given if isinstance(given, list) else [given]
+    return [{"source": one} if isinstance(one, str) else one for one in several]
+
+
+class AlpacaRecipe(Strict):
+    """Whole tasks, several a call, after examples from the seeds."""
+
+    kind: Literal["alpaca"] = "alpaca"
+    tasks_per_call: int = Field(17, gt=0)
+    """A small teacher follows a list of one better than one of many."""
+    examples: int = Field(3, gt=0)
+    sampling: WarpRecipe = WarpRecipe()
+    max_new_tokens: int = Field(3072, gt=0)
+
+
+class SelfInstructRecipe(Strict):
+    """Instructions first, then whether they classify, then an input and its output."""
+
+    kind: Literal["self_instruct"] = "self_instruct"
+    tasks_per_call: int = Field(8, gt=0)
+    examples: int = Field(8, gt=0)
+    machine_examples: int = Field(2, ge=0)
+    """How many of the examples are tasks made before."""
+    sampling: WarpRecipe = WarpRecipe(temperature=0.7, top_p=0.5)
+    max_new_tokens: int = Field(1024, gt=0)
+    max_instance_tokens: int = Field(350, gt=0)
+
+
+class MagpieRecipe(Strict):
+    """The teacher writes what a user would say, then answers it."""
+
+    kind: Literal["magpie"] = "magpie"
+    sampling: WarpRecipe = WarpRecipe(top_p=0.99)
+    """Of what the user says."""
+    answer_sampling: WarpRecipe = WarpRecipe(temperature=0.0)
+    max_instruction_tokens: int = Field(128, gt=0)
+    max_new_tokens: int = Field(512, gt=0)
+
+
+class AnswerRecipe(Strict):
+    """Answers to given prompts."""
+
+    kind: Literal["answer"] = "answer"
+    prompts: Seeds = Field(min_length=1)
+    samples: int = Field(1, gt=0)
+    sampling: WarpRecipe = WarpRecipe()
+    max_new_tokens: int = Field(512, gt=0)
+
+    _one_or_several = field_validator("prompts", mode="before")(_sources)
+
+
+class RewriteRecipe(Strict):
+    """Given answers in the teacher's own words."""
+
+    kind: Literal["rewrite"] = "rewrite"
+    prompts: Seeds = Field(min_length=1)
+    sampling: WarpRecipe = WarpRecipe(temperature=0.0)
+    max_new_tokens: int = Field(512, gt=0)
+
+    _one_or_several = field_validator("prompts", mode="before")(_sources)
+
+
+class EvolveRecipe(Strict):
+    """Harder and rarer variants of the seeds, with answers."""
+
+    kind: Literal["evolve"] = "evolve"
+    sampling: WarpRecipe = WarpRecipe()
+    answer_sampling: WarpRecipe = WarpRecipe(temperature=0.0)
+    max_instruction_tokens: int = Field(128, gt=0)
+    max_new_tokens: int = Field(512, gt=0)
+
+
+GeneratorRecipe = Annotated[
+    AlpacaRecipe | SelfInstructRecipe | MagpieRecipe | AnswerRecipe | RewriteRecipe | EvolveRecipe,
+    Field(discriminator="kind"),
+]
+
+
+class LengthRecipe(Strict):
+    """Words of one field."""
+
+    kind: Literal["length"] = "length"
+    field: Literal["instruction", "input", "output"] = "instruction"
+    min_words: int = Field(4, ge=0)
+    max_words: int = Field(150, gt=0)
+
+
+class TruncatedRecipe(Strict):
+    """Answers that the limit of new tokens cut off."""
+
+    kind: Literal["truncated"] = "truncated"
+
+
+class BlacklistRecipe(Strict):
+    """Words in the instruction that ask for more than text."""
+
+    kind: Literal["blacklist"] = "blacklist"
+    words: list[str] | None = None
+    """None: images, files, drawing, music and the like."""
+
+
+class OddStartRecipe(Strict):
+    """Instructions that start with punctuation, outside ASCII, or with "Write a program"."""
+
+    kind: Literal["odd_start"] = "odd_start"
+
+
+class RepeatedLinesRecipe(Strict):
+    """Answers that repeat their lines or their runs of words."""
+
+    kind: Literal["repeated_lines"] = "repeated_lines"
+    max_share: float = Field(0.3, ge=0, le=1)
+    ngram: int = Field(4, gt=0)
+
+
+class EmptyOrEchoRecipe(Strict):
+    """No answer, or the question as the answer."""
+
+    kind: Literal["empty_or_echo"] = "empty_or_echo"
+
+
+class OpenEndRecipe(Strict):
+    """An input or an answer that ends with a colon."""
+
+    kind: Literal["open_end"] = "open_end"
+
+
+class RougeRecipe(Strict):
+    """Instructions too like a seed or one that was kept: ROUGE-L F."""
+
+    kind: Literal["rouge"] = "rouge"
+    at_most: float = Field(0.7, ge=0, le=1)
+
+
+class NearDuplicatesRecipe(Strict):
+    """Rows that nearly stand in another one: MinHash over runs of words."""
+
+    kind: Literal["near_duplicates"] = "near_duplicates"
+    threshold: float = Field(0.8, gt=0, le=1)
+    ngram: int = Field(3, gt=0)
+
+
+class ContaminationRecipe(Strict):
+    """Rows that share a run of words with an evaluation set."""
+
+    kind: Literal["contamination"] = "contamination"
+    sources: Seeds = Field(min_length=1)
+    ngram: int = Field(10, gt=0)
+
+    _one_or_several = field_validator("sources", mode="before")(_sources)
+
+
+class LanguageRecipe(Strict):
+    """Rows in another language."""
+
+    kind: Literal["language"] = "language"
+    languages: list[str] = Field(["en"], min_length=1)
+    """ISO 639-1."""
+
+
+class SameResultRecipe(Strict):
+    """Answers with another result than the reference's, where there is one."""
+
+    kind: Literal["same_result"] = "same_result"
+    pattern: str
+    """A regular expression for the result: the last match counts, by its group."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _a_pattern(cls, pattern: str) -> str:
+        if wrong := wrong_pattern(pattern):
+            raise PydanticCustomError("pattern", "{wrong}", {"wrong": wrong})
+        return pattern
+
+
+FilterRecipe = Annotated[
+    LengthRecipe
+    | TruncatedRecipe
+    | BlacklistRecipe
+    | OddStartRecipe
+    | RepeatedLinesRecipe
+    | EmptyOrEchoRecipe
+    | OpenEndRecipe
+    | RougeRecipe
+    | NearDuplicatesRecipe
+    | ContaminationRecipe
+    | LanguageRecipe
+    | SameResultRecipe,
+    Field(discriminator="kind"),
+]
+DEFAULT_FILTERS: tuple[FilterRecipe, ...] = (
+    TruncatedRecipe(),
+    LengthRecipe(),
+    OddStartRecipe(),
+    BlacklistRecipe(),
+    EmptyOrEchoRecipe(),
+    RepeatedLinesRecipe(),
+    RougeRecipe(),
+)
+
+
+class GenerationRecipe(Strict):
+    """A run of `llmdistill generate`."""
+
+    seed: int = Field(0, ge=0)
+    output: str
+    """The folder of the data set."""
+    teacher: LocalTeacherRecipe
+    generator: GeneratorRecipe
+    seeds: Seeds = [SourceRecipe(source="seed_tasks")]
+    """Tasks to show and to vary, and which nothing kept may be too like."""
+    filters: list[FilterRecipe] = list(DEFAULT_FILTERS)
+    target: int | None = Field(None, gt=0)
+    """Rows to keep; None: until there are no more prompts."""
+    batch_size: int = Field(32, gt=0)
+    """Replies that are written at a time."""
+    round_size: int = Field(64, gt=0)
+    """Calls between two records; what is made depends on it, so a run keeps its own."""
+    columns: Literal["messages", "alpaca"] = "messages"
+    held_back: float = Field(0.05, ge=0, lt=1)
+    """Share of the rows, chosen by their text, that go into a split of their own."""
+
+    _one_or_several = field_validator("seeds", mode="before")(_sources)
+
+    @model_validator(mode="after")
+    def _it_ends(self) -> GenerationRecipe:
+        finite = isinstance(self.generator, AnswerRecipe | RewriteRecipe)
+        if self.target is None and not finite:
+            raise PydanticCustomError(
+                "target", "'target' is missing: a generator of this kind never ends by itself"
+            )
+        return self
