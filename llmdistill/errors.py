@@ -7,6 +7,7 @@
     ├── DataError        (ValueError)    a data file or row cannot be used
     ├── TrainingError    (RuntimeError)  a step cannot be made
     │   └── NonFiniteLossError           a loss or a gradient is NaN or infinite
+    ├── TeacherError     (RuntimeError)  a remote teacher does not answer
     └── CheckpointError  (RuntimeError)  a run folder or a checkpoint cannot be used
 
 Each message says what went wrong, where, what was found and what to do.  The second base is the
@@ -40,6 +41,10 @@ class TrainingError(LlmDistillError, RuntimeError):
 
 class NonFiniteLossError(TrainingError):
     """A loss or a gradient norm is NaN or infinite; the update was not made."""
+
+
+class TeacherError(LlmDistillError, RuntimeError):
+    """A remote teacher refuses a request, or gives no usable answer."""
 
 
 class CheckpointError(LlmDistillError, RuntimeError):

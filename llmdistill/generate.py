@@ -15,11 +15,13 @@ from llmdistill import recipe as recipes
 from llmdistill.errors import CheckpointError
 from llmdistill.instruct import build_filters, build_generator, read_tasks
 from llmdistill.instruct.dataset import write_splits
-from llmdistill.instruct.pipeline import Counts, Pipeline, Settings
+from llmdistill.instruct.pipeline import Counts, Pipeline, Settings, Writer
 from llmdistill.instruct.requests import Request
-from llmdistill.instruct.writers import LocalWriter
+from llmdistill.instruct.writers import LocalWriter, RemoteWriter
+from llmdistill.models.load import load_tokenizer
 from llmdistill.publish.data_card import Outcome, data_card
 from llmdistill.teachers import build_teacher
+from llmdistill.teachers.remote import RemoteTeacher
 
 logger = logging.getLogger("llmdistill")
 
@@ -50,7 +52,7 @@ def generate(
         if PartialState().is_main_process:
             _prepare(folder, recipe, resume=resume, overwrite=overwrite)
     seeds = read_tasks(recipe.seeds)
-    teacher = build_teacher(recipe.teacher)
+    writer = build_writer(recipe)
     about = {
         "generator": recipe.generator.kind,
         "teacher": recipe.teacher.model,
@@ -60,7 +62,7 @@ def generate(
     }
     pipeline = Pipeline(
         build_generator(recipe, seeds),
-        LocalWriter(teacher, seed=recipe.seed, batch_size=recipe.batch_size),
+        writer,
         build_filters(recipe, seeds),
         Settings(folder, recipe.target, recipe.round_size, about),
     )
@@ -72,6 +74,17 @@ def generate(
         (folder / "README.md").write_text(card, encoding="utf-8")
     PartialState().wait_for_everyone()
     return Generated(folder, sizes, pipeline.counts)
+
+
+def build_writer(recipe: recipes.GenerationRecipe) -> Writer:
+    """Who replies."""
+    answer = recipe.teacher
+    if isinstance(answer, recipes.RemoteTeacherRecipe):
+        options = answer.model_dump(exclude={"kind", "revision", "tokenizer"})
+        known = answer.tokenizer and load_tokenizer(answer.tokenizer)
+        return RemoteWriter(RemoteTeacher(tokenizer=known or None, **options), seed=recipe.seed)
+    teacher = build_teacher(answer)
+    return LocalWriter(teacher, seed=recipe.seed, batch_size=recipe.batch_size)
 
 
 def first_request(recipe: recipes.GenerationRecipe) -> Request:

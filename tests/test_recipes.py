@@ -13,7 +13,7 @@ from llmdistill import recipe as recipes
 from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.data.sources import read
 from llmdistill.evaluation.measure import Evaluation
-from llmdistill.generate import generate
+from llmdistill.generate import first_request, generate
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.run import distill
 from llmdistill.teachers.local import LocalTeacher
@@ -39,17 +39,39 @@ def test_all_recipes_are_found():
     ]  # fmt: skip
 
 
+@pytest.fixture
+def data(tmp_path):
+    for name, number in (("train", 9), ("heldout", 3)):
+        lines = [json.dumps(row) for row in toy.rows(number, seed=number)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
 def test_all_recipes_that_generate_are_found():
-    assert [path.stem for path in GENERATING] == ["magpie_cpu"]
+    assert [path.stem for path in GENERATING] == ["alpaca", "answers", "magpie_cpu"]
 
 
 @pytest.mark.parametrize("path", GENERATING, ids=lambda path: path.stem)
-def test_makes_two_rows_with_a_toy_teacher(path, pair, tmp_path):
-    """Toys write no words: filters of words are left out."""
-    overrides = [
-        f"output={tmp_path}/set", f"teacher.model={pair[0]}", "target=2", "filters=[]", "round_size=4",
-        "generator.max_new_tokens=6", "generator.max_instruction_tokens=400",
-    ]  # fmt: skip
+def test_makes_two_rows_with_a_toy_teacher(path, pair, data):
+    """Toys write no words and no lists: filters are left out, and what Alpaca asks is answered."""
+    if path.stem == "alpaca":
+        kind = "generator={kind: answer, prompts: %s/train.jsonl, max_new_tokens: 6}" % data
+        overrides = [f"teacher={{model: {pair[0]}}}", kind]
+        assert (
+            "one more task"
+            not in first_request(recipes.load_generation(path)).messages[0]["content"]
+        )
+    elif path.stem == "answers":
+        overrides = [
+            f"teacher.model={pair[0]}",
+            "generator.max_new_tokens=6",
+            "teacher.dtype=float32",
+        ]
+        overrides.append(f"generator.prompts={data}/train.jsonl")
+    else:
+        overrides = [f"teacher.model={pair[0]}", "generator.max_new_tokens=6"]
+        overrides.append("generator.max_instruction_tokens=400")
+    overrides += [f"output={data}/set", "target=2", "filters=[]", "round_size=4"]
     made = generate(recipes.load_generation(path, overrides))
     assert made.counts.kept == 2
     assert (made.folder / "README.md").is_file()
@@ -59,14 +81,6 @@ def test_makes_two_rows_with_a_toy_teacher(path, pair, tmp_path):
 def test_the_header_says_pair_hardware_and_time(path):
     header = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert all(word in header for word in ("Pair ", "Hardware ", "Time "))
-
-
-@pytest.fixture
-def data(tmp_path):
-    for name, number in (("train", 9), ("heldout", 3)):
-        lines = [json.dumps(row) for row in toy.rows(number, seed=number)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    return tmp_path
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,7 +1,8 @@
-"""Who replies to a generator: a teacher on this machine.
+"""Who replies to a generator: a teacher on this machine, or one behind a server.
 
-Randomness is keyed by the request, so a reply does not depend on those beside it, up to the
-rounding of the teacher; requests of a round come in the same batches each time.
+Randomness is keyed by the request.  On this machine a reply does not depend on those beside it, up
+to the rounding of the teacher, and requests of a round come in the same batches each time; a server
+is asked with a seed of the same making, and does with it what it does.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmdistill.batch import Draw, Prompts, Sampling
+import torch
+
+from llmdistill.batch import Draw, Prompts, Sampling, Writer
 from llmdistill.data.formats import Example
 from llmdistill.data.render import continued, open_user_turn, render
+from llmdistill.decoding.keyed import row_keys
 from llmdistill.instruct.pipeline import Asked
 from llmdistill.instruct.requests import Reply, Request
 from llmdistill.models.vocabulary import end_ids
+from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
 
 if TYPE_CHECKING:
     from llmdistill.teachers.local import LocalTeacher
@@ -63,3 +68,34 @@ class LocalWriter:
         kept = ids[:-1] if ended else ids
         text = self.teacher.tokenizer.decode(kept, skip_special_tokens=True)
         return Reply(text, truncated=not ended)
+
+
+class RemoteWriter:
+    """Asks a server: conversations as chats, what a user would say as plain text."""
+
+    def __init__(self, teacher: RemoteTeacher, *, seed: int) -> None:
+        self.teacher, self.seed = teacher, seed
+
+    def write(self, asked: Sequence[Asked]) -> list[Reply]:
+        spoken = self.teacher.answer([self._question(one) for one in asked])
+        pairs = zip(asked, spoken, strict=True)
+        return [Reply(_after(one.request.start, said), said.truncated) for one, said in pairs]
+
+    def _question(self, asked: Asked) -> Question:
+        request = asked.request
+        draw = Draw(self.seed, epoch=asked.stage, sample=asked.place)
+        seed = int(row_keys(draw, torch.tensor([asked.call]), Writer.TEACHER)) % 2**31
+        prompt: str | tuple[dict[str, str], ...] = request.messages
+        if request.turn == "user":
+            assert self.teacher.tokenizer is not None  # the recipe was refused without one
+            prompt = self.teacher.tokenizer.decode(open_user_turn(self.teacher.tokenizer))
+        return Question(prompt, request.sampling, request.max_new_tokens, seed)
+
+
+def _after(start: str, said: Spoken) -> str:
+    """The reply behind what it was to begin with: a chat says that again, or its last line."""
+    text = said.text.lstrip()
+    for opening in (start, start.rpartition("\n")[2]):
+        if opening and text.startswith(opening):
+            return text.removeprefix(opening)
+    return said.text

@@ -4,7 +4,7 @@ Reading one imports neither torch nor transformers, so a typo is found in well u
 """
 
 from llmdistill.recipe.base import Strict
-from llmdistill.recipe.generation import GenerationRecipe
+from llmdistill.recipe.generation import GenerationRecipe, RemoteTeacherRecipe
 from llmdistill.recipe.questions import (
     ACCEPT_OPTIONS,
     AdapterOffTeacherRecipe,
@@ -54,6 +54,7 @@ __all__ = [
     "ObjectiveRecipe",
     "PeftRecipe",
     "Recipe",
+    "RemoteTeacherRecipe",
     "ReplayRecipe",
     "ResponseRecipe",
     "RolloutRecipe",

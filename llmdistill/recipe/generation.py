@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.facts import wrong_pattern
-from llmdistill.recipe.questions import LocalTeacherRecipe, WarpRecipe
+from llmdistill.recipe.questions import LocalTeacherRecipe, WarpRecipe, kind_or_local
 from llmdistill.recipe.schema import SourceRecipe
 
 Seeds = list[SourceRecipe]
@@ -18,6 +18,33 @@ Seeds = list[SourceRecipe]
 def _sources(given: Any) -> Any:
     several = given if isinstance(given, list) else [given]
     return [{"source": one} if isinstance(one, str) else one for one in several]
+
+
+class RemoteTeacherRecipe(Strict):
+    """A model behind an OpenAI-compatible server (vLLM, SGLang, llama.cpp, a hosted one)."""
+
+    kind: Literal["remote"] = "remote"
+    model: str
+    """Its name on the server."""
+    url: str = "http://localhost:8000/v1"
+    tokenizer: str | None = None
+    """A Hub id or a folder; needed where the prompt is no chat (magpie)."""
+    revision: str | None = None
+    """Noted in every row; the server decides what it serves."""
+    key_from: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; the key itself stands nowhere."""
+    concurrency: int = Field(8, gt=0)
+    timeout: float = Field(120.0, gt=0)
+    """Seconds for one request."""
+    retries: int = Field(6, ge=0)
+    per_minute: int | None = Field(None, gt=0)
+    """Requests begun a minute; None: as many as `concurrency` lets through."""
+
+
+WriterRecipe = Annotated[
+    Annotated[LocalTeacherRecipe, Tag("local")] | Annotated[RemoteTeacherRecipe, Tag("remote")],
+    Discriminator(kind_or_local),
+]
 
 
 class AlpacaRecipe(Strict):
@@ -223,7 +250,7 @@ class GenerationRecipe(Strict):
     seed: int = Field(0, ge=0)
     output: str
     """The folder of the data set."""
-    teacher: LocalTeacherRecipe
+    teacher: WriterRecipe
     generator: GeneratorRecipe
     seeds: Seeds = [SourceRecipe(source="seed_tasks")]
     """Tasks to show and to vary, and which nothing kept may be too like."""
@@ -246,5 +273,16 @@ class GenerationRecipe(Strict):
         if self.target is None and not finite:
             raise PydanticCustomError(
                 "target", "'target' is missing: a generator of this kind never ends by itself"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_template_is_known(self) -> GenerationRecipe:
+        remote = isinstance(self.teacher, RemoteTeacherRecipe) and self.teacher.tokenizer is None
+        if remote and isinstance(self.generator, MagpieRecipe):
+            raise PydanticCustomError(
+                "magpie",
+                "a remote teacher speaks for the user only where its chat template is known: give "
+                "'teacher.tokenizer'",
             )
         return self

@@ -58,7 +58,8 @@ class AdapterOffTeacherRecipe(Strict):
     kind: Literal["adapter_off"] = "adapter_off"
 
 
-def _kind_of_teacher(given: Any) -> str:
+def kind_or_local(given: Any) -> str:
+    """The kind of a teacher: where none is said, a local one."""
     if isinstance(given, Mapping):
         return str(given.get("kind", "local"))
     return getattr(given, "kind", "local")
@@ -67,7 +68,7 @@ def _kind_of_teacher(given: Any) -> str:
 TeacherRecipe = Annotated[
     Annotated[LocalTeacherRecipe, Tag("local")]
     | Annotated[AdapterOffTeacherRecipe, Tag("adapter_off")],
-    Discriminator(_kind_of_teacher),
+    Discriminator(kind_or_local),
 ]
 
 

@@ -1,0 +1,293 @@
+"""A teacher behind a server that misbehaves in every way: asked again, or a clear end."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from llmdistill import recipe as recipes
+from llmdistill.batch import Draw, Prompts, Sampling, Writer
+from llmdistill.errors import RecipeError, TeacherError
+from llmdistill.generate import generate
+from llmdistill.instruct.pipeline import Asked
+from llmdistill.instruct.requests import Request, user
+from llmdistill.instruct.writers import RemoteWriter
+from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
+from tests import toy
+
+
+class Server(ThreadingHTTPServer):
+    """Answers with the last word asked; `faults` are done first, one a request."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.faults, self.asked, self.keys = [], [], set()
+        self.running, self.most, self.lock = 0, 0, threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        server = self.server
+        with server.lock:
+            server.asked.append((self.path, body))
+            server.keys.add(self.headers["authorization"])
+            server.running += 1
+            server.most = max(server.most, server.running)
+            fault = server.faults.pop(0) if server.faults else None
+        time.sleep(0.01)
+        with server.lock:
+            server.running -= 1
+        getattr(self, f"do_{fault}" if fault else "answer")(body)
+
+    def answer(self, body, **changes):
+        chat = "messages" in body
+        text = body["messages"][-1]["content"] if chat else body["prompt"]
+        said = f"about {text.split()[-1]}"
+        choice = {"index": 0, "finish_reason": "stop"} | changes
+        choice |= {"message": {"role": "assistant", "content": said}} if chat else {"text": said}
+        self.send(200, {"id": "1", "object": "x", "created": 0, "model": "m", "choices": [choice]})
+
+    def send(self, status, body, **headers):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {
+            "content-type": "application/json",
+            "content-length": len(data),
+            **headers,
+        }.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_busy(self, body):
+        self.send(429, {"error": {"message": "slow down"}}, **{"retry-after": "0.01"})
+
+    def do_broken(self, body):
+        self.send(500, {"error": {"message": "oh"}})
+
+    def do_garbage(self, body):
+        self.send(200, b"<html>not json")
+
+    def do_empty(self, body):
+        self.send(200, {"id": "1", "object": "x", "created": 0, "model": "m", "choices": []})
+
+    def do_half(self, body):
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", "500")
+        self.end_headers()
+        self.wfile.write(b'{"id": "1", "choi')
+        self.close_connection = True
+
+    def do_unfinished(self, body):
+        self.answer(body, finish_reason=None)
+
+    def do_nothing(self, body):
+        self.close_connection = True
+
+    def do_hang(self, body):
+        time.sleep(1.5)
+        self.close_connection = True
+
+    def do_refused(self, body):
+        self.send(401, {"error": {"message": "who are you"}})
+
+    def do_cut(self, body):
+        self.answer(body, finish_reason="length")
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def teacher(server, **options) -> RemoteTeacher:
+    return RemoteTeacher(server.url, "m", **{"pause": 0.01, "timeout": 0.5} | options)
+
+
+def questions(number: int, **options):
+    options = {"sampling": Sampling(), "max_new_tokens": 9, "seed": 5} | options
+    return [Question(user(f"tell of {i}")[0:1], **options) for i in range(number)]
+
+
+def test_answers_come_in_the_order_of_the_questions(server):
+    assert teacher(server).answer(questions(20)) == [Spoken(f"about {i}", False) for i in range(20)]
+    assert len(server.asked) == 20
+
+
+FAULTS = ["busy", "broken", "garbage", "empty", "half", "unfinished", "nothing", "hang"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_goes_wrong_once_is_asked_again(server, fault):
+    server.faults = [fault] * 3
+    assert teacher(server).answer(questions(4)) == [Spoken(f"about {i}", False) for i in range(4)]
+    assert len(server.asked) == 7
+    assert set(Counter(body["messages"][0]["content"] for _, body in server.asked)) == {
+        f"tell of {i}" for i in range(4)
+    }
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "hang"])
+def test_what_stays_wrong_ends_with_an_error(server, fault):
+    server.faults = [fault] * 99
+    with pytest.raises(TeacherError, match=r"no usable reply in 3 attempts.*--resume"):
+        teacher(server, retries=2).answer(questions(1))
+    assert len(server.asked) == 3
+
+
+def test_a_refusal_is_not_asked_again(server):
+    server.faults = ["refused"] * 99
+    with pytest.raises(TeacherError, match="refuses: HTTP 401: .*who are you"):
+        teacher(server, concurrency=1).answer(questions(5))
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_is_not_there_is_named():
+    gone = RemoteTeacher("http://127.0.0.1:9/v1", "m", retries=1, pause=0.01)
+    with pytest.raises(TeacherError, match=r"127.0.0.1:9/v1 gave no usable reply in 2 attempts"):
+        gone.answer(questions(1))
+
+
+def test_an_answer_that_was_cut_off_says_so(server):
+    server.faults = ["cut"]
+    assert teacher(server).answer(questions(1)) == [Spoken("about 0", True)]
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_no_more_than_so_many_requests_run_at_once(server, concurrency):
+    teacher(server, concurrency=concurrency).answer(questions(12))
+    assert server.most == concurrency
+
+
+def test_no_more_than_so_many_requests_begin_in_a_minute(server):
+    start = time.perf_counter()
+    teacher(server, per_minute=600).answer(questions(6))
+    assert time.perf_counter() - start > 0.45  # five steps of a tenth of a second
+
+
+def test_the_server_is_told_how_to_draw(server):
+    sampling = Sampling(0.3, 0.9, top_k=7)
+    teacher(server).answer(questions(1, sampling=sampling, max_new_tokens=4))
+    (path, body), *_ = server.asked
+    assert path == "/v1/chat/completions"
+    told = {
+        name: body[name]
+        for name in ("model", "temperature", "top_p", "top_k", "max_tokens", "seed")
+    }
+    assert told == {
+        "model": "m",
+        "temperature": 0.3,
+        "top_p": 0.9,
+        "top_k": 7,
+        "max_tokens": 4,
+        "seed": 5,
+    }
+
+
+def test_the_key_comes_from_the_environment(server, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret-1")
+    teacher(server, key_from="MY_KEY").answer(questions(1))
+    assert server.keys == {"Bearer secret-1"}
+
+
+def test_writes_for_a_rollout(server):
+    tokenizer = toy.tokenizer()
+    prompts = Prompts.pack([tokenizer("say red")["input_ids"], [7]], [3, 1], pad_id=0)
+    server.faults = ["cut"]
+    written = teacher(server, tokenizer=tokenizer, concurrency=1).write(
+        prompts, Sampling(), max_new_tokens=9, draw=Draw(0)
+    )
+    assert tokenizer.decode(written.responses()[0]) == "about red"  # cut off: no end
+    assert written.responses()[1][-1] == tokenizer.eos_token_id or len(written.responses()[1]) == 9
+    assert written.writer_BT[written.response_mask_BT].eq(Writer.TEACHER).all()
+    assert {path for path, _ in server.asked} == {"/v1/completions"}
+    with pytest.raises(RecipeError, match="give teacher.tokenizer"):
+        teacher(server).write(prompts, Sampling(), max_new_tokens=9, draw=Draw(0))
+
+
+# ---- as the writer of a data set ----
+
+
+@pytest.mark.parametrize(
+    ("said", "start", "text"),
+    [
+        ("###\n4. Instruction: x", "###\n4. Instruction:", " x"),
+        ("4. Instruction: x", "###\n4. Instruction:", " x"),
+        (" x", "###\n4. Instruction:", " x"),
+        ("plain", "", "plain"),
+    ],
+)
+def test_a_chat_may_say_again_what_it_was_to_begin_with(said, start, text):
+    class Once:
+        def answer(self, asked):
+            return [Spoken(said, False)]
+
+    request = Request(user("q"), Sampling(), 9, start=start)
+    (reply,) = RemoteWriter(Once(), seed=0).write([Asked(0, 0, 0, request)])
+    assert reply.text == text
+
+
+def generation(server, tmp_path, name="set", **changes):
+    rows = tmp_path / "seeds.jsonl"
+    rows.write_text(
+        "\n".join(json.dumps({"instruction": f"tell of {i}", "output": "x"}) for i in range(24))
+    )
+    given = {
+        "output": str(tmp_path / name), "seeds": str(rows), "filters": [], "round_size": 8,
+        "teacher": {"kind": "remote", "model": "m", "url": server.url, "timeout": 0.5, "retries": 4},
+        "generator": {"kind": "answer", "prompts": str(rows)},
+    }  # fmt: skip
+    return recipes.build_part(recipes.GenerationRecipe, given | changes, "recipe")
+
+
+def test_no_row_is_lost_and_none_comes_twice(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmdistill.teachers.remote.LONGEST_PAUSE", 0.02)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-2")
+    plain = generate(generation(server, tmp_path, "plain"))
+    server.faults = ["busy", "broken", "garbage", "half", "nothing", "empty"] * 2
+    made = generate(generation(server, tmp_path, "odd"))
+    assert (made.folder / "rows.jsonl").read_bytes() == (plain.folder / "rows.jsonl").read_bytes()
+    assert made.counts.kept == 24
+    for file in made.folder.rglob("*"):
+        assert b"secret-2" not in file.read_bytes()  # S9
+
+
+def test_a_server_that_dies_ends_clearly_and_the_run_goes_on(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmdistill.teachers.remote.LONGEST_PAUSE", 0.02)
+    whole = generate(generation(server, tmp_path, "whole"))
+    begun = len(server.asked)
+    recipe = generation(server, tmp_path, "stopped")
+    server.faults = [None] * 11 + ["broken"] * 999
+    with pytest.raises(TeacherError, match="HTTP 500"):
+        generate(recipe)
+    server.faults = []
+    assert len((tmp_path / "stopped" / "rows.jsonl").read_text().splitlines()) == 8
+    made = generate(recipe, resume=True)
+    assert (made.folder / "rows.jsonl").read_bytes() == (whole.folder / "rows.jsonl").read_bytes()
+    assert begun == 24
+
+
+def test_magpie_needs_a_template(server, tmp_path):
+    with pytest.raises(RecipeError, match=r"give 'teacher\.tokenizer'"):
+        generation(server, tmp_path, generator={"kind": "magpie"}, target=3)
