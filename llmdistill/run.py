@@ -31,6 +31,7 @@ from llmdistill.data.render import same_template
 from llmdistill.data.validate import Row
 from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
 from llmdistill.evaluation.measure import Evaluation, Figures
+from llmdistill.generate import generate
 from llmdistill.models import build_student
 from llmdistill.models.load import default_device, load_tokenizer, native_bfloat16
 from llmdistill.objectives import build_objective
@@ -90,6 +91,9 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
             _prepare_folder(folder, resume=resume, overwrite=overwrite)
             (folder / "recipe.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
     tokenizer = load_student_tokenizer(recipe)
+    if recipe.generate is not None:
+        logger.info("making the data set %s", recipe.generate.output)
+        generate(recipe.generate, resume=True)
     train, held = load_data(recipe, tokenizer)
     teacher, student = load_pair(recipe, tokenizer, train)
     evaluation = _evaluation(recipe, teacher, held)

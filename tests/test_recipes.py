@@ -34,7 +34,7 @@ TRAINING = {"use_cpu": True, "dataloader_pin_memory": False, "save_strategy": "s
 
 def test_all_recipes_are_found():
     assert [path.stem for path in RECIPES] == [
-        "distillm", "eight_gpus", "gkd", "on_policy", "one_gpu", "peft", "quickstart", "seqkd", "sft",
+        "alpaca_to_student", "distillm", "eight_gpus", "gkd", "on_policy", "one_gpu", "peft", "quickstart", "seqkd", "sft",
         "skd", "skd_cpu", "supervised_kd",
     ]  # fmt: skip
 
@@ -92,6 +92,11 @@ def test_runs_two_steps_on_a_toy_pair(path, pair, data):
         *([] if path.stem == "quickstart" else [f"data.train={data}/train.jsonl", f"data.eval={data}/heldout.jsonl"]),
         *shorter(path),
     ]  # fmt: skip
+    if path.stem == "alpaca_to_student":  # toys write no lists
+        overrides += [
+            f"generate={made_by_a_toy(teacher, data)}",
+            f"data.train={data}/set/train.jsonl",
+        ]
     result = distill(recipes.load(path, overrides))
     assert recipes.load(folder / "recipe.yaml") == recipes.load(path, overrides)
     evaluation = json.loads((folder / "evaluation.json").read_text())
@@ -109,6 +114,14 @@ def test_runs_two_steps_on_a_toy_pair(path, pair, data):
     assert (folder / "student" / "model.safetensors").is_file()
 
 
+def made_by_a_toy(teacher: str, data: Path) -> str:
+    generator = f"{{kind: answer, prompts: {data}/train.jsonl, max_new_tokens: 6}}"
+    return (
+        f"{{output: {data}/set, teacher: {{model: {teacher}}}, generator: {generator}, "
+        "filters: [], target: 8, held_back: 0.0}"
+    )
+
+
 def shorter(path: Path) -> list[str]:
     """Overrides that keep a toy run short: the toys have three layers and know one byte a token."""
     if path.stem == "quickstart":
@@ -120,7 +133,7 @@ def shorter(path: Path) -> list[str]:
         return ["rollout.max_new_tokens=6", "training.bf16=false", "evaluate.answer_pattern=null"]
     if path.stem == "skd_cpu":
         return ["rollout.max_new_tokens=6", "student.carve.layers=2"]
-    if path.stem in ("gkd", "one_gpu"):
+    if path.stem in ("gkd", "one_gpu", "alpaca_to_student"):
         return ["rollout.student.max_new_tokens=6"]
     if path.stem == "distillm":
         return ["rollout.student.rollout.max_new_tokens=6", "rollout.share.start=1.0"]

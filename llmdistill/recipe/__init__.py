@@ -32,9 +32,9 @@ from llmdistill.recipe.schema import (
     EvaluateRecipe,
     PeftRecipe,
     Recipe,
-    SourceRecipe,
     StudentRecipe,
 )
+from llmdistill.recipe.sources import SourceRecipe
 
 __all__ = [
     "ACCEPT_OPTIONS",

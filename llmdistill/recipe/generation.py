@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -10,14 +10,7 @@ from pydantic_core import PydanticCustomError
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.facts import wrong_pattern
 from llmdistill.recipe.questions import LocalTeacherRecipe, WarpRecipe, kind_or_local
-from llmdistill.recipe.schema import SourceRecipe
-
-Seeds = list[SourceRecipe]
-
-
-def _sources(given: Any) -> Any:
-    several = given if isinstance(given, list) else [given]
-    return [{"source": one} if isinstance(one, str) else one for one in several]
+from llmdistill.recipe.sources import SourceRecipe, Sources
 
 
 class RemoteTeacherRecipe(Strict):
@@ -86,23 +79,19 @@ class AnswerRecipe(Strict):
     """Answers to given prompts."""
 
     kind: Literal["answer"] = "answer"
-    prompts: Seeds = Field(min_length=1)
+    prompts: Annotated[Sources, Field(min_length=1)]
     samples: int = Field(1, gt=0)
     sampling: WarpRecipe = WarpRecipe()
     max_new_tokens: int = Field(512, gt=0)
-
-    _one_or_several = field_validator("prompts", mode="before")(_sources)
 
 
 class RewriteRecipe(Strict):
     """Given answers in the teacher's own words."""
 
     kind: Literal["rewrite"] = "rewrite"
-    prompts: Seeds = Field(min_length=1)
+    prompts: Annotated[Sources, Field(min_length=1)]
     sampling: WarpRecipe = WarpRecipe(temperature=0.0)
     max_new_tokens: int = Field(512, gt=0)
-
-    _one_or_several = field_validator("prompts", mode="before")(_sources)
 
 
 class EvolveRecipe(Strict):
@@ -189,10 +178,8 @@ class ContaminationRecipe(Strict):
     """Rows that share a run of words with an evaluation set."""
 
     kind: Literal["contamination"] = "contamination"
-    sources: Seeds = Field(min_length=1)
+    sources: Annotated[Sources, Field(min_length=1)]
     ngram: int = Field(10, gt=0)
-
-    _one_or_several = field_validator("sources", mode="before")(_sources)
 
 
 class LanguageRecipe(Strict):
@@ -252,7 +239,7 @@ class GenerationRecipe(Strict):
     """The folder of the data set."""
     teacher: WriterRecipe
     generator: GeneratorRecipe
-    seeds: Seeds = [SourceRecipe(source="seed_tasks")]
+    seeds: Sources = [SourceRecipe(source="seed_tasks")]
     """Tasks to show and to vary, and which nothing kept may be too like."""
     filters: list[FilterRecipe] = list(DEFAULT_FILTERS)
     target: int | None = Field(None, gt=0)
@@ -264,8 +251,6 @@ class GenerationRecipe(Strict):
     columns: Literal["messages", "alpaca"] = "messages"
     held_back: float = Field(0.05, ge=0, lt=1)
     """Share of the rows, chosen by their text, that go into a split of their own."""
-
-    _one_or_several = field_validator("seeds", mode="before")(_sources)
 
     @model_validator(mode="after")
     def _it_ends(self) -> GenerationRecipe:

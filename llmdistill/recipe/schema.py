@@ -6,13 +6,14 @@ documented where it is declared.  Nothing here imports torch or transformers.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Dtype, Quantization, Strict
 from llmdistill.recipe.facts import check_training_argument, wrong_pattern
+from llmdistill.recipe.generation import GenerationRecipe
 from llmdistill.recipe.questions import (
     AdapterOffTeacherRecipe,
     AdaptiveShareRecipe,
@@ -23,6 +24,7 @@ from llmdistill.recipe.questions import (
     RolloutRecipe,
     TeacherRecipe,
 )
+from llmdistill.recipe.sources import Sources
 
 
 class CarveRecipe(Strict):
@@ -86,26 +88,10 @@ class StudentRecipe(Strict):
         return self
 
 
-class SourceRecipe(Strict):
-    """Where rows come from, and how they are read."""
-
-    source: str
-    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder of such files, a data set of the Hub
-    (org/name or org/name:split), or `seed_tasks`.
-    """
-    format: Literal["auto", "messages", "conversations", "prompt_completion", "alpaca", "text"] = (
-        "auto"
-    )
-    columns: dict[str, str] = {}
-    """Fields by other names: {instruction: question, output: answer}."""
-    weight: float = Field(1.0, gt=0)
-    """How often a row stands in an epoch: 2 is twice, 0.5 is half of the rows, always the same."""
-
-
 class DataRecipe(Strict):
-    train: list[SourceRecipe] = Field(min_length=1)
+    train: Annotated[Sources, Field(min_length=1)]
     """Sources; one of them may be given alone, and as its name."""
-    eval: list[SourceRecipe] = []
+    eval: Sources = []
     """The same, for rows that are only measured on."""
     hold_back: int = Field(0, ge=0)
     """Instead of `eval`: this many evenly spaced rows of `train` are only measured on."""
@@ -126,12 +112,6 @@ class DataRecipe(Strict):
     """Read `train` while training, in its order, without holding it in memory; needs
     training.max_steps.
     """
-
-    @field_validator("train", "eval", mode="before")
-    @classmethod
-    def _one_or_several(cls, given: Any) -> Any:
-        several = given if isinstance(given, list) else [given]
-        return [{"source": one} if isinstance(one, str) else one for one in several]
 
     @model_validator(mode="after")
     def _one_source_of_eval_rows(self) -> DataRecipe:
@@ -181,6 +161,8 @@ class Recipe(Strict):
     """The run folder."""
     teacher: TeacherRecipe
     student: StudentRecipe
+    generate: GenerationRecipe | None = None
+    """A data set that is made first, or gone on with where it is there; `data` names its files."""
     data: DataRecipe
     rollout: RolloutRecipe = FixedRecipe()
     objectives: list[ObjectiveRecipe] = Field([ResponseRecipe()], min_length=1)

@@ -1,0 +1,34 @@
+"""Where rows come from: part of every recipe that reads some."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from llmdistill.recipe.base import Strict
+
+
+class SourceRecipe(Strict):
+    """Where rows come from, and how they are read."""
+
+    source: str
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder of such files, a data set of the Hub
+    (org/name or org/name:split), or `seed_tasks`.
+    """
+    format: Literal["auto", "messages", "conversations", "prompt_completion", "alpaca", "text"] = (
+        "auto"
+    )
+    columns: dict[str, str] = {}
+    """Fields by other names: {instruction: question, output: answer}."""
+    weight: float = Field(1.0, gt=0)
+    """How often a row stands in an epoch: 2 is twice, 0.5 is half of the rows, always the same."""
+
+
+def _one_or_several(given: Any) -> Any:
+    several = given if isinstance(given, list) else [given]
+    return [{"source": one} if isinstance(one, str) else one for one in several]
+
+
+Sources = Annotated[list[SourceRecipe], BeforeValidator(_one_or_several)]
+"""Several, or one alone; each as its name, or with more to say."""
