@@ -15,12 +15,22 @@ from llmdistill import recipe as recipes
 from llmdistill.errors import CheckpointError
 from llmdistill.instruct import build_filters, build_generator, read_tasks
 from llmdistill.instruct.dataset import write_splits
-from llmdistill.instruct.pipeline import Counts, Pipeline, Settings, Writer
-from llmdistill.instruct.requests import Request
+from llmdistill.instruct.lion import (
+    GREEDY,
+    Pools,
+    by_divergence,
+    by_referee,
+    divergences,
+    referee_gaps,
+)
+from llmdistill.instruct.pipeline import Asked, Counts, Pipeline, Settings
+from llmdistill.instruct.requests import Request, user
+from llmdistill.instruct.tasks import Task
 from llmdistill.instruct.writers import LocalWriter, RemoteWriter
-from llmdistill.models.load import load_tokenizer
+from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.publish.data_card import Outcome, data_card
 from llmdistill.teachers import build_teacher
+from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.remote import RemoteTeacher
 
 logger = logging.getLogger("llmdistill")
@@ -61,7 +71,7 @@ def generate(
         "seed": recipe.seed,
     }
     pipeline = Pipeline(
-        build_generator(recipe, seeds),
+        build_generator(recipe, seeds, _pools(recipe, writer, folder)),
         writer,
         build_filters(recipe, seeds),
         Settings(folder, recipe.target, recipe.round_size, about),
@@ -76,7 +86,7 @@ def generate(
     return Generated(folder, sizes, pipeline.counts)
 
 
-def build_writer(recipe: recipes.GenerationRecipe) -> Writer:
+def build_writer(recipe: recipes.GenerationRecipe) -> LocalWriter | RemoteWriter:
     """Who replies."""
     answer = recipe.teacher
     if isinstance(answer, recipes.RemoteTeacherRecipe):
@@ -88,9 +98,56 @@ def build_writer(recipe: recipes.GenerationRecipe) -> Writer:
 
 
 def first_request(recipe: recipes.GenerationRecipe) -> Request:
-    """What the teacher will be asked first."""
-    generator = build_generator(recipe, read_tasks(recipe.seeds))
+    """What the teacher will be asked first; which tasks are hard is not known yet."""
+    pools = None
+    if isinstance(recipe.generator, recipes.LionRecipe):
+        pools = Pools(*[read_tasks(recipe.generator.pool)] * 2)
+    generator = build_generator(recipe, read_tasks(recipe.seeds), pools)
     return next(generator.call(0, []))[0]
+
+
+def _pools(
+    recipe: recipes.GenerationRecipe, writer: LocalWriter | RemoteWriter, folder: Path
+) -> Pools | None:
+    """For Lion: the hard and the easy tasks, told apart once and then read from gaps.json."""
+    answer, record = recipe.generator, folder / "gaps.json"
+    if not isinstance(answer, recipes.LionRecipe):
+        return None
+    tasks = read_tasks(answer.pool)
+    if record.is_file():
+        gaps = json.loads(record.read_text())
+    else:
+        logger.info("telling hard tasks from easy ones")
+        gaps = _gaps(recipe, answer, writer, tasks)
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            record.write_text(json.dumps(gaps))
+    if answer.by == "referee":
+        return by_referee(gaps, tasks)
+    return by_divergence(gaps, tasks, answer.hard_share)
+
+
+def _gaps(
+    recipe: recipes.GenerationRecipe,
+    answer: recipes.LionRecipe,
+    writer: LocalWriter | RemoteWriter,
+    tasks: list[Task],
+) -> list[float] | list[float | None]:
+    student = load_model(answer.student, dtype="auto")
+    size = answer.max_compared_tokens
+    if answer.by == "divergence":
+        assert isinstance(writer, LocalWriter)
+        return divergences(
+            writer.teacher, student, tasks, max_new_tokens=size, batch_size=recipe.batch_size
+        )
+    own = LocalTeacher(student, load_tokenizer(answer.student))
+    other = LocalWriter(own, seed=recipe.seed, batch_size=recipe.batch_size)
+    asked = [
+        Asked(number, 0, 0, Request(user(task.prompt), GREEDY, size))
+        for number, task in enumerate(tasks)
+    ]
+    teachers, students = ([r.text for r in each.write(asked)] for each in (writer, other))
+    return referee_gaps(writer, tasks, teachers, students)
 
 
 def _samplings(recipe: recipes.GenerationRecipe) -> dict[str, object]:

@@ -23,6 +23,7 @@ GENERATORS = {
     "evolve": SHORT | {"max_instruction_tokens": 12},
     "answer": SHORT | {"samples": 2},
     "rewrite": SHORT,
+    "lion": SHORT | {"max_instruction_tokens": 12, "max_compared_tokens": 6},
 }
 
 
@@ -48,6 +49,8 @@ def recipe(teacher, rows, output, kind="magpie", **changes):
     generator = {"kind": kind, **GENERATORS[kind]}
     if kind in ("answer", "rewrite"):
         generator["prompts"] = rows
+    if kind == "lion":
+        generator |= {"pool": rows, "student": teacher}
     given = {
         "output": str(output), "teacher": {"model": teacher}, "generator": generator, "seeds": rows,
         "filters": [{"kind": "empty_or_echo"}], "target": 9, "round_size": 8, "batch_size": 4,

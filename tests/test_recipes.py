@@ -48,7 +48,7 @@ def data(tmp_path):
 
 
 def test_all_recipes_that_generate_are_found():
-    assert [path.stem for path in GENERATING] == ["alpaca", "answers", "magpie_cpu"]
+    assert [path.stem for path in GENERATING] == ["alpaca", "answers", "lion", "magpie_cpu"]
 
 
 @pytest.mark.parametrize("path", GENERATING, ids=lambda path: path.stem)
@@ -68,7 +68,10 @@ def test_makes_two_rows_with_a_toy_teacher(path, pair, data):
         overrides.append(f"generator.prompts={data}/train.jsonl")
     else:
         overrides = [f"teacher.model={pair[0]}", "generator.max_new_tokens=6"]
-        overrides.append("generator.max_instruction_tokens=400")
+        overrides += ["generator.max_instruction_tokens=400", "teacher.dtype=float32"]
+    if path.stem == "lion":
+        overrides += [f"generator.student={pair[1]}", "generator.max_compared_tokens=4"]
+        overrides.append(f"generator.pool={data}/train.jsonl")
     overrides += [f"output={data}/set", "target=2", "filters=[]", "round_size=4"]
     made = generate(recipes.load_generation(path, overrides))
     assert made.counts.kept == 2

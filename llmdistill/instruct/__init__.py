@@ -12,19 +12,26 @@ from llmdistill.errors import DataError
 from llmdistill.instruct import filters, generators
 from llmdistill.instruct.filters import Filter
 from llmdistill.instruct.generators import TaskGenerator
+from llmdistill.instruct.lion import Pools
 from llmdistill.instruct.tasks import Task
 from llmdistill.recipe import SourceRecipe, generation
 
 
-def build_generator(recipe: generation.GenerationRecipe, seeds: Sequence[Task]) -> TaskGenerator:
-    """The generator that a recipe asks for."""
+def build_generator(
+    recipe: generation.GenerationRecipe, seeds: Sequence[Task], pools: Pools | None = None
+) -> TaskGenerator:
+    """The generator that a recipe asks for; `pools` are Lion's."""
     answer = recipe.generator
-    options: dict[str, Any] = answer.model_dump(exclude={"kind", "prompts"})
+    known = {"kind", "prompts", "student", "pool", "by", "hard_share", "max_compared_tokens"}
+    options: dict[str, Any] = answer.model_dump(exclude=known)
     for name in ("sampling", "answer_sampling"):
         if name in options:
             options[name] = Sampling(**options[name])
     if isinstance(answer, generation.AnswerRecipe | generation.RewriteRecipe):
         return _GIVEN[type(answer)](read_tasks(answer.prompts), **options)
+    if isinstance(answer, generation.LionRecipe):
+        assert pools is not None
+        return generators.Lion(pools.hard, pools.easy, seed=recipe.seed, **options)
     if isinstance(answer, generation.MagpieRecipe):
         return generators.Magpie(**options)
     if isinstance(answer, generation.SelfInstructRecipe):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from llmdistill.batch import Sampling
+from llmdistill.errors import DataError
 from llmdistill.instruct import prompts
 from llmdistill.instruct.parse import BETWEEN, NO_INPUT, Parsed, parse_tasks
 from llmdistill.instruct.requests import Call, Reply, Request, user
@@ -138,11 +139,7 @@ class Magpie(TaskGenerator):
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         opening = Request((), self.sampling, self.max_instruction_tokens, turn="user")
-        (asked,) = yield [opening]
-        if asked.truncated or not asked.text.strip():
-            return Parsed([], 1)
-        task = Task(asked.text.strip())
-        return (yield from _answered([task], self.answer_sampling, self.max_new_tokens))
+        return (yield from _varied(opening, self.answer_sampling, self.max_new_tokens))
 
 
 class Answer(TaskGenerator):
@@ -210,11 +207,50 @@ class Evolve(TaskGenerator):
         task = _random(self.seed, number).choice(self.tasks)
         ask = prompts.harder if number % 2 else prompts.rarer
         request = Request(user(ask(task)), self.sampling, self.max_instruction_tokens)
-        (reply,) = yield [request]
-        if reply.truncated or not reply.text.strip():
-            return Parsed([], 1)
-        made = Task(reply.text.strip())
-        return (yield from _answered([made], self.answer_sampling, self.max_new_tokens))
+        return (yield from _varied(request, self.answer_sampling, self.max_new_tokens))
+
+
+class Lion(TaskGenerator):
+    """New tasks like those that are hard for a student, and like the easy ones, in turn: 1:1
+    against forgetting (Jiang et al. 2023); `lion.py` tells them apart.
+    """
+
+    def __init__(
+        self,
+        hard: Sequence[Task],
+        easy: Sequence[Task],
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        answer_sampling: Sampling = SURE,
+        max_instruction_tokens: int = 128,
+        max_new_tokens: int = 512,
+    ) -> None:
+        if not hard or not easy:
+            empty = "easy" if hard else "hard"
+            raise DataError(
+                f"no task of the pool is {empty} for the student: give a larger or more mixed "
+                "generator.pool"
+            )
+        self.hard, self.easy, self.seed = hard, easy, seed
+        self.sampling, self.answer_sampling = sampling or Sampling(), answer_sampling
+        self.max_instruction_tokens, self.max_new_tokens = max_instruction_tokens, max_new_tokens
+
+    def call(self, number: int, machine: Sequence[Task]) -> Call:
+        is_hard = number % 2 == 0
+        task = _random(self.seed, number).choice(self.hard if is_hard else self.easy)
+        ask = prompts.rarer if is_hard else prompts.alike
+        request = Request(user(ask(task)), self.sampling, self.max_instruction_tokens)
+        return (yield from _varied(request, self.answer_sampling, self.max_new_tokens))
+
+
+def _varied(request: Request, answer_sampling: Sampling, max_new_tokens: int) -> Call:
+    """The instruction that the teacher is asked for, and its answer to it."""
+    (reply,) = yield [request]
+    if reply.truncated or not reply.text.strip():
+        return Parsed([], 1)
+    made = Task(reply.text.strip())
+    return (yield from _answered([made], answer_sampling, max_new_tokens))
 
 
 def _answered(tasks: list[Task], sampling: Sampling, max_new_tokens: int) -> Call:

@@ -87,6 +87,15 @@ def rarer(task: Task) -> str:
     )
 
 
+def compared(task: Task, first: str, second: str) -> str:
+    """Asks a referee for two scores (Lion)."""
+    return (
+        f"Question:\n{task.prompt}\n\nAnswer 1:\n{first}\n\nAnswer 2:\n{second}\n\n"
+        "Score each answer from 1 to 10 for being right, helpful and complete; their order and "
+        "length must not matter. Reply with the two numbers alone."
+    )
+
+
 def alike(task: Task) -> str:
     """Asks for another task of the same field and kind (Lion)."""
     return (

@@ -4,7 +4,7 @@ Reading one imports neither torch nor transformers, so a typo is found in well u
 """
 
 from llmdistill.recipe.base import Strict
-from llmdistill.recipe.generation import GenerationRecipe, RemoteTeacherRecipe
+from llmdistill.recipe.generation import GenerationRecipe, LionRecipe, RemoteTeacherRecipe
 from llmdistill.recipe.questions import (
     ACCEPT_OPTIONS,
     AdapterOffTeacherRecipe,
@@ -49,6 +49,7 @@ __all__ = [
     "GenerationRecipe",
     "InterleavedRecipe",
     "LinearShareRecipe",
+    "LionRecipe",
     "LocalTeacherRecipe",
     "MixedRecipe",
     "ObjectiveRecipe",

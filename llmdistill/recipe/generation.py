@@ -104,8 +104,36 @@ class EvolveRecipe(Strict):
     max_new_tokens: int = Field(512, gt=0)
 
 
+class LionRecipe(Strict):
+    """Variants of what is hard for a student, and of what is easy, 1:1."""
+
+    kind: Literal["lion"] = "lion"
+    student: str
+    """A Hub id or a folder."""
+    pool: Annotated[Sources, Field(min_length=1)]
+    """The tasks that are told apart."""
+    by: Literal["divergence", "referee"] = "divergence"
+    """divergence: mean KL on the teacher's answer, for a teacher on this machine; referee: the
+    teacher scores both answers.
+    """
+    hard_share: float = Field(0.5, gt=0, lt=1)
+    """by: divergence.  The share of the pool that counts as hard."""
+    max_compared_tokens: int = Field(128, gt=0)
+    """Of the answers that are compared."""
+    sampling: WarpRecipe = WarpRecipe()
+    answer_sampling: WarpRecipe = WarpRecipe(temperature=0.0)
+    max_instruction_tokens: int = Field(128, gt=0)
+    max_new_tokens: int = Field(512, gt=0)
+
+
 GeneratorRecipe = Annotated[
-    AlpacaRecipe | SelfInstructRecipe | MagpieRecipe | AnswerRecipe | RewriteRecipe | EvolveRecipe,
+    LionRecipe
+    | AlpacaRecipe
+    | SelfInstructRecipe
+    | MagpieRecipe
+    | AnswerRecipe
+    | RewriteRecipe
+    | EvolveRecipe,
     Field(discriminator="kind"),
 ]
 
@@ -258,6 +286,16 @@ class GenerationRecipe(Strict):
         if self.target is None and not finite:
             raise PydanticCustomError(
                 "target", "'target' is missing: a generator of this kind never ends by itself"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _both_models_are_at_hand(self) -> GenerationRecipe:
+        generator = self.generator
+        remote = isinstance(self.teacher, RemoteTeacherRecipe)
+        if remote and isinstance(generator, LionRecipe) and generator.by == "divergence":
+            raise PydanticCustomError(
+                "lion", "a remote teacher shows no distributions: use 'generator.by: referee'"
             )
         return self
 

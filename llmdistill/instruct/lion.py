@@ -1,0 +1,138 @@
+"""Which tasks are hard for a student: where its answers fall behind its teacher's.
+
+N = predicted tokens, V = vocabulary.  Jiang et al. 2023 (Lion), the step of discrimination: a
+referee scores both answers from 1 to 10, twice, with their places swapped; a task is hard where the
+teacher's mean score is higher by 1 or more.  With both models at hand the mean KL on the teacher's
+answer says it without a referee, and the hardest share of the tasks is hard.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmdistill.batch import Draw, Prompts, Sampling, Sequences, final_hidden
+from llmdistill.data.formats import Example
+from llmdistill.data.render import render
+from llmdistill.instruct import prompts
+from llmdistill.instruct.pipeline import Asked, Writer
+from llmdistill.instruct.requests import Request, user
+from llmdistill.instruct.tasks import Task
+from llmdistill.models.heads import eval_mode, split
+from llmdistill.models.vocabulary import num_tokens
+from llmdistill.objectives.chunked import HeadLogits, chunked_sum
+from llmdistill.objectives.divergences import forward_kl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmdistill.teachers.local import LocalTeacher
+
+HARD_BY = 1.0  # points of the referee
+REFEREE = Sampling(temperature=0.2)
+GREEDY = Sampling(temperature=0.0)
+CHUNK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Tasks that are hard for the student, and those that are easy."""
+
+    hard: list[Task]
+    easy: list[Task]
+
+
+def by_divergence(gaps: Sequence[float], tasks: Sequence[Task], hard_share: float) -> Pools:
+    """The share of the tasks with the largest gaps is hard."""
+    order = sorted(range(len(tasks)), key=lambda place: (-gaps[place], place))
+    cut = max(1, min(len(tasks) - 1, round(hard_share * len(tasks))))
+    return Pools([tasks[i] for i in order[:cut]], [tasks[i] for i in order[cut:]])
+
+
+def by_referee(gaps: Sequence[float | None], tasks: Sequence[Task]) -> Pools:
+    """Hard where the teacher is better by a point or more; unscored tasks are in neither pool."""
+    scored = [(gap, task) for gap, task in zip(gaps, tasks, strict=True) if gap is not None]
+    return Pools(
+        [task for gap, task in scored if gap >= HARD_BY],
+        [task for gap, task in scored if gap < HARD_BY],
+    )
+
+
+@torch.no_grad()
+def divergences(
+    teacher: LocalTeacher,
+    student: PreTrainedModel,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[float]:
+    """Mean forward KL in nats per token on the teacher's greedy answer to each task."""
+    tokenizer = teacher.tokenizer
+    ids = [render(tokenizer, Example(user(t.prompt), None, t.instruction))[0] for t in tasks]
+    means: list[float] = []
+    for start in range(0, len(tasks), batch_size):
+        some = range(start, min(start + batch_size, len(tasks)))
+        packed = Prompts.pack([ids[i] for i in some], some, pad_id=0)
+        written = teacher.write(packed, GREEDY, max_new_tokens=max_new_tokens, draw=Draw(0))
+        means += _row_means(student, written, num_tokens(tokenizer)).tolist()
+    return means
+
+
+def _row_means(student: PreTrainedModel, written: Sequences, size: int) -> Tensor:
+    """Each row's mean KL(teacher || student) per predicted token: (B,)."""
+    assert written.signal is not None
+    signal = written.signal
+    teacher = HeadLogits(signal.hidden_NH, signal.head.narrow(size), CHUNK_SIZE)
+
+    def position_loss(student_nV: Tensor, rows: slice) -> Tensor:
+        return forward_kl(student_nV, teacher[rows].to(student_nV.device))
+
+    with eval_mode(student):
+        backbone, head = split(student)
+        hidden_NH = final_hidden(backbone, written.to(next(student.parameters()).device))
+    weight_N = torch.ones(len(hidden_NH), device=hidden_NH.device)
+    _, losses_N = chunked_sum(
+        hidden_NH, head.narrow(size), position_loss, weight_N, chunk_size=CHUNK_SIZE
+    )
+    count_B = written.num_predicted
+    sums_B = torch.zeros(len(written)).index_add_(
+        0, torch.arange(len(written)).repeat_interleave(count_B), losses_N.cpu()
+    )
+    return sums_B / count_B.clamp_min(1)
+
+
+def referee_gaps(
+    writer: Writer, tasks: Sequence[Task], teachers: Sequence[str], students: Sequence[str]
+) -> list[float | None]:
+    """The teacher's mean score less the student's; None where the referee gave no two numbers."""
+    asked = [
+        Asked(number, 0, place, _question(task, pair))
+        for number, (task, mine, theirs) in enumerate(zip(tasks, teachers, students, strict=True))
+        for place, pair in enumerate(((mine, theirs), (theirs, mine)))
+    ]
+    scores = [_scores(reply.text) for reply in writer.write(asked)]
+    gaps: list[float | None] = []
+    for first, swapped in zip(scores[::2], scores[1::2], strict=True):
+        if first is None or swapped is None:
+            gaps.append(None)
+        else:
+            gaps.append((first[0] + swapped[1] - first[1] - swapped[0]) / 2)
+    return gaps
+
+
+def _question(task: Task, answers: tuple[str, str]) -> Request:
+    return Request(user(prompts.compared(task, *answers)), REFEREE, max_new_tokens=16)
+
+
+def _scores(text: str) -> tuple[float, float] | None:
+    """The two numbers from 1 to 10 that a referee gave first."""
+    found = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)][:2]
+    if len(found) < 2 or not all(1 <= score <= 10 for score in found):
+        return None
+    return found[0], found[1]
