@@ -153,4 +153,4 @@ def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch,
     assert run("target=5", "--push", "me/set") == 0
     shown = capsys.readouterr().out
     assert "5 of 5 rows" in shown
-    assert pushed == [("me/set", True), ["calls.jsonl", "rows.jsonl", "log.jsonl"]]
+    assert pushed == [("me/set", True), ["calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json"]]

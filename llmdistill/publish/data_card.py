@@ -9,12 +9,8 @@ from pathlib import Path
 from llmdistill import recipe as recipes
 from llmdistill.publish.card import license_of, made_with, shown
 
-RECORDS = (
-    "calls.jsonl",
-    "rows.jsonl",
-    "log.jsonl",
-    "gaps.json",
-)  # how it was written, not what it is
+# How it was written, not what it is.
+RECORDS = ("calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json")
 INTENDED = """## Intended use
 
 Training and distilling language models. The text was written by a language model and not checked by
