@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from llmdistill import recipe as recipes
-from llmdistill.errors import CheckpointError
+from llmdistill.errors import CheckpointError, RecipeError
 from llmdistill.instruct import build_filters, build_generator, read_tasks
 from llmdistill.instruct.dataset import write_splits
 from llmdistill.instruct.lion import (
@@ -23,15 +27,19 @@ from llmdistill.instruct.lion import (
     divergences,
     referee_gaps,
 )
-from llmdistill.instruct.pipeline import Asked, Counts, Pipeline, Settings
+from llmdistill.instruct.pipeline import Asked, Counts, Pipeline, Settings, replace_lines
 from llmdistill.instruct.requests import Request, user
 from llmdistill.instruct.tasks import Task
 from llmdistill.instruct.writers import LocalWriter, RemoteWriter
 from llmdistill.models.load import load_model, load_tokenizer
+from llmdistill.models.vocabulary import require_same
 from llmdistill.publish.data_card import Outcome, data_card
 from llmdistill.teachers import build_teacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.remote import RemoteTeacher
+
+RANKS_WAIT = timedelta(hours=6)
+TRANSPORT = ("url", "key_from", "concurrency", "timeout", "retries", "per_minute")
 
 logger = logging.getLogger("llmdistill")
 
@@ -58,6 +66,7 @@ def generate(
     `overwrite` (delete it first); else CheckpointError.
     """
     folder = Path(recipe.output)
+    _ranks()
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             _prepare(folder, recipe, resume=resume, overwrite=overwrite)
@@ -84,6 +93,16 @@ def generate(
         (folder / "README.md").write_text(card, encoding="utf-8")
     PartialState().wait_for_everyone()
     return Generated(folder, sizes, pipeline.counts)
+
+
+def _ranks() -> None:
+    """Ranks that know of each other, on a CPU too; they wait as long as a server may take."""
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=RANKS_WAIT)
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise RecipeError(
+            f"{os.environ['WORLD_SIZE']} processes were started, but they do not form one group: "
+            "each would write the whole data set"
+        )
 
 
 def build_writer(recipe: recipes.GenerationRecipe) -> LocalWriter | RemoteWriter:
@@ -118,10 +137,11 @@ def _pools(
         gaps = json.loads(record.read_text())
     else:
         logger.info("telling hard tasks from easy ones")
-        gaps = _gaps(recipe, answer, writer, tasks)
-        PartialState().wait_for_everyone()
+        found = [_gaps(recipe, answer, writer, tasks) if PartialState().is_main_process else None]
+        gaps = broadcast_object_list(found)[0]
         if PartialState().is_main_process:
-            record.write_text(json.dumps(gaps))
+            replace_lines(record, [gaps])
+        PartialState().wait_for_everyone()
     if answer.by == "referee":
         return by_referee(gaps, tasks)
     return by_divergence(gaps, tasks, answer.hard_share)
@@ -137,6 +157,12 @@ def _gaps(
     size = answer.max_compared_tokens
     if answer.by == "divergence":
         assert isinstance(writer, LocalWriter)
+        require_same(
+            writer.teacher.tokenizer,
+            load_tokenizer(answer.student),
+            writer.teacher.model.get_output_embeddings().weight.shape[0],
+            student.get_output_embeddings().weight.shape[0],
+        )
         return divergences(
             writer.teacher, student, tasks, max_new_tokens=size, batch_size=recipe.batch_size
         )
@@ -173,12 +199,21 @@ def _prepare(
     if used and overwrite:
         shutil.rmtree(folder)
     elif resume and record.is_file():
-        begun = recipes.load_generation(record)
-        if begun.model_copy(update={"target": recipe.target}) != recipe:
+        if _what_counts(recipes.load_generation(record)) != _what_counts(recipe):
             raise CheckpointError(
-                f"--resume: {record} says otherwise than this recipe; only 'target' may change"
+                f"--resume: {record} says otherwise than this recipe; only 'target', 'columns', "
+                "'held_back' and how a server is reached may change"
             )
     elif resume and used:
         raise CheckpointError(f"--resume: {folder} holds no data set")
     folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(recipes.dump(recipe), encoding="utf-8")
+    fresh = record.with_suffix(".new")
+    fresh.write_text(recipes.dump(recipe), encoding="utf-8")
+    fresh.replace(record)
+
+
+def _what_counts(recipe: recipes.GenerationRecipe) -> dict[str, object]:
+    """What the rows depend on."""
+    given = recipe.model_dump(exclude={"target", "columns", "held_back", "output"})
+    given["teacher"] = {k: v for k, v in given["teacher"].items() if k not in TRANSPORT}
+    return given

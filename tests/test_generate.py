@@ -13,7 +13,7 @@ from llmdistill import recipe as recipes
 from llmdistill.cli import main
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.sources import read
-from llmdistill.errors import CheckpointError, RecipeError
+from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
 from llmdistill.generate import generate
 from tests import toy
 
@@ -86,7 +86,7 @@ def test_a_data_set_goes_on_and_is_not_overwritten_by_chance(teacher, rows, tmp_
     generate(recipe(teacher, rows, parts, target=3))
     with pytest.raises(CheckpointError, match="is not empty"):
         generate(recipe(teacher, rows, parts))
-    with pytest.raises(CheckpointError, match="only 'target' may change"):
+    with pytest.raises(CheckpointError, match="only 'target', 'columns'"):
         generate(recipe(teacher, rows, parts, seed=1), resume=True)
     generate(recipe(teacher, rows, parts), resume=True)
     for name in ("rows.jsonl", "calls.jsonl", "train.jsonl"):
@@ -109,6 +109,38 @@ def test_control_tokens_stay_text_in_their_field(teacher, tmp_path):
     assert row["messages"][0]["content"] == forged
     (ids, *_) = PromptDataset.of([row], toy.tokenizer()).rows
     assert ids.prompt_ids.count(1) == 2  # two turns are opened: the user's and the answer's
+
+
+@pytest.mark.parametrize(
+    ("kind", "judged"), [("magpie", True), ("evolve", True), ("answer", False), ("rewrite", False)]
+)
+def test_where_no_filters_are_given_only_what_was_written_is_judged(
+    teacher, rows, tmp_path, kind, judged
+):
+    given = recipe(teacher, rows, tmp_path, kind).model_dump(
+        mode="json", exclude={"filters"}, exclude_none=True
+    )
+    found = [
+        one.kind for one in recipes.build_part(recipes.GenerationRecipe, given, "recipe").filters
+    ]
+    assert ("rouge" in found) is ("blacklist" in found) is judged
+    assert {"truncated", "empty_or_echo", "repeated_lines"} <= set(found)
+
+
+def test_a_student_of_another_vocabulary_is_refused(teacher, rows, tmp_path):
+    tokenizer = toy.tokenizer("other")
+    tokenizer.add_tokens(["<another>"])
+    model = toy.model()
+    model.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    made = recipe(teacher, rows, tmp_path / "set", "lion")
+    made = made.model_copy(
+        update={
+            "generator": made.generator.model_copy(update={"student": str(tmp_path / "student")})
+        }
+    )
+    with pytest.raises(VocabularyError, match="do not share a vocabulary"):
+        generate(made)
 
 
 @pytest.mark.parametrize(

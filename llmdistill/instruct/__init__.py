@@ -82,7 +82,7 @@ def _rouge(answer: generation.RougeRecipe, seeds: Sequence[Task]) -> Filter:
 
 
 def _contamination(answer: generation.ContaminationRecipe, seeds: Sequence[Task]) -> Filter:
-    texts = (f"{task.prompt}\n{task.output}" for task in read_tasks(answer.sources))
+    texts = (text for task in read_tasks(answer.sources) for text in (task.prompt, task.output))
     return filters.Contamination(texts, answer.ngram)
 
 

@@ -19,6 +19,7 @@ BLACKLIST = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
     *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
 )
+SHORT = 4  # words; fewer stand in many texts by chance
 
 
 class Filter(ABC):
@@ -129,14 +130,19 @@ class NearDuplicates(Filter):
     def __init__(self, threshold: float = 0.8, ngram: int = 3, permutations: int = 128) -> None:
         from datasketch import MinHashLSH
 
-        self.ngram, self.permutations = ngram, permutations
-        self.index = MinHashLSH(threshold=threshold, num_perm=permutations)
+        self.threshold, self.ngram, self.permutations = threshold, ngram, permutations
+        # Its candidates are a guess: asked for more of them than wanted, each is looked at.
+        self.index = MinHashLSH(threshold=max(threshold - 0.25, 0.1), num_perm=permutations)
+        self.sketches: list[Any] = []
 
     def reason(self, task: Task) -> str | None:
-        return "near duplicate" if self.index.query(self._sketch(task)) else None
+        sketch = self._sketch(task)
+        alike = (sketch.jaccard(self.sketches[place]) for place in self.index.query(sketch))
+        return "near duplicate" if any(share >= self.threshold for share in alike) else None
 
     def kept(self, task: Task) -> None:
-        self.index.insert(len(self.index.keys), self._sketch(task))
+        self.sketches.append(self._sketch(task))
+        self.index.insert(len(self.sketches) - 1, self.sketches[-1])
 
     def _sketch(self, task: Task) -> Any:
         from datasketch import MinHash
@@ -149,15 +155,21 @@ class NearDuplicates(Filter):
 
 
 class Contamination(Filter):
-    """Shares a run of `ngram` words with the text of an evaluation set."""
+    """Shares a run of `ngram` words with a text of an evaluation set, or all of a shorter text of
+    `SHORT` words or more.  Questions and answers are texts of their own.
+    """
 
     def __init__(self, texts: Iterable[str], ngram: int = 10) -> None:
         self.ngram = ngram
-        self.runs = {run for text in texts for run in _runs(text, ngram)}
+        self.runs = {run for text in texts for run in self._runs(text)}
 
     def reason(self, task: Task) -> str | None:
-        runs = _runs(f"{task.prompt}\n{task.output}", self.ngram)
+        runs = [*self._runs(task.instruction), *self._runs(task.prompt), *self._runs(task.output)]
         return "in an evaluation set" if any(run in self.runs for run in runs) else None
+
+    def _runs(self, text: str) -> list[str]:
+        runs = _runs(text, self.ngram)
+        return runs if len(runs) > 1 or runs[0].count(" ") >= SHORT - 1 else []
 
 
 class Language(Filter):

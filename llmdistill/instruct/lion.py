@@ -131,8 +131,9 @@ def _question(task: Task, answers: tuple[str, str]) -> Request:
 
 
 def _scores(text: str) -> tuple[float, float] | None:
-    """The two numbers from 1 to 10 that a referee gave first."""
-    found = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)][:2]
-    if len(found) < 2 or not all(1 <= score <= 10 for score in found):
+    """A referee's two numbers from 1 to 10, where it said no others; labels and "/10" aside."""
+    plain = re.sub(r"[Aa]nswer\s+[12]|/\s*10\b", " ", text)
+    found = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", plain)]
+    if len(found) != 2 or not all(1 <= score <= 10 for score in found):
         return None
     return found[0], found[1]

@@ -19,6 +19,10 @@ BETWEEN = "###"
 NO_INPUT = "<noinput>"
 FIELDS = ("Instruction", "Input", "Output")
 _FIELD = re.compile(rf"^[ \t]*\d+[.)]?\s*({'|'.join(FIELDS)}):[ \t]*", re.MULTILINE)
+# A line of its own before an item; answers have headings that begin alike.
+_BETWEEN = re.compile(
+    rf"^{BETWEEN}[ \t]*\n?(?=[ \t]*\d+[.)]?\s*(?:{'|'.join(FIELDS)}):)", re.MULTILINE
+)
 
 
 class Parsed(NamedTuple):
@@ -41,7 +45,7 @@ def parse_tasks(text: str, *, truncated: bool = False) -> Parsed:
 
     An item is a task if it has each field once, in order, and an instruction.
     """
-    items = [item for item in re.split(rf"^{BETWEEN}.*$", text, flags=re.MULTILINE) if item.strip()]
+    items = [item for item in _BETWEEN.split(text) if item.strip(" \t\n#")]
     if truncated and items:
         items.pop()
     found = [_task(item) for item in items]
@@ -49,9 +53,14 @@ def parse_tasks(text: str, *, truncated: bool = False) -> Parsed:
     return Parsed(tasks, len(found) - len(tasks))
 
 
+def _without_mark(value: str) -> str:
+    """A field without the mark that would begin another item."""
+    return value.strip().removesuffix(BETWEEN).strip()
+
+
 def _task(item: str) -> Task | None:
     _, *parts = _FIELD.split(item)
-    names, values = parts[::2], [value.strip() for value in parts[1::2]]
+    names, values = parts[::2], [_without_mark(value) for value in parts[1::2]]
     if tuple(names) != FIELDS or not values[0]:
         return None
     instruction, given, output = values

@@ -32,6 +32,7 @@ from llmdistill.instruct.requests import Reply, Request
 from llmdistill.instruct.tasks import Task
 
 UNPARSABLE = "unparsable"
+BARREN_ROUNDS = 20  # after so many without a row a run without an end stops
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,22 @@ class Pipeline:
     def run(self, progress: Callable[[Counts, float], None] = lambda counts, seconds: None) -> None:
         """Until the target is met or the generator is done.  `progress` hears of each round."""
         self._take_up()
+        barren = 0
         while not self._is_done():
-            start = time.perf_counter()
+            start, before = time.perf_counter(), self.counts.kept
             made = self._round(self._numbers())
             self._record(made)
             self._keep(made)
             seconds = time.perf_counter() - start
             self._log(seconds)
             progress(self.counts, seconds)
+            barren = 0 if self.counts.kept > before else barren + 1
+            if barren == BARREN_ROUNDS and self.generator.num_calls is None:
+                raise DataError(
+                    f"no row was kept in the last {barren} rounds of {self.settings.round_size} "
+                    f"calls; dropped so far: {dict(self.counts.dropped)}. Change the generator or "
+                    "the filters."
+                )
 
     def _is_done(self) -> bool:
         target, calls = self.settings.target, self.generator.num_calls
@@ -164,7 +173,11 @@ class Pipeline:
 
     def _record(self, made: Sequence[Made]) -> None:
         lines = [
-            {"call": m.call, "replies": [[asdict(r) for r in stage] for stage in m.replies]}
+            {
+                "call": m.call,
+                "prompt_hash": m.prompt_hash,
+                "replies": [[asdict(r) for r in stage] for stage in m.replies],
+            }
             for m in made
         ]
         self._append("calls.jsonl", lines)
@@ -209,13 +222,19 @@ class Pipeline:
         self._next_call = 0
         PartialState().wait_for_everyone()  # all have read before one writes
         if PartialState().is_main_process:
-            _replace(self.settings.folder / "calls.jsonl", whole)
-            _replace(self.settings.folder / "rows.jsonl", [])
+            replace_lines(self.settings.folder / "calls.jsonl", whole)
+            replace_lines(self.settings.folder / "rows.jsonl", [])
         said = {line["call"]: line["replies"] for line in whole}
         while self._next_call < len(said):
-            numbers = self._numbers()
-            replies = Recorded(said)
-            self._keep(exchange(self.generator, replies, numbers, self._kept))
+            made = exchange(self.generator, Recorded(said), self._numbers(), self._kept)
+            for one in made:
+                if whole[one.call]["prompt_hash"] != one.prompt_hash:
+                    raise DataError(
+                        f"call {one.call} would ask something else today than it did when it was "
+                        f"recorded in {self.settings.folder / 'calls.jsonl'}: prompts, seeds or "
+                        "the version of llmdistill changed. Restore them, or choose another folder."
+                    )
+            self._keep(made)
 
 
 class Recorded:
@@ -269,7 +288,7 @@ def read_whole_lines(path: Path) -> Iterator[Any]:
             raise DataError(f"{path}:{number + 1} is damaged: {error}; restore it") from None
 
 
-def _replace(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+def replace_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """A file with these lines, or the one that was there."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     fresh = path.with_suffix(".new")

@@ -30,7 +30,9 @@ class LocalWriter:
 
     def __init__(self, teacher: LocalTeacher, *, seed: int, batch_size: int = 32) -> None:
         self.teacher, self.seed, self.batch_size = teacher, seed, batch_size
-        self._ends = end_ids(teacher.model, teacher.tokenizer)
+        known = teacher.tokenizer.added_tokens_decoder.items()
+        special = {number for number, token in known if token.special}
+        self._ends = end_ids(teacher.model, teacher.tokenizer) | special
 
     def write(self, asked: Sequence[Asked]) -> list[Reply]:
         prompts = [self._prompt(one.request) for one in asked]
@@ -64,10 +66,9 @@ class LocalWriter:
         return ids + continued(tokenizer, request.start, "a request")
 
     def _reply(self, ids: list[int]) -> Reply:
-        ended = bool(ids) and ids[-1] in self._ends
-        kept = ids[:-1] if ended else ids
-        text = self.teacher.tokenizer.decode(kept, skip_special_tokens=True)
-        return Reply(text, truncated=not ended)
+        """The text up to the first token that only a template writes: an end, or another turn."""
+        end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
+        return Reply(self.teacher.tokenizer.decode(ids[:end]), truncated=end == len(ids))
 
 
 class RemoteWriter:

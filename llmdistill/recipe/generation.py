@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -157,7 +158,7 @@ class BlacklistRecipe(Strict):
     """Words in the instruction that ask for more than text."""
 
     kind: Literal["blacklist"] = "blacklist"
-    words: list[str] | None = None
+    words: Annotated[list[str], Field(min_length=1)] | None = None
     """None: images, files, drawing, music and the like."""
 
 
@@ -248,15 +249,9 @@ FilterRecipe = Annotated[
     | SameResultRecipe,
     Field(discriminator="kind"),
 ]
-DEFAULT_FILTERS: tuple[FilterRecipe, ...] = (
-    TruncatedRecipe(),
-    LengthRecipe(),
-    OddStartRecipe(),
-    BlacklistRecipe(),
-    EmptyOrEchoRecipe(),
-    RepeatedLinesRecipe(),
-    RougeRecipe(),
-)
+# Where none are given: of answers to given prompts, the answers alone are judged.
+ANSWER_FILTERS = ("truncated", "empty_or_echo", "repeated_lines")
+TASK_FILTERS = (*ANSWER_FILTERS, "length", "odd_start", "blacklist", "rouge")
 
 
 class GenerationRecipe(Strict):
@@ -269,7 +264,7 @@ class GenerationRecipe(Strict):
     generator: GeneratorRecipe
     seeds: Sources = [SourceRecipe(source="seed_tasks")]
     """Tasks to show and to vary, and which nothing kept may be too like."""
-    filters: list[FilterRecipe] = list(DEFAULT_FILTERS)
+    filters: list[FilterRecipe]
     target: int | None = Field(None, gt=0)
     """Rows to keep; None: until there are no more prompts."""
     batch_size: int = Field(32, gt=0)
@@ -279,6 +274,16 @@ class GenerationRecipe(Strict):
     columns: Literal["messages", "alpaca"] = "messages"
     held_back: float = Field(0.05, ge=0, lt=1)
     """Share of the rows, chosen by their text, that go into a split of their own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filters_of_its_kind(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("filters") is not None:
+            return given
+        generator = given.get("generator")
+        kind = generator.get("kind") if isinstance(generator, Mapping) else None
+        names = ANSWER_FILTERS if kind in ("answer", "rewrite") else TASK_FILTERS
+        return {**given, "filters": [{"kind": name} for name in names]}
 
     @model_validator(mode="after")
     def _it_ends(self) -> GenerationRecipe:

@@ -158,7 +158,7 @@ class RemoteTeacher:
                 wrong = f"unusable reply: {error}"
         raise TeacherError(
             f"{self.url} gave no usable reply in {self.retries + 1} attempts; the last: "
-            f"{wrong[:500]}. Nothing is lost: go on with --resume once the server is well."
+            f"{wrong[:500]}. What was recorded is kept: go on with --resume once it is well."
         )
 
     async def _ask(self, client: Any, question: Question) -> Any:
@@ -201,6 +201,7 @@ def _spoken(reply: Any) -> Spoken:
     reason = getattr(choices[0], "finish_reason", None)
     if not isinstance(text, str) or reason not in ("stop", "length"):
         raise ValueError(f"text {str(text)[:40]!r}, finish_reason {reason!r}")
+    text.encode()  # half a character of two: ValueError
     return Spoken(text, truncated=reason == "length")
 
 

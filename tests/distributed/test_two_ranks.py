@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmdistill import recipe as recipes
+from llmdistill.generate import generate
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
+from tests import toy
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +94,28 @@ def test_two_models_write_the_same_on_two_ranks(tmp_path):
         ):
             assert ours[name] == pytest.approx(alone[name]), name
         assert ours["tokens_per_judgement"] == pytest.approx(alone["tokens_per_judgement"])
+
+
+def test_two_ranks_make_the_same_data_set(tmp_path, pair):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in toy.rows(14)))
+    folders = [tmp_path / name for name in ("one", "two")]
+    made = [
+        recipes.build_part(
+            recipes.GenerationRecipe,
+            {
+                "output": str(folder), "teacher": {"model": pair[0], "dtype": "float32"}, "target": 12,
+                "generator": {"kind": "answer", "prompts": f"{tmp_path}/rows.jsonl", "max_new_tokens": 6},
+                "filters": [], "round_size": 4,
+            },
+            "recipe",
+        )
+        for folder in folders
+    ]  # fmt: skip
+    generate(made[0])
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(made[1]))
+    two_ranks("generating", tmp_path)
+    for name in ("rows.jsonl", "calls.jsonl", "train.jsonl"):
+        assert (folders[1] / name).read_bytes() == (folders[0] / name).read_bytes()
 
 
 def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):

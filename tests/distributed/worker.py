@@ -11,7 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from llmdistill import recipe as recipes
 from llmdistill.errors import NonFiniteLossError
+from llmdistill.generate import generate
+from llmdistill.instruct.writers import LocalWriter
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
@@ -92,6 +95,17 @@ def interleaved(folder: Path) -> None:
         torch.save([entry for entry in logs if "acceptance" in entry], folder / "logs.pt")
 
 
+def generating(folder: Path) -> None:
+    """Calls are shared out; one rank writes."""
+    loaded = recipes.load_generation(folder / "recipe.yaml")
+    asked = []
+    answer = LocalWriter.write
+    LocalWriter.write = lambda self, some: asked.extend(some) or answer(self, some)
+    made = generate(loaded)
+    assert made.counts.kept == 12
+    assert {one.call % 4 // 2 for one in asked} == {dist.get_rank()}  # rounds of 4, two each
+
+
 def gradients(folder: Path) -> None:
     """D3: after backward all ranks hold the same gradient, though their rows differ."""
     made = trainer(folder / "run", rows=dataset(16), per_device_train_batch_size=4)
@@ -159,6 +173,7 @@ CASES = {
         kept_answers,
         on_policy,
         interleaved,
+        generating,
         gradients,
         empty_rank,
         evaluation,

@@ -85,6 +85,23 @@ def test_keeps_what_is_just_inside(name, good):
     assert MAKERS[name]().reason(good) is None
 
 
+def test_a_short_question_of_an_evaluation_set_is_found_behind_any_answer():
+    found = filters.Contamination(["What is the capital of France?", "Paris"], ngram=10)
+    copied = Task("What is the capital of France?", "", "It is Paris, " + "and so on " * 9)
+    assert found.reason(copied) == "in an evaluation set"
+    assert found.reason(task(output="Paris")) is None  # one word stands in many texts
+
+
+def test_near_duplicates_are_told_at_their_threshold():
+    """Its index only guesses: who is above is found, who is below is kept."""
+    words = [f"word{i}" for i in range(200)]
+    for changed, dropped in ((8, True), (60, False)):
+        near = filters.NearDuplicates(threshold=0.7, ngram=1)
+        near.kept(Task("same", "", " ".join(words)))
+        other = words[changed:] + [f"other{i}" for i in range(changed)]
+        assert (near.reason(Task("same", "", " ".join(other))) is not None) is dropped
+
+
 def test_rouge_compares_with_what_was_kept():
     rouge = filters.Rouge()
     assert rouge.reason(GOOD) is None

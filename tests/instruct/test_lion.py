@@ -65,12 +65,17 @@ def test_a_referees_taste_for_the_first_cancels_out():
     assert referee_gaps(Referee(), TASKS[:2], students, teachers) == [-2.0, 2.0]
 
 
-@pytest.mark.parametrize("reply", ["I cannot say", "8", "8 and 11", "0 5"])
+@pytest.mark.parametrize("reply", ["I cannot say", "8", "8 and 11", "0 5", "8 6 because 2 facts"])
 def test_a_task_without_two_scores_is_in_no_pool(reply):
     gaps = referee_gaps(Referee([reply, "7 6", "9 5", "5 9"]), TASKS[:2], ["a", "b"], ["c", "d"])
     assert gaps == [None, 4.0]
     pools = by_referee(gaps, TASKS[:2])
     assert (pools.hard, pools.easy) == ([TASKS[1]], [])
+
+
+@pytest.mark.parametrize("reply", ["8 6", "Answer 1: 8\nAnswer 2: 6", "8/10 and 6/10.", "8.0, 6"])
+def test_the_ways_in_which_referees_write_two_scores(reply):
+    assert referee_gaps(Referee([reply, "6 8"]), TASKS[:1], ["a"], ["b"]) == [2.0]
 
 
 def test_a_gap_of_one_point_is_hard():

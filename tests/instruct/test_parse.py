@@ -30,6 +30,18 @@ def test_reads_what_it_writes():
     assert parse_tasks(written(tasks(12), start=4)) == (tasks(12), 0)
 
 
+def test_headings_in_an_answer_stay_in_it():
+    """A mark begins an item only where one follows."""
+    task = Task("Plan my week.", "", "Here is a plan.\n### Monday\nRun.\n#### Evening\n###\nRest.")
+    assert parse_tasks(written([task, *tasks(2)])) == ([task, *tasks(2)], 0)
+    inline = "### 4. Instruction: Name a bird\n4. Input:\n<noinput>\n4. Output: A wren\n###\n"
+    assert parse_tasks(inline) == ([Task("Name a bird", "", "A wren")], 0)
+
+
+def test_what_stands_before_the_first_item_is_no_task():
+    assert parse_tasks("Here they are:\n" + written(tasks(2))) == (tasks(2), 1)
+
+
 def test_the_last_item_of_a_text_that_was_cut_off_is_dropped():
     assert parse_tasks(written(tasks(5)), truncated=True) == (tasks(5)[:-1], 0)
     assert parse_tasks("", truncated=True) == ([], 0)
@@ -51,7 +63,6 @@ def test_forms_that_teachers_write(item, task):
 @pytest.mark.parametrize(
     "item",
     [
-        "Here are the tasks you asked for",
         "4. Instruction: Name a bird\n4. Output: A wren",
         "4. Instruction:\n4. Input: <noinput>\n4. Output: A wren",
         "4. Input: x\n4. Instruction: Name a bird\n4. Output: A wren",

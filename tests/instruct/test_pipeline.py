@@ -148,6 +148,20 @@ def test_another_round_size_is_refused(straight, tmp_path):
         made(tmp_path).run()
 
 
+def test_prompts_that_changed_are_not_paired_with_old_replies(tmp_path):
+    tasks = [Task(f"Say {word} twice.") for word in toy.WORDS]
+    made(tmp_path, generator=Answer(tasks), target=None, filters=[]).run()
+    with pytest.raises(DataError, match="call 0 would ask something else today"):
+        made(tmp_path, generator=Answer([Task("New."), *tasks]), target=None, filters=[]).run()
+
+
+def test_a_run_that_keeps_nothing_stops(tmp_path):
+    with pytest.raises(
+        DataError, match=r"no row was kept in the last 20 rounds of 4 calls.*too short"
+    ):
+        made(tmp_path, filters=[Length(99, 100)]).run()
+
+
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "calls.jsonl").write_text('{"call": 0}\n{"cal\n{"call": 2}\n')
     with pytest.raises(DataError, match=r"calls.jsonl:2 is damaged"):
