@@ -112,7 +112,8 @@ def report(options: argparse.Namespace, runs: Path, names: list[str]) -> None:
     parts = [
         "Who writes, at equal steps: `recipes/skd_cpu.yaml` on GSM8K's questions, "
         f"{options.steps} steps of 8 prompts, at most {options.new_tokens} tokens an answer; "
-        f"measured on the first {options.eval_rows} test questions.  Losses are each rollout's own "
+        f"measured on those of the first {options.eval_rows} test questions that have at most 80 "
+        "tokens.  Losses are each rollout's own "
         "and not comparable between columns; the held-out KL is, within the noise of one seed.  "
         "Figures over steps are means "
         f"since the line before.  `replaced_q1` and `_q4`: share of the tokens in the first and "
