@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from llmdistill.instruct.pipeline import Counts
+    from llmdistill.recipe import GenerationRecipe
 
 
 def generate(
@@ -31,21 +32,31 @@ def generate(
 
     loaded = recipes.load_generation(recipe, overrides or [])
 
+    if dry_run:
+        _show_request(loaded)
+    else:
+        _run(loaded, resume=resume, overwrite=overwrite, push=push)
+
+
+def _show_request(recipe: GenerationRecipe) -> None:
+    """What the teacher is asked first."""
     from llmdistill.cli.show import console
     from llmdistill.generate import first_request
 
-    if dry_run:
-        request = first_request(loaded)
-        for message in request.messages:
-            console.print(f"[{message['role']}]", markup=False)
-            console.print(message["content"], markup=False, highlight=False)
-        console.print(f"[{request.turn}]{request.start or ' ...'}", markup=False)
-        goal = f"{loaded.target} rows" if loaded.target else "all prompts"
-        console.print(f"\nuntil {goal}; at most {request.max_new_tokens} tokens a reply")
-        return
+    request = first_request(recipe)
+    for message in request.messages:
+        console.print(f"[{message['role']}]", markup=False)
+        console.print(message["content"], markup=False, highlight=False)
+    console.print(f"[{request.turn}]{request.start or ' ...'}", markup=False)
+    goal = f"{recipe.target} rows" if recipe.target else "all prompts"
+    console.print(f"\nuntil {goal}; at most {request.max_new_tokens} tokens a reply")
 
+
+def _run(recipe: GenerationRecipe, *, resume: bool, overwrite: bool, push: str | None) -> None:
+    """Makes the data set, showing each round; then its counts, and where it is."""
     import os
 
+    from llmdistill.cli.show import console
     from llmdistill.generate import generate as run
     from llmdistill.publish.data_card import push as upload
 
@@ -54,13 +65,11 @@ def generate(
 
     def progress(counts: Counts, seconds: float) -> None:
         spent[0] += seconds
+        new, done[0] = counts.kept - done[0], counts.kept
         if is_main:
-            console.print(
-                _line(counts, loaded.target, counts.kept - done[0], seconds), markup=False
-            )
-        done[0] = counts.kept
+            console.print(_line(counts, recipe.target, new, seconds), markup=False)
 
-    result = run(loaded, resume=resume, overwrite=overwrite, progress=progress)
+    result = run(recipe, resume=resume, overwrite=overwrite, progress=progress)
     if not is_main:
         return
     counts = result.counts
@@ -71,7 +80,7 @@ def generate(
     console.print(f"data set: {result.folder}", soft_wrap=True)
     if push:
         upload(result.folder, push)
-        console.print(f"pushed to {push} (private)")
+        console.print(f"pushed to {push}")
 
 
 def _line(counts: Counts, target: int | None, new: int, seconds: float) -> str:
