@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from llmdistill.batch import Sampling
 from llmdistill.errors import DataError
@@ -186,12 +187,11 @@ class Rewrite(TaskGenerator):
         return Parsed([made], 0)
 
 
-class Evolve(TaskGenerator):
-    """Harder and rarer variants of given tasks, in turn, with their answers."""
+class _Variants(TaskGenerator):
+    """New instructions made of given ones, with their answers."""
 
     def __init__(
         self,
-        tasks: Sequence[Task],
         *,
         seed: int = 0,
         sampling: Sampling | None = None,
@@ -199,49 +199,48 @@ class Evolve(TaskGenerator):
         max_instruction_tokens: int = 128,
         max_new_tokens: int = 512,
     ) -> None:
-        self.tasks, self.seed = tasks, seed
+        self.seed = seed
         self.sampling, self.answer_sampling = sampling or Sampling(), answer_sampling
         self.max_instruction_tokens, self.max_new_tokens = max_instruction_tokens, max_new_tokens
+
+    def vary(self, asked: str) -> Call:
+        request = Request(user(asked), self.sampling, self.max_instruction_tokens)
+        return (yield from _varied(request, self.answer_sampling, self.max_new_tokens))
+
+
+class Evolve(_Variants):
+    """Harder and rarer variants of given tasks, in turn, with their answers."""
+
+    def __init__(self, tasks: Sequence[Task], **options: Any) -> None:
+        super().__init__(**options)
+        self.tasks = tasks
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         task = _random(self.seed, number).choice(self.tasks)
         ask = prompts.harder if number % 2 else prompts.rarer
-        request = Request(user(ask(task)), self.sampling, self.max_instruction_tokens)
-        return (yield from _varied(request, self.answer_sampling, self.max_new_tokens))
+        return (yield from self.vary(ask(task)))
 
 
-class Lion(TaskGenerator):
+class Lion(_Variants):
     """New tasks like those that are hard for a student, and like the easy ones, in turn: 1:1
     against forgetting (Jiang et al. 2023); `lion.py` tells them apart.
     """
 
-    def __init__(
-        self,
-        hard: Sequence[Task],
-        easy: Sequence[Task],
-        *,
-        seed: int = 0,
-        sampling: Sampling | None = None,
-        answer_sampling: Sampling = SURE,
-        max_instruction_tokens: int = 128,
-        max_new_tokens: int = 512,
-    ) -> None:
+    def __init__(self, hard: Sequence[Task], easy: Sequence[Task], **options: Any) -> None:
         if not hard or not easy:
             empty = "easy" if hard else "hard"
             raise DataError(
                 f"no task of the pool is {empty} for the student: give a larger or more mixed "
                 "generator.pool"
             )
-        self.hard, self.easy, self.seed = hard, easy, seed
-        self.sampling, self.answer_sampling = sampling or Sampling(), answer_sampling
-        self.max_instruction_tokens, self.max_new_tokens = max_instruction_tokens, max_new_tokens
+        super().__init__(**options)
+        self.hard, self.easy = hard, easy
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         is_hard = number % 2 == 0
         task = _random(self.seed, number).choice(self.hard if is_hard else self.easy)
         ask = prompts.rarer if is_hard else prompts.alike
-        request = Request(user(ask(task)), self.sampling, self.max_instruction_tokens)
-        return (yield from _varied(request, self.answer_sampling, self.max_new_tokens))
+        return (yield from self.vary(ask(task)))
 
 
 def _varied(request: Request, answer_sampling: Sampling, max_new_tokens: int) -> Call:
