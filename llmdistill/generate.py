@@ -10,15 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from llmdistill import recipe as recipes
+from llmdistill.data.render import open_user_turn
 from llmdistill.errors import CheckpointError, RecipeError
 from llmdistill.instruct import build_filters, build_generator, read_tasks
 from llmdistill.instruct.dataset import write_splits
+from llmdistill.instruct.generators import TaskGenerator
 from llmdistill.instruct.lion import (
     GREEDY,
     Pools,
@@ -27,11 +30,12 @@ from llmdistill.instruct.lion import (
     divergences,
     referee_gaps,
 )
-from llmdistill.instruct.pipeline import Asked, Counts, Pipeline, Settings, replace_lines
+from llmdistill.instruct.pipeline import Asked, Counts, Pipeline, Settings
+from llmdistill.instruct.records import replace_lines, replace_text
 from llmdistill.instruct.requests import Request, user
 from llmdistill.instruct.tasks import Task
 from llmdistill.instruct.writers import LocalWriter, RemoteWriter
-from llmdistill.models.load import load_model, load_tokenizer
+from llmdistill.models.load import load_model, load_tokenizer, revision_of
 from llmdistill.models.vocabulary import require_same
 from llmdistill.publish.data_card import Outcome, data_card
 from llmdistill.teachers import build_teacher
@@ -71,11 +75,11 @@ def generate(
         if PartialState().is_main_process:
             _prepare(folder, recipe, resume=resume, overwrite=overwrite)
     seeds = read_tasks(recipe.seeds)
-    writer = build_writer(recipe)
-    about = {
+    writer = build_writer(recipe, folder)
+    about: dict[str, Any] = {
         "generator": recipe.generator.kind,
         "teacher": recipe.teacher.model,
-        "revision": recipe.teacher.revision or "",
+        "revision": _revision(recipe, writer),
         "sampling": json.dumps(_samplings(recipe), sort_keys=True),
         "seed": recipe.seed,
     }
@@ -89,8 +93,11 @@ def generate(
     sizes: dict[str, int] = {}
     if PartialState().is_main_process:
         sizes = write_splits(folder, columns=recipe.columns, held_back=recipe.held_back)
-        card = data_card(recipe, Outcome(sizes, pipeline.counts.dropped))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        counts = pipeline.counts
+        card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, about["revision"]))
+        replace_text(folder / "README.md", card)
+        if isinstance(writer, RemoteWriter):
+            writer.forget()
     PartialState().wait_for_everyone()
     return Generated(folder, sizes, pipeline.counts)
 
@@ -105,24 +112,55 @@ def _ranks() -> None:
         )
 
 
-def build_writer(recipe: recipes.GenerationRecipe) -> LocalWriter | RemoteWriter:
-    """Who replies."""
-    answer = recipe.teacher
+def build_writer(
+    recipe: recipes.GenerationRecipe, folder: Path | None = None
+) -> LocalWriter | RemoteWriter:
+    """Who replies; what a server said is recorded in `folder` as it comes."""
+    answer, seed = recipe.teacher, recipe.seed
+    common: dict[str, Any] = {
+        "scored": recipe.is_scored,
+        "chat_template_kwargs": recipe.chat_template_kwargs,
+    }
     if isinstance(answer, recipes.RemoteTeacherRecipe):
         options = answer.model_dump(exclude={"kind", "revision", "tokenizer"})
-        known = answer.tokenizer and load_tokenizer(answer.tokenizer)
-        return RemoteWriter(RemoteTeacher(tokenizer=known or None, **options), seed=recipe.seed)
-    teacher = build_teacher(answer)
-    return LocalWriter(teacher, seed=recipe.seed, batch_size=recipe.batch_size)
+        if answer.per_minute is not None:
+            options["per_minute"] = answer.per_minute / PartialState().num_processes
+        known = load_tokenizer(answer.tokenizer) if answer.tokenizer else None
+        remote = RemoteTeacher(tokenizer=known, **common, **options)
+        return RemoteWriter(remote, seed=seed, record=folder)
+    return LocalWriter(build_teacher(answer), seed=seed, batch_size=recipe.batch_size, **common)
 
 
-def first_request(recipe: recipes.GenerationRecipe) -> Request:
-    """What the teacher will be asked first; which tasks are hard is not known yet."""
+def _revision(recipe: recipes.GenerationRecipe, writer: LocalWriter | RemoteWriter) -> str:
+    """The teacher's, as exactly as it is known."""
+    found = ""
+    if isinstance(writer, LocalWriter):
+        found = revision_of(writer.teacher.model, recipe.teacher.model)
+    return found or recipe.teacher.revision or ""
+
+
+def planned(recipe: recipes.GenerationRecipe) -> TaskGenerator:
+    """The generator, before any model is loaded; which tasks are hard is not known yet."""
     pools = None
     if isinstance(recipe.generator, recipes.LionRecipe):
         pools = Pools(*[read_tasks(recipe.generator.pool)] * 2)
-    generator = build_generator(recipe, read_tasks(recipe.seeds), pools)
-    return next(generator.call(0, []))[0]
+    return build_generator(recipe, read_tasks(recipe.seeds), pools)
+
+
+def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> str:
+    """What the teacher will be asked first, as text; a user's turn as its template opens it."""
+    request = next(generator.call(0, []))[0]
+    if request.turn == "user":
+        teacher = recipe.teacher
+        if isinstance(teacher, recipes.RemoteTeacherRecipe):
+            assert teacher.tokenizer is not None  # such a recipe is refused without one
+            tokenizer = load_tokenizer(teacher.tokenizer)
+        else:
+            tokenizer = load_tokenizer(teacher.model, revision=teacher.revision)
+        ids = open_user_turn(tokenizer, recipe.chat_template_kwargs)
+        return f"{tokenizer.decode(ids)}..."
+    asked = [f"[{message['role']}]\n{message['content']}" for message in request.messages]
+    return "\n".join([*asked, f"[{request.turn}]\n{request.start}..."])
 
 
 def _pools(
@@ -207,9 +245,7 @@ def _prepare(
     elif resume and used:
         raise CheckpointError(f"--resume: {folder} holds no data set")
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = record.with_suffix(".new")
-    fresh.write_text(recipes.dump(recipe), encoding="utf-8")
-    fresh.replace(record)
+    replace_text(record, recipes.dump(recipe))
 
 
 def _what_counts(recipe: recipes.GenerationRecipe) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -170,6 +171,11 @@ def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch,
     monkeypatch.setattr(
         "huggingface_hub.HfApi.upload_folder", lambda self, **o: pushed.append(o["ignore_patterns"])
     )
+    public = []
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info",
+        lambda self, name: SimpleNamespace(private=name not in public),
+    )
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["llmdistill", "generate", str(path), *arguments])
@@ -180,9 +186,16 @@ def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch,
     assert run("--dry-run") == 0
     shown = capsys.readouterr().out
     assert "Write the task alone" in shown
-    assert "until 9 rows" in shown
+    assert "9 rows: 9 calls if every task is kept, of at most 2 requests each" in shown
+    assert "at most 216 tokens" in shown
     assert not (tmp_path / "set").exists()
     assert run("target=5", "--push", "me/set") == 0
     shown = capsys.readouterr().out
     assert "5 of 5 rows" in shown
-    assert pushed == [("me/set", True), ["calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json"]]
+    assert pushed[0] == ("me/set", True)
+    assert {"calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json"} <= set(pushed[1])
+    public.append("me/open")
+    del pushed[:]
+    assert run("--overwrite", "target=5", "--push", "me/open") == 2
+    assert "me/open is a public data set" in capsys.readouterr().err
+    assert len(pushed) == 1  # nothing was uploaded

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from llmdistill.instruct.generators import TaskGenerator
     from llmdistill.instruct.pipeline import Counts
     from llmdistill.recipe import GenerationRecipe
 
@@ -39,17 +40,13 @@ def generate(
 
 
 def _show_request(recipe: GenerationRecipe) -> None:
-    """What the teacher is asked first."""
+    """What the teacher is asked first, and what the whole may take."""
     from llmdistill.cli.show import console
-    from llmdistill.generate import first_request
+    from llmdistill.generate import filled, planned
 
-    request = first_request(recipe)
-    for message in request.messages:
-        console.print(f"[{message['role']}]", markup=False)
-        console.print(message["content"], markup=False, highlight=False)
-    console.print(f"[{request.turn}]{request.start or ' ...'}", markup=False)
-    goal = f"{recipe.target} rows" if recipe.target else "all prompts"
-    console.print(f"\nuntil {goal}; at most {request.max_new_tokens} tokens a reply")
+    generator = planned(recipe)
+    console.print(filled(recipe, generator), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\n{_estimate(generator, recipe.target)}", highlight=False, soft_wrap=True)
 
 
 def _run(recipe: GenerationRecipe, *, resume: bool, overwrite: bool, push: str | None) -> None:
@@ -61,13 +58,16 @@ def _run(recipe: GenerationRecipe, *, resume: bool, overwrite: bool, push: str |
     from llmdistill.publish.data_card import push as upload
 
     is_main = os.environ.get("RANK", "0") == "0"
-    done, spent = [0], [0.0]
+    spent, there = 0.0, 0
 
     def progress(counts: Counts, seconds: float) -> None:
-        spent[0] += seconds
-        new, done[0] = counts.kept - done[0], counts.kept
-        if is_main:
-            console.print(_line(counts, recipe.target, new, seconds), markup=False)
+        nonlocal spent, there
+        spent += seconds
+        if not seconds:
+            there = counts.kept
+        if is_main and (seconds or there):
+            line = _line(counts, recipe.target, counts.kept - there, spent)
+            console.print(line, markup=False, soft_wrap=True)
 
     result = run(recipe, resume=resume, overwrite=overwrite, progress=progress)
     if not is_main:
@@ -76,19 +76,38 @@ def _run(recipe: GenerationRecipe, *, resume: bool, overwrite: bool, push: str |
     for reason, number in counts.dropped.most_common():
         console.print(f"dropped {number:6d}  {reason}", highlight=False)
     shares = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
-    console.print(f"kept {counts.kept} of {counts.made} in {spent[0]:.0f} s: {shares}")
+    console.print(f"kept {counts.kept} of {counts.made} in {spent:.0f} s: {shares}")
     console.print(f"data set: {result.folder}", soft_wrap=True)
     if push:
         upload(result.folder, push)
         console.print(f"pushed to {push}")
 
 
+def _estimate(generator: TaskGenerator, target: int | None) -> str:
+    """Bounds, in calls and in tokens: how many rows the filters keep shows only while it runs."""
+    cost, calls = generator.at_most, generator.num_calls
+    if target is not None:
+        needed = -(-target // cost.tasks)
+        calls = needed if calls is None else min(calls, needed)
+    assert calls is not None  # a recipe without an end is refused
+    goal = f"{target} rows" if target is not None else "all prompts"
+    return (
+        f"{goal}: {calls} calls if every task is kept, of at most {cost.requests} requests each; "
+        f"at most {calls * cost.tokens:,} tokens are written then"
+    )
+
+
 def _line(counts: Counts, target: int | None, new: int, seconds: float) -> str:
-    """One round: rows so far, speed, share kept, time left."""
-    speed = new / seconds if seconds else 0.0
-    left = ""
-    if target is not None and speed:
-        left = f", about {max(target - counts.kept, 0) / speed / 60:.0f} min left"
-    share = counts.kept / max(counts.made, 1)
+    """Rows so far, speed, share kept, time left, and why tasks were dropped; `new` rows took
+    `seconds`.
+    """
     goal = f" of {target}" if target is not None else ""
-    return f"{counts.kept}{goal} rows, {speed:.2f} rows/s, {share:.0%} kept{left}"
+    parts = [f"{counts.kept}{goal} rows"]
+    speed = new / seconds if seconds else 0.0
+    if seconds:
+        parts.append(f"{speed:.2f} rows/s")
+    parts.append(f"{counts.kept / max(counts.made, 1):.0%} kept")
+    if target is not None and speed:
+        parts.append(f"about {max(target - counts.kept, 0) / speed / 60:.0f} min left")
+    why = ", ".join(f"{reason} {number}" for reason, number in counts.dropped.most_common(4))
+    return ", ".join(parts) + (f"; dropped: {why}" if why else "")

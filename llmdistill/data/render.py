@@ -73,6 +73,25 @@ def open_user_turn(
     return list(tokenizer(opening, add_special_tokens=False)["input_ids"])
 
 
+def close_user_turn(
+    tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any] | None = None
+) -> str:
+    """The text behind what a user says: a special token, or the first line of what there is.
+
+    Where no token ends a user's turn, this is what says that a teacher wrote all of it.
+    """
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": WHAT_A_USER_SAYS}],
+        add_generation_prompt=True,
+        tokenize=False,
+        **(template_options or {}),
+    )
+    closing = text.partition(WHAT_A_USER_SAYS)[2].strip()
+    known = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    special = max((t for t in known if closing.startswith(t)), key=len, default="")
+    return special or closing.partition("\n")[0]
+
+
 def continued(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> list[int]:
     """The ids of a text that goes on with a turn; control tokens in it are ordinary text."""
     return _tokens(tokenizer, text, place, start=False) if text else []

@@ -45,6 +45,19 @@ class KeyedSampler:
         return perturb(scores_BV, self.sampling, self.keys_B, slot)
 
 
+class HoldsText:
+    """A stopping criterion: rows whose newest tokens end or hold a text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, text: str) -> None:
+        self.tokenizer, self.prompt_length, self.text = tokenizer, prompt_length, text
+        self.window = len(text.encode()) + 1  # a token is a byte or more
+
+    def __call__(self, input_ids_BT: Tensor, scores: object, **options: object) -> Tensor:
+        start = max(self.prompt_length, input_ids_BT.shape[1] - self.window)
+        tails = self.tokenizer.batch_decode(input_ids_BT[:, start:])
+        return torch.tensor([self.text in tail for tail in tails], device=input_ids_BT.device)
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -57,12 +70,14 @@ def sample(
     writer: Writer,
     keep_states: bool = False,
     stops: bool = True,
+    stop: str = "",
 ) -> Sequences:
     """The prompts with the model's answers, their end tokens included where they came.
 
     The model writes in eval mode and is left as it was.  With `keep_states` the states that it
     wrote from come along as `signal`, to be judged no more (continuous batching keeps none).
-    Without `stops` no token ends an answer: for timing.
+    Without `stops` no token ends an answer: for timing.  An answer that holds the text `stop` ends
+    soon after it; what follows it there means nothing.
     """
     if sampling.continuous:
         options: Any = {"max_new_tokens": max_new_tokens, "draw": draw, "writer": writer}
@@ -83,6 +98,7 @@ def sample(
             attention_mask=prompts.attention_mask_BP.to(device),
             generation_config=_greedy(max_new_tokens, ends, pad_id),
             logits_processor=[sampler],
+            stopping_criteria=[HoldsText(tokenizer, ids_BP.shape[1], stop)] if stop else None,
         )
     responses = [_until_end(row, ends) for row in output_BT[:, ids_BP.shape[1] :].tolist()]
     rows = prompts.row_ids_B.tolist()

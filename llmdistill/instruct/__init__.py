@@ -8,13 +8,19 @@ from typing import Any
 from llmdistill.batch import Sampling
 from llmdistill.data.formats import to_examples
 from llmdistill.data.sources import read
-from llmdistill.errors import DataError
+from llmdistill.errors import DataError, RecipeError
 from llmdistill.instruct import filters, generators
 from llmdistill.instruct.filters import Filter
 from llmdistill.instruct.generators import TaskGenerator
 from llmdistill.instruct.lion import Pools
 from llmdistill.instruct.tasks import Task
 from llmdistill.recipe import SourceRecipe, generation
+from llmdistill.recipe import filters as asked
+
+# Keys of a generator's recipe that say where its tasks come from.
+NOT_THE_GENERATORS = {
+    *("kind", "prompts", "student", "pool", "by", "hard_share", "max_compared_tokens")
+}
 
 
 def build_generator(
@@ -22,8 +28,7 @@ def build_generator(
 ) -> TaskGenerator:
     """The generator that a recipe asks for; `pools` are Lion's."""
     answer = recipe.generator
-    known = {"kind", "prompts", "student", "pool", "by", "hard_share", "max_compared_tokens"}
-    options: dict[str, Any] = answer.model_dump(exclude=known)
+    options: dict[str, Any] = answer.model_dump(exclude=NOT_THE_GENERATORS)
     for name in ("sampling", "answer_sampling"):
         if name in options:
             options[name] = Sampling(**options[name])
@@ -43,11 +48,23 @@ def build_generator(
 
 def build_filters(recipe: generation.GenerationRecipe, seeds: Sequence[Task]) -> list[Filter]:
     """The filters that a recipe asks for, in its order."""
-    return [_FILTERS[type(answer)](answer, seeds) for answer in recipe.filters]
+    known = list(seeds)
+    balance: list[Filter] = []
+    if isinstance(recipe.generator, generation.LionRecipe):
+        known += read_tasks(recipe.generator.pool)
+        assert recipe.target is not None  # such a recipe is refused without one
+        balance = [filters.Balanced(-(-recipe.target // 2))]
+    return [_FILTERS[type(answer)](answer, known) for answer in recipe.filters] + balance
 
 
 def read_tasks(sources: Iterable[SourceRecipe]) -> list[Task]:
-    """The rows of sources as tasks: the last user turn, and the answer there is."""
+    """The rows of sources as tasks: the user's turn, and the answer there is."""
+    sources = list(sources)
+    if weighted := [source for source in sources if source.weight != 1]:
+        raise RecipeError(
+            f"'{weighted[0].source}' has weight {weighted[0].weight}: weights are for training; "
+            "here each row is read once"
+        )
     return [
         _task(row, place, source.format)
         for source in sources
@@ -61,7 +78,7 @@ def _task(row: Any, place: str, form: str) -> Task:
     example = to_examples(row, place, form=form)[0]
     if len(example.prompt) != 1:
         raise DataError(f"{place}: a task is one user turn, got {len(example.prompt)} messages")
-    classifies = bool(row.get("is_classification", False))
+    classifies = str(row.get("is_classification", False)).strip().lower() in ("true", "yes", "1")
     if "instruction" in row:
         instruction, given, output = (
             str(row.get(key) or "") for key in ("instruction", "input", "output")
@@ -77,11 +94,11 @@ def _plain(made: Callable[..., Filter]) -> Callable[[Any, Sequence[Task]], Filte
     return lambda answer, seeds: made(**answer.model_dump(exclude={"kind"}, exclude_none=True))
 
 
-def _rouge(answer: generation.RougeRecipe, seeds: Sequence[Task]) -> Filter:
+def _rouge(answer: asked.RougeRecipe, seeds: Sequence[Task]) -> Filter:
     return filters.Rouge(answer.at_most, (task.instruction for task in seeds))
 
 
-def _contamination(answer: generation.ContaminationRecipe, seeds: Sequence[Task]) -> Filter:
+def _contamination(answer: asked.ContaminationRecipe, seeds: Sequence[Task]) -> Filter:
     texts = (text for task in read_tasks(answer.sources) for text in (task.prompt, task.output))
     return filters.Contamination(texts, answer.ngram)
 
@@ -91,16 +108,17 @@ _GIVEN: dict[type, Callable[..., TaskGenerator]] = {
     generation.RewriteRecipe: generators.Rewrite,
 }
 _FILTERS: dict[type, Callable[[Any, Sequence[Task]], Filter]] = {
-    generation.LengthRecipe: _plain(filters.Length),
-    generation.TruncatedRecipe: _plain(filters.Truncated),
-    generation.BlacklistRecipe: _plain(filters.Blacklist),
-    generation.OddStartRecipe: _plain(filters.OddStart),
-    generation.RepeatedLinesRecipe: _plain(filters.RepeatedLines),
-    generation.EmptyOrEchoRecipe: _plain(filters.EmptyOrEcho),
-    generation.OpenEndRecipe: _plain(filters.OpenEnd),
-    generation.RougeRecipe: _rouge,
-    generation.NearDuplicatesRecipe: _plain(filters.NearDuplicates),
-    generation.ContaminationRecipe: _contamination,
-    generation.LanguageRecipe: _plain(filters.Language),
-    generation.SameResultRecipe: _plain(filters.SameResult),
+    asked.LengthRecipe: _plain(filters.Length),
+    asked.TruncatedRecipe: _plain(filters.Truncated),
+    asked.BlacklistRecipe: _plain(filters.Blacklist),
+    asked.OddStartRecipe: _plain(filters.OddStart),
+    asked.RepeatedLinesRecipe: _plain(filters.RepeatedLines),
+    asked.EmptyOrEchoRecipe: _plain(filters.EmptyOrEcho),
+    asked.OpenEndRecipe: _plain(filters.OpenEnd),
+    asked.RougeRecipe: _rouge,
+    asked.NearDuplicatesRecipe: _plain(filters.NearDuplicates),
+    asked.ContaminationRecipe: _contamination,
+    asked.LanguageRecipe: _plain(filters.Language),
+    asked.SameResultRecipe: _plain(filters.SameResult),
+    asked.PerplexityRecipe: _plain(filters.Perplexity),
 }

@@ -8,12 +8,11 @@ README.md                           how it was made, and what it is good for
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmdistill.instruct.pipeline import read_whole_lines
+from llmdistill.instruct.records import read_whole_lines, replace_lines
 
 SPLITS = ("train", "held")
 
@@ -31,9 +30,10 @@ def write_splits(folder: Path, *, columns: str, held_back: float) -> dict[str, i
         for old in folder.glob(f"{name}.*"):
             old.unlink()
         if rows:
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}.parquet")
+            replace_lines(folder / f"{name}.jsonl", rows)
+            fresh = folder / f"{name}.parquet.new"
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), fresh)
+            fresh.replace(folder / f"{name}.parquet")
     return {name: len(rows) for name, rows in splits.items() if rows}
 
 

@@ -6,8 +6,10 @@ defaults are those of Self-Instruct (Wang et al. 2023) and Alpaca (Taori et al. 
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -200,6 +202,37 @@ class SameResult(Filter):
     def _result(self, text: str) -> str | None:
         matches = self.pattern.findall(text)
         return matches[-1].replace(",", "").strip(" .$") if matches else None
+
+
+class Perplexity(Filter):
+    """How likely the teacher found what it wrote: exp of the mean negative log-probability a token.
+
+    High where it rambled, very low where it recites or repeats.
+    """
+
+    def __init__(self, at_most: float | None = None, at_least: float | None = None) -> None:
+        self.at_most, self.at_least = at_most or math.inf, at_least or 0.0
+
+    def reason(self, task: Task) -> str | None:
+        if task.log_prob is None:  # the teacher did not write this answer
+            return None
+        perplexity = math.exp(-task.log_prob)
+        if perplexity > self.at_most:
+            return "perplexity too high"
+        return "perplexity too low" if perplexity < self.at_least else None
+
+
+class Balanced(Filter):
+    """No more than a number of each variant (Lion's 1:1)."""
+
+    def __init__(self, at_most: int) -> None:
+        self.at_most, self.counts = at_most, Counter[str]()
+
+    def reason(self, task: Task) -> str | None:
+        return f"enough {task.variant} ones" if self.counts[task.variant] >= self.at_most else None
+
+    def kept(self, task: Task) -> None:
+        self.counts[task.variant] += 1
 
 
 def _repeated(parts: Sequence[object]) -> float:

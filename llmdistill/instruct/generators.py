@@ -10,24 +10,50 @@ from __future__ import annotations
 import random
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmdistill.batch import Sampling
 from llmdistill.errors import DataError
 from llmdistill.instruct import prompts
-from llmdistill.instruct.parse import BETWEEN, NO_INPUT, Parsed, parse_tasks
+from llmdistill.instruct.filters import SameResult
+from llmdistill.instruct.parse import BETWEEN, NO_INPUT, UNPARSABLE, Parsed, parse_tasks
 from llmdistill.instruct.requests import Call, Reply, Request, user
+from llmdistill.instruct.scorers import best
 from llmdistill.instruct.tasks import Task
 
 SURE = Sampling(temperature=0.0)
+KIND_TOKENS = 3  # "yes" or "no"
+SURPLUS, NOT_THE_BEST = "more than asked for", "not the best sample"
+HARD, EASY = "hard", "easy"
+# A refusal, or talk about the task instead of an answer to it.
+META = re.compile(
+    r"\b(?:as an ai|language model|i(?:'m| am) sorry|i (?:cannot|can't|am unable)"
+    r"|(?:given|reference|provided|original|above) answer|answer above"
+    r"|(?:in )?my own words|rewritten|rephrased?)\b",
+    re.IGNORECASE,
+)
+
+
+class Cost(NamedTuple):
+    """What one call can take: tasks that it may make, requests, and tokens that are written."""
+
+    tasks: int
+    requests: int
+    tokens: int
 
 
 class TaskGenerator(ABC):
     """`num_calls` is None where it can go on for ever."""
 
     num_calls: int | None = None
+
+    @property
+    @abstractmethod
+    def at_most(self) -> Cost:
+        """The upper bounds of one call."""
 
     @abstractmethod
     def call(self, number: int, machine: Sequence[Task]) -> Call:
@@ -47,18 +73,31 @@ class Alpaca(TaskGenerator):
         sampling: Sampling | None = None,
         max_new_tokens: int = 3072,
     ) -> None:
+        _require(seeds, examples)
         self.seeds, self.seed = seeds, seed
         self.tasks_per_call, self.examples = tasks_per_call, examples
         self.sampling, self.max_new_tokens = sampling or Sampling(), max_new_tokens
 
+    @property
+    def at_most(self) -> Cost:
+        return Cost(self.tasks_per_call, 1, self.max_new_tokens)
+
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         chosen = _random(self.seed, number).sample(self.seeds, self.examples)
-        asked = user(prompts.task_list(chosen, self.examples + self.tasks_per_call))
-        start = f"{BETWEEN}\n{self.examples + 1}. Instruction:"
-        request = Request(asked, self.sampling, self.max_new_tokens, start=start)
-        (reply,) = yield [request]
+        last = self.examples + self.tasks_per_call
+        start, stop = f"{BETWEEN}\n{self.examples + 1}. Instruction:", f"{BETWEEN}\n{last + 1}."
+        (reply,) = yield [
+            Request(
+                user(prompts.task_list(chosen, last)),
+                self.sampling, self.max_new_tokens, start=start, stop=stop,
+            )
+        ]  # fmt: skip
+        if reply.refused:
+            return Parsed([], {reply.refused: 1})
         found = parse_tasks(start + reply.text, truncated=reply.truncated)
-        return Parsed(found.tasks[: self.tasks_per_call], found.unparsable)
+        tasks = [replace(task, log_prob=reply.log_prob) for task in found.tasks]
+        surplus = Counter({SURPLUS: max(len(tasks) - self.tasks_per_call, 0)})
+        return Parsed(tasks[: self.tasks_per_call], Counter(found.dropped) + surplus)
 
 
 class SelfInstruct(TaskGenerator):
@@ -80,11 +119,17 @@ class SelfInstruct(TaskGenerator):
         max_new_tokens: int = 1024,
         max_instance_tokens: int = 350,
     ) -> None:
+        _require(seeds, examples)
         self.seeds, self.classifies, self.seed = seeds, classifies, seed
         self.examples, self.machine_examples = examples, machine_examples
         self.tasks_per_call = tasks_per_call
         self.sampling = sampling or Sampling(temperature=0.7, top_p=0.5)
         self.max_new_tokens, self.max_instance_tokens = max_new_tokens, max_instance_tokens
+
+    @property
+    def at_most(self) -> Cost:
+        tasks, each = self.tasks_per_call, self.max_instance_tokens + KIND_TOKENS
+        return Cost(tasks, 1 + 2 * tasks, self.max_new_tokens + tasks * each)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         draw = _random(self.seed, number)
@@ -95,8 +140,8 @@ class SelfInstruct(TaskGenerator):
         start = f"{self.examples + 1}."
         (reply,) = yield [Request(asked, self.sampling, self.max_new_tokens, start=start)]
         instructions = _numbered(start + reply.text, reply.truncated)[: self.tasks_per_call]
-        if not instructions:
-            return Parsed([], 1)
+        if reply.refused or not instructions:
+            return Parsed([], {reply.refused or UNPARSABLE: 1})
         kinds = yield [self._kind(text, draw) for text in instructions]
         output_first = [kind.text.strip().lower().startswith("yes") for kind in kinds]
         replies = yield [
@@ -105,9 +150,14 @@ class SelfInstruct(TaskGenerator):
             )
             for text, first in zip(instructions, output_first, strict=True)
         ]
-        made = [_instance(*pair) for pair in zip(instructions, replies, strict=True)]
-        tasks = [task for task in made if task is not None]
-        return Parsed(tasks, len(made) - len(tasks))
+        tasks: list[Task] = []
+        dropped: Counter[str] = Counter()
+        for text, written in zip(instructions, replies, strict=True):
+            if task := _instance(text, written):
+                tasks.append(task)
+            else:
+                dropped[written.refused or UNPARSABLE] += 1
+        return Parsed(tasks, dropped)
 
     def _kind(self, instruction: str, draw: random.Random) -> Request:
         """Twelve examples that classify and nineteen that do not."""
@@ -120,7 +170,7 @@ class SelfInstruct(TaskGenerator):
         examples = [self.seeds[i] for i in chosen]
         labels = [self.classifies[i] for i in chosen]
         asked = prompts.is_classification(instruction, examples, labels)
-        return Request(user(asked), SURE, max_new_tokens=3)
+        return Request(user(asked), SURE, KIND_TOKENS)
 
 
 class Magpie(TaskGenerator):
@@ -138,53 +188,88 @@ class Magpie(TaskGenerator):
         self.answer_sampling = answer_sampling
         self.max_instruction_tokens, self.max_new_tokens = max_instruction_tokens, max_new_tokens
 
+    @property
+    def at_most(self) -> Cost:
+        return Cost(1, 2, self.max_instruction_tokens + self.max_new_tokens)
+
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         opening = Request((), self.sampling, self.max_instruction_tokens, turn="user")
         return (yield from _varied(opening, self.answer_sampling, self.max_new_tokens))
 
 
 class Answer(TaskGenerator):
-    """Answers to given prompts, `samples` each; all of them are tasks."""
+    """Answers to given prompts, `samples` each: all of them, or the `best_by` a scorer."""
 
     def __init__(
         self,
         tasks: Sequence[Task],
         *,
         samples: int = 1,
+        best_by: str | None = None,
         sampling: Sampling | None = None,
         max_new_tokens: int = 512,
     ) -> None:
         self.tasks, self.samples, self.num_calls = tasks, samples, len(tasks)
+        self.best_by = best_by
         self.sampling, self.max_new_tokens = sampling or Sampling(), max_new_tokens
+
+    @property
+    def at_most(self) -> Cost:
+        kept = 1 if self.best_by else self.samples
+        return Cost(kept, self.samples, self.samples * self.max_new_tokens)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         copies = [self.tasks[number]] * self.samples
-        return (yield from _answered(copies, self.sampling, self.max_new_tokens))
+        made = yield from _answered(copies, self.sampling, self.max_new_tokens)
+        if self.best_by is None or not made.tasks:
+            return made
+        others = Counter({NOT_THE_BEST: len(made.tasks) - 1})
+        return Parsed([best(made.tasks, self.best_by)], Counter(made.dropped) + others)
 
 
 class Rewrite(TaskGenerator):
-    """Given answers in the teacher's own words (Yang et al. 2024, SDFT); the answer that was there
-    is the reference.
+    """Given answers in the teacher's own words (Yang et al. 2024, SDFT).
+
+    The given answer is the reference, and stays where the new one is cut off, empty, a refusal or
+    talk about the task, or (`result`, a pattern) ends with another result.
     """
 
     def __init__(
         self,
         tasks: Sequence[Task],
         *,
+        result: str | None = None,
         sampling: Sampling | None = None,
         max_new_tokens: int = 512,
     ) -> None:
         self.tasks, self.num_calls = tasks, len(tasks)
+        self.same_result = None if result is None else SameResult(result)
         self.sampling, self.max_new_tokens = sampling or SURE, max_new_tokens
+
+    @property
+    def at_most(self) -> Cost:
+        return Cost(1, 1, self.max_new_tokens)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         task = self.tasks[number]
+        if not task.output:
+            return Parsed([], {"no answer to rewrite": 1})
         asked = user(prompts.rewritten(task))
         (reply,) = yield [Request(asked, self.sampling, self.max_new_tokens)]
         made = replace(
-            task, output=reply.text.strip(), truncated=reply.truncated, reference=task.output
+            task,
+            output=reply.text.strip(),
+            reference=task.output,
+            log_prob=reply.log_prob,
+            variant="rewritten",
         )
-        return Parsed([made], 0)
+        if reply.refused or reply.truncated or not self._stands(made):
+            made = replace(task, reference=task.output, variant="original")
+        return Parsed([made])
+
+    def _stands(self, made: Task) -> bool:
+        same = self.same_result is None or self.same_result.reason(made) is None
+        return bool(made.output) and same and not META.search(made.output)
 
 
 class _Variants(TaskGenerator):
@@ -203,9 +288,14 @@ class _Variants(TaskGenerator):
         self.sampling, self.answer_sampling = sampling or Sampling(), answer_sampling
         self.max_instruction_tokens, self.max_new_tokens = max_instruction_tokens, max_new_tokens
 
-    def vary(self, asked: str) -> Call:
+    @property
+    def at_most(self) -> Cost:
+        return Cost(1, 2, self.max_instruction_tokens + self.max_new_tokens)
+
+    def vary(self, asked: str, variant: str) -> Call:
         request = Request(user(asked), self.sampling, self.max_instruction_tokens)
-        return (yield from _varied(request, self.answer_sampling, self.max_new_tokens))
+        made = yield from _varied(request, self.answer_sampling, self.max_new_tokens)
+        return Parsed([replace(task, variant=variant) for task in made.tasks], made.dropped)
 
 
 class Evolve(_Variants):
@@ -217,8 +307,9 @@ class Evolve(_Variants):
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         task = _random(self.seed, number).choice(self.tasks)
-        ask = prompts.harder if number % 2 else prompts.rarer
-        return (yield from self.vary(ask(task)))
+        is_harder = number % 2 == 1
+        asked = (prompts.harder if is_harder else prompts.rarer)(task)
+        return (yield from self.vary(asked, "harder" if is_harder else "rarer"))
 
 
 class Lion(_Variants):
@@ -239,15 +330,17 @@ class Lion(_Variants):
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         is_hard = number % 2 == 0
         task = _random(self.seed, number).choice(self.hard if is_hard else self.easy)
-        ask = prompts.rarer if is_hard else prompts.alike
-        return (yield from self.vary(ask(task)))
+        asked = (prompts.rarer if is_hard else prompts.alike)(task)
+        return (yield from self.vary(asked, HARD if is_hard else EASY))
 
 
 def _varied(request: Request, answer_sampling: Sampling, max_new_tokens: int) -> Call:
     """The instruction that the teacher is asked for, and its answer to it."""
     (reply,) = yield [request]
+    if reply.refused:
+        return Parsed([], {reply.refused: 1})
     if reply.truncated or not reply.text.strip():
-        return Parsed([], 1)
+        return Parsed([], {"endless instruction" if reply.truncated else "empty instruction": 1})
     made = Task(reply.text.strip())
     return (yield from _answered([made], answer_sampling, max_new_tokens))
 
@@ -257,9 +350,20 @@ def _answered(tasks: list[Task], sampling: Sampling, max_new_tokens: int) -> Cal
     replies: list[Reply] = yield [
         Request(user(task.prompt), sampling, max_new_tokens) for task in tasks
     ]
-    pairs = zip(tasks, replies, strict=True)
-    made = [replace(t, output=r.text.strip(), truncated=r.truncated) for t, r in pairs]
-    return Parsed(made, 0)
+    made = [
+        replace(t, output=r.text.strip(), truncated=r.truncated, log_prob=r.log_prob)
+        for t, r in zip(tasks, replies, strict=True)
+        if not r.refused
+    ]
+    return Parsed(made, Counter(reply.refused for reply in replies if reply.refused))
+
+
+def _require(seeds: Sequence[Task], examples: int) -> None:
+    if len(seeds) < examples:
+        raise DataError(
+            f"'seeds' holds {len(seeds)} tasks, but each prompt shows {examples}: give more, or a "
+            "smaller generator.examples"
+        )
 
 
 def _random(seed: int, number: int) -> random.Random:
@@ -284,4 +388,5 @@ def _instance(instruction: str, reply: Reply) -> Task | None:
         "" if given.lower() == NO_INPUT else given,
         fields["Output"].strip(),
         truncated=reply.truncated,
+        log_prob=reply.log_prob,
     )

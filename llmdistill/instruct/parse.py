@@ -11,12 +11,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from llmdistill.instruct.tasks import Task
 
 BETWEEN = "###"
 NO_INPUT = "<noinput>"
+UNPARSABLE, TRUNCATED = "unparsable", "truncated"
 FIELDS = ("Instruction", "Input", "Output")
 _FIELD = re.compile(rf"^[ \t]*\d+[.)]?\s*({'|'.join(FIELDS)}):[ \t]*", re.MULTILINE)
 # A line of its own before an item; answers have headings that begin alike.
@@ -26,10 +29,10 @@ _BETWEEN = re.compile(
 
 
 class Parsed(NamedTuple):
-    """The tasks of a text, and how many of its items were none."""
+    """The tasks of a text, and how many of its items were none, by reason."""
 
     tasks: list[Task]
-    unparsable: int
+    dropped: Mapping[str, int] = {}
 
 
 def write_task(number: int, task: Task) -> str:
@@ -46,11 +49,10 @@ def parse_tasks(text: str, *, truncated: bool = False) -> Parsed:
     An item is a task if it has each field once, in order, and an instruction.
     """
     items = [item for item in _BETWEEN.split(text) if item.strip(" \t\n#")]
-    if truncated and items:
-        items.pop()
-    found = [_task(item) for item in items]
+    dropped = Counter({TRUNCATED: 1} if truncated and items else {})
+    found = [_task(item) for item in (items[:-1] if truncated else items)]
     tasks = [task for task in found if task is not None]
-    return Parsed(tasks, len(found) - len(tasks))
+    return Parsed(tasks, dropped + Counter({UNPARSABLE: len(found) - len(tasks)}))
 
 
 def _without_mark(value: str) -> str:

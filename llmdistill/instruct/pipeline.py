@@ -12,11 +12,9 @@ of the teacher.  A round that was not finished is made again whole: its batches 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,10 +26,15 @@ from llmdistill.errors import DataError
 from llmdistill.instruct.filters import Filter
 from llmdistill.instruct.generators import TaskGenerator
 from llmdistill.instruct.parse import Parsed
+from llmdistill.instruct.records import (
+    append_lines,
+    drop_half_line,
+    read_whole_lines,
+    replace_lines,
+)
 from llmdistill.instruct.requests import Reply, Request
 from llmdistill.instruct.tasks import Task
 
-UNPARSABLE = "unparsable"
 BARREN_ROUNDS = 20  # after so many without a row a run without an end stops
 
 
@@ -63,10 +66,11 @@ class Made:
 
 @dataclass
 class Counts:
-    """What became of the tasks so far."""
+    """What became of the tasks so far; `variants` counts the kept ones by how they were made."""
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    variants: Counter[str] = field(default_factory=Counter)
 
     @property
     def made(self) -> int:
@@ -100,8 +104,12 @@ class Pipeline:
         self._next_call = 0
 
     def run(self, progress: Callable[[Counts, float], None] = lambda counts, seconds: None) -> None:
-        """Until the target is met or the generator is done.  `progress` hears of each round."""
+        """Until the target is met or the generator is done.
+
+        `progress` hears of each round and its seconds, and first of what was there already.
+        """
         self._take_up()
+        progress(self.counts, 0.0)
         barren = 0
         while not self._is_done():
             start, before = time.perf_counter(), self.counts.kept
@@ -142,8 +150,7 @@ class Pipeline:
         """Filters what was made; what passes goes into rows.jsonl."""
         rows, before = [], list(self._kept)
         for call in made:
-            if call.parsed.unparsable:
-                self.counts.dropped[UNPARSABLE] += call.parsed.unparsable
+            self.counts.dropped.update(call.parsed.dropped)
             for place, task in enumerate(call.parsed.tasks):
                 if self.settings.target is not None and self.counts.kept >= self.settings.target:
                     break
@@ -162,12 +169,19 @@ class Pipeline:
         for one in self.filters:
             one.kept(task)
         self.counts.kept += 1
+        self.counts.variants.update([task.variant] if task.variant else [])
         return True
 
     def _row(self, made: Made, place: int, task: Task) -> dict[str, Any]:
-        fields = {"instruction": task.instruction, "input": task.input, "output": task.output}
-        row_id = f"{made.call}-{place}"
-        return {"id": row_id, **fields, **self.settings.about, "prompt_hash": made.prompt_hash}
+        return {
+            "id": f"{made.call}-{place}",
+            "instruction": task.instruction,
+            "input": task.input,
+            "output": task.output,
+            "variant": task.variant,
+            **self.settings.about,
+            "prompt_hash": made.prompt_hash,
+        }
 
     # ---- files ----
 
@@ -175,6 +189,7 @@ class Pipeline:
         lines = [
             {
                 "call": m.call,
+                "revision": self.settings.about.get("revision"),
                 "prompt_hash": m.prompt_hash,
                 "replies": [[asdict(r) for r in stage] for stage in m.replies],
             }
@@ -190,18 +205,13 @@ class Pipeline:
             "calls": self._next_call,
             "kept": counts.kept,
             "dropped": dict(sorted(counts.dropped.items())),
+            "variants": dict(sorted(counts.variants.items())),
         }
         self._append("log.jsonl", [entry])
 
     def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """All of them on disk, or (killed) the first of them and part of one."""
-        if not PartialState().is_main_process or not lines:
-            return
-        with (self.settings.folder / name).open("a", encoding="utf-8") as file:
-            for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if PartialState().is_main_process:
+            append_lines(self.settings.folder / name, lines)
 
     def _take_up(self) -> None:
         """What an earlier run recorded, as if it had just been said; half a round is forgotten."""
@@ -222,19 +232,33 @@ class Pipeline:
         self._next_call = 0
         PartialState().wait_for_everyone()  # all have read before one writes
         if PartialState().is_main_process:
+            drop_half_line(self.settings.folder / "calls.jsonl")
+            drop_half_line(self.settings.folder / "log.jsonl")
             replace_lines(self.settings.folder / "calls.jsonl", whole)
             replace_lines(self.settings.folder / "rows.jsonl", [])
         said = {line["call"]: line["replies"] for line in whole}
         while self._next_call < len(said):
             made = exchange(self.generator, Recorded(said), self._numbers(), self._kept)
             for one in made:
-                if whole[one.call]["prompt_hash"] != one.prompt_hash:
-                    raise DataError(
-                        f"call {one.call} would ask something else today than it did when it was "
-                        f"recorded in {self.settings.folder / 'calls.jsonl'}: prompts, seeds or "
-                        "the version of llmdistill changed. Restore them, or choose another folder."
-                    )
+                self._check_same(whole[one.call], one)
             self._keep(made)
+
+    def _check_same(self, recorded: Mapping[str, Any], made: Made) -> None:
+        """A recorded call is only taken up if it was asked of this teacher in these words."""
+        where = f"recorded in {self.settings.folder / 'calls.jsonl'}"
+        if recorded["prompt_hash"] != made.prompt_hash:
+            raise DataError(
+                f"call {made.call} would ask something else today than it did when it was {where}: "
+                "prompts, seeds or the version of llmdistill changed. Restore them, or choose "
+                "another folder."
+            )
+        revision = self.settings.about.get("revision")
+        if recorded["revision"] != revision:
+            raise DataError(
+                f"call {made.call} was {where} with the teacher's revision "
+                f"'{recorded['revision']}', and the teacher is at '{revision}' now. Give "
+                "teacher.revision, or choose another folder."
+            )
 
 
 class Recorded:
@@ -275,28 +299,6 @@ def exchange(
         Made(number, done[number], _hash("\n".join(asked_text[number])), said[number])
         for number in numbers
     ]
-
-
-def read_whole_lines(path: Path) -> Iterator[Any]:
-    """The lines of a file that were written whole; nothing where there is no file."""
-    if not path.is_file():
-        return
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number + 1} is damaged: {error}; restore it") from None
-
-
-def replace_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """A file with these lines, or the one that was there."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    fresh = path.with_suffix(".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
 
 
 def _hash(text: str) -> str:

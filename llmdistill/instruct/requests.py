@@ -16,7 +16,8 @@ class Request:
     """A conversation to go on with.
 
     `turn` is whose text comes next: a teacher can be asked to write what a user would say.
-    `start` is what that text begins with; it does not come back with the reply.
+    `start` is what that text begins with, `stop` what it ends before; neither comes back with the
+    reply.
     """
 
     messages: tuple[Message, ...]
@@ -24,14 +25,21 @@ class Request:
     max_new_tokens: int
     turn: Literal["assistant", "user"] = "assistant"
     start: str = ""
+    stop: str = ""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The text, and whether the limit of new tokens cut it off."""
+    """The text, and whether the limit of new tokens cut it off.
+
+    `refused` is why there is no text: a request that was not, or could not be, answered.
+    `log_prob` is the text's mean log-probability in nats a token, where it was asked for.
+    """
 
     text: str
     truncated: bool = False
+    refused: str = ""
+    log_prob: float | None = None
 
 
 # One call of a generator: it asks some things at once, is told, asks again, and ends with what it

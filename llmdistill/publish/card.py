@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from llmdistill import recipe as recipes
 from llmdistill.data.sources import hub_name
@@ -68,15 +68,16 @@ def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def license_of(model: str) -> str | None:
-    """The licence that a model's own card states, or None where none can be read."""
-    from huggingface_hub import ModelCard
+def license_of(name: str, *, kind: Literal["model", "dataset"] = "model") -> str | None:
+    """The licence that the card of a model or a data set states, or None where none can be read."""
+    from huggingface_hub import DatasetCard, ModelCard
 
-    if model in EMBEDDED:
-        return EMBEDDED[model].license
-    local = Path(os.path.expanduser(model))
+    if name in EMBEDDED:
+        return EMBEDDED[name].license
+    local = Path(os.path.expanduser(name))
+    made: type[ModelCard | DatasetCard] = ModelCard if kind == "model" else DatasetCard
     try:
-        card = ModelCard.load(local / "README.md" if local.is_dir() else model)
+        card = made.load(local / "README.md" if local.is_dir() else name)
     except (
         Exception
     ):  # no card, no network, no such repository: the card then says that it is unknown

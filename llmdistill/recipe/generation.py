@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Strict
-from llmdistill.recipe.facts import wrong_pattern
-from llmdistill.recipe.questions import LocalTeacherRecipe, WarpRecipe, kind_or_local
+from llmdistill.recipe.filters import FilterRecipe, PerplexityRecipe, ResultPattern
+from llmdistill.recipe.questions import LocalTeacherRecipe, SamplingRecipe, kind_or_local
 from llmdistill.recipe.sources import SourceRecipe, Sources
 
 
@@ -32,7 +33,20 @@ class RemoteTeacherRecipe(Strict):
     """Seconds for one request."""
     retries: int = Field(6, ge=0)
     per_minute: int | None = Field(None, gt=0)
-    """Requests begun a minute; None: as many as `concurrency` lets through."""
+    """Requests begun a minute, by all ranks; None: as many as `concurrency` lets through."""
+
+    @model_validator(mode="after")
+    def _an_address_alone(self) -> RemoteTeacherRecipe:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise PydanticCustomError("url", "'url' should be an address: http://host:port/v1")
+        if parts.username or parts.password or parts.query:  # and the message must not repeat it
+            raise PydanticCustomError(
+                "url",
+                "'url' holds a user, a key or a query, but recipes are shared: put the key into an "
+                "environment variable and name that in 'key_from'",
+            )
+        return self
 
 
 WriterRecipe = Annotated[
@@ -48,7 +62,7 @@ class AlpacaRecipe(Strict):
     tasks_per_call: int = Field(17, gt=0)
     """A small teacher follows a list of one better than one of many."""
     examples: int = Field(3, gt=0)
-    sampling: WarpRecipe = WarpRecipe()
+    sampling: SamplingRecipe = SamplingRecipe()
     max_new_tokens: int = Field(3072, gt=0)
 
 
@@ -60,7 +74,7 @@ class SelfInstructRecipe(Strict):
     examples: int = Field(8, gt=0)
     machine_examples: int = Field(2, ge=0)
     """How many of the examples are tasks made before."""
-    sampling: WarpRecipe = WarpRecipe(temperature=0.7, top_p=0.5)
+    sampling: SamplingRecipe = SamplingRecipe(temperature=0.7, top_p=0.5)
     max_new_tokens: int = Field(1024, gt=0)
     max_instance_tokens: int = Field(350, gt=0)
 
@@ -69,9 +83,9 @@ class MagpieRecipe(Strict):
     """The teacher writes what a user would say, then answers it."""
 
     kind: Literal["magpie"] = "magpie"
-    sampling: WarpRecipe = WarpRecipe(top_p=0.99)
+    sampling: SamplingRecipe = SamplingRecipe(top_p=0.99)
     """Of what the user says."""
-    answer_sampling: WarpRecipe = WarpRecipe(temperature=0.0)
+    answer_sampling: SamplingRecipe = SamplingRecipe(temperature=0.0)
     max_instruction_tokens: int = Field(128, gt=0)
     max_new_tokens: int = Field(512, gt=0)
 
@@ -82,16 +96,28 @@ class AnswerRecipe(Strict):
     kind: Literal["answer"] = "answer"
     prompts: Annotated[Sources, Field(min_length=1)]
     samples: int = Field(1, gt=0)
-    sampling: WarpRecipe = WarpRecipe()
+    best_by: Literal["likelihood", "consensus", "reference"] | None = None
+    """Keep one of the samples: the one that the teacher finds likeliest (mean log-probability a
+    token), that is most like the others, or most like the data set's answer (ROUGE-L).  None: all.
+    """
+    sampling: SamplingRecipe = SamplingRecipe()
     max_new_tokens: int = Field(512, gt=0)
+
+    @model_validator(mode="after")
+    def _several_to_choose_from(self) -> AnswerRecipe:
+        if self.best_by is not None and self.samples == 1:
+            raise PydanticCustomError("best_by", "'best_by' chooses among 'samples': ask for more")
+        return self
 
 
 class RewriteRecipe(Strict):
-    """Given answers in the teacher's own words."""
+    """Given answers in the teacher's own words; where those are of no use, the given one stays."""
 
     kind: Literal["rewrite"] = "rewrite"
     prompts: Annotated[Sources, Field(min_length=1)]
-    sampling: WarpRecipe = WarpRecipe(temperature=0.0)
+    result: ResultPattern | None = None
+    """A regular expression for the result, as for maths: the last match must stay the same."""
+    sampling: SamplingRecipe = SamplingRecipe(temperature=0.0)
     max_new_tokens: int = Field(512, gt=0)
 
 
@@ -99,8 +125,8 @@ class EvolveRecipe(Strict):
     """Harder and rarer variants of the seeds, with answers."""
 
     kind: Literal["evolve"] = "evolve"
-    sampling: WarpRecipe = WarpRecipe()
-    answer_sampling: WarpRecipe = WarpRecipe(temperature=0.0)
+    sampling: SamplingRecipe = SamplingRecipe()
+    answer_sampling: SamplingRecipe = SamplingRecipe(temperature=0.0)
     max_instruction_tokens: int = Field(128, gt=0)
     max_new_tokens: int = Field(512, gt=0)
 
@@ -121,8 +147,8 @@ class LionRecipe(Strict):
     """by: divergence.  The share of the pool that counts as hard."""
     max_compared_tokens: int = Field(128, gt=0)
     """Of the answers that are compared."""
-    sampling: WarpRecipe = WarpRecipe()
-    answer_sampling: WarpRecipe = WarpRecipe(temperature=0.0)
+    sampling: SamplingRecipe = SamplingRecipe()
+    answer_sampling: SamplingRecipe = SamplingRecipe(temperature=0.0)
     max_instruction_tokens: int = Field(128, gt=0)
     max_new_tokens: int = Field(512, gt=0)
 
@@ -139,116 +165,6 @@ GeneratorRecipe = Annotated[
 ]
 
 
-class LengthRecipe(Strict):
-    """Words of one field."""
-
-    kind: Literal["length"] = "length"
-    field: Literal["instruction", "input", "output"] = "instruction"
-    min_words: int = Field(4, ge=0)
-    max_words: int = Field(150, gt=0)
-
-
-class TruncatedRecipe(Strict):
-    """Answers that the limit of new tokens cut off."""
-
-    kind: Literal["truncated"] = "truncated"
-
-
-class BlacklistRecipe(Strict):
-    """Words in the instruction that ask for more than text."""
-
-    kind: Literal["blacklist"] = "blacklist"
-    words: Annotated[list[str], Field(min_length=1)] | None = None
-    """None: images, files, drawing, music and the like."""
-
-
-class OddStartRecipe(Strict):
-    """Instructions that start with punctuation, outside ASCII, or with "Write a program"."""
-
-    kind: Literal["odd_start"] = "odd_start"
-
-
-class RepeatedLinesRecipe(Strict):
-    """Answers that repeat their lines or their runs of words."""
-
-    kind: Literal["repeated_lines"] = "repeated_lines"
-    max_share: float = Field(0.3, ge=0, le=1)
-    ngram: int = Field(4, gt=0)
-
-
-class EmptyOrEchoRecipe(Strict):
-    """No answer, or the question as the answer."""
-
-    kind: Literal["empty_or_echo"] = "empty_or_echo"
-
-
-class OpenEndRecipe(Strict):
-    """An input or an answer that ends with a colon."""
-
-    kind: Literal["open_end"] = "open_end"
-
-
-class RougeRecipe(Strict):
-    """Instructions too like a seed or one that was kept: ROUGE-L F."""
-
-    kind: Literal["rouge"] = "rouge"
-    at_most: float = Field(0.7, ge=0, le=1)
-
-
-class NearDuplicatesRecipe(Strict):
-    """Rows that nearly stand in another one: MinHash over runs of words."""
-
-    kind: Literal["near_duplicates"] = "near_duplicates"
-    threshold: float = Field(0.8, gt=0, le=1)
-    ngram: int = Field(3, gt=0)
-
-
-class ContaminationRecipe(Strict):
-    """Rows that share a run of words with an evaluation set."""
-
-    kind: Literal["contamination"] = "contamination"
-    sources: Annotated[Sources, Field(min_length=1)]
-    ngram: int = Field(10, gt=0)
-
-
-class LanguageRecipe(Strict):
-    """Rows in another language."""
-
-    kind: Literal["language"] = "language"
-    languages: list[str] = Field(["en"], min_length=1)
-    """ISO 639-1."""
-
-
-class SameResultRecipe(Strict):
-    """Answers with another result than the reference's, where there is one."""
-
-    kind: Literal["same_result"] = "same_result"
-    pattern: str
-    """A regular expression for the result: the last match counts, by its group."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _a_pattern(cls, pattern: str) -> str:
-        if wrong := wrong_pattern(pattern):
-            raise PydanticCustomError("pattern", "{wrong}", {"wrong": wrong})
-        return pattern
-
-
-FilterRecipe = Annotated[
-    LengthRecipe
-    | TruncatedRecipe
-    | BlacklistRecipe
-    | OddStartRecipe
-    | RepeatedLinesRecipe
-    | EmptyOrEchoRecipe
-    | OpenEndRecipe
-    | RougeRecipe
-    | NearDuplicatesRecipe
-    | ContaminationRecipe
-    | LanguageRecipe
-    | SameResultRecipe,
-    Field(discriminator="kind"),
-]
 # Where none are given: of answers to given prompts, the answers alone are judged.
 ANSWER_FILTERS = ("truncated", "empty_or_echo", "repeated_lines")
 TASK_FILTERS = (*ANSWER_FILTERS, "length", "odd_start", "blacklist", "rouge")
@@ -271,6 +187,8 @@ class GenerationRecipe(Strict):
     """Replies that are written at a time."""
     round_size: int = Field(64, gt=0)
     """Calls between two records; what is made depends on it, so a run keeps its own."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Handed to the teacher's chat template: {enable_thinking: false}."""
     columns: Literal["messages", "alpaca"] = "messages"
     held_back: float = Field(0.05, ge=0, lt=1)
     """Share of the rows, chosen by their text, that go into a split of their own."""
@@ -303,6 +221,27 @@ class GenerationRecipe(Strict):
                 "lion", "a remote teacher shows no distributions: use 'generator.by: referee'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _states_are_kept(self) -> GenerationRecipe:
+        generator, remote = self.generator, isinstance(self.teacher, RemoteTeacherRecipe)
+        if not self.is_scored and not remote:
+            return self
+        for name in ("sampling", "answer_sampling"):
+            if getattr(getattr(generator, name, None), "continuous", False):
+                raise PydanticCustomError(
+                    "continuous",
+                    "'generator.{name}.continuous' is for a teacher on this machine whose "
+                    "log-probabilities are not asked for",
+                    {"name": name},
+                )
+        return self
+
+    @property
+    def is_scored(self) -> bool:
+        """Are the teacher's log-probabilities of what it writes needed?"""
+        by = getattr(self.generator, "best_by", None)
+        return by == "likelihood" or any(isinstance(f, PerplexityRecipe) for f in self.filters)
 
     @model_validator(mode="after")
     def _a_template_is_known(self) -> GenerationRecipe:

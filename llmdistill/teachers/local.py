@@ -60,9 +60,15 @@ class LocalTeacher:
             return TeacherSignal(final_hidden(backbone, sequences.to(self.device)), head)
 
     def write(
-        self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
+        self,
+        prompts: Prompts,
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        draw: Draw,
+        stop: str = "",
     ) -> Sequences:
-        """The teacher's own answers, judged while they are written."""
+        """The teacher's own answers, judged while they are written; one that holds `stop` ends."""
         with self.in_use() as model:
             return sample(
                 model,
@@ -73,6 +79,7 @@ class LocalTeacher:
                 draw=draw,
                 writer=Writer.TEACHER,
                 keep_states=True,
+                stop=stop,
             )
 
     def session(self, prompts: Prompts) -> AbstractContextManager[Session]:

@@ -10,9 +10,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import importlib.util
+import logging
 import os
-from collections.abc import Sequence
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from llmdistill.batch import Draw, Need, Prompts, Sampling, Sequences, Writer
@@ -23,25 +27,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONGEST_PAUSE = 30.0  # seconds between two attempts
+LONGEST_WAIT = 300.0  # where the server itself asks for it
 NO_KEY = "none"  # the client insists on one; servers of one's own do not
+TRY_AGAIN = (408, 409, 425, 429)  # and all from 500 on
+REFUSED = (400, 413, 422)  # this request, and perhaps no other
+REFUSAL = "refused by the server"
+
+logger = logging.getLogger("llmdistill")
 
 
 @dataclass(frozen=True)
 class Question:
-    """Messages of a conversation, or the plain text that the answer goes on from."""
+    """What is to be answered: messages of a conversation, text to go on from, or its ids.
 
-    prompt: str | tuple[dict[str, str], ...]
+    `stop` is what an answer ends before.
+    """
+
+    prompt: str | tuple[int, ...] | tuple[dict[str, str], ...]
     sampling: Sampling
     max_new_tokens: int
     seed: int
+    stop: str = ""
 
 
 @dataclass(frozen=True)
 class Spoken:
-    """An answer, and whether the limit of new tokens cut it off."""
+    """An answer, and whether the limit of new tokens cut it off.
+
+    `refused` says why there is none; `log_prob` is its mean log-probability in nats a token, where
+    it was asked for.
+    """
 
     text: str
-    truncated: bool
+    truncated: bool = False
+    refused: str = ""
+    log_prob: float | None = None
 
 
 class RemoteTeacher:
@@ -49,7 +69,8 @@ class RemoteTeacher:
     `key_from`.
 
     `retries` are further attempts at each request; `per_minute` bounds how many are begun.
-    `tokenizer` is needed to write for a rollout, where prompts come as ids.
+    `tokenizer` is needed to write for a rollout, where prompts come as ids.  With `scored` answers
+    come with their log-probability.  `chat_template_kwargs` go to the server's template.
     """
 
     provides: frozenset[Need] = frozenset()
@@ -64,8 +85,10 @@ class RemoteTeacher:
         concurrency: int = 8,
         timeout: float = 120.0,
         retries: int = 6,
-        per_minute: int | None = None,
+        per_minute: float | None = None,
         pause: float = 0.5,
+        scored: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if importlib.util.find_spec("openai") is None:
             raise RecipeError(
@@ -74,36 +97,67 @@ class RemoteTeacher:
         self.url, self.model, self.tokenizer = url, model, tokenizer
         self.key = os.environ.get(key_from) or NO_KEY
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
-        self.per_minute, self.pause = per_minute, pause
+        self.pause, self.scored = pause, scored
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._pace = _Pace(per_minute)
+        self._said: set[str] = set()
+        self._has_answered = False
 
-    def answer(self, questions: Sequence[Question]) -> list[Spoken]:
-        """An answer to each, in their order.
+    def answer(
+        self,
+        questions: Sequence[Question],
+        heard: Callable[[int, Spoken], None] = lambda place, spoken: None,
+    ) -> list[Spoken]:
+        """An answer to each, in their order; `heard` is told of each as it comes.
 
-        Raises TeacherError where the server refuses a request or does not recover; nothing is given
-        then.
+        A request that the server refuses for what is in it is an answer that says so.  Raises
+        TeacherError where the server refuses them all, or does not recover.
         """
+        running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+        async def run() -> list[Spoken]:
+            task = asyncio.current_task()
+            assert task is not None
+            running.append((asyncio.get_running_loop(), task))
+            return await self._answer(questions, heard)
+
         with concurrent.futures.ThreadPoolExecutor(1) as thread:  # the caller may run a loop
-            return thread.submit(asyncio.run, self._answer(questions)).result()
+            future = thread.submit(lambda: asyncio.run(run()))
+            try:
+                spoken = future.result()
+            except KeyboardInterrupt:  # else the thread would wait for every request
+                for loop, task in running:
+                    loop.call_soon_threadsafe(task.cancel)
+                raise
+        refused = [one for one in spoken if one.refused]
+        self._has_answered |= len(refused) < len(spoken)
+        if len(refused) > 1 and not self._has_answered:
+            raise TeacherError(
+                f"{self.url} refuses all of {len(refused)} requests to '{self.model}'; see above"
+            )
+        return spoken
 
     def write(
         self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
     ) -> Sequences:
         """The server's answers to prompts of ids, by its completions endpoint.
 
-        The text is tokenised again: its ids may differ from those that the server drew.
+        Ids are what is sent, so that no text of a prompt is read as a control token.  An answer's
+        text is tokenised here: its ids may differ from those that the server drew.
         """
         if self.tokenizer is None:
             raise RecipeError(
                 f"teacher '{self.model}' at {self.url} has no tokenizer: give teacher.tokenizer"
             )
         keys = (row_keys(draw, prompts.row_ids_B, Writer.TEACHER) % 2**31).tolist()
-        texts = [self.tokenizer.decode(ids) for ids in prompts.ids()]
         spoken = self.answer(
             [
-                Question(text, sampling, max_new_tokens, key)
-                for text, key in zip(texts, keys, strict=True)
+                Question(tuple(ids), sampling, max_new_tokens, key)
+                for ids, key in zip(prompts.ids(), keys, strict=True)
             ]
         )
+        if any(one.refused for one in spoken):
+            raise TeacherError(f"{self.url} refuses a prompt of this batch; see above")
         return Sequences.pack(
             prompts.ids(),
             [self._ids(one)[:max_new_tokens] for one in spoken],
@@ -117,97 +171,153 @@ class RemoteTeacher:
         ids = self.tokenizer(spoken.text, add_special_tokens=False, split_special_tokens=True)
         return ids["input_ids"] + ([] if spoken.truncated else [self.tokenizer.eos_token_id])
 
-    async def _answer(self, questions: Sequence[Question]) -> list[Spoken]:
+    async def _answer(
+        self, questions: Sequence[Question], heard: Callable[[int, Spoken], None]
+    ) -> list[Spoken]:
         import openai
 
         client = openai.AsyncOpenAI(
             base_url=self.url, api_key=self.key, timeout=self.timeout, max_retries=0
         )
-        gate, pace = asyncio.Semaphore(self.concurrency), _Pace(self.per_minute)
+        gate = asyncio.Semaphore(self.concurrency)
 
-        async def one(question: Question) -> Spoken:
+        async def one(place: int, question: Question) -> Spoken:
             async with gate:
-                return await self._attempts(client, question, pace)
+                spoken = await self._attempts(client, question)
+                heard(place, spoken)
+                return spoken
 
         try:
             async with client, asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(question)) for question in questions]
+                tasks = [group.create_task(one(*numbered)) for numbered in enumerate(questions)]
         except ExceptionGroup as failed:  # the first one stops the others
             raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _attempts(self, client: Any, question: Question, pace: _Pace) -> Spoken:
+    async def _attempts(self, client: Any, question: Question) -> Spoken:
         """Asks until there is an answer; the pauses double, or are as long as the server says."""
         import openai
 
         wrong = ""
         for attempt in range(self.retries + 1):
-            if attempt:
-                await asyncio.sleep(min(self.pause * 2 ** (attempt - 1), LONGEST_PAUSE))
-            await pace.turn()
+            await self._pace.turn()
+            wait = 0.0
             try:
-                return _spoken(await self._ask(client, question))
+                reply = await self._ask(client, question)
+                self._check_model(reply)
+                return _spoken(reply, scored=self.scored)
             except (openai.APIConnectionError, openai.APIResponseValidationError) as error:
                 wrong = f"{type(error).__name__}: {error}"
             except openai.APIStatusError as error:
                 wrong = f"HTTP {error.status_code}: {error.message}"
-                if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
+                if error.status_code in REFUSED:
+                    self._say_once(f"{self.url} refuses a request: {wrong[:500]}")
+                    return Spoken("", refused=REFUSAL)
+                if error.status_code not in TRY_AGAIN and error.status_code < 500:
                     raise TeacherError(f"{self.url} refuses: {wrong[:500]}") from error
-                await asyncio.sleep(_asked_to_wait(error.response))
+                wait = _asked_to_wait(error.response)
             except ValueError as error:  # JSON that is none among them
                 wrong = f"unusable reply: {error}"
+            if attempt < self.retries:
+                pause = min(self.pause * 2**attempt, LONGEST_PAUSE)
+                # Not all at the same moment again.
+                await asyncio.sleep(max(wait, pause * random.uniform(0.5, 1.0)))
         raise TeacherError(
             f"{self.url} gave no usable reply in {self.retries + 1} attempts; the last: "
             f"{wrong[:500]}. What was recorded is kept: go on with --resume once it is well."
         )
 
     async def _ask(self, client: Any, question: Question) -> Any:
-        sampling = question.sampling
+        sampling, prompt = question.sampling, question.prompt
+        is_chat = isinstance(prompt, tuple) and isinstance(prompt[0], dict)
+        extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
+        if is_chat and self.chat_template_kwargs:
+            extra["chat_template_kwargs"] = self.chat_template_kwargs
         options: dict[str, Any] = {
             "model": self.model,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": question.max_new_tokens,
             "seed": question.seed,
+            "extra_body": extra or None,
         }
-        if sampling.top_k:
-            options["extra_body"] = {"top_k": sampling.top_k}
-        if isinstance(question.prompt, str):
-            return await client.completions.create(prompt=question.prompt, **options)
-        return await client.chat.completions.create(messages=list(question.prompt), **options)
+        if question.stop:
+            options["stop"] = [question.stop]
+        if is_chat:
+            options |= {"logprobs": True} if self.scored else {}
+            return await client.chat.completions.create(messages=list(prompt), **options)
+        options |= {"logprobs": 1} if self.scored else {}
+        text_or_ids = prompt if isinstance(prompt, str) else list(prompt)
+        return await client.completions.create(prompt=text_or_ids, **options)
+
+    def _check_model(self, reply: Any) -> None:
+        served = getattr(reply, "model", None)
+        if isinstance(served, str) and served and served != self.model:
+            self._say_once(f"{self.url} was asked for '{self.model}' and answers as '{served}'")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning("%s", text)
 
 
 class _Pace:
     """Lets requests begin evenly, so many a minute."""
 
-    def __init__(self, per_minute: int | None) -> None:
+    def __init__(self, per_minute: float | None) -> None:
         self.step = 60.0 / per_minute if per_minute else 0.0
         self.next = 0.0
 
     async def turn(self) -> None:
         if self.step:
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             self.next = max(self.next, now) + self.step
             await asyncio.sleep(self.next - self.step - now)
 
 
-def _spoken(reply: Any) -> Spoken:
+def _spoken(reply: Any, *, scored: bool) -> Spoken:
     """The text of a reply; ValueError for one that is empty, broken off, or not of this form."""
     choices = getattr(reply, "choices", None)
     if not choices:
         raise ValueError("it holds no choice")
-    message = getattr(choices[0], "message", None)
-    text = getattr(message, "content", None) if message else getattr(choices[0], "text", None)
-    reason = getattr(choices[0], "finish_reason", None)
+    choice = choices[0]
+    message = getattr(choice, "message", None)
+    text = getattr(message, "content", None) if message else getattr(choice, "text", None)
+    reason = getattr(choice, "finish_reason", None)
+    if reason == "content_filter" or getattr(message, "refusal", None):
+        return Spoken("", refused=REFUSAL)
     if not isinstance(text, str) or reason not in ("stop", "length"):
         raise ValueError(f"text {str(text)[:40]!r}, finish_reason {reason!r}")
     text.encode()  # half a character of two: ValueError
-    return Spoken(text, truncated=reason == "length")
+    log_prob = _mean_log_prob(choice) if scored else None
+    return Spoken(text, truncated=reason == "length", log_prob=log_prob)
+
+
+def _mean_log_prob(choice: Any) -> float:
+    """Nats a token; a chat and a completion give them in two ways."""
+    found = getattr(choice, "logprobs", None)
+    tokens = getattr(found, "content", None)
+    each = (
+        [token.logprob for token in tokens]
+        if tokens is not None
+        else getattr(found, "token_logprobs", None)
+    )
+    if each is None:
+        raise TeacherError(
+            "the server gives no log-probabilities: leave out the filter 'perplexity' and "
+            "'best_by: likelihood'"
+        )
+    return sum(each) / max(len(each), 1)
 
 
 def _asked_to_wait(response: Any) -> float:
-    """The server's Retry-After in seconds, where it gives one."""
+    """The server's Retry-After in seconds, where it gives one: a number, or a date."""
+    asked = response.headers.get("retry-after") or "0"
     try:
-        return min(max(float(response.headers.get("retry-after", 0)), 0.0), LONGEST_PAUSE)
+        seconds = float(asked)
     except ValueError:
-        return 0.0
+        try:
+            seconds = parsedate_to_datetime(asked).timestamp() - time.time()
+        except ValueError:
+            seconds = 0.0
+    return min(max(seconds, 0.0), LONGEST_WAIT)

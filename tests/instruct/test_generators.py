@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llmdistill.batch import Sampling
+from llmdistill.errors import DataError
 from llmdistill.instruct.generators import Alpaca, Answer, Evolve, Magpie, Rewrite, SelfInstruct
 from llmdistill.instruct.parse import write_task
 from llmdistill.instruct.requests import Reply
@@ -32,11 +35,11 @@ def test_alpaca_shows_three_seeds_and_reads_the_rest_of_the_list():
     text = write_task(4, first).split("Instruction:", 1)[1]
     text += write_task(5, new[0]) + write_task(6, new[1])
     ((request,),), made = exchange(alpaca.call(3, []), [Reply(text)])
-    assert made == ([first, *new], 0)
+    assert made == ([first, *new], {})
     (message,) = request.messages
     assert sum(seed.instruction in message["content"] for seed in SEEDS) == 3
     assert "5 more tasks" in message["content"]
-    assert request.start == "###\n4. Instruction:"
+    assert (request.start, request.stop) == ("###\n4. Instruction:", "###\n9.")
     assert (request.max_new_tokens, request.sampling) == (77, Sampling())
 
 
@@ -45,9 +48,9 @@ def test_alpaca_drops_the_last_of_a_list_that_was_cut_off_and_what_is_too_many()
         write_task(i, Task("c", "", "d")) for i in range(5, 9)
     )
     _, made = exchange(Alpaca(SEEDS, tasks_per_call=2).call(0, []), [Reply(text)])
-    assert len(made.tasks) == 2
+    assert (len(made.tasks), made.dropped) == (2, {"more than asked for": 3})
     _, made = exchange(Alpaca(SEEDS).call(0, []), [Reply(text, truncated=True)])
-    assert len(made.tasks) == 4
+    assert (len(made.tasks), made.dropped) == (4, {"truncated": 1})
 
 
 def test_a_call_is_drawn_from_the_seed_and_its_number():
@@ -96,7 +99,7 @@ def test_self_instruct_without_machine_tasks_shows_eight_seeds():
 def test_an_instance_without_its_fields_is_counted(reply):
     call = SelfInstruct(SEEDS, LABELS).call(0, [])
     _, made = exchange(call, [Reply(" Sort the mail.")], [Reply("no")], [Reply(reply)])
-    assert made == ([], 1)
+    assert made == ([], {"unparsable": 1})
 
 
 def test_magpie_lets_the_teacher_speak_for_the_user():
@@ -105,13 +108,66 @@ def test_magpie_lets_the_teacher_speak_for_the_user():
     )
     assert (asked[0][0].turn, asked[0][0].messages) == ("user", ())
     assert asked[1][0].messages == ({"role": "user", "content": "Why is the sea blue?"},)
-    assert made == ([Task("Why is the sea blue?", "", "Because.", truncated=True)], 0)
+    assert made == ([Task("Why is the sea blue?", "", "Because.", truncated=True)], {})
 
 
-@pytest.mark.parametrize("reply", [Reply("half a", truncated=True), Reply(" \n")])
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Reply("half a", truncated=True), "endless instruction"),
+        (Reply(" \n"), "empty instruction"),
+        (Reply("", refused="no"), "no"),
+    ],
+)
 @pytest.mark.parametrize("generator", [Magpie(), Evolve(SEEDS)])
-def test_no_instruction_is_no_task(generator, reply):
-    assert exchange(generator.call(0, []), [reply])[1] == ([], 1)
+def test_no_instruction_is_no_task(generator, reply, reason):
+    assert exchange(generator.call(0, []), [reply])[1] == ([], {reason: 1})
+
+
+def test_what_is_refused_is_counted_and_nothing_else_is_lost():
+    no = Reply("", refused="no")
+    assert exchange(Alpaca(SEEDS).call(0, []), [no])[1] == ([], {"no": 1})
+    assert exchange(SelfInstruct(SEEDS, LABELS).call(0, []), [no])[1] == ([], {"no": 1})
+    stages = (
+        [Reply(" Sort the mail.\n10. Say which is red.")],
+        [no, no],
+        [no, Reply("Input: a\nOutput: b")],
+    )
+    _, made = exchange(SelfInstruct(SEEDS, LABELS).call(0, []), *stages)
+    assert made == ([Task("Say which is red.", "a", "b")], {"no": 1})
+    _, made = exchange(Answer(SEEDS, samples=3).call(0, []), [Reply("one"), no, Reply("two")])
+    assert ([task.output for task in made.tasks], made.dropped) == (["one", "two"], {"no": 1})
+    _, made = exchange(Magpie().call(0, []), [Reply("Why?")], [no])
+    assert made == ([], {"no": 1})
+
+
+@pytest.mark.parametrize("made", [Alpaca, lambda seeds: SelfInstruct(seeds, LABELS[:2])])
+def test_too_few_seeds_are_named(made):
+    with pytest.raises(DataError, match="'seeds' holds 2 tasks, but each prompt shows"):
+        made(SEEDS[:2])
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [("likelihood", "b b b"), ("consensus", "a a x"), ("reference", "Thing 7"), (None, None)],
+)
+def test_the_best_sample_is_kept(by, expected):
+    """The likeliest, the one most like the others, or most like the data set's; never a cut one."""
+    replies = [
+        Reply("a a y", log_prob=-2.0),
+        Reply("a a x", log_prob=-1.5),
+        Reply("b b b", log_prob=-0.5),
+        Reply("a z x", log_prob=-3.0),
+        Reply("Thing 7", log_prob=-4.0),
+        Reply("Thing 7 is done. a a x", truncated=True, log_prob=0.0),
+    ]
+    given = [replace(task, reference=task.output) for task in SEEDS]
+    _, made = exchange(Answer(given, samples=6, best_by=by).call(7, []), replies)
+    if by is None:
+        assert (len(made.tasks), made.dropped) == (6, {})
+    else:
+        assert [task.output for task in made.tasks] == [expected]
+        assert made.dropped == {"not the best sample": 5}
 
 
 def test_answers_are_as_many_as_asked_for():
@@ -129,6 +185,33 @@ def test_a_rewrite_keeps_what_was_there_as_its_reference():
     assert "Thing 2 is done." in content
     (task,) = made.tasks
     assert (task.output, task.reference) == ("It is done, thing 2.", "Thing 2 is done.")
+    assert task.variant == "rewritten"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply("It is half do", truncated=True),
+        Reply("  "),
+        Reply("", refused="no"),
+        Reply("I'm sorry, thing 2 is beyond me."),
+        Reply("As an AI I see that thing 2 is done."),
+        Reply("In my own words: thing 2 is done."),
+        Reply("The given answer says that thing 2 is done."),
+        Reply("Thing 3 is done."),
+    ],
+)
+def test_a_rewrite_of_no_use_leaves_the_given_answer(reply):
+    _, made = exchange(Rewrite(SEEDS, result=r"\d+").call(2, []), [reply])
+    (task,) = made.tasks
+    assert (task.output, task.variant) == ("Thing 2 is done.", "original")
+    assert not task.truncated
+
+
+def test_nothing_is_rewritten_where_there_is_no_answer():
+    with pytest.raises(StopIteration) as stop:
+        next(Rewrite([Task("Name a bird.")]).call(0, []))
+    assert stop.value.value == ([], {"no answer to rewrite": 1})
 
 
 def test_evolving_asks_for_harder_and_rarer_in_turn():
@@ -138,6 +221,7 @@ def test_evolving_asks_for_harder_and_rarer_in_turn():
             Evolve(SEEDS).call(number, []), [Reply("Do two things.")], [Reply("Both done.")]
         )
         texts.append(asked[0][0].messages[0]["content"])
-        assert made == ([Task("Do two things.", "", "Both done.")], 0)
+        variant = ("rarer", "harder")[number]
+        assert made == ([Task("Do two things.", "", "Both done.", variant=variant)], {})
     assert "less common" in texts[0]
     assert "harder" in texts[1]

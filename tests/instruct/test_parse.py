@@ -27,24 +27,24 @@ def written(some, start: int = 1) -> str:
 
 
 def test_reads_what_it_writes():
-    assert parse_tasks(written(tasks(12), start=4)) == (tasks(12), 0)
+    assert parse_tasks(written(tasks(12), start=4)) == (tasks(12), {})
 
 
 def test_headings_in_an_answer_stay_in_it():
     """A mark begins an item only where one follows."""
     task = Task("Plan my week.", "", "Here is a plan.\n### Monday\nRun.\n#### Evening\n###\nRest.")
-    assert parse_tasks(written([task, *tasks(2)])) == ([task, *tasks(2)], 0)
+    assert parse_tasks(written([task, *tasks(2)])) == ([task, *tasks(2)], {})
     inline = "### 4. Instruction: Name a bird\n4. Input:\n<noinput>\n4. Output: A wren\n###\n"
-    assert parse_tasks(inline) == ([Task("Name a bird", "", "A wren")], 0)
+    assert parse_tasks(inline) == ([Task("Name a bird", "", "A wren")], {})
 
 
 def test_what_stands_before_the_first_item_is_no_task():
-    assert parse_tasks("Here they are:\n" + written(tasks(2))) == (tasks(2), 1)
+    assert parse_tasks("Here they are:\n" + written(tasks(2))) == (tasks(2), {"unparsable": 1})
 
 
 def test_the_last_item_of_a_text_that_was_cut_off_is_dropped():
-    assert parse_tasks(written(tasks(5)), truncated=True) == (tasks(5)[:-1], 0)
-    assert parse_tasks("", truncated=True) == ([], 0)
+    assert parse_tasks(written(tasks(5)), truncated=True) == (tasks(5)[:-1], {"truncated": 1})
+    assert parse_tasks("", truncated=True) == ([], {})
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_last_item_of_a_text_that_was_cut_off_is_dropped():
     ],
 )  # fmt: skip
 def test_forms_that_teachers_write(item, task):
-    assert parse_tasks(item) == ([task], 0)
+    assert parse_tasks(item) == ([task], {})
 
 
 @pytest.mark.parametrize(
@@ -71,4 +71,4 @@ def test_forms_that_teachers_write(item, task):
 )
 def test_what_is_no_task_is_counted(item):
     good = tasks(1)
-    assert parse_tasks(f"{written(good)}###\n{item}\n") == (good, 1)
+    assert parse_tasks(f"{written(good)}###\n{item}\n") == (good, {"unparsable": 1})

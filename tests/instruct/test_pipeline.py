@@ -15,9 +15,10 @@ import pytest
 from llmdistill.batch import Sampling
 from llmdistill.errors import DataError
 from llmdistill.instruct.filters import Length, Rouge
-from llmdistill.instruct.generators import Answer, TaskGenerator
+from llmdistill.instruct.generators import Answer, Cost, TaskGenerator
 from llmdistill.instruct.parse import Parsed
-from llmdistill.instruct.pipeline import Counts, Pipeline, Settings, exchange, read_whole_lines
+from llmdistill.instruct.pipeline import Counts, Pipeline, Settings, exchange
+from llmdistill.instruct.records import read_whole_lines
 from llmdistill.instruct.requests import Reply, Request, user
 from llmdistill.instruct.tasks import Task
 from tests import toy
@@ -48,14 +49,16 @@ class Chatter:
 class Chain(TaskGenerator):
     """Two stages; what it asks depends on what was kept before."""
 
+    at_most = Cost(2, 3, 27)
+
     def call(self, number, machine):
         last = machine[-1].instruction if machine else "nothing"
         sampling = Sampling()
         (first,) = yield [Request(user(f"{number} after {last}"), sampling, 9)]
         if number % 5 == 4:
-            return Parsed([], 1)
+            return Parsed([], {"unparsable": 1})
         both = yield [Request(user(first.text), sampling, 9)] * 2
-        return Parsed([Task(first.text, "", reply.text, reply.truncated) for reply in both], 0)
+        return Parsed([Task(first.text, "", reply.text, reply.truncated) for reply in both])
 
 
 def made(folder, *, writer=None, target=20, generator=None, rounds=4, filters=None):
@@ -89,6 +92,7 @@ def test_a_run_ends_with_the_target_and_says_what_it_dropped(straight):
         "instruction",
         "input",
         "output",
+        "variant",
         "generator",
         "seed",
         "prompt_hash",
@@ -174,7 +178,7 @@ def test_a_finite_generator_ends_by_itself(tmp_path):
     seen: list[int] = []
     pipeline.run(lambda counts, seconds: seen.append(counts.kept))
     assert pipeline.counts == Counts(kept=len(toy.WORDS))
-    assert seen == [4, 8, 12, 16, 19]
+    assert seen == [0, 4, 8, 12, 16, 19]
 
 
 def test_calls_at_the_same_stage_are_written_together():

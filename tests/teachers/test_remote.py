@@ -57,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body, **changes):
         chat = "messages" in body
         text = body["messages"][-1]["content"] if chat else body["prompt"]
+        if isinstance(text, list):
+            text = toy.tokenizer().decode(text)
         said = f"about {text.split()[-1]}"
         choice = {"index": 0, "finish_reason": "stop"} | changes
         choice |= {"message": {"role": "assistant", "content": said}} if chat else {"text": said}
@@ -235,13 +237,17 @@ def test_writes_for_a_rollout(server):
         ("###\n4. Instruction: x", "###\n4. Instruction:", " x"),
         ("4. Instruction: x", "###\n4. Instruction:", " x"),
         (" x", "###\n4. Instruction:", " x"),
+        ("Here is one:\n\n4. Instruction: x", "###\n4. Instruction:", " x"),
+        ("Sure!\n###\n1. Instruction: x", "###\n4. Instruction:", "\n###\n1. Instruction: x"),
+        ("Of course:\n1. Sing.\n2. Run.", "9.", "\n1. Sing.\n2. Run."),
+        ("It costs 9.50, they say.", "9.", "It costs 9.50, they say."),
         ("plain", "", "plain"),
     ],
 )
 def test_a_chat_may_say_again_what_it_was_to_begin_with(said, start, text):
     class Once:
-        def answer(self, asked):
-            return [Spoken(said, False)]
+        def answer(self, asked, heard):
+            heard(0, Spoken(said))
 
     request = Request(user("q"), Sampling(), 9, start=start)
     (reply,) = RemoteWriter(Once(), seed=0).write([Asked(0, 0, 0, request)])
