@@ -192,7 +192,7 @@ def written_log_probs(written: Sequences, num_tokens: int) -> list[Tensor]:
     head, weight_N = written.signal.head.narrow(num_tokens), torch.ones_like(hidden_NH[:, 0])
     with torch.no_grad():
         _, losses_N = chunked_sum(hidden_NH, head, position_loss, weight_N)
-    return list(-losses_N.split([len(ids) for ids in responses]))
+    return list((-losses_N).split([len(ids) for ids in responses]))
 
 
 def _stop(request: Request, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:

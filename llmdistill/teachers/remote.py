@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import importlib.util
 import logging
 import os
@@ -127,7 +128,8 @@ class RemoteTeacher:
                 spoken = future.result()
             except KeyboardInterrupt:  # else the thread would wait for every request
                 for loop, task in running:
-                    loop.call_soon_threadsafe(task.cancel)
+                    with contextlib.suppress(RuntimeError):  # it has just come to its end
+                        loop.call_soon_threadsafe(task.cancel)
                 raise
         refused = [one for one in spoken if one.refused]
         self._has_answered |= len(refused) < len(spoken)

@@ -29,6 +29,8 @@ MAKERS = {
     "contamination": lambda: filters.Contamination(["one two three four five six seven"], ngram=4),
     "language": filters.Language,
     "result": lambda: filters.SameResult(r"#### (-?[\d,.]+)"),
+    "perplexity": lambda: filters.Perplexity(at_most=20.0, at_least=1.5),
+    "balanced": lambda: filters.Balanced(1),
 }
 
 
@@ -58,6 +60,8 @@ def test_keeps_a_good_task(name):
         ("open end", task(output="Here they are:"), "ends with a colon"),
         ("open end", task(input="The list: "), "ends with a colon"),
         ("rouge", task(instruction="Explain why the sky is so blue today."), "too similar"),
+        ("perplexity", task(log_prob=-3.01), "perplexity too high"),
+        ("perplexity", task(log_prob=-0.4), "perplexity too low"),
         ("contamination", task(output="And two, three: FOUR five!"), "in an evaluation set"),
         ("language", Task("Erkläre mir, warum das Meer blau ist.", "", "Wasser nimmt rotes Licht auf."), "another language"),
         ("result", task(output="#### 17", reference="#### 18"), "another result"),
@@ -122,3 +126,17 @@ def test_near_duplicates_compare_prompts_and_answers_with_what_was_kept():
 
 def test_an_answer_without_a_reference_has_no_result_to_compare():
     assert MAKERS["result"]().reason(task(output="no number")) is None
+
+
+@pytest.mark.parametrize("log_prob", [None, -2.99, -0.41])
+def test_perplexity_is_bounded_where_it_is_known(log_prob):
+    assert filters.Perplexity(at_most=20.0, at_least=1.5).reason(task(log_prob=log_prob)) is None
+
+
+def test_no_variant_is_kept_more_often_than_said():
+    balanced = filters.Balanced(2)
+    for _ in range(2):
+        assert balanced.reason(task(variant="hard")) is None
+        balanced.kept(task(variant="hard"))
+    assert balanced.reason(task(variant="hard")) == "enough hard ones"
+    assert balanced.reason(task(variant="easy")) is None

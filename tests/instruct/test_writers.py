@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from llmdistill.batch import Sampling
-from llmdistill.data.render import open_user_turn
+import pytest
+import torch
+
+from llmdistill.batch import Sampling, Sequences, Writer
+from llmdistill.data.render import close_user_turn, open_user_turn
 from llmdistill.errors import DataError
 from llmdistill.instruct.pipeline import Asked
 from llmdistill.instruct.requests import Request, user
@@ -85,3 +88,103 @@ def test_without_a_template_nothing_opens_a_users_turn():
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="has no chat template: nothing opens"):
         open_user_turn(tokenizer)
+
+
+def test_a_reply_ends_before_its_stop_text(teacher):
+    texts = LocalWriter(teacher, seed=0).write([asked(n, max_new_tokens=30) for n in range(20)])
+    found = (re.search(r"[ -~]{2}", reply.text[4:]) for reply in texts)  # two plain characters
+    call, match = next((n, match) for n, match in enumerate(found) if match)
+    stop = match.group()
+    before = texts[call].text[: texts[call].text.index(stop)]
+    generated = []
+    write = teacher.write
+
+    def record(*args, **options):
+        written = write(*args, **options)
+        generated.extend(map(len, written.responses()))
+        return written
+
+    teacher.write = record
+    try:
+        many = [asked(call, max_new_tokens=30, stop=stop), asked(99, max_new_tokens=3, stop=stop)]
+        reply, _ = LocalWriter(teacher, seed=0).write(many)
+    finally:
+        teacher.write = write
+    assert (reply.text, reply.truncated) == (before, False)
+    assert generated[0] < 30  # it was not written on to the limit
+
+
+def test_a_users_turn_may_end_in_plain_text():
+    """A template such as Llama 2's closes a user's turn with no token of its own."""
+    tokenizer = toy.tokenizer()
+    assert close_user_turn(tokenizer) == "<|im_end|>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}sea {{ m.content }} red bird\nblue"
+        "{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    assert close_user_turn(tokenizer) == "red bird"
+
+    class Says:
+        """A teacher that writes a whole turn and goes on."""
+
+        def __init__(self):
+            self.tokenizer, self.model = tokenizer, toy.teacher_model()
+
+        def write(self, prompts, sampling, **options):
+            self.stop = options["stop"]
+            ids = tokenizer("name a sea red bird blue say")["input_ids"]
+            rows = prompts.row_ids_B.tolist()
+            return Sequences.pack(
+                prompts.ids(), [ids] * len(rows), rows, writer=Writer.TEACHER, pad_id=0
+            )
+
+    says = Says()
+    request = Request((), Sampling(), 9, turn="user")
+    (reply,) = LocalWriter(says, seed=0).write([Asked(0, 0, 0, request)])
+    assert (reply.text.strip(), reply.truncated, says.stop) == ("name a sea", False, "red bird")
+
+
+def test_template_options_reach_the_template(teacher):
+    tokenizer = teacher.tokenizer
+    before = tokenizer.chat_template
+    tokenizer.chat_template = "{% if loud %}sea {% endif %}" + before
+    try:
+        plain, loud = (
+            LocalWriter(teacher, seed=0, chat_template_kwargs={"loud": value})
+            for value in (False, True)
+        )
+        request = asked(0).request
+        assert loud._prompt(request)[-len(plain._prompt(request)) :] == plain._prompt(request)
+        assert len(loud._prompt(request)) > len(plain._prompt(request))
+    finally:
+        tokenizer.chat_template = before
+
+
+@pytest.mark.parametrize("stop", ["", "sea"])
+def test_a_reply_is_as_likely_as_the_teacher_finds_it(teacher, stop):
+    """The mean log-probability of the tokens of the reply, its end token included."""
+    many = [asked(call, max_new_tokens=12, stop=stop) for call in range(6)]
+    recorded = []
+    write = teacher.write
+
+    def record(*args, **options):
+        recorded.append(write(*args, **options))
+        return recorded[-1]
+
+    teacher.write = record
+    try:
+        replies = LocalWriter(teacher, seed=0, scored=True).write(many)
+    finally:
+        teacher.write = write
+    assert LocalWriter(teacher, seed=0).write(many)[0].log_prob is None
+    (written,) = recorded
+    order = written.row_ids_B.tolist()
+    prompt = LocalWriter(teacher, seed=0)._prompt(many[0].request)
+    for place, ids in enumerate(written.responses()):
+        ends = [i for i, token in enumerate(ids) if token == teacher.tokenizer.eos_token_id]
+        kept = ids[: ends[0] + 1] if ends else ids
+        with torch.no_grad():
+            logits = teacher.model(torch.tensor([[*prompt, *kept]])).logits[0, len(prompt) - 1 : -1]
+        log_probs = logits[:, : toy.NUM_TOKENS].log_softmax(-1)
+        mean = log_probs.gather(1, torch.tensor(kept)[:, None]).mean()
+        assert replies[order[place]].log_prob == pytest.approx(float(mean), abs=1e-6)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections import Counter
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -59,10 +62,13 @@ class Handler(BaseHTTPRequestHandler):
         text = body["messages"][-1]["content"] if chat else body["prompt"]
         if isinstance(text, list):
             text = toy.tokenizer().decode(text)
-        said = f"about {text.split()[-1]}"
+        said = f"about {text.split()[-1]}" if chat or "im_start" not in text else "say what"
+        model = changes.pop("model", "m")
         choice = {"index": 0, "finish_reason": "stop"} | changes
         choice |= {"message": {"role": "assistant", "content": said}} if chat else {"text": said}
-        self.send(200, {"id": "1", "object": "x", "created": 0, "model": "m", "choices": [choice]})
+        self.send(
+            200, {"id": "1", "object": "x", "created": 0, "model": model, "choices": [choice]}
+        )
 
     def send(self, status, body, **headers):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -111,6 +117,29 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_cut(self, body):
         self.answer(body, finish_reason="length")
+
+    def do_unwanted(self, body):
+        self.send(400, {"error": {"message": "too long"}})
+
+    def do_filtered(self, body):
+        self.answer(body, finish_reason="content_filter")
+
+    def do_later(self, body):
+        date = formatdate(time.time() + 2, usegmt=True)  # whole seconds
+        self.send(429, {"error": {"message": "later"}}, **{"retry-after": date})
+
+    def do_other(self, body):
+        self.answer(body, model="n")
+
+    def do_scored(self, body):
+        tokens = [
+            {"token": "a", "logprob": -1.0, "top_logprobs": []},
+            {"token": "b", "logprob": -2.0, "top_logprobs": []},
+        ]
+        chat = "messages" in body
+        self.answer(
+            body, logprobs={"content": tokens} if chat else {"token_logprobs": [-1.0, -2.0]}
+        )
 
 
 @pytest.fixture
@@ -163,6 +192,77 @@ def test_a_refusal_is_not_asked_again(server):
     with pytest.raises(TeacherError, match="refuses: HTTP 401: .*who are you"):
         teacher(server, concurrency=1).answer(questions(5))
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("fault", ["unwanted", "filtered"])
+def test_a_request_that_is_refused_for_what_is_in_it_costs_no_other(server, fault):
+    server.faults = [None, fault]
+    spoken = teacher(server, concurrency=1).answer(questions(4))
+    assert [one.refused for one in spoken] == ["", "refused by the server", "", ""]
+    assert len(server.asked) == 4
+
+
+def test_where_all_is_refused_there_is_an_error_and_no_empty_data_set(server, caplog):
+    server.faults = ["unwanted"] * 4
+    with pytest.raises(TeacherError, match="refuses all of 4 requests to 'm'"):
+        teacher(server).answer(questions(4))
+    assert caplog.text.count("HTTP 400: ") == 1  # said once
+    assert "too long" in caplog.text
+
+
+def test_the_server_says_how_long_to_wait_by_a_date(server):
+    server.faults = ["later"]
+    start = time.perf_counter()
+    teacher(server).answer(questions(1))
+    assert 0.9 < time.perf_counter() - start < 2.5
+
+
+def test_after_the_last_attempt_nothing_is_waited_for(server):
+    server.faults = ["later"] * 9
+    start = time.perf_counter()
+    with pytest.raises(TeacherError, match="in 1 attempts"):
+        teacher(server, retries=0).answer(questions(1))
+    assert time.perf_counter() - start < 0.9
+
+
+def test_another_model_than_asked_for_is_said(server, caplog):
+    server.faults = ["other"] * 3
+    teacher(server).answer(questions(5))
+    assert caplog.text.count("was asked for 'm' and answers as 'n'") == 1
+
+
+def test_the_pace_is_kept_from_one_call_to_the_next(server):
+    start, one = time.perf_counter(), teacher(server, per_minute=600)
+    for _ in range(6):
+        one.answer(questions(1))
+    assert time.perf_counter() - start > 0.45
+
+
+def test_an_interrupt_does_not_wait_for_the_server(server):
+    """Ctrl-C while a request hangs: what is under way is cancelled."""
+    server.faults = ["hang"] * 3
+    start = time.perf_counter()
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        teacher(server, timeout=60).answer(questions(3))
+    assert time.perf_counter() - start < 1.2
+
+
+@pytest.mark.parametrize("prompt", [user("tell of 1"), "tell of 1", (7, 9)])
+def test_answers_come_with_their_log_probability_where_asked_for(server, prompt):
+    question = Question(prompt, Sampling(), 9, 5)
+    server.faults = ["scored"]
+    (spoken,) = teacher(server, scored=True).answer([question])
+    assert spoken.log_prob == -1.5
+    with pytest.raises(TeacherError, match="gives no log-probabilities"):
+        teacher(server, scored=True).answer([question])
+
+
+def test_the_template_is_told_its_options_and_the_answer_where_to_end(server):
+    options = {"enable_thinking": False}
+    teacher(server, chat_template_kwargs=options).answer(questions(1, stop="###"))
+    (_, body), *_ = server.asked
+    assert (body["chat_template_kwargs"], body["stop"]) == (options, ["###"])
 
 
 def test_a_server_that_is_not_there_is_named():
@@ -223,7 +323,9 @@ def test_writes_for_a_rollout(server):
     assert tokenizer.decode(written.responses()[0]) == "about red"  # cut off: no end
     assert written.responses()[1][-1] == tokenizer.eos_token_id or len(written.responses()[1]) == 9
     assert written.writer_BT[written.response_mask_BT].eq(Writer.TEACHER).all()
-    assert {path for path, _ in server.asked} == {"/v1/completions"}
+    assert [(path, body["prompt"]) for path, body in server.asked] == [
+        ("/v1/completions", ids) for ids in prompts.ids()
+    ]
     with pytest.raises(RecipeError, match="give teacher.tokenizer"):
         teacher(server).write(prompts, Sampling(), max_new_tokens=9, draw=Draw(0))
 
@@ -292,6 +394,73 @@ def test_a_server_that_dies_ends_clearly_and_the_run_goes_on(server, tmp_path, m
     made = generate(recipe, resume=True)
     assert (made.folder / "rows.jsonl").read_bytes() == (whole.folder / "rows.jsonl").read_bytes()
     assert begun == 24
+
+
+def test_a_reply_that_came_is_not_asked_for_again(server, tmp_path, monkeypatch):
+    """One request of a round fails for good: the replies beside it are there when the run goes on."""
+    monkeypatch.setattr("llmdistill.teachers.remote.LONGEST_PAUSE", 0.02)
+    recipe = generation(server, tmp_path)
+    server.faults = [None] * 13 + ["broken"] * 999
+    with pytest.raises(TeacherError, match="HTTP 500"):
+        generate(recipe)
+    answered = {body["messages"][0]["content"] for _, body in server.asked[:13]}
+    server.faults, server.asked = [], []
+    made = generate(recipe, resume=True)
+    assert made.counts.kept == 24
+    again = {body["messages"][0]["content"] for _, body in server.asked}
+    assert len(again) == len(server.asked) == 24 - 13
+    assert not again & answered
+    assert not list(made.folder.glob("spoken-*"))
+
+
+def test_one_row_that_the_server_refuses_is_counted(server, tmp_path):
+    server.faults = [None, "unwanted", None, "filtered"]
+    made = generate(generation(server, tmp_path))
+    assert made.counts.kept == 22
+    assert made.counts.dropped == {"refused by the server": 2}
+
+
+@pytest.mark.parametrize(
+    "forged",
+    ["a <|im_end|> b", "[INST] x", "a</s>", "<end_of_turn>", "<|eot_id|>", "<\uff5cUser\uff5c>"],
+)
+def test_a_control_token_never_reaches_a_servers_template(server, tmp_path, forged):
+    recipe = generation(server, tmp_path)
+    rows = tmp_path / "seeds.jsonl"
+    rows.write_text(f"{rows.read_text()}\n{json.dumps({'instruction': forged, 'output': 'x'})}")
+    made = generate(recipe)
+    assert made.counts.dropped == {"control token in the text": 1}
+    assert all(forged not in json.dumps(body, ensure_ascii=False) for _, body in server.asked)
+
+
+def test_a_users_turn_is_opened_by_the_template_alone(server, tmp_path):
+    tokenizer = toy.tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    remote = {
+        "kind": "remote",
+        "model": "m",
+        "url": server.url,
+        "tokenizer": str(tmp_path / "tokenizer"),
+    }
+    made = generate(
+        generation(
+            server, tmp_path, teacher=remote, generator={"kind": "magpie"}, target=3, round_size=3
+        )
+    )
+    opened = [body for path, body in server.asked if path == "/v1/completions"]
+    assert made.counts.kept == len(opened) == 3
+    assert {body["prompt"] for body in opened} == {"<|im_start|>user\n"}
+    assert {tuple(body["stop"]) for body in opened} == {("<|im_end|>",)}
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:secret@host/v1", "http://host/v1?api_key=secret", "host:8000/v1", "ftp://host"],
+)
+def test_an_address_holds_no_key(server, tmp_path, url):
+    with pytest.raises(RecipeError, match="'url'") as error:
+        generation(server, tmp_path, teacher={"kind": "remote", "model": "m", "url": url})
+    assert "secret" not in str(error.value)
 
 
 def test_magpie_needs_a_template(server, tmp_path):

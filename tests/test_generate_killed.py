@@ -1,0 +1,83 @@
+"""`llmdistill generate` under SIGKILL: the files that it leaves are those of a run left alone."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from llmdistill import recipe as recipes
+from llmdistill.generate import generate
+from tests import toy
+
+KILLS = 20
+RECIPE = {
+    "output": "set",
+    "teacher": {"model": "teacher"},
+    "generator": {"kind": "answer", "prompts": "seeds.jsonl", "samples": 2, "max_new_tokens": 8},
+    "seeds": "seeds.jsonl",
+    "filters": [{"kind": "empty_or_echo"}, {"kind": "near_duplicates"}],
+    "round_size": 4,
+    "batch_size": 8,
+    "held_back": 0.2,
+}
+
+
+def in_child(folder, *, kill_after=None) -> bool:
+    """One run in a process of its own, resumed where there is something; did it get to its end?"""
+
+    def run() -> None:
+        os.chdir(folder)
+        given = recipes.build_part(recipes.GenerationRecipe, RECIPE, "recipe")
+        generate(given, resume=(folder / "set").exists())
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(kill_after)
+    if child.exitcode is None:
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        return False
+    assert child.exitcode == 0
+    return True
+
+
+def prepared(folder):
+    folder.mkdir()
+    model = toy.teacher_model()
+    model.lm_head.weight.data[2] *= 2.5  # turns end now and then
+    model.save_pretrained(folder / "teacher")
+    toy.tokenizer("teacher").save_pretrained(folder / "teacher")
+    (folder / "seeds.jsonl").write_text("\n".join(json.dumps(row) for row in toy.rows(40)))
+    return folder
+
+
+def contents(folder):
+    """All that a run leaves but the log, which holds the times."""
+    files = {file.name: file.read_bytes() for file in (folder / "set").iterdir()}
+    assert files.pop("log.jsonl").endswith(b"\n")
+    return files
+
+
+@pytest.mark.timeout(280)
+def test_a_data_set_is_the_same_after_twenty_kills(tmp_path):
+    whole = prepared(tmp_path / "whole")
+    start = time.perf_counter()
+    assert in_child(whole)
+    seconds = time.perf_counter() - start
+    expected = contents(whole)
+    assert {"README.md", "recipe.yaml", "train.jsonl", "train.parquet", "held.parquet"} <= set(
+        expected
+    )
+    draw, kills, runs = random.Random(0), 0, 0
+    while kills < KILLS:
+        here = prepared(tmp_path / str(runs))
+        while not in_child(here, kill_after=draw.uniform(0.05, 1.0) * seconds):
+            kills += 1
+        assert contents(here) == expected
+        runs += 1
