@@ -13,7 +13,7 @@ from llmdistill import recipe as recipes
 from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.data.sources import read
 from llmdistill.evaluation.measure import Evaluation
-from llmdistill.generate import first_request, generate
+from llmdistill.generate import filled, generate, planned
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.run import distill
 from llmdistill.teachers.local import LocalTeacher
@@ -57,8 +57,8 @@ def test_makes_two_rows_with_a_toy_teacher(path, pair, data):
     if path.stem == "alpaca":
         kind = f"generator={{kind: answer, prompts: {data}/train.jsonl, max_new_tokens: 6}}"
         overrides = [f"teacher={{model: {pair[0]}}}", kind]
-        asked = first_request(recipes.load_generation(path)).messages[0]["content"]
-        assert "17 more tasks" in asked
+        given = recipes.load_generation(path)
+        assert "17 more tasks" in filled(given, planned(given))
     elif path.stem == "answers":
         overrides = [
             f"teacher.model={pair[0]}",

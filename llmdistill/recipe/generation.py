@@ -86,6 +86,8 @@ class MagpieRecipe(Strict):
     sampling: SamplingRecipe = SamplingRecipe(top_p=0.99)
     """Of what the user says."""
     answer_sampling: SamplingRecipe = SamplingRecipe(temperature=0.0)
+    hint: str = ""
+    """Stands below the question for the teacher, and not in the row: Answer in two sentences."""
     max_instruction_tokens: int = Field(128, gt=0)
     max_new_tokens: int = Field(512, gt=0)
 
@@ -101,6 +103,7 @@ class AnswerRecipe(Strict):
     token), that is most like the others, or most like the data set's answer (ROUGE-L).  None: all.
     """
     sampling: SamplingRecipe = SamplingRecipe()
+    hint: str = ""
     max_new_tokens: int = Field(512, gt=0)
 
     @model_validator(mode="after")
@@ -127,6 +130,7 @@ class EvolveRecipe(Strict):
     kind: Literal["evolve"] = "evolve"
     sampling: SamplingRecipe = SamplingRecipe()
     answer_sampling: SamplingRecipe = SamplingRecipe(temperature=0.0)
+    hint: str = ""
     max_instruction_tokens: int = Field(128, gt=0)
     max_new_tokens: int = Field(512, gt=0)
 
@@ -149,6 +153,7 @@ class LionRecipe(Strict):
     """Of the answers that are compared."""
     sampling: SamplingRecipe = SamplingRecipe()
     answer_sampling: SamplingRecipe = SamplingRecipe(temperature=0.0)
+    hint: str = ""
     max_instruction_tokens: int = Field(128, gt=0)
     max_new_tokens: int = Field(512, gt=0)
 

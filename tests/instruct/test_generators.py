@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from llmdistill.batch import Sampling
 from llmdistill.errors import DataError
-from llmdistill.instruct.generators import Alpaca, Answer, Evolve, Magpie, Rewrite, SelfInstruct
+from llmdistill.instruct.generators import (
+    Alpaca,
+    Answer,
+    Evolve,
+    Lion,
+    Magpie,
+    Rewrite,
+    SelfInstruct,
+)
 from llmdistill.instruct.parse import write_task
 from llmdistill.instruct.requests import Reply
 from llmdistill.instruct.tasks import Task
@@ -168,6 +177,19 @@ def test_the_best_sample_is_kept(by, expected):
     else:
         assert [task.output for task in made.tasks] == [expected]
         assert made.dropped == {"not the best sample": 5}
+
+
+@pytest.mark.parametrize("kind", ["magpie", "answer", "evolve", "lion"])
+def test_a_hint_is_for_the_teacher_alone(kind):
+    made = {
+        "magpie": Magpie, "answer": partial(Answer, SEEDS), "evolve": partial(Evolve, SEEDS),
+        "lion": partial(Lion, SEEDS, SEEDS),
+    }[kind](hint="Be brief.")  # fmt: skip
+    stages = [[Reply("Because.")]] if kind == "answer" else [[Reply("Why?")], [Reply("Because.")]]
+    asked, (tasks, _) = exchange(made.call(0, []), *stages)
+    last = asked[-1][0].messages[-1]["content"]
+    assert last == f"{tasks[0].instruction}\n\nBe brief."
+    assert "Be brief" not in tasks[0].prompt + tasks[0].output
 
 
 def test_answers_are_as_many_as_asked_for():

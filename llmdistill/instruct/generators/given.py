@@ -1,0 +1,102 @@
+"""Answers to prompts that are there: the teacher's own, or the given ones in its words."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from llmdistill.batch import Sampling
+from llmdistill.instruct import prompts
+from llmdistill.instruct.filters import SameResult
+from llmdistill.instruct.generators.base import SURE, Answering, Cost, TaskGenerator, answered
+from llmdistill.instruct.parse import Parsed
+from llmdistill.instruct.requests import Call, Request, user
+from llmdistill.instruct.scorers import best
+from llmdistill.instruct.tasks import Task
+
+NOT_THE_BEST = "not the best sample"
+# A refusal, or talk about the task instead of an answer to it.
+META = re.compile(
+    r"\b(?:as an ai|language model|i(?:'m| am) sorry|i (?:cannot|can't|am unable)"
+    r"|(?:given|reference|provided|original|above) answer|answer above"
+    r"|(?:in )?my own words|rewritten|rephrased?)\b",
+    re.IGNORECASE,
+)
+
+
+class Answer(TaskGenerator):
+    """Answers to given prompts, `samples` each: all of them, or the `best_by` a scorer."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        *,
+        samples: int = 1,
+        best_by: str | None = None,
+        sampling: Sampling | None = None,
+        hint: str = "",
+        max_new_tokens: int = 512,
+    ) -> None:
+        self.tasks, self.samples, self.num_calls = tasks, samples, len(tasks)
+        self.best_by = best_by
+        self.answering = Answering(sampling or Sampling(), max_new_tokens, hint)
+
+    @property
+    def at_most(self) -> Cost:
+        kept = 1 if self.best_by else self.samples
+        return Cost(kept, self.samples, self.samples * self.answering.max_new_tokens)
+
+    def call(self, number: int, machine: Sequence[Task]) -> Call:
+        copies = [self.tasks[number]] * self.samples
+        made = yield from answered(copies, self.answering)
+        if self.best_by is None or not made.tasks:
+            return made
+        others = Counter({NOT_THE_BEST: len(made.tasks) - 1})
+        return Parsed([best(made.tasks, self.best_by)], Counter(made.dropped) + others)
+
+
+class Rewrite(TaskGenerator):
+    """Given answers in the teacher's own words (Yang et al. 2024, SDFT).
+
+    The given answer is the reference, and stays where the new one is cut off, empty, a refusal or
+    talk about the task, or (`result`, a pattern) ends with another result.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        *,
+        result: str | None = None,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 512,
+    ) -> None:
+        self.tasks, self.num_calls = tasks, len(tasks)
+        self.same_result = None if result is None else SameResult(result)
+        self.sampling, self.max_new_tokens = sampling or SURE, max_new_tokens
+
+    @property
+    def at_most(self) -> Cost:
+        return Cost(1, 1, self.max_new_tokens)
+
+    def call(self, number: int, machine: Sequence[Task]) -> Call:
+        task = self.tasks[number]
+        if not task.output:
+            return Parsed([], {"no answer to rewrite": 1})
+        asked = user(prompts.rewritten(task))
+        (reply,) = yield [Request(asked, self.sampling, self.max_new_tokens)]
+        made = replace(
+            task,
+            output=reply.text.strip(),
+            reference=task.output,
+            log_prob=reply.log_prob,
+            variant="rewritten",
+        )
+        if reply.refused or reply.truncated or not self._stands(made):
+            made = replace(task, reference=task.output, variant="original")
+        return Parsed([made])
+
+    def _stands(self, made: Task) -> bool:
+        same = self.same_result is None or self.same_result.reason(made) is None
+        return bool(made.output) and same and not META.search(made.output)

@@ -1,0 +1,154 @@
+"""Tasks written as a list that the teacher goes on with."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from llmdistill.batch import Sampling
+from llmdistill.instruct import prompts
+from llmdistill.instruct.generators.base import SURE, Cost, TaskGenerator, draw_of, require
+from llmdistill.instruct.parse import BETWEEN, NO_INPUT, UNPARSABLE, Parsed, parse_tasks
+from llmdistill.instruct.requests import Call, Reply, Request, user
+from llmdistill.instruct.tasks import Task
+
+KIND_TOKENS = 3  # "yes" or "no"
+SURPLUS = "more than asked for"
+
+
+class Alpaca(TaskGenerator):
+    """Whole tasks, several a call, after three examples (Taori et al. 2023)."""
+
+    def __init__(
+        self,
+        seeds: Sequence[Task],
+        *,
+        seed: int = 0,
+        tasks_per_call: int = 17,
+        examples: int = 3,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 3072,
+    ) -> None:
+        require(seeds, examples)
+        self.seeds, self.seed = seeds, seed
+        self.tasks_per_call, self.examples = tasks_per_call, examples
+        self.sampling, self.max_new_tokens = sampling or Sampling(), max_new_tokens
+
+    @property
+    def at_most(self) -> Cost:
+        return Cost(self.tasks_per_call, 1, self.max_new_tokens)
+
+    def call(self, number: int, machine: Sequence[Task]) -> Call:
+        chosen = draw_of(self.seed, number).sample(self.seeds, self.examples)
+        last = self.examples + self.tasks_per_call
+        start, stop = f"{BETWEEN}\n{self.examples + 1}. Instruction:", f"{BETWEEN}\n{last + 1}."
+        (reply,) = yield [
+            Request(
+                user(prompts.task_list(chosen, last)),
+                self.sampling, self.max_new_tokens, start=start, stop=stop,
+            )
+        ]  # fmt: skip
+        if reply.refused:
+            return Parsed([], {reply.refused: 1})
+        found = parse_tasks(start + reply.text, truncated=reply.truncated)
+        tasks = [replace(task, log_prob=reply.log_prob) for task in found.tasks]
+        surplus = Counter({SURPLUS: max(len(tasks) - self.tasks_per_call, 0)})
+        return Parsed(tasks[: self.tasks_per_call], Counter(found.dropped) + surplus)
+
+
+class SelfInstruct(TaskGenerator):
+    """Instructions first, then whether they classify, then an instance (Wang et al. 2023).
+
+    Eight examples in context, of which two are machine-made once there are some.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[Task],
+        classifies: Sequence[bool],
+        *,
+        seed: int = 0,
+        examples: int = 8,
+        machine_examples: int = 2,
+        tasks_per_call: int = 8,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 1024,
+        max_instance_tokens: int = 350,
+    ) -> None:
+        require(seeds, examples)
+        self.seeds, self.classifies, self.seed = seeds, classifies, seed
+        self.examples, self.machine_examples = examples, machine_examples
+        self.tasks_per_call = tasks_per_call
+        self.sampling = sampling or Sampling(temperature=0.7, top_p=0.5)
+        self.max_new_tokens, self.max_instance_tokens = max_new_tokens, max_instance_tokens
+
+    @property
+    def at_most(self) -> Cost:
+        tasks, each = self.tasks_per_call, self.max_instance_tokens + KIND_TOKENS
+        return Cost(tasks, 1 + 2 * tasks, self.max_new_tokens + tasks * each)
+
+    def call(self, number: int, machine: Sequence[Task]) -> Call:
+        draw = draw_of(self.seed, number)
+        own = draw.sample(list(machine), min(self.machine_examples, len(machine)))
+        chosen = own + draw.sample(self.seeds, self.examples - len(own))
+        draw.shuffle(chosen)
+        asked = user(prompts.instruction_list([task.instruction for task in chosen]))
+        start = f"{self.examples + 1}."
+        (reply,) = yield [Request(asked, self.sampling, self.max_new_tokens, start=start)]
+        instructions = _numbered(start + reply.text, reply.truncated)[: self.tasks_per_call]
+        if reply.refused or not instructions:
+            return Parsed([], {reply.refused or UNPARSABLE: 1})
+        kinds = yield [self._kind(text, draw) for text in instructions]
+        output_first = [kind.text.strip().lower().startswith("yes") for kind in kinds]
+        replies = yield [
+            Request(
+                user(prompts.instance(text, output_first=first)), SURE, self.max_instance_tokens
+            )
+            for text, first in zip(instructions, output_first, strict=True)
+        ]
+        tasks: list[Task] = []
+        dropped: Counter[str] = Counter()
+        for text, written in zip(instructions, replies, strict=True):
+            if task := _instance(text, written):
+                tasks.append(task)
+            else:
+                dropped[written.refused or UNPARSABLE] += 1
+        return Parsed(tasks, dropped)
+
+    def _kind(self, instruction: str, draw: random.Random) -> Request:
+        """Twelve examples that classify and nineteen that do not."""
+        places = [i for i, label in enumerate(self.classifies) if label]
+        others = [i for i, label in enumerate(self.classifies) if not label]
+        chosen = draw.sample(places, min(12, len(places))) + draw.sample(
+            others, min(19, len(others))
+        )
+        draw.shuffle(chosen)
+        examples = [self.seeds[i] for i in chosen]
+        labels = [self.classifies[i] for i in chosen]
+        asked = prompts.is_classification(instruction, examples, labels)
+        return Request(user(asked), SURE, KIND_TOKENS)
+
+
+def _numbered(text: str, truncated: bool) -> list[str]:
+    """The items of a numbered list, one a line; the last of a list that was cut off is left out."""
+    items = re.findall(r"^[ \t]*\d+[.)][ \t]*(\S.*)$", text, flags=re.MULTILINE)
+    return [item.strip() for item in (items[:-1] if truncated else items)]
+
+
+def _instance(instruction: str, reply: Reply) -> Task | None:
+    """An input and an output, in either order; None where one is missing or there twice."""
+    _, *parts = re.split(r"^[ \t]*(Input|Output):[ \t]*", reply.text, flags=re.MULTILINE)
+    fields = dict(zip(parts[::2], parts[1::2], strict=True))
+    if sorted(parts[::2]) != ["Input", "Output"]:
+        return None
+    given = fields["Input"].strip()
+    return Task(
+        instruction,
+        "" if given.lower() == NO_INPUT else given,
+        fields["Output"].strip(),
+        truncated=reply.truncated,
+        log_prob=reply.log_prob,
+    )
