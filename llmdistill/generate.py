@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from llmdistill import recipe as recipes
 from llmdistill.data.render import open_user_turn
-from llmdistill.errors import CheckpointError, RecipeError
+from llmdistill.errors import CheckpointError, DataError, RecipeError
 from llmdistill.instruct import build_filters, build_generator, read_tasks
 from llmdistill.instruct.dataset import write_splits
 from llmdistill.instruct.generators import TaskGenerator
@@ -148,10 +149,17 @@ def planned(recipe: recipes.GenerationRecipe) -> TaskGenerator:
 
 
 def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> str:
-    """What the teacher will be asked first, as text; a user's turn as its template opens it."""
-    request = next(generator.call(0, []))[0]
+    """What the teacher will be asked first, as text; a user's turn as its template opens it.
+
+    A server is not told how its reply is to begin.
+    """
+    calls = range(generator.num_calls if generator.num_calls is not None else 1)
+    asked_first = (next(generator.call(number, []), None) for number in calls)
+    requests = next((requests for requests in asked_first if requests), None)
+    if requests is None:
+        raise DataError("there is nothing to ask: no row of generator.prompts can be used")
+    request, teacher = requests[0], recipe.teacher
     if request.turn == "user":
-        teacher = recipe.teacher
         if isinstance(teacher, recipes.RemoteTeacherRecipe):
             assert teacher.tokenizer is not None  # such a recipe is refused without one
             tokenizer = load_tokenizer(teacher.tokenizer)
@@ -160,7 +168,8 @@ def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> str:
         ids = open_user_turn(tokenizer, recipe.chat_template_kwargs)
         return f"{tokenizer.decode(ids)}..."
     asked = [f"[{message['role']}]\n{message['content']}" for message in request.messages]
-    return "\n".join([*asked, f"[{request.turn}]\n{request.start}..."])
+    start = "" if isinstance(teacher, recipes.RemoteTeacherRecipe) else request.start
+    return "\n".join([*asked, f"[{request.turn}]\n{start}..."])
 
 
 def _pools(
@@ -171,14 +180,20 @@ def _pools(
     if not isinstance(answer, recipes.LionRecipe):
         return None
     tasks = read_tasks(answer.pool)
+    pool = hashlib.sha256(repr(tasks).encode()).hexdigest()[:16]
     if record.is_file():
-        gaps = json.loads(record.read_text())
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if found["pool"] != pool:
+            raise DataError(
+                f"generator.pool is not the one that {record} was made from; restore it"
+            )
+        gaps = found["gaps"]
     else:
         logger.info("telling hard tasks from easy ones")
-        found = [_gaps(recipe, answer, writer, tasks) if PartialState().is_main_process else None]
-        gaps = broadcast_object_list(found)[0]
+        told = [_gaps(recipe, answer, writer, tasks) if PartialState().is_main_process else None]
+        gaps = broadcast_object_list(told)[0]
         if PartialState().is_main_process:
-            replace_lines(record, [gaps])
+            replace_lines(record, [{"pool": pool, "gaps": gaps}])
         PartialState().wait_for_everyone()
     if answer.by == "referee":
         return by_referee(gaps, tasks)
@@ -202,21 +217,26 @@ def _gaps(
             student.get_output_embeddings().weight.shape[0],
         )
         return divergences(
-            writer.teacher, student, tasks, max_new_tokens=size, batch_size=recipe.batch_size
-        )
-    own = LocalTeacher(student, load_tokenizer(answer.student))
-    other = LocalWriter(own, seed=recipe.seed, batch_size=recipe.batch_size)
+            writer.teacher, student, tasks, max_new_tokens=size, batch_size=recipe.batch_size,
+            chat_template_kwargs=recipe.chat_template_kwargs,
+        )  # fmt: skip
+    other = LocalWriter(
+        LocalTeacher(student, load_tokenizer(answer.student)), seed=recipe.seed,
+        batch_size=recipe.batch_size, chat_template_kwargs=recipe.chat_template_kwargs,
+    )  # fmt: skip
     asked = [
         Asked(number, 0, 0, Request(user(task.prompt), GREEDY, size))
         for number, task in enumerate(tasks)
     ]
-    teachers, students = ([r.text for r in each.write(asked)] for each in (writer, other))
-    return referee_gaps(writer, tasks, teachers, students)
+    return referee_gaps(writer, tasks, writer.write(asked), other.write(asked))
 
 
 def _samplings(recipe: recipes.GenerationRecipe) -> dict[str, object]:
+    """How replies are drawn: the sampling of what is asked first, and how it is answered."""
     given = recipe.generator.model_dump(mode="json")
-    return {name: value for name, value in given.items() if name.endswith("sampling")}
+    drawn = {"sampling": given.get("sampling")}
+    drawn["answer"] = (given.get("answer") or {}).get("sampling")
+    return {name: how for name, how in drawn.items() if how is not None}
 
 
 def _prepare(
@@ -226,7 +246,9 @@ def _prepare(
     and a run goes on as it was begun.
     """
     record = folder / "recipe.yaml"
-    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    # A file that was being written when the run was killed is nothing yet.
+    there = [file for file in folder.iterdir() if file.suffix != ".new"] if folder.is_dir() else []
+    used = bool(there) or (folder.exists() and not folder.is_dir())
     if used and overwrite and not record.is_file():
         raise CheckpointError(f"--overwrite: {folder} holds no data set, and is left alone")
     if used and not (resume or overwrite):
@@ -235,7 +257,8 @@ def _prepare(
             "another folder (output=...)."
         )
     if used and overwrite:
-        shutil.rmtree(folder)
+        for file in sorted(there, key=lambda file: file == record):  # the record last of all
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
     elif resume and record.is_file():
         if _what_counts(recipes.load_generation(record)) != _what_counts(recipe):
             raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -14,16 +15,17 @@ from llmdistill import recipe as recipes
 from llmdistill.cli import main
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.sources import read
-from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
+from llmdistill.errors import CheckpointError, DataError, RecipeError, VocabularyError
 from llmdistill.generate import generate
+from llmdistill.instruct import read_tasks
 from tests import toy
 
-SHORT = {"max_new_tokens": 12}
+SHORT = {"answer": {"max_new_tokens": 12}}
 GENERATORS = {
     "magpie": SHORT | {"max_instruction_tokens": 12},
     "evolve": SHORT | {"max_instruction_tokens": 12},
     "answer": SHORT | {"samples": 2},
-    "rewrite": SHORT,
+    "rewrite": {"max_new_tokens": 12},
     "lion": SHORT | {"max_instruction_tokens": 12, "max_compared_tokens": 6},
 }
 
@@ -79,6 +81,126 @@ def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, column
     assert card.data.license == "other"
     assert f"Of {made.counts.made} tasks 9 were kept" in card.text
     assert recipes.dump(recipes.load_generation(out / "recipe.yaml")) in card.text
+    assert all(json.loads(row["sampling"]) for row in loaded)
+
+
+def test_rows_may_join_and_leave_the_batch_as_they_end(teacher, rows, tmp_path):
+    """`continuous` (generate_batch): all calls of a round are one batch."""
+    drawn = {"temperature": 1.0, "continuous": True}
+    made = generate(recipe(teacher, rows, tmp_path / "set", "answer", target=None, filters=[],
+        generator={"kind": "answer", "prompts": rows, "answer": {"max_new_tokens": 6, "sampling": drawn}}))  # fmt: skip
+    assert made.counts.kept == 10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"filters": [{"kind": "perplexity", "at_most": 50}]},
+        {"teacher": {"kind": "remote", "model": "m"}},
+    ],
+)
+def test_continuous_batches_have_no_log_probabilities_and_no_server(
+    teacher, rows, tmp_path, changes
+):
+    drawn = {"kind": "answer", "prompts": rows, "answer": {"sampling": {"continuous": True}}}
+    given = recipe(teacher, rows, tmp_path, "answer").model_dump(exclude_none=True)
+    with pytest.raises(RecipeError, match="generator.answer.sampling.continuous"):
+        recipes.build_part(
+            recipes.GenerationRecipe, given | {"generator": drawn} | changes, "recipe"
+        )
+
+
+def test_lion_keeps_as_many_hard_ones_as_easy_ones(teacher, rows, tmp_path):
+    made = generate(recipe(teacher, rows, tmp_path / "set", "lion", target=8))
+    assert made.counts.variants == {"hard": 4, "easy": 4}
+    card = (made.folder / "README.md").read_text()
+    assert "Kept, by variant: easy 4, hard 4." in card
+
+
+def test_rows_are_dropped_by_their_perplexity(teacher, rows, tmp_path):
+    """Half of the rows are above the median of all of them."""
+    calls = generate(
+        recipe(
+            teacher,
+            rows,
+            tmp_path / "all",
+            "answer",
+            target=None,
+            filters=[{"kind": "perplexity", "at_least": 1.0}],
+        )
+    )
+    lines = (calls.folder / "calls.jsonl").read_text().splitlines()
+    found = [r["log_prob"] for line in lines for r in json.loads(line)["replies"][0]]
+    assert len(found) == calls.counts.kept == 20
+    middle = math.exp(-sorted(found)[10]) * (1 + 1e-9)
+    made = generate(
+        recipe(
+            teacher,
+            rows,
+            tmp_path / "half",
+            "answer",
+            target=None,
+            filters=[{"kind": "perplexity", "at_most": middle}],
+        )
+    )
+    assert (made.counts.kept, made.counts.dropped) == (10, {"perplexity too high": 10})
+
+
+def test_the_teachers_revision_must_stay_the_same(teacher, rows, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    monkeypatch.setattr("llmdistill.generate.revision_of", lambda model, name: "abc")
+    made = generate(recipe(teacher, rows, out, target=3))
+    (row, *_) = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert row["revision"] == "abc"
+    assert ", abc\n" in (made.folder / "README.md").read_text()
+    monkeypatch.setattr("llmdistill.generate.revision_of", lambda model, name: "abd")
+    with pytest.raises(DataError, match="revision 'abc', and the teacher is at 'abd' now"):
+        generate(recipe(teacher, rows, out), resume=True)
+
+
+def test_half_a_line_is_dropped_with_a_note(teacher, rows, tmp_path, caplog):
+    """R11."""
+    out = tmp_path / "set"
+    generate(recipe(teacher, rows, out, target=3))
+    for name in ("calls.jsonl", "log.jsonl"):
+        with (out / name).open("a") as file:
+            file.write('{"half')
+    generate(recipe(teacher, rows, out), resume=True)
+    assert caplog.text.count("ended in half a line, which is dropped") == 2
+    for line in (out / "log.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_the_pool_of_lion_must_stay_the_same(teacher, rows, tmp_path):
+    generate(recipe(teacher, rows, tmp_path / "set", "lion", target=3))
+    with open(rows, "a") as file:
+        file.write('\n{"instruction": "Name a new bird.", "output": "A wren."}')
+    with pytest.raises(DataError, match="generator.pool is not the one that"):
+        generate(recipe(teacher, rows, tmp_path / "set", "lion"), resume=True)
+
+
+def test_an_instruction_beside_messages_is_not_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"instruction": None, "messages": [{"role": "user", "content": "Name a bird."}]}
+    path.write_text(json.dumps(row))
+    (task,) = read_tasks([recipes.SourceRecipe(source=str(path))])
+    assert task.instruction == "Name a bird."
+
+
+def test_a_weight_is_refused_where_it_does_nothing(teacher, rows, tmp_path):
+    weighted = [{"source": rows, "weight": 2}]
+    with pytest.raises(RecipeError, match="weights are for training"):
+        generate(recipe(teacher, rows, tmp_path / "set", seeds=weighted))
+
+
+@pytest.mark.parametrize(
+    ("said", "is_one"), [("true", True), ("False", False), ("", False), ("1", True)]
+)
+def test_a_table_says_what_classifies_in_words(tmp_path, said, is_one):
+    path = tmp_path / "seeds.csv"
+    path.write_text(f"instruction,output,is_classification\nName a bird.,A wren.,{said}\n")
+    (task,) = read_tasks([recipes.SourceRecipe(source=str(path))])
+    assert task.classifies is is_one
 
 
 def test_a_data_set_goes_on_and_is_not_overwritten_by_chance(teacher, rows, tmp_path):
@@ -96,6 +218,10 @@ def test_a_data_set_goes_on_and_is_not_overwritten_by_chance(teacher, rows, tmp_
     assert (parts / "rows.jsonl").read_bytes() != (whole / "rows.jsonl").read_bytes()
     with pytest.raises(CheckpointError, match="holds no data set"):
         generate(recipe(teacher, rows, tmp_path), overwrite=True)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "recipe.yaml.new").write_text("seed:")  # so early that there is nothing yet
+    assert generate(recipe(teacher, rows, killed)).counts.kept == 9
 
 
 def test_control_tokens_stay_text_in_their_field(teacher, tmp_path):
@@ -152,6 +278,13 @@ def test_a_student_of_another_vocabulary_is_refused(teacher, rows, tmp_path):
         ({"filters": [{"kind": "rouge", "at_mots": 0.5}]}, "Did you mean 'at_most'?"),
         ({"filters": [{"kind": "same_result", "pattern": "("}]}, "'filters[0].pattern'"),
         ({"generator": {"kind": "answer", "prompts": []}}, "'generator.prompts'"),
+        ({"generator": {"kind": "self_instruct", "examples": 1}}, "'machine_examples' are some of"),
+        ({"generator": {"kind": "alpaca", "answer": {}}}, "'answer' is for 'tasks_per_call: 1'"),
+        (
+            {"generator": {"kind": "answer", "prompts": "x", "best_by": "consensus"}},
+            "chooses among 'samples'",
+        ),
+        ({"filters": [{"kind": "perplexity"}]}, "give 'at_most', 'at_least', or both"),
     ],
 )
 def test_a_wrong_recipe_is_named(teacher, rows, tmp_path, changes, said):

@@ -19,7 +19,12 @@ KILLS = 20
 RECIPE = {
     "output": "set",
     "teacher": {"model": "teacher"},
-    "generator": {"kind": "answer", "prompts": "seeds.jsonl", "samples": 2, "max_new_tokens": 8},
+    "generator": {
+        "kind": "answer",
+        "prompts": "seeds.jsonl",
+        "samples": 2,
+        "answer": {"max_new_tokens": 8},
+    },
     "seeds": "seeds.jsonl",
     "filters": [{"kind": "empty_or_echo"}, {"kind": "near_duplicates"}],
     "round_size": 4,

@@ -42,19 +42,25 @@ def to_examples(
     With `every_turn` each answer of a conversation is an example, after all that came before it:
     templates that drop earlier turns' thinking render it as they will when the student is used.
     """
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: a row must be an object with fields, got {type(row).__name__}")
-    if form == "auto":
-        form = next((name for name, (key, _) in FORMATS.items() if key in row), "")
-        if not form:
-            known = ", ".join(f"'{key}'" for key, _ in FORMATS.values())
-            raise DataError(
-                f"{place}: none of the fields {known} in the row; it has {_show(list(row))}. "
-                "Name the right ones in data.columns."
-            )
-    prompt, response = FORMATS[form][1](row, place)
+    prompt, response = FORMATS[form_of(row, place, form)][1](row, place)
     last = Example(tuple(prompt), response, place)
     return [*_earlier_turns(last), last] if every_turn else [last]
+
+
+def form_of(row: Any, place: str, form: str = "auto") -> str:
+    """The name of a row's form; `auto` goes by its fields."""
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: a row must be an object with fields, got {type(row).__name__}")
+    if form != "auto":
+        return form
+    found = next((name for name, (key, _) in FORMATS.items() if key in row), None)
+    if found is None:
+        known = ", ".join(f"'{key}'" for key, _ in FORMATS.values())
+        raise DataError(
+            f"{place}: none of the fields {known} in the row; it has {_show(list(row))}. "
+            "Name the right ones in data.columns."
+        )
+    return found
 
 
 def _earlier_turns(last: Example) -> Iterator[Example]:

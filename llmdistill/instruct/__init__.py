@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from llmdistill.batch import Sampling
-from llmdistill.data.formats import to_examples
+from llmdistill.data.formats import form_of, to_examples
 from llmdistill.data.sources import read
 from llmdistill.errors import DataError, RecipeError
 from llmdistill.instruct import filters, generators
 from llmdistill.instruct.filters import Filter
-from llmdistill.instruct.generators import TaskGenerator
+from llmdistill.instruct.generators import Answering, TaskGenerator
 from llmdistill.instruct.lion import Pools
 from llmdistill.instruct.tasks import Task
 from llmdistill.recipe import SourceRecipe, generation
@@ -29,9 +29,10 @@ def build_generator(
     """The generator that a recipe asks for; `pools` are Lion's."""
     answer = recipe.generator
     options: dict[str, Any] = answer.model_dump(exclude=NOT_THE_GENERATORS)
-    for name in ("sampling", "answer_sampling"):
-        if name in options:
-            options[name] = Sampling(**options[name])
+    if "sampling" in options:
+        options["sampling"] = Sampling(**options["sampling"])
+    if how := options.get("answer"):
+        options["answer"] = Answering(**how | {"sampling": Sampling(**how["sampling"])})
     if isinstance(answer, generation.AnswerRecipe | generation.RewriteRecipe):
         return _GIVEN[type(answer)](read_tasks(answer.prompts), **options)
     if isinstance(answer, generation.LionRecipe):
@@ -79,7 +80,7 @@ def _task(row: Any, place: str, form: str) -> Task:
     if len(example.prompt) != 1:
         raise DataError(f"{place}: a task is one user turn, got {len(example.prompt)} messages")
     classifies = str(row.get("is_classification", False)).strip().lower() in ("true", "yes", "1")
-    if "instruction" in row:
+    if form_of(row, place, form) == "alpaca":
         instruction, given, output = (
             str(row.get(key) or "") for key in ("instruction", "input", "output")
         )

@@ -157,21 +157,19 @@ class NearDuplicates(Filter):
 
 
 class Contamination(Filter):
-    """Shares a run of `ngram` words with a text of an evaluation set, or all of a shorter text of
-    `SHORT` words or more.  Questions and answers are texts of their own.
+    """Shares a run of `ngram` words with a text of an evaluation set, or holds all of a shorter
+    text of `SHORT` words or more.  Questions and answers are texts of their own.
     """
 
     def __init__(self, texts: Iterable[str], ngram: int = 10) -> None:
-        self.ngram = ngram
-        self.runs = {run for text in texts for run in self._runs(text)}
+        runs = {run: run.count(" ") + 1 for text in texts for run in _runs(text, ngram)}
+        self.runs = {run for run, words in runs.items() if words >= min(SHORT, ngram)}
+        self.lengths = sorted({runs[run] for run in self.runs})
 
     def reason(self, task: Task) -> str | None:
-        runs = [*self._runs(task.instruction), *self._runs(task.prompt), *self._runs(task.output)]
-        return "in an evaluation set" if any(run in self.runs for run in runs) else None
-
-    def _runs(self, text: str) -> list[str]:
-        runs = _runs(text, self.ngram)
-        return runs if len(runs) > 1 or runs[0].count(" ") >= SHORT - 1 else []
+        texts = (task.instruction, task.input, task.prompt, task.output)
+        found = (run for text in texts for n in self.lengths for run in _runs(text, n))
+        return "in an evaluation set" if any(run in self.runs for run in found) else None
 
 
 class Language(Filter):
@@ -211,15 +209,16 @@ class Perplexity(Filter):
     """
 
     def __init__(self, at_most: float | None = None, at_least: float | None = None) -> None:
-        self.at_most, self.at_least = at_most or math.inf, at_least or 0.0
+        # As logarithms: exp of what a server says of an impossible token is no float.
+        self.highest = math.log(at_most) if at_most else math.inf
+        self.lowest = math.log(at_least) if at_least else -math.inf
 
     def reason(self, task: Task) -> str | None:
         if task.log_prob is None:  # the teacher did not write this answer
             return None
-        perplexity = math.exp(-task.log_prob)
-        if perplexity > self.at_most:
+        if -task.log_prob > self.highest:
             return "perplexity too high"
-        return "perplexity too low" if perplexity < self.at_least else None
+        return "perplexity too low" if -task.log_prob < self.lowest else None
 
 
 class Balanced(Filter):

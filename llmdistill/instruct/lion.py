@@ -9,9 +9,9 @@ answer says it without a referee, and the hardest share of the tasks is hard.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from llmdistill.data.formats import Example
 from llmdistill.data.render import render
 from llmdistill.instruct import prompts
 from llmdistill.instruct.pipeline import Asked, Writer
-from llmdistill.instruct.requests import Request, user
+from llmdistill.instruct.requests import Reply, Request, user
 from llmdistill.instruct.tasks import Task
 from llmdistill.models.heads import eval_mode, split
 from llmdistill.models.vocabulary import num_tokens
@@ -71,10 +71,12 @@ def divergences(
     *,
     max_new_tokens: int,
     batch_size: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[float]:
     """Mean forward KL in nats per token on the teacher's greedy answer to each task."""
     tokenizer = teacher.tokenizer
-    ids = [render(tokenizer, Example(user(t.prompt), None, t.instruction))[0] for t in tasks]
+    examples = [Example(user(task.prompt), None, task.instruction) for task in tasks]
+    ids = [render(tokenizer, example, chat_template_kwargs)[0] for example in examples]
     means: list[float] = []
     for start in range(0, len(tasks), batch_size):
         some = range(start, min(start + batch_size, len(tasks)))
@@ -108,18 +110,21 @@ def _row_means(student: PreTrainedModel, written: Sequences, size: int) -> Tenso
 
 
 def referee_gaps(
-    writer: Writer, tasks: Sequence[Task], teachers: Sequence[str], students: Sequence[str]
+    writer: Writer, tasks: Sequence[Task], teachers: Sequence[Reply], students: Sequence[Reply]
 ) -> list[float | None]:
-    """The teacher's mean score less the student's; None where the referee gave no two numbers."""
+    """The teacher's mean score less the student's; None where one did not answer, or the referee
+    gave no two numbers.
+    """
+    pairs = list(zip(teachers, students, strict=True))
     asked = [
-        Asked(number, 0, place, _question(task, pair))
-        for number, (task, mine, theirs) in enumerate(zip(tasks, teachers, students, strict=True))
-        for place, pair in enumerate(((mine, theirs), (theirs, mine)))
+        Asked(number, 0, place, _question(task, (first.text, second.text)))
+        for number, (task, pair) in enumerate(zip(tasks, pairs, strict=True))
+        for place, (first, second) in enumerate((pair, pair[::-1]))
     ]
     scores = [_scores(reply.text) for reply in writer.write(asked)]
     gaps: list[float | None] = []
-    for first, swapped in zip(scores[::2], scores[1::2], strict=True):
-        if first is None or swapped is None:
+    for pair, first, swapped in zip(pairs, scores[::2], scores[1::2], strict=True):
+        if first is None or swapped is None or any(reply.refused for reply in pair):
             gaps.append(None)
         else:
             gaps.append((first[0] + swapped[1] - first[1] - swapped[0]) / 2)

@@ -55,6 +55,16 @@ def parse_tasks(text: str, *, truncated: bool = False) -> Parsed:
     return Parsed(tasks, dropped + Counter({UNPARSABLE: len(found) - len(tasks)}))
 
 
+def parse_question(text: str) -> Task | None:
+    """The first item of a text as far as it goes: an instruction, an input if there is one."""
+    item = next(item for item in _BETWEEN.split(text) if item.strip(" \t\n#"))
+    _, *parts = _FIELD.split(item)
+    fields: dict[str, str] = {}
+    for name, value in zip(parts[::2], parts[1::2], strict=True):
+        fields[name] = fields.get(name) or _without_mark(value)
+    return _made(fields.get("Instruction", ""), fields.get("Input", ""), "")
+
+
 def _without_mark(value: str) -> str:
     """A field without the mark that would begin another item."""
     return value.strip().removesuffix(BETWEEN).strip()
@@ -63,7 +73,9 @@ def _without_mark(value: str) -> str:
 def _task(item: str) -> Task | None:
     _, *parts = _FIELD.split(item)
     names, values = parts[::2], [_without_mark(value) for value in parts[1::2]]
-    if tuple(names) != FIELDS or not values[0]:
-        return None
-    instruction, given, output = values
-    return Task(instruction, "" if given.lower() in (NO_INPUT, "") else given, output)
+    return _made(*values) if tuple(names) == FIELDS else None
+
+
+def _made(instruction: str, given: str, output: str) -> Task | None:
+    given = "" if given.lower() == NO_INPUT else given
+    return Task(instruction, given, output) if instruction else None

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from llmdistill.errors import DataError
+from llmdistill.errors import DataError, TeacherError
 from llmdistill.instruct.filters import Filter
 from llmdistill.instruct.generators import TaskGenerator
 from llmdistill.instruct.parse import Parsed
@@ -102,6 +102,7 @@ class Pipeline:
         self.counts = Counts()
         self._kept: list[Task] = []
         self._next_call = 0
+        self._is_answered = False
 
     def run(self, progress: Callable[[Counts, float], None] = lambda counts, seconds: None) -> None:
         """Until the target is met or the generator is done.
@@ -114,6 +115,7 @@ class Pipeline:
         while not self._is_done():
             start, before = time.perf_counter(), self.counts.kept
             made = self._round(self._numbers())
+            self._check_answered(made)
             self._record(made)
             self._keep(made)
             seconds = time.perf_counter() - start
@@ -127,10 +129,23 @@ class Pipeline:
                     "the filters."
                 )
 
+    def _check_answered(self, made: Sequence[Made]) -> None:
+        """A teacher that has refused all so far is not asked on, and none of it is recorded."""
+        replies = [reply for one in made for stage in one.replies for reply in stage]
+        refused = Counter(reply.refused for reply in replies)
+        self._is_answered |= refused[""] > 0 or not replies
+        if not self._is_answered:
+            raise TeacherError(
+                f"the teacher answered none of {len(replies)} requests: {dict(refused)}. The first "
+                "refusals are said above. Mend what it refuses, and go on with --resume."
+            )
+
     def _is_done(self) -> bool:
-        target, calls = self.settings.target, self.generator.num_calls
-        met = target is not None and self.counts.kept >= target
-        return met or (calls is not None and self._next_call >= calls)
+        calls = self.generator.num_calls
+        return self._is_met() or (calls is not None and self._next_call >= calls)
+
+    def _is_met(self) -> bool:
+        return self.settings.target is not None and self.counts.kept >= self.settings.target
 
     def _numbers(self) -> list[int]:
         end = self._next_call + self.settings.round_size
@@ -150,11 +165,12 @@ class Pipeline:
         """Filters what was made; what passes goes into rows.jsonl."""
         rows, before = [], list(self._kept)
         for call in made:
+            self._is_answered |= any(not r.refused for stage in call.replies for r in stage)
+            if self._is_met():
+                continue
             self.counts.dropped.update(call.parsed.dropped)
             for place, task in enumerate(call.parsed.tasks):
-                if self.settings.target is not None and self.counts.kept >= self.settings.target:
-                    break
-                if self._passes(task):
+                if not self._is_met() and self._passes(task):
                     rows.append(self._row(call, place, task))
                     before.append(task)
         self._kept = before
@@ -237,7 +253,7 @@ class Pipeline:
             replace_lines(self.settings.folder / "calls.jsonl", whole)
             replace_lines(self.settings.folder / "rows.jsonl", [])
         said = {line["call"]: line["replies"] for line in whole}
-        while self._next_call < len(said):
+        while self._next_call < len(said) and not self._is_done():
             made = exchange(self.generator, Recorded(said), self._numbers(), self._kept)
             for one in made:
                 self._check_same(whole[one.call], one)
@@ -276,10 +292,20 @@ def exchange(
 ) -> list[Made]:
     """Makes these calls side by side: what they ask at the same stage is written together."""
     calls = {number: generator.call(number, machine) for number in numbers}
-    asking = {number: next(call) for number, call in calls.items()}
+    asking: dict[int, list[Request]] = {}
     said: dict[int, list[list[Reply]]] = {number: [] for number in numbers}
     asked_text: dict[int, list[str]] = {number: [] for number in numbers}
     done: dict[int, Parsed] = {}
+
+    def go_on(number: int, replies: list[Reply] | None) -> None:
+        try:
+            asking[number] = calls[number].send(replies)  # type: ignore[arg-type]
+        except StopIteration as stop:
+            done[number] = stop.value
+            asking.pop(number, None)
+
+    for number in numbers:
+        go_on(number, None)
     while asking:
         asked = [
             Asked(number, len(said[number]), place, request)
@@ -290,11 +316,7 @@ def exchange(
         for number, requests in list(asking.items()):
             asked_text[number] += map(repr, requests)
             said[number].append([next(replies) for _ in requests])
-            try:
-                asking[number] = calls[number].send(said[number][-1])
-            except StopIteration as stop:
-                done[number] = stop.value
-                del asking[number]
+            go_on(number, said[number][-1])
     return [
         Made(number, done[number], _hash("\n".join(asked_text[number])), said[number])
         for number in numbers

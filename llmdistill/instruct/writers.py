@@ -23,6 +23,7 @@ from llmdistill.batch import Draw, Prompts, Sampling, Sequences, Writer
 from llmdistill.data.formats import Example
 from llmdistill.data.render import close_user_turn, continued, open_user_turn, render
 from llmdistill.decoding.keyed import row_keys
+from llmdistill.instruct.parse import BETWEEN
 from llmdistill.instruct.pipeline import Asked
 from llmdistill.instruct.records import append_lines, drop_half_line, read_whole_lines
 from llmdistill.instruct.requests import Reply, Request
@@ -35,11 +36,12 @@ if TYPE_CHECKING:
 
     from llmdistill.teachers.local import LocalTeacher
 
-CONTROL_TOKEN = "control token in the text"
-# What servers read as a control token wherever it stands.
+CONTROL_TOKEN, NO_UNICODE = "control token in the text", "text that is not Unicode"
+# What servers of the common families read as a control token wherever it stands.
 _CONTROL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c\s]{1,40}\uff5c>|</?s>|\[/?INST\]|<</?SYS>>"
-    r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
+    r"|<(?:start|end)_of_turn>|<\|?turn\|?>|<(?:bos|eos|pad|unk)>|</?tool_(?:call|response)>"
+    r"|\[/?(?:TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT|IMG|gMASK)\]"
 )
 
 
@@ -108,7 +110,10 @@ class LocalWriter:
             end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
             text = tokenizer.decode(ids[:end])
             cut = text.find(stop) if stop else -1
-            mean = None if each is None else float(each[row][: end + 1].mean())
+            written_to = end + 1  # with the token that ends it
+            if cut >= 0:
+                written_to = _tokens_of(tokenizer, ids, cut)
+            mean = None if each is None else float(each[row][:written_to].mean())
             is_whole = end < len(ids) or cut >= 0
             replies.append(Reply(text if cut < 0 else text[:cut], not is_whole, log_prob=mean))
         return replies
@@ -126,7 +131,7 @@ class RemoteWriter:
         self.teacher, self.seed, self.record = teacher, seed, record
 
     def write(self, asked: Sequence[Asked]) -> list[Reply]:
-        replies = [self._recorded.get(_key(one)) or _withheld(one.request) for one in asked]
+        replies = [self._recorded.get(_key(one)) or self._withheld(one.request) for one in asked]
         missing = [place for place, reply in enumerate(replies) if reply is None]
 
         def heard(number: int, spoken: Spoken) -> None:
@@ -134,13 +139,23 @@ class RemoteWriter:
             text = _after(asked[place].request.start, spoken.text)
             reply = Reply(text, spoken.truncated, spoken.refused, spoken.log_prob)
             replies[place] = reply
-            if self.record:
+            if self.record and not spoken.refused:  # what is refused may be mended
                 line = {"key": _key(asked[place]), "reply": asdict(reply)}
                 append_lines(self._file(PartialState().process_index), [line])
 
         if missing:
             self.teacher.answer([self._question(asked[place]) for place in missing], heard)
         return [reply for reply in replies if reply is not None]
+
+    def _withheld(self, request: Request) -> Reply | None:
+        """A reply in place of the server's, where the request is not to be sent."""
+        known = self.teacher.tokenizer.all_special_tokens if self.teacher.tokenizer else ()
+        for text in (message["content"] for message in request.messages):
+            if _CONTROL.search(text) or any(token in text for token in known):
+                return Reply("", refused=CONTROL_TOKEN)
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                return Reply("", refused=NO_UNICODE)
+        return None
 
     def forget(self) -> None:
         """The run is over, and all that was said is recorded with its calls."""
@@ -207,10 +222,9 @@ def _opening(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> 
     return text.removeprefix(tokenizer.bos_token) if writes_it else text
 
 
-def _withheld(request: Request) -> Reply | None:
-    """A reply in place of the server's, where the request is not to be sent."""
-    forged = any(_CONTROL.search(message["content"]) for message in request.messages)
-    return Reply("", refused=CONTROL_TOKEN) if forged else None
+def _tokens_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) -> int:
+    """How many tokens it takes to write so many characters; one or more."""
+    return next(n for n in range(1, len(ids) + 1) if len(tokenizer.decode(ids[:n])) >= length)
 
 
 def _key(asked: Asked) -> str:
@@ -220,12 +234,14 @@ def _key(asked: Asked) -> str:
 def _after(start: str, text: str) -> str:
     """The reply behind what it was to begin with.
 
-    A chat may greet first, say the start again, or its last line, or number its items anew.
+    A chat goes on from there (then its first item has a later number), or says it again, perhaps
+    after a greeting, or begins to count anew.
     """
-    if not start:
+    last = re.match(r"(\d+)[.)]? ?(.*)", start.rpartition("\n")[2])
+    if last is None:
         return text
-    last = re.escape(start.rpartition("\n")[2])
-    if found := re.search(rf"^[ \t]*{last}", text, re.MULTILINE):
-        return text[found.end() :]
-    anew = re.search(r"^(?:###|[ \t]*\d+[.)]\s)", text, re.MULTILINE)
-    return f"\n{text[anew.start() :]}" if anew else text
+    number, field = last.groups()
+    mark = rf"[.)]?\s*{re.escape(field)}" if field else r"[.)]"
+    item = rf"^(?:{BETWEEN}[ \t]*\n?)?[ \t]*(\d+){mark}"
+    first = re.search(item, text, re.MULTILINE)
+    return text[first.end() :] if first and int(first[1]) <= int(number) else text

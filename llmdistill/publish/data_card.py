@@ -47,7 +47,11 @@ def push(folder: Path, name: str) -> None:
             f"private first, or take another name. The data set is in {folder}."
         )
     api.upload_folder(
-        repo_id=name, repo_type="dataset", folder_path=str(folder), ignore_patterns=list(RECORDS)
+        repo_id=name,
+        repo_type="dataset",
+        folder_path=str(folder),
+        ignore_patterns=list(RECORDS),
+        delete_patterns=["train.*", "held.*"],  # a split that is no more
     )
 
 

@@ -26,11 +26,13 @@ class RemoteTeacherRecipe(Strict):
     """A Hub id or a folder; needed where the prompt is no chat (magpie)."""
     revision: str | None = None
     """Noted in every row; the server decides what it serves."""
-    key_from: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; the key itself stands nowhere."""
+    key_from: str | None = None
+    """The environment variable that holds the key; the key itself stands nowhere.  None:
+    OPENAI_API_KEY for api.openai.com, and no key for any other server.
+    """
     concurrency: int = Field(8, gt=0)
     timeout: float = Field(120.0, gt=0)
-    """Seconds for one request."""
+    """Seconds for one attempt."""
     retries: int = Field(6, ge=0)
     per_minute: int | None = Field(None, gt=0)
     """Requests begun a minute, by all ranks; None: as many as `concurrency` lets through."""
@@ -55,6 +57,17 @@ WriterRecipe = Annotated[
 ]
 
 
+class AnsweringRecipe(Strict):
+    """How a question is answered."""
+
+    sampling: SamplingRecipe = SamplingRecipe(temperature=0.0)
+    max_new_tokens: int = Field(512, gt=0)
+    hint: str = ""
+    """Stands below the question for the teacher, and in neither question nor answer of the row:
+    Answer in two sentences.
+    """
+
+
 class AlpacaRecipe(Strict):
     """Whole tasks, several a call, after examples from the seeds."""
 
@@ -62,8 +75,18 @@ class AlpacaRecipe(Strict):
     tasks_per_call: int = Field(17, gt=0)
     """A small teacher follows a list of one better than one of many."""
     examples: int = Field(3, gt=0)
+    answer: AnsweringRecipe | None = None
+    """For small teachers, with tasks_per_call: 1.  The list gives the question alone, and the
+    teacher is asked for its answer as a user would.
+    """
     sampling: SamplingRecipe = SamplingRecipe()
     max_new_tokens: int = Field(3072, gt=0)
+
+    @model_validator(mode="after")
+    def _one_question(self) -> AlpacaRecipe:
+        if self.answer is not None and self.tasks_per_call != 1:
+            raise PydanticCustomError("answer", "'answer' is for 'tasks_per_call: 1'")
+        return self
 
 
 class SelfInstructRecipe(Strict):
@@ -73,10 +96,18 @@ class SelfInstructRecipe(Strict):
     tasks_per_call: int = Field(8, gt=0)
     examples: int = Field(8, gt=0)
     machine_examples: int = Field(2, ge=0)
-    """How many of the examples are tasks made before."""
+    """How many of the examples are tasks made before, once there are some."""
     sampling: SamplingRecipe = SamplingRecipe(temperature=0.7, top_p=0.5)
     max_new_tokens: int = Field(1024, gt=0)
     max_instance_tokens: int = Field(350, gt=0)
+
+    @model_validator(mode="after")
+    def _among_the_examples(self) -> SelfInstructRecipe:
+        if self.machine_examples > self.examples:
+            raise PydanticCustomError(
+                "machine_examples", "'machine_examples' are some of the 'examples': not more"
+            )
+        return self
 
 
 class MagpieRecipe(Strict):
@@ -85,11 +116,8 @@ class MagpieRecipe(Strict):
     kind: Literal["magpie"] = "magpie"
     sampling: SamplingRecipe = SamplingRecipe(top_p=0.99)
     """Of what the user says."""
-    answer_sampling: SamplingRecipe = SamplingRecipe(temperature=0.0)
-    hint: str = ""
-    """Stands below the question for the teacher, and not in the row: Answer in two sentences."""
     max_instruction_tokens: int = Field(128, gt=0)
-    max_new_tokens: int = Field(512, gt=0)
+    answer: AnsweringRecipe = AnsweringRecipe()
 
 
 class AnswerRecipe(Strict):
@@ -102,9 +130,7 @@ class AnswerRecipe(Strict):
     """Keep one of the samples: the one that the teacher finds likeliest (mean log-probability a
     token), that is most like the others, or most like the data set's answer (ROUGE-L).  None: all.
     """
-    sampling: SamplingRecipe = SamplingRecipe()
-    hint: str = ""
-    max_new_tokens: int = Field(512, gt=0)
+    answer: AnsweringRecipe = AnsweringRecipe(sampling=SamplingRecipe())
 
     @model_validator(mode="after")
     def _several_to_choose_from(self) -> AnswerRecipe:
@@ -129,10 +155,8 @@ class EvolveRecipe(Strict):
 
     kind: Literal["evolve"] = "evolve"
     sampling: SamplingRecipe = SamplingRecipe()
-    answer_sampling: SamplingRecipe = SamplingRecipe(temperature=0.0)
-    hint: str = ""
     max_instruction_tokens: int = Field(128, gt=0)
-    max_new_tokens: int = Field(512, gt=0)
+    answer: AnsweringRecipe = AnsweringRecipe()
 
 
 class LionRecipe(Strict):
@@ -152,10 +176,8 @@ class LionRecipe(Strict):
     max_compared_tokens: int = Field(128, gt=0)
     """Of the answers that are compared."""
     sampling: SamplingRecipe = SamplingRecipe()
-    answer_sampling: SamplingRecipe = SamplingRecipe(temperature=0.0)
-    hint: str = ""
     max_instruction_tokens: int = Field(128, gt=0)
-    max_new_tokens: int = Field(512, gt=0)
+    answer: AnsweringRecipe = AnsweringRecipe()
 
 
 GeneratorRecipe = Annotated[
@@ -232,8 +254,9 @@ class GenerationRecipe(Strict):
         generator, remote = self.generator, isinstance(self.teacher, RemoteTeacherRecipe)
         if not self.is_scored and not remote:
             return self
-        for name in ("sampling", "answer_sampling"):
-            if getattr(getattr(generator, name, None), "continuous", False):
+        places = {"sampling": generator, "answer.sampling": getattr(generator, "answer", None)}
+        for name, place in places.items():
+            if getattr(getattr(place, "sampling", None), "continuous", False):
                 raise PydanticCustomError(
                     "continuous",
                     "'generator.{name}.continuous' is for a teacher on this machine whose "

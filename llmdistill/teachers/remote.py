@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from llmdistill.batch import Draw, Need, Prompts, Sampling, Sequences, Writer
 from llmdistill.decoding.keyed import row_keys
@@ -33,6 +34,9 @@ NO_KEY = "none"  # the client insists on one; servers of one's own do not
 TRY_AGAIN = (408, 409, 425, 429)  # and all from 500 on
 REFUSED = (400, 413, 422)  # this request, and perhaps no other
 REFUSAL = "refused by the server"
+
+# What reading a reply raises that is no JSON, or JSON of another form: the client checks neither.
+UNUSABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 
 logger = logging.getLogger("llmdistill")
 
@@ -67,7 +71,7 @@ class Spoken:
 
 class RemoteTeacher:
     """`model` on the server at `url` (.../v1).  The key is read from the environment variable
-    `key_from`.
+    `key_from`; by default OPENAI_API_KEY goes to api.openai.com, and no key to any other server.
 
     `retries` are further attempts at each request; `per_minute` bounds how many are begun.
     `tokenizer` is needed to write for a rollout, where prompts come as ids.  With `scored` answers
@@ -82,7 +86,7 @@ class RemoteTeacher:
         model: str,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        key_from: str = "OPENAI_API_KEY",
+        key_from: str | None = None,
         concurrency: int = 8,
         timeout: float = 120.0,
         retries: int = 6,
@@ -96,13 +100,12 @@ class RemoteTeacher:
                 "a remote teacher needs the openai client: pip install 'llmdistill[remote]'"
             )
         self.url, self.model, self.tokenizer = url, model, tokenizer
-        self.key = os.environ.get(key_from) or NO_KEY
+        self.key = _key(url, key_from)
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.pause, self.scored = pause, scored
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._pace = _Pace(per_minute)
         self._said: set[str] = set()
-        self._has_answered = False
 
     def answer(
         self,
@@ -112,7 +115,7 @@ class RemoteTeacher:
         """An answer to each, in their order; `heard` is told of each as it comes.
 
         A request that the server refuses for what is in it is an answer that says so.  Raises
-        TeacherError where the server refuses them all, or does not recover.
+        TeacherError where the server turns the caller away, or does not recover.
         """
         running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
 
@@ -125,19 +128,12 @@ class RemoteTeacher:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:  # the caller may run a loop
             future = thread.submit(lambda: asyncio.run(run()))
             try:
-                spoken = future.result()
+                return future.result()
             except KeyboardInterrupt:  # else the thread would wait for every request
                 for loop, task in running:
                     with contextlib.suppress(RuntimeError):  # it has just come to its end
                         loop.call_soon_threadsafe(task.cancel)
                 raise
-        refused = [one for one in spoken if one.refused]
-        self._has_answered |= len(refused) < len(spoken)
-        if len(refused) > 1 and not self._has_answered:
-            raise TeacherError(
-                f"{self.url} refuses all of {len(refused)} requests to '{self.model}'; see above"
-            )
-        return spoken
 
     def write(
         self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
@@ -205,10 +201,15 @@ class RemoteTeacher:
             await self._pace.turn()
             wait = 0.0
             try:
-                reply = await self._ask(client, question)
+                async with asyncio.timeout(self.timeout):  # the client's own is for each read
+                    reply = await self._ask(client, question)
                 self._check_model(reply)
                 return _spoken(reply, scored=self.scored)
-            except (openai.APIConnectionError, openai.APIResponseValidationError) as error:
+            except (
+                openai.APIConnectionError,
+                openai.APIResponseValidationError,
+                TimeoutError,
+            ) as error:
                 wrong = f"{type(error).__name__}: {error}"
             except openai.APIStatusError as error:
                 wrong = f"HTTP {error.status_code}: {error.message}"
@@ -218,7 +219,7 @@ class RemoteTeacher:
                 if error.status_code not in TRY_AGAIN and error.status_code < 500:
                     raise TeacherError(f"{self.url} refuses: {wrong[:500]}") from error
                 wait = _asked_to_wait(error.response)
-            except ValueError as error:  # JSON that is none among them
+            except UNUSABLE as error:
                 wrong = f"unusable reply: {error}"
             if attempt < self.retries:
                 pause = min(self.pause * 2**attempt, LONGEST_PAUSE)
@@ -263,6 +264,16 @@ class RemoteTeacher:
             logger.warning("%s", text)
 
 
+def _key(url: str, key_from: str | None) -> str:
+    """A key goes to nobody but the server that it was named for."""
+    if key_from is None:
+        is_openai = urlsplit(url).hostname == "api.openai.com"
+        return (is_openai and os.environ.get("OPENAI_API_KEY")) or NO_KEY
+    if not os.environ.get(key_from):
+        raise RecipeError(f"teacher.key_from: the environment variable {key_from} is not set")
+    return os.environ[key_from]
+
+
 class _Pace:
     """Lets requests begin evenly, so many a minute."""
 
@@ -291,7 +302,7 @@ def _spoken(reply: Any, *, scored: bool) -> Spoken:
     if not isinstance(text, str) or reason not in ("stop", "length"):
         raise ValueError(f"text {str(text)[:40]!r}, finish_reason {reason!r}")
     text.encode()  # half a character of two: ValueError
-    log_prob = _mean_log_prob(choice) if scored else None
+    log_prob = _mean_log_prob(choice) if scored and text else None
     return Spoken(text, truncated=reason == "length", log_prob=log_prob)
 
 

@@ -104,7 +104,7 @@ def test_two_ranks_make_the_same_data_set(tmp_path, pair):
             recipes.GenerationRecipe,
             {
                 "output": str(folder), "teacher": {"model": pair[0], "dtype": "float32"}, "target": 12,
-                "generator": {"kind": "answer", "prompts": f"{tmp_path}/rows.jsonl", "max_new_tokens": 6},
+                "generator": {"kind": "answer", "prompts": f"{tmp_path}/rows.jsonl", "answer": {"max_new_tokens": 6}},
                 "filters": [], "round_size": 4,
             },
             "recipe",

@@ -27,6 +27,9 @@ MAKERS = {
     "open end": filters.OpenEnd,
     "rouge": lambda: filters.Rouge(seeds=["Explain why the sky is so very blue today."]),
     "contamination": lambda: filters.Contamination(["one two three four five six seven"], ngram=4),
+    "short contamination": lambda: filters.Contamination(
+        ["What is the capital of France?", "Water"]
+    ),
     "language": filters.Language,
     "result": lambda: filters.SameResult(r"#### (-?[\d,.]+)"),
     "perplexity": lambda: filters.Perplexity(at_most=20.0, at_least=1.5),
@@ -61,6 +64,9 @@ def test_keeps_a_good_task(name):
         ("open end", task(input="The list: "), "ends with a colon"),
         ("rouge", task(instruction="Explain why the sky is so blue today."), "too similar"),
         ("perplexity", task(log_prob=-3.01), "perplexity too high"),
+        ("perplexity", task(log_prob=-9999.0), "perplexity too high"),
+        ("short contamination", task(instruction="Please tell me: what is the capital of France? Now."), "in an evaluation set"),
+        ("short contamination", task(instruction="Answer it.", input="What is the capital of France"), "in an evaluation set"),
         ("perplexity", task(log_prob=-0.4), "perplexity too low"),
         ("contamination", task(output="And two, three: FOUR five!"), "in an evaluation set"),
         ("language", Task("Erkläre mir, warum das Meer blau ist.", "", "Wasser nimmt rotes Licht auf."), "another language"),

@@ -12,6 +12,7 @@ from llmdistill.errors import DataError
 from llmdistill.instruct.generators import (
     Alpaca,
     Answer,
+    Answering,
     Evolve,
     Lion,
     Magpie,
@@ -19,6 +20,7 @@ from llmdistill.instruct.generators import (
     SelfInstruct,
 )
 from llmdistill.instruct.parse import write_task
+from llmdistill.instruct.pipeline import exchange as run_calls
 from llmdistill.instruct.requests import Reply
 from llmdistill.instruct.tasks import Task
 
@@ -62,6 +64,33 @@ def test_alpaca_drops_the_last_of_a_list_that_was_cut_off_and_what_is_too_many()
     assert (len(made.tasks), made.dropped) == (4, {"truncated": 1})
 
 
+@pytest.mark.parametrize(
+    ("said", "question"),
+    [
+        (" Name a bird.\n4. Input:\n<noinput>\n", Task("Name a bird.")),
+        (" Name a bird.", Task("Name a bird.")),
+        (" Add them.\n4. Input: 2, 3\n", Task("Add them.", "2, 3")),
+        (" Add them.\n4. Input: 2, 3\n4. Input: 5", Task("Add them.", "2, 3")),
+        ("\n1. Instruction: Add them.\n1. Input: 2, 3", Task("Add them.", "2, 3")),
+    ],
+)
+def test_a_small_teacher_is_asked_for_the_answer_as_a_user_would(said, question):
+    alpaca = Alpaca(SEEDS, tasks_per_call=1, answer=Answering(max_new_tokens=9, hint="Be brief."))
+    asked, made = exchange(alpaca.call(0, []), [Reply(said)], [Reply("A wren.")])
+    assert asked[0][0].stop == "4. Output:"
+    assert asked[1][0].messages[0]["content"] == f"{question.prompt}\n\nBe brief."
+    assert made == ([replace(question, output="A wren.")], {})
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [(Reply(" Name a", truncated=True), "truncated"), (Reply("\n4. Input: x\n"), "unparsable")],
+)
+def test_half_a_question_is_not_answered(reply, reason):
+    alpaca = Alpaca(SEEDS, tasks_per_call=1, answer=Answering())
+    assert exchange(alpaca.call(0, []), [reply])[1] == ([], {reason: 1})
+
+
 def test_a_call_is_drawn_from_the_seed_and_its_number():
     def content(seed, number):
         (request,) = next(Alpaca(SEEDS, seed=seed).call(number, []))
@@ -84,6 +113,7 @@ def test_self_instruct_asks_for_instructions_kinds_and_instances():
         Task("Sort the mail.", "a letter", "to Ann"),
         Task("Say which is red.", "a rose", "red"),
     ]
+    assert made.dropped == {"truncated": 1}
     content = asked[0][0].messages[0]["content"]
     assert sum(task.instruction in content for task in machine) == 2
     assert sum(f"{task.instruction}\n" in f"{content}\n" for task in SEEDS) == 6
@@ -184,7 +214,7 @@ def test_a_hint_is_for_the_teacher_alone(kind):
     made = {
         "magpie": Magpie, "answer": partial(Answer, SEEDS), "evolve": partial(Evolve, SEEDS),
         "lion": partial(Lion, SEEDS, SEEDS),
-    }[kind](hint="Be brief.")  # fmt: skip
+    }[kind](answer=Answering(hint="Be brief."))  # fmt: skip
     stages = [[Reply("Because.")]] if kind == "answer" else [[Reply("Why?")], [Reply("Because.")]]
     asked, (tasks, _) = exchange(made.call(0, []), *stages)
     last = asked[-1][0].messages[-1]["content"]
@@ -217,6 +247,7 @@ def test_a_rewrite_keeps_what_was_there_as_its_reference():
         Reply("  "),
         Reply("", refused="no"),
         Reply("I'm sorry, thing 2 is beyond me."),
+        Reply("I\u2019m sorry, thing 2 is beyond me."),
         Reply("As an AI I see that thing 2 is done."),
         Reply("In my own words: thing 2 is done."),
         Reply("The given answer says that thing 2 is done."),
@@ -231,9 +262,24 @@ def test_a_rewrite_of_no_use_leaves_the_given_answer(reply):
 
 
 def test_nothing_is_rewritten_where_there_is_no_answer():
-    with pytest.raises(StopIteration) as stop:
-        next(Rewrite([Task("Name a bird.")]).call(0, []))
-    assert stop.value.value == ([], {"no answer to rewrite": 1})
+    made = run_calls(Rewrite([Task("Name a bird."), *SEEDS[:2]]), Once("Well done."), [0, 1, 2], [])
+    assert made[0].parsed == ([], {"no answer to rewrite": 1})
+    assert [len(one.parsed.tasks) for one in made] == [0, 1, 1]
+
+
+class Once:
+    """Replies the same to all."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def write(self, asked):
+        return [Reply(self.text) for _ in asked]
+
+
+def test_the_best_by_reference_needs_references():
+    with pytest.raises(DataError, match="some have none; choose"):
+        Answer(SEEDS, samples=2, best_by="reference")
 
 
 def test_evolving_asks_for_harder_and_rarer_in_turn():

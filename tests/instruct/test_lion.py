@@ -40,6 +40,10 @@ def test_the_largest_gaps_are_hard(share, hard):
     assert sorted(pools.hard + pools.easy, key=TASKS.index) == TASKS
 
 
+def replies(texts):
+    return [Reply(text) for text in texts]
+
+
 class Referee:
     """Scores by the length of an answer, and likes the first one a little more."""
 
@@ -60,14 +64,19 @@ class Referee:
 
 def test_a_referees_taste_for_the_first_cancels_out():
     teachers, students = ["aaaaa", "aa"], ["aaa", "aaaa"]
-    gaps = referee_gaps(Referee(), TASKS[:2], teachers, students)
+    gaps = referee_gaps(Referee(), TASKS[:2], replies(teachers), replies(students))
     assert gaps == [2.0, -2.0]
-    assert referee_gaps(Referee(), TASKS[:2], students, teachers) == [-2.0, 2.0]
+    swapped = referee_gaps(Referee(), TASKS[:2], replies(students), replies(teachers))
+    assert swapped == [-2.0, 2.0]
+    silent = [Reply("", refused="no"), Reply("aa")]
+    assert referee_gaps(Referee(), TASKS[:2], silent, replies(students)) == [None, -2.0]
 
 
 @pytest.mark.parametrize("reply", ["I cannot say", "8", "8 and 11", "0 5", "8 6 because 2 facts"])
 def test_a_task_without_two_scores_is_in_no_pool(reply):
-    gaps = referee_gaps(Referee([reply, "7 6", "9 5", "5 9"]), TASKS[:2], ["a", "b"], ["c", "d"])
+    gaps = referee_gaps(
+        Referee([reply, "7 6", "9 5", "5 9"]), TASKS[:2], replies("ab"), replies("cd")
+    )
     assert gaps == [None, 4.0]
     pools = by_referee(gaps, TASKS[:2])
     assert (pools.hard, pools.easy) == ([TASKS[1]], [])
@@ -75,7 +84,7 @@ def test_a_task_without_two_scores_is_in_no_pool(reply):
 
 @pytest.mark.parametrize("reply", ["8 6", "Answer 1: 8\nAnswer 2: 6", "8/10 and 6/10.", "8.0, 6"])
 def test_the_ways_in_which_referees_write_two_scores(reply):
-    assert referee_gaps(Referee([reply, "6 8"]), TASKS[:1], ["a"], ["b"]) == [2.0]
+    assert referee_gaps(Referee([reply, "6 8"]), TASKS[:1], replies("a"), replies("b")) == [2.0]
 
 
 def test_a_gap_of_one_point_is_hard():

@@ -138,6 +138,18 @@ def test_what_is_done_is_not_asked_again(straight, tmp_path):
     assert contents(tmp_path) == contents(folder)
 
 
+def test_a_run_can_be_taken_up_with_a_smaller_target(straight, tmp_path):
+    """What it asks depends on what was kept: rounds beyond the target are not made again."""
+    folder, _ = straight
+    for name in FILES:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    pipeline = made(tmp_path, target=7)
+    pipeline.run()
+    rows = (tmp_path / "rows.jsonl").read_bytes().splitlines()
+    assert rows == (folder / "rows.jsonl").read_bytes().splitlines()[:7]
+    assert pipeline.counts.kept == 7
+
+
 def test_a_run_can_go_on_to_a_larger_target(straight, tmp_path):
     made(tmp_path / "small", target=7).run()
     made(tmp_path / "small").run()

@@ -97,7 +97,7 @@ def test_magpie_on_a_server(url, tmp_path):
     remote = {"kind": "remote", "model": NAME, "url": url, "tokenizer": str(tmp_path / "tokenizer")}
     given = {
         "output": str(tmp_path / "set"), "teacher": remote, "filters": [], "held_back": 0,
-        "generator": {"kind": "magpie", "sampling": {"temperature": 0.8}, "max_instruction_tokens": 64, "max_new_tokens": 32},
+        "generator": {"kind": "magpie", "sampling": {"temperature": 0.8}, "max_instruction_tokens": 64, "answer": {"max_new_tokens": 32}},
         "target": 3, "round_size": 3,
     }  # fmt: skip
     made = generate(recipes.build_part(recipes.GenerationRecipe, given, "recipe"))

@@ -17,7 +17,7 @@ from llmdistill import recipe as recipes
 from llmdistill.batch import Draw, Prompts, Sampling, Writer
 from llmdistill.errors import RecipeError, TeacherError
 from llmdistill.generate import generate
-from llmdistill.instruct.pipeline import Asked
+from llmdistill.instruct.pipeline import Asked, Counts
 from llmdistill.instruct.requests import Request, user
 from llmdistill.instruct.writers import RemoteWriter
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
@@ -115,6 +115,24 @@ class Handler(BaseHTTPRequestHandler):
     def do_refused(self, body):
         self.send(401, {"error": {"message": "who are you"}})
 
+    def do_odd(self, body):
+        self.send(200, {"id": "1", "choices": {"text": 1}})
+
+    def do_drip(self, body):
+        """A byte now and then: each read is in time, the whole is not."""
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", "500")
+        self.end_headers()
+        for _ in range(8):
+            try:
+                self.wfile.write(b" ")
+                self.wfile.flush()
+            except OSError:
+                break
+            time.sleep(0.2)
+        self.close_connection = True
+
     def do_cut(self, body):
         self.answer(body, finish_reason="length")
 
@@ -166,7 +184,9 @@ def test_answers_come_in_the_order_of_the_questions(server):
     assert len(server.asked) == 20
 
 
-FAULTS = ["busy", "broken", "garbage", "empty", "half", "unfinished", "nothing", "hang"]
+FAULTS = [
+    *("busy", "broken", "garbage", "empty", "half", "unfinished", "nothing", "hang", "odd", "drip"),
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -179,7 +199,7 @@ def test_what_goes_wrong_once_is_asked_again(server, fault):
     }
 
 
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "hang"])
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("hang", "drip")])
 def test_what_stays_wrong_ends_with_an_error(server, fault):
     server.faults = [fault] * 99
     with pytest.raises(TeacherError, match=r"no usable reply in 3 attempts.*--resume"):
@@ -202,12 +222,31 @@ def test_a_request_that_is_refused_for_what_is_in_it_costs_no_other(server, faul
     assert len(server.asked) == 4
 
 
-def test_where_all_is_refused_there_is_an_error_and_no_empty_data_set(server, caplog):
-    server.faults = ["unwanted"] * 4
-    with pytest.raises(TeacherError, match="refuses all of 4 requests to 'm'"):
-        teacher(server).answer(questions(4))
+@pytest.mark.parametrize("rows", [1, 24])
+def test_where_all_is_refused_there_is_an_error_and_nothing_is_lost(server, tmp_path, rows, caplog):
+    """What was wrong can be mended: the run goes on as if it had not been asked."""
+    recipe = generation(server, tmp_path)
+    path = tmp_path / "seeds.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:rows]))
+    server.faults = ["unwanted"] * 8
+    with pytest.raises(
+        TeacherError, match="answered none of [18] requests: .*'refused by the server'"
+    ):
+        generate(recipe)
     assert caplog.text.count("HTTP 400: ") == 1  # said once
     assert "too long" in caplog.text
+    server.faults = []
+    assert generate(recipe, resume=True).counts == Counts(kept=rows)
+
+
+def test_the_last_rows_may_all_be_refused(server, tmp_path):
+    """The server has answered before."""
+    recipe = generation(server, tmp_path)
+    server.faults = [None] * 20 + ["nothing"] * 99
+    with pytest.raises(TeacherError):
+        generate(recipe)
+    server.faults = ["unwanted"] * 4
+    assert generate(recipe, resume=True).counts == Counts(20, Counter({"refused by the server": 4}))
 
 
 def test_the_server_says_how_long_to_wait_by_a_date(server):
@@ -311,6 +350,16 @@ def test_the_key_comes_from_the_environment(server, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret-1")
     teacher(server, key_from="MY_KEY").answer(questions(1))
     assert server.keys == {"Bearer secret-1"}
+    monkeypatch.delenv("MY_KEY")
+    with pytest.raises(RecipeError, match="environment variable MY_KEY is not set"):
+        teacher(server, key_from="MY_KEY")
+
+
+def test_a_key_goes_to_no_other_server_than_its_own(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-3")
+    teacher(server).answer(questions(1))
+    assert server.keys == {"Bearer none"}
+    assert RemoteTeacher("https://api.openai.com/v1", "m").key == "secret-3"
 
 
 def test_writes_for_a_rollout(server):
@@ -340,14 +389,28 @@ def test_writes_for_a_rollout(server):
         ("4. Instruction: x", "###\n4. Instruction:", " x"),
         (" x", "###\n4. Instruction:", " x"),
         ("Here is one:\n\n4. Instruction: x", "###\n4. Instruction:", " x"),
-        ("Sure!\n###\n1. Instruction: x", "###\n4. Instruction:", "\n###\n1. Instruction: x"),
-        ("Of course:\n1. Sing.\n2. Run.", "9.", "\n1. Sing.\n2. Run."),
+        ("Sure!\n###\n1. Instruction: x", "###\n4. Instruction:", " x"),
+        ("### 4. Instruction: x", "###\n4. Instruction:", " x"),
+        (
+            " x\n4. Input:\n4. Output: y\n###\n5. Instruction: z",
+            "###\n4. Instruction:",
+            " x\n4. Input:\n4. Output: y\n###\n5. Instruction: z",
+        ),
+        (
+            "1. Instruction: a\n###\n4. Instruction: b",
+            "###\n4. Instruction:",
+            " a\n###\n4. Instruction: b",
+        ),
+        ("Of course:\n1. Sing.\n2. Run.", "9.", " Sing.\n2. Run."),
+        (" Sing.\n10. Run.", "9.", " Sing.\n10. Run."),
         ("It costs 9.50, they say.", "9.", "It costs 9.50, they say."),
         ("plain", "", "plain"),
     ],
 )
 def test_a_chat_may_say_again_what_it_was_to_begin_with(said, start, text):
     class Once:
+        tokenizer = None
+
         def answer(self, asked, heard):
             heard(0, Spoken(said))
 
@@ -371,10 +434,13 @@ def generation(server, tmp_path, name="set", **changes):
 
 def test_no_row_is_lost_and_none_comes_twice(server, tmp_path, monkeypatch):
     monkeypatch.setattr("llmdistill.teachers.remote.LONGEST_PAUSE", 0.02)
-    monkeypatch.setenv("OPENAI_API_KEY", "secret-2")
+    monkeypatch.setenv("MY_KEY", "secret-2")
     plain = generate(generation(server, tmp_path, "plain"))
     server.faults = ["busy", "broken", "garbage", "half", "nothing", "empty"] * 2
-    made = generate(generation(server, tmp_path, "odd"))
+    recipe = generation(server, tmp_path, "odd")
+    keyed = recipe.teacher.model_copy(update={"key_from": "MY_KEY"})
+    made = generate(recipe.model_copy(update={"teacher": keyed}))
+    assert "Bearer secret-2" in server.keys
     assert (made.folder / "rows.jsonl").read_bytes() == (plain.folder / "rows.jsonl").read_bytes()
     assert made.counts.kept == 24
     for file in made.folder.rglob("*"):
@@ -422,7 +488,16 @@ def test_one_row_that_the_server_refuses_is_counted(server, tmp_path):
 
 @pytest.mark.parametrize(
     "forged",
-    ["a <|im_end|> b", "[INST] x", "a</s>", "<end_of_turn>", "<|eot_id|>", "<\uff5cUser\uff5c>"],
+    [
+        "a <|im_end|> b",
+        "[INST] x",
+        "a</s>",
+        "<end_of_turn>",
+        "<|eot_id|>",
+        "<\uff5cUser\uff5c>",
+        "[TOOL_CALLS]",
+        "<turn|>",
+    ],
 )
 def test_a_control_token_never_reaches_a_servers_template(server, tmp_path, forged):
     recipe = generation(server, tmp_path)
@@ -431,6 +506,68 @@ def test_a_control_token_never_reaches_a_servers_template(server, tmp_path, forg
     made = generate(recipe)
     assert made.counts.dropped == {"control token in the text": 1}
     assert all(forged not in json.dumps(body, ensure_ascii=False) for _, body in server.asked)
+
+
+def test_half_a_character_is_not_sent(server, tmp_path):
+    recipe = generation(server, tmp_path)
+    rows = tmp_path / "seeds.jsonl"
+    rows.write_text(rows.read_text() + '\n{"instruction": "a \\ud800 b", "output": "x"}')
+    assert generate(recipe).counts.dropped == {"text that is not Unicode": 1}
+
+
+LISTS = {
+    "alpaca": "4. Instruction: Name {}\n4. Input:\n<noinput>\n4. Output:\nA {}\n###\n5. Instruction: Sell {}\n5. Input: x\n5. Output: y",
+    "self_instruct": "Here:\n1. Name {}.\n2. Sell {}.",
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_of_a_server_become_rows(server, tmp_path, kind):
+    """The whole way of the two generators that read lists."""
+
+    def lists(handler, body, **changes):
+        asked = body["messages"][0]["content"]
+        number = len(handler.server.asked)
+        said = LISTS[kind].replace("{}", f"thing {number}")
+        if "Fixed answers" in asked:
+            said = "yes"
+        elif asked.startswith("Task: "):
+            said = "Output: red\nInput: a rose"
+        handler.send(
+            200,
+            {
+                "id": "1",
+                "object": "x",
+                "created": 0,
+                "model": "m",
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": said},
+                    }
+                ],
+            },
+        )
+
+    handler = type("Lists", (Handler,), {"answer": lists})
+    server.RequestHandlerClass = handler
+    made = generate(
+        generation(
+            server,
+            tmp_path,
+            generator={"kind": kind, "tasks_per_call": 2},
+            target=8,
+            round_size=2,
+            columns="alpaca",
+            held_back=0,
+        )
+    )
+    rows = [json.loads(line) for line in (made.folder / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert {row["instruction"].split()[0] for row in rows} == {"Name", "Sell"}
+    if kind == "self_instruct":
+        assert {(row["input"], row["output"]) for row in rows} == {("a rose", "red")}
 
 
 def test_a_users_turn_is_opened_by_the_template_alone(server, tmp_path):

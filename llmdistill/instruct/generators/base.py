@@ -34,8 +34,8 @@ class Answering:
     not the hint (context distillation, Askell et al. 2021).
     """
 
-    sampling: Sampling
-    max_new_tokens: int
+    sampling: Sampling = SURE
+    max_new_tokens: int = 512
     hint: str = ""
 
     def request(self, task: Task) -> Request:
@@ -58,7 +58,7 @@ class TaskGenerator(ABC):
         """The exchange of this number; `machine` are tasks that were made and kept before."""
 
 
-def varied(request: Request, answering: Answering) -> Call:
+def varied(request: Request, answer: Answering) -> Call:
     """The instruction that the teacher is asked for, and its answer to it."""
     (reply,) = yield [request]
     if reply.refused:
@@ -66,12 +66,12 @@ def varied(request: Request, answering: Answering) -> Call:
     if reply.truncated or not reply.text.strip():
         return Parsed([], {"endless instruction" if reply.truncated else "empty instruction": 1})
     made = Task(reply.text.strip())
-    return (yield from answered([made], answering))
+    return (yield from answered([made], answer))
 
 
-def answered(tasks: list[Task], answering: Answering) -> Call:
+def answered(tasks: list[Task], answer: Answering) -> Call:
     """The tasks with the teacher's answers."""
-    replies: list[Reply] = yield [answering.request(task) for task in tasks]
+    replies: list[Reply] = yield [answer.request(task) for task in tasks]
     made = [
         replace(t, output=r.text.strip(), truncated=r.truncated, log_prob=r.log_prob)
         for t, r in zip(tasks, replies, strict=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from llmdistill.batch import Sampling
+from llmdistill.errors import DataError
 from llmdistill.instruct import prompts
 from llmdistill.instruct.filters import SameResult
 from llmdistill.instruct.generators.base import SURE, Answering, Cost, TaskGenerator, answered
@@ -19,7 +20,7 @@ from llmdistill.instruct.tasks import Task
 NOT_THE_BEST = "not the best sample"
 # A refusal, or talk about the task instead of an answer to it.
 META = re.compile(
-    r"\b(?:as an ai|language model|i(?:'m| am) sorry|i (?:cannot|can't|am unable)"
+    r"\b(?:as an ai|language model|i(?:['\u2019]m| am) sorry|i (?:cannot|can['\u2019]t|am unable)"
     r"|(?:given|reference|provided|original|above) answer|answer above"
     r"|(?:in )?my own words|rewritten|rephrased?)\b",
     re.IGNORECASE,
@@ -35,22 +36,25 @@ class Answer(TaskGenerator):
         *,
         samples: int = 1,
         best_by: str | None = None,
-        sampling: Sampling | None = None,
-        hint: str = "",
-        max_new_tokens: int = 512,
+        answer: Answering | None = None,
     ) -> None:
         self.tasks, self.samples, self.num_calls = tasks, samples, len(tasks)
         self.best_by = best_by
-        self.answering = Answering(sampling or Sampling(), max_new_tokens, hint)
+        if best_by == "reference" and any(task.reference is None for task in tasks):
+            raise DataError(
+                "generator.best_by: reference compares with the answers of 'prompts', and some "
+                "have none; choose likelihood or consensus"
+            )
+        self.answer = answer or Answering(Sampling())
 
     @property
     def at_most(self) -> Cost:
         kept = 1 if self.best_by else self.samples
-        return Cost(kept, self.samples, self.samples * self.answering.max_new_tokens)
+        return Cost(kept, self.samples, self.samples * self.answer.max_new_tokens)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         copies = [self.tasks[number]] * self.samples
-        made = yield from answered(copies, self.answering)
+        made = yield from answered(copies, self.answer)
         if self.best_by is None or not made.tasks:
             return made
         others = Counter({NOT_THE_BEST: len(made.tasks) - 1})

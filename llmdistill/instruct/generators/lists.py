@@ -10,8 +10,24 @@ from dataclasses import replace
 
 from llmdistill.batch import Sampling
 from llmdistill.instruct import prompts
-from llmdistill.instruct.generators.base import SURE, Cost, TaskGenerator, draw_of, require
-from llmdistill.instruct.parse import BETWEEN, NO_INPUT, UNPARSABLE, Parsed, parse_tasks
+from llmdistill.instruct.generators.base import (
+    SURE,
+    Answering,
+    Cost,
+    TaskGenerator,
+    answered,
+    draw_of,
+    require,
+)
+from llmdistill.instruct.parse import (
+    BETWEEN,
+    NO_INPUT,
+    TRUNCATED,
+    UNPARSABLE,
+    Parsed,
+    parse_question,
+    parse_tasks,
+)
 from llmdistill.instruct.requests import Call, Reply, Request, user
 from llmdistill.instruct.tasks import Task
 
@@ -20,7 +36,11 @@ SURPLUS = "more than asked for"
 
 
 class Alpaca(TaskGenerator):
-    """Whole tasks, several a call, after three examples (Taori et al. 2023)."""
+    """Whole tasks, several a call, after three examples (Taori et al. 2023).
+
+    With `answer` one task a call, of which the list gives the question alone, and the teacher
+    answers it as a user's: for teachers too small to keep to the form of the list.
+    """
 
     def __init__(
         self,
@@ -29,22 +49,26 @@ class Alpaca(TaskGenerator):
         seed: int = 0,
         tasks_per_call: int = 17,
         examples: int = 3,
+        answer: Answering | None = None,
         sampling: Sampling | None = None,
         max_new_tokens: int = 3072,
     ) -> None:
         require(seeds, examples)
-        self.seeds, self.seed = seeds, seed
+        self.seeds, self.seed, self.answer = seeds, seed, answer
         self.tasks_per_call, self.examples = tasks_per_call, examples
         self.sampling, self.max_new_tokens = sampling or Sampling(), max_new_tokens
 
     @property
     def at_most(self) -> Cost:
-        return Cost(self.tasks_per_call, 1, self.max_new_tokens)
+        if self.answer is None:
+            return Cost(self.tasks_per_call, 1, self.max_new_tokens)
+        return Cost(1, 2, self.max_new_tokens + self.answer.max_new_tokens)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         chosen = draw_of(self.seed, number).sample(self.seeds, self.examples)
         last = self.examples + self.tasks_per_call
-        start, stop = f"{BETWEEN}\n{self.examples + 1}. Instruction:", f"{BETWEEN}\n{last + 1}."
+        start = f"{BETWEEN}\n{self.examples + 1}. Instruction:"
+        stop = f"{BETWEEN}\n{last + 1}." if self.answer is None else f"{last}. Output:"
         (reply,) = yield [
             Request(
                 user(prompts.task_list(chosen, last)),
@@ -53,6 +77,14 @@ class Alpaca(TaskGenerator):
         ]  # fmt: skip
         if reply.refused:
             return Parsed([], {reply.refused: 1})
+        if self.answer is None:
+            return self._listed(start, reply)
+        question = parse_question(start + reply.text)
+        if reply.truncated or question is None:
+            return Parsed([], {TRUNCATED if reply.truncated else UNPARSABLE: 1})
+        return (yield from answered([question], self.answer))
+
+    def _listed(self, start: str, reply: Reply) -> Parsed:
         found = parse_tasks(start + reply.text, truncated=reply.truncated)
         tasks = [replace(task, log_prob=reply.log_prob) for task in found.tasks]
         surplus = Counter({SURPLUS: max(len(tasks) - self.tasks_per_call, 0)})
@@ -98,9 +130,15 @@ class SelfInstruct(TaskGenerator):
         asked = user(prompts.instruction_list([task.instruction for task in chosen]))
         start = f"{self.examples + 1}."
         (reply,) = yield [Request(asked, self.sampling, self.max_new_tokens, start=start)]
-        instructions = _numbered(start + reply.text, reply.truncated)[: self.tasks_per_call]
-        if reply.refused or not instructions:
-            return Parsed([], {reply.refused or UNPARSABLE: 1})
+        if reply.refused:
+            return Parsed([], {reply.refused: 1})
+        listed = _numbered(start + reply.text)
+        dropped = Counter({TRUNCATED: 1} if reply.truncated and listed else {})
+        whole = listed[:-1] if reply.truncated else listed
+        instructions = whole[: self.tasks_per_call]
+        dropped += Counter({SURPLUS: len(whole) - len(instructions)})
+        if not instructions:
+            return Parsed([], dropped or {UNPARSABLE: 1})
         kinds = yield [self._kind(text, draw) for text in instructions]
         output_first = [kind.text.strip().lower().startswith("yes") for kind in kinds]
         replies = yield [
@@ -110,7 +148,6 @@ class SelfInstruct(TaskGenerator):
             for text, first in zip(instructions, output_first, strict=True)
         ]
         tasks: list[Task] = []
-        dropped: Counter[str] = Counter()
         for text, written in zip(instructions, replies, strict=True):
             if task := _instance(text, written):
                 tasks.append(task)
@@ -132,10 +169,10 @@ class SelfInstruct(TaskGenerator):
         return Request(user(asked), SURE, KIND_TOKENS)
 
 
-def _numbered(text: str, truncated: bool) -> list[str]:
-    """The items of a numbered list, one a line; the last of a list that was cut off is left out."""
+def _numbered(text: str) -> list[str]:
+    """The items of a numbered list, one a line."""
     items = re.findall(r"^[ \t]*\d+[.)][ \t]*(\S.*)$", text, flags=re.MULTILINE)
-    return [item.strip() for item in (items[:-1] if truncated else items)]
+    return [item.strip() for item in items]
 
 
 def _instance(instruction: str, reply: Reply) -> Task | None:

@@ -10,11 +10,11 @@ from llmdistill.batch import Sampling
 from llmdistill.errors import DataError
 from llmdistill.instruct import prompts
 from llmdistill.instruct.generators.base import (
-    SURE,
     Answering,
     Cost,
     TaskGenerator,
     draw_of,
+    require,
     varied,
 )
 from llmdistill.instruct.parse import Parsed
@@ -31,22 +31,20 @@ class Magpie(TaskGenerator):
         self,
         *,
         sampling: Sampling | None = None,
-        answer_sampling: Sampling = SURE,
-        hint: str = "",
+        answer: Answering | None = None,
         max_instruction_tokens: int = 128,
-        max_new_tokens: int = 512,
     ) -> None:
         self.sampling = sampling or Sampling(temperature=1.0, top_p=0.99)
         self.max_instruction_tokens = max_instruction_tokens
-        self.answering = Answering(answer_sampling, max_new_tokens, hint)
+        self.answer = answer or Answering()
 
     @property
     def at_most(self) -> Cost:
-        return Cost(1, 2, self.max_instruction_tokens + self.answering.max_new_tokens)
+        return Cost(1, 2, self.max_instruction_tokens + self.answer.max_new_tokens)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         opening = Request((), self.sampling, self.max_instruction_tokens, turn="user")
-        return (yield from varied(opening, self.answering))
+        return (yield from varied(opening, self.answer))
 
 
 class Variants(TaskGenerator):
@@ -57,22 +55,20 @@ class Variants(TaskGenerator):
         *,
         seed: int = 0,
         sampling: Sampling | None = None,
-        answer_sampling: Sampling = SURE,
-        hint: str = "",
+        answer: Answering | None = None,
         max_instruction_tokens: int = 128,
-        max_new_tokens: int = 512,
     ) -> None:
         self.seed, self.sampling = seed, sampling or Sampling()
         self.max_instruction_tokens = max_instruction_tokens
-        self.answering = Answering(answer_sampling, max_new_tokens, hint)
+        self.answer = answer or Answering()
 
     @property
     def at_most(self) -> Cost:
-        return Cost(1, 2, self.max_instruction_tokens + self.answering.max_new_tokens)
+        return Cost(1, 2, self.max_instruction_tokens + self.answer.max_new_tokens)
 
     def vary(self, asked: str, variant: str) -> Call:
         request = Request(user(asked), self.sampling, self.max_instruction_tokens)
-        made = yield from varied(request, self.answering)
+        made = yield from varied(request, self.answer)
         return Parsed([replace(task, variant=variant) for task in made.tasks], made.dropped)
 
 
@@ -80,6 +76,7 @@ class Evolve(Variants):
     """Harder and rarer variants of given tasks, in turn, with their answers."""
 
     def __init__(self, tasks: Sequence[Task], **options: Any) -> None:
+        require(tasks, 1)
         super().__init__(**options)
         self.tasks = tasks
 
