@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from llmdistill.generate import generate
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from tests import toy
+from tests.teachers.test_remote import Server
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
 ROOT = Path(__file__).parents[2]
@@ -96,14 +98,27 @@ def test_two_models_write_the_same_on_two_ranks(tmp_path):
         assert ours["tokens_per_judgement"] == pytest.approx(alone["tokens_per_judgement"])
 
 
-def test_two_ranks_make_the_same_data_set(tmp_path, pair):
+@pytest.fixture
+def server():
+    made = Server()
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_two_ranks_make_the_same_data_set(tmp_path, pair, server, where):
+    teacher = {"model": pair[0], "dtype": "float32"}
+    if where == "remote":
+        teacher = {"kind": "remote", "model": "m", "url": server.url}
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in toy.rows(14)))
     folders = [tmp_path / name for name in ("one", "two")]
     made = [
         recipes.build_part(
             recipes.GenerationRecipe,
             {
-                "output": str(folder), "teacher": {"model": pair[0], "dtype": "float32"}, "target": 12,
+                "output": str(folder), "teacher": teacher, "target": 12,
                 "generator": {"kind": "answer", "prompts": f"{tmp_path}/rows.jsonl", "answer": {"max_new_tokens": 6}},
                 "filters": [], "round_size": 4,
             },
@@ -116,6 +131,7 @@ def test_two_ranks_make_the_same_data_set(tmp_path, pair):
     two_ranks("generating", tmp_path)
     for name in ("rows.jsonl", "calls.jsonl", "train.jsonl"):
         assert (folders[1] / name).read_bytes() == (folders[0] / name).read_bytes()
+    assert not list(folders[1].glob("spoken-*"))
 
 
 def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from llmdistill import recipe as recipes
 from llmdistill.errors import NonFiniteLossError
 from llmdistill.generate import generate
-from llmdistill.instruct.writers import LocalWriter
+from llmdistill.instruct.writers import LocalWriter, RemoteWriter
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
@@ -99,8 +99,10 @@ def generating(folder: Path) -> None:
     """Calls are shared out; one rank writes."""
     loaded = recipes.load_generation(folder / "recipe.yaml")
     asked = []
-    answer = LocalWriter.write
-    LocalWriter.write = lambda self, some: asked.extend(some) or answer(self, some)
+    remote = isinstance(loaded.teacher, recipes.RemoteTeacherRecipe)
+    writer = RemoteWriter if remote else LocalWriter
+    answer = writer.write
+    writer.write = lambda self, some: asked.extend(some) or answer(self, some)
     made = generate(loaded)
     assert made.counts.kept == 12
     assert {one.call % 4 // 2 for one in asked} == {dist.get_rank()}  # rounds of 4, two each

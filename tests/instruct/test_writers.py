@@ -160,10 +160,18 @@ def test_template_options_reach_the_template(teacher):
         tokenizer.chat_template = before
 
 
-@pytest.mark.parametrize("stop", ["", "sea"])
-def test_a_reply_is_as_likely_as_the_teacher_finds_it(teacher, stop):
-    """The mean log-probability of the tokens of the reply, its end token included."""
-    many = [asked(call, max_new_tokens=12, stop=stop) for call in range(6)]
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_reply_is_as_likely_as_the_teacher_finds_it(teacher, stops):
+    """The mean log-probability of the tokens that its text is made of, and of its end token; not of
+    what fills the row until its neighbours are done.
+    """
+    many = [asked(call, max_new_tokens=20) for call in range(12)]
+    tokenizer, plain = teacher.tokenizer, LocalWriter(teacher, seed=0)
+    stop = ""
+    if stops:
+        found = (re.search(r"[ -~]{2}", reply.text[4:]) for reply in plain.write(many))
+        stop = next(match for match in found if match).group()
+        many = [asked(call, max_new_tokens=20, stop=stop) for call in range(12)]
     recorded = []
     write = teacher.write
 
@@ -176,15 +184,20 @@ def test_a_reply_is_as_likely_as_the_teacher_finds_it(teacher, stop):
         replies = LocalWriter(teacher, seed=0, scored=True).write(many)
     finally:
         teacher.write = write
-    assert LocalWriter(teacher, seed=0).write(many)[0].log_prob is None
+    assert plain.write(many)[0].log_prob is None
     (written,) = recorded
-    order = written.row_ids_B.tolist()
-    prompt = LocalWriter(teacher, seed=0)._prompt(many[0].request)
+    order, prompt, stopped = written.row_ids_B.tolist(), plain._prompt(many[0].request), 0
     for place, ids in enumerate(written.responses()):
-        ends = [i for i, token in enumerate(ids) if token == teacher.tokenizer.eos_token_id]
-        kept = ids[: ends[0] + 1] if ends else ids
+        kept = ids
+        if tokenizer.eos_token_id in ids:
+            kept = ids[: ids.index(tokenizer.eos_token_id) + 1]
+        if stop and stop in tokenizer.decode(kept):
+            stopped += 1
+            before = len(tokenizer.decode(kept).partition(stop)[0])
+            kept = next(kept[:n] for n in range(1, 21) if len(tokenizer.decode(kept[:n])) >= before)
         with torch.no_grad():
             logits = teacher.model(torch.tensor([[*prompt, *kept]])).logits[0, len(prompt) - 1 : -1]
         log_probs = logits[:, : toy.NUM_TOKENS].log_softmax(-1)
         mean = log_probs.gather(1, torch.tensor(kept)[:, None]).mean()
         assert replies[order[place]].log_prob == pytest.approx(float(mean), abs=1e-6)
+    assert (stopped > 0) is stops
