@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -120,18 +121,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_drip(self, body):
         """A byte now and then: each read is in time, the whole is not."""
+        message = {"role": "assistant", "content": "too late"}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        reply = json.dumps(
+            {"id": "1", "object": "x", "created": 0, "model": "m", "choices": [choice]}
+        )
         self.send_response(200)
         self.send_header("content-type", "application/json")
-        self.send_header("content-length", "500")
+        self.send_header("content-length", str(8 + len(reply)))
         self.end_headers()
-        for _ in range(8):
-            try:
+        with contextlib.suppress(OSError):  # it is not waited for
+            for _ in range(8):
                 self.wfile.write(b" ")
                 self.wfile.flush()
-            except OSError:
-                break
-            time.sleep(0.2)
-        self.close_connection = True
+                time.sleep(0.2)
+            self.wfile.write(reply.encode())
 
     def do_cut(self, body):
         self.answer(body, finish_reason="length")
