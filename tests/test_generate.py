@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -82,6 +83,25 @@ def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, column
     assert f"Of {made.counts.made} tasks 9 were kept" in card.text
     assert recipes.dump(recipes.load_generation(out / "recipe.yaml")) in card.text
     assert all(json.loads(row["sampling"]) for row in loaded)
+
+
+def test_an_overwriting_that_was_killed_can_be_made_again(teacher, rows, tmp_path, monkeypatch):
+    out, deleted = tmp_path / "set", []
+    generate(recipe(teacher, rows, out, target=3))
+    unlink = Path.unlink
+
+    def killed(self, **options):
+        deleted.append(self.name)
+        if len(deleted) == 3:
+            raise KeyboardInterrupt
+        unlink(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate(recipe(teacher, rows, out, target=3), overwrite=True)
+    monkeypatch.undo()
+    assert "recipe.yaml" not in deleted
+    assert generate(recipe(teacher, rows, out, target=3), overwrite=True).counts.kept == 3
 
 
 def test_rows_may_join_and_leave_the_batch_as_they_end(teacher, rows, tmp_path):

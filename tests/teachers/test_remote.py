@@ -275,10 +275,10 @@ def test_another_model_than_asked_for_is_said(server, caplog):
 
 
 def test_the_pace_is_kept_from_one_call_to_the_next(server):
-    start, one = time.perf_counter(), teacher(server, per_minute=600)
-    for _ in range(6):
+    start, one = time.perf_counter(), teacher(server, per_minute=60)
+    for _ in range(3):
         one.answer(questions(1))
-    assert time.perf_counter() - start > 0.45
+    assert time.perf_counter() - start > 1.9  # two steps of a second
 
 
 def test_an_interrupt_does_not_wait_for_the_server(server):
