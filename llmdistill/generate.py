@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -15,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from llmdistill import recipe as recipes
 from llmdistill.data.render import open_user_turn
@@ -23,30 +20,18 @@ from llmdistill.errors import CheckpointError, DataError, RecipeError
 from llmdistill.instruct import build_filters, build_generator, read_tasks
 from llmdistill.instruct.dataset import write_splits
 from llmdistill.instruct.generators import TaskGenerator
-from llmdistill.instruct.lion import (
-    GREEDY,
-    Pools,
-    by_divergence,
-    by_referee,
-    divergences,
-    referee_gaps,
-)
-from llmdistill.instruct.pipeline import Asked, Counts, Pipeline, Settings
-from llmdistill.instruct.records import replace_lines, replace_text
-from llmdistill.instruct.requests import Request, user
-from llmdistill.instruct.tasks import Task
+from llmdistill.instruct.lion import Pools
+from llmdistill.instruct.pipeline import Counts, Pipeline, Settings
+from llmdistill.instruct.pools import tell_apart
+from llmdistill.instruct.records import replace_text
 from llmdistill.instruct.writers import LocalWriter, RemoteWriter
-from llmdistill.models.load import load_model, load_tokenizer, revision_of
-from llmdistill.models.vocabulary import require_same
+from llmdistill.models.load import load_tokenizer, revision_of
 from llmdistill.publish.data_card import Outcome, data_card
 from llmdistill.teachers import build_teacher
-from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.remote import RemoteTeacher
 
 RANKS_WAIT = timedelta(hours=6)
 TRANSPORT = ("url", "key_from", "concurrency", "timeout", "retries", "per_minute")
-
-logger = logging.getLogger("llmdistill")
 
 
 @dataclass(frozen=True)
@@ -85,7 +70,7 @@ def generate(
         "seed": recipe.seed,
     }
     pipeline = Pipeline(
-        build_generator(recipe, seeds, _pools(recipe, writer, folder)),
+        build_generator(recipe, seeds, tell_apart(recipe, writer, folder)),
         writer,
         build_filters(recipe, seeds),
         Settings(folder, recipe.target, recipe.round_size, about),
@@ -170,65 +155,6 @@ def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> str:
     asked = [f"[{message['role']}]\n{message['content']}" for message in request.messages]
     start = "" if isinstance(teacher, recipes.RemoteTeacherRecipe) else request.start
     return "\n".join([*asked, f"[{request.turn}]\n{start}..."])
-
-
-def _pools(
-    recipe: recipes.GenerationRecipe, writer: LocalWriter | RemoteWriter, folder: Path
-) -> Pools | None:
-    """For Lion: the hard and the easy tasks, told apart once and then read from gaps.json."""
-    answer, record = recipe.generator, folder / "gaps.json"
-    if not isinstance(answer, recipes.LionRecipe):
-        return None
-    tasks = read_tasks(answer.pool)
-    pool = hashlib.sha256(repr(tasks).encode()).hexdigest()[:16]
-    if record.is_file():
-        found = json.loads(record.read_text(encoding="utf-8"))
-        if found["pool"] != pool:
-            raise DataError(
-                f"generator.pool is not the one that {record} was made from; restore it"
-            )
-        gaps = found["gaps"]
-    else:
-        logger.info("telling hard tasks from easy ones")
-        told = [_gaps(recipe, answer, writer, tasks) if PartialState().is_main_process else None]
-        gaps = broadcast_object_list(told)[0]
-        if PartialState().is_main_process:
-            replace_lines(record, [{"pool": pool, "gaps": gaps}])
-        PartialState().wait_for_everyone()
-    if answer.by == "referee":
-        return by_referee(gaps, tasks)
-    return by_divergence(gaps, tasks, answer.hard_share)
-
-
-def _gaps(
-    recipe: recipes.GenerationRecipe,
-    answer: recipes.LionRecipe,
-    writer: LocalWriter | RemoteWriter,
-    tasks: list[Task],
-) -> list[float] | list[float | None]:
-    student = load_model(answer.student, dtype="auto")
-    size = answer.max_compared_tokens
-    if answer.by == "divergence":
-        assert isinstance(writer, LocalWriter)
-        require_same(
-            writer.teacher.tokenizer,
-            load_tokenizer(answer.student),
-            writer.teacher.model.get_output_embeddings().weight.shape[0],
-            student.get_output_embeddings().weight.shape[0],
-        )
-        return divergences(
-            writer.teacher, student, tasks, max_new_tokens=size, batch_size=recipe.batch_size,
-            chat_template_kwargs=recipe.chat_template_kwargs,
-        )  # fmt: skip
-    other = LocalWriter(
-        LocalTeacher(student, load_tokenizer(answer.student)), seed=recipe.seed,
-        batch_size=recipe.batch_size, chat_template_kwargs=recipe.chat_template_kwargs,
-    )  # fmt: skip
-    asked = [
-        Asked(number, 0, 0, Request(user(task.prompt), GREEDY, size))
-        for number, task in enumerate(tasks)
-    ]
-    return referee_gaps(writer, tasks, writer.write(asked), other.write(asked))
 
 
 def _samplings(recipe: recipes.GenerationRecipe) -> dict[str, object]:

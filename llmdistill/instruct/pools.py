@@ -1,0 +1,92 @@
+"""Lion's pools: hard and easy tasks, told apart once and then read from gaps.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from llmdistill import recipe as recipes
+from llmdistill.errors import DataError
+from llmdistill.instruct import read_tasks
+from llmdistill.instruct.lion import (
+    GREEDY,
+    Pools,
+    by_divergence,
+    by_referee,
+    divergences,
+    referee_gaps,
+)
+from llmdistill.instruct.pipeline import Asked
+from llmdistill.instruct.records import replace_lines
+from llmdistill.instruct.requests import Request, user
+from llmdistill.instruct.tasks import Task
+from llmdistill.instruct.writers import LocalWriter, RemoteWriter
+from llmdistill.models.load import load_model, load_tokenizer
+from llmdistill.models.vocabulary import require_same
+from llmdistill.teachers.local import LocalTeacher
+
+logger = logging.getLogger("llmdistill")
+
+
+def tell_apart(
+    recipe: recipes.GenerationRecipe, writer: LocalWriter | RemoteWriter, folder: Path
+) -> Pools | None:
+    """The tasks of `generator.pool` in two; None where the generator is not Lion."""
+    answer, record = recipe.generator, folder / "gaps.json"
+    if not isinstance(answer, recipes.LionRecipe):
+        return None
+    tasks = read_tasks(answer.pool)
+    pool = hashlib.sha256(repr(tasks).encode()).hexdigest()[:16]
+    if record.is_file():
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if found["pool"] != pool:
+            raise DataError(
+                f"generator.pool is not the one that {record} was made from; restore it"
+            )
+        gaps = found["gaps"]
+    else:
+        logger.info("telling hard tasks from easy ones")
+        told = [_gaps(recipe, answer, writer, tasks) if PartialState().is_main_process else None]
+        gaps = broadcast_object_list(told)[0]
+        if PartialState().is_main_process:
+            replace_lines(record, [{"pool": pool, "gaps": gaps}])
+        PartialState().wait_for_everyone()
+    if answer.by == "referee":
+        return by_referee(gaps, tasks)
+    return by_divergence(gaps, tasks, answer.hard_share)
+
+
+def _gaps(
+    recipe: recipes.GenerationRecipe,
+    answer: recipes.LionRecipe,
+    writer: LocalWriter | RemoteWriter,
+    tasks: list[Task],
+) -> list[float] | list[float | None]:
+    student = load_model(answer.student, dtype="auto")
+    size = answer.max_compared_tokens
+    if answer.by == "divergence":
+        assert isinstance(writer, LocalWriter)
+        require_same(
+            writer.teacher.tokenizer,
+            load_tokenizer(answer.student),
+            writer.teacher.model.get_output_embeddings().weight.shape[0],
+            student.get_output_embeddings().weight.shape[0],
+        )
+        return divergences(
+            writer.teacher, student, tasks, max_new_tokens=size, batch_size=recipe.batch_size,
+            chat_template_kwargs=recipe.chat_template_kwargs,
+        )  # fmt: skip
+    other = LocalWriter(
+        LocalTeacher(student, load_tokenizer(answer.student)), seed=recipe.seed,
+        batch_size=recipe.batch_size, chat_template_kwargs=recipe.chat_template_kwargs,
+    )  # fmt: skip
+    asked = [
+        Asked(number, 0, 0, Request(user(task.prompt), GREEDY, size))
+        for number, task in enumerate(tasks)
+    ]
+    return referee_gaps(writer, tasks, writer.write(asked), other.write(asked))
