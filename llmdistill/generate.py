@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from llmdistill.instruct.lion import Pools
 from llmdistill.instruct.pipeline import Counts, Pipeline, Settings
 from llmdistill.instruct.pools import tell_apart
 from llmdistill.instruct.records import replace_text
+from llmdistill.instruct.requests import Reply, Request
 from llmdistill.instruct.writers import LocalWriter, RemoteWriter
 from llmdistill.models.load import load_tokenizer, revision_of
 from llmdistill.publish.data_card import Outcome, data_card
@@ -31,7 +33,7 @@ from llmdistill.teachers import build_teacher
 from llmdistill.teachers.remote import RemoteTeacher
 
 RANKS_WAIT = timedelta(hours=6)
-TRANSPORT = ("url", "key_from", "concurrency", "timeout", "retries", "per_minute")
+TRANSPORT = ("url", "key_from", "concurrency", "timeout", "retries", "per_minute", "license")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def build_writer(
         "chat_template_kwargs": recipe.chat_template_kwargs,
     }
     if isinstance(answer, recipes.RemoteTeacherRecipe):
-        options = answer.model_dump(exclude={"kind", "revision", "tokenizer"})
+        options = answer.model_dump(exclude={"kind", "revision", "tokenizer", "license"})
         if answer.per_minute is not None:
             options["per_minute"] = answer.per_minute / PartialState().num_processes
         known = load_tokenizer(answer.tokenizer) if answer.tokenizer else None
@@ -133,17 +135,26 @@ def planned(recipe: recipes.GenerationRecipe) -> TaskGenerator:
     return build_generator(recipe, read_tasks(recipe.seeds), pools)
 
 
-def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> str:
-    """What the teacher will be asked first, as text; a user's turn as its template opens it.
+def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> list[str]:
+    """What the teacher will be asked first, as text, and what then, where that asks for more."""
+    calls = generator.num_calls if generator.num_calls is not None else 1
+    for call in (generator.call(number, []) for number in range(calls)):
+        texts: list[str] = []
+        with contextlib.suppress(StopIteration):
+            requests = next(call)
+            while True:
+                texts.append(_filled(recipe, requests[0]))
+                requests = call.send([Reply("(what it wrote)") for _ in requests])
+        if texts:
+            return texts
+    raise DataError("there is nothing to ask: no row of generator.prompts can be used")
 
-    A server is not told how its reply is to begin.
+
+def _filled(recipe: recipes.GenerationRecipe, request: Request) -> str:
+    """A request as text; a user's turn as the template opens it.  A server is not told how its
+    reply is to begin.
     """
-    calls = range(generator.num_calls if generator.num_calls is not None else 1)
-    asked_first = (next(generator.call(number, []), None) for number in calls)
-    requests = next((requests for requests in asked_first if requests), None)
-    if requests is None:
-        raise DataError("there is nothing to ask: no row of generator.prompts can be used")
-    request, teacher = requests[0], recipe.teacher
+    teacher = recipe.teacher
     if request.turn == "user":
         if isinstance(teacher, recipes.RemoteTeacherRecipe):
             assert teacher.tokenizer is not None  # such a recipe is refused without one
@@ -174,6 +185,8 @@ def _prepare(
     record = folder / "recipe.yaml"
     # A file that was being written when the run was killed is nothing yet.
     there = [file for file in folder.iterdir() if file.suffix != ".new"] if folder.is_dir() else []
+    if there == [record]:  # a start that failed before a word was said
+        there = []
     used = bool(there) or (folder.exists() and not folder.is_dir())
     if used and overwrite and not record.is_file():
         raise CheckpointError(f"--overwrite: {folder} holds no data set, and is left alone")
@@ -185,11 +198,13 @@ def _prepare(
     if used and overwrite:
         for file in sorted(there, key=lambda file: file == record):  # the record last of all
             shutil.rmtree(file) if file.is_dir() else file.unlink()
-    elif resume and record.is_file():
-        if _what_counts(recipes.load_generation(record)) != _what_counts(recipe):
+    elif used and resume and record.is_file():
+        before, now = _what_counts(recipes.load_generation(record)), _what_counts(recipe)
+        if changed := [key for key in now if before.get(key) != now[key]]:
+            key = changed[0]
             raise CheckpointError(
-                f"--resume: {record} says otherwise than this recipe; only 'target', 'columns', "
-                "'held_back' and how a server is reached may change"
+                f"--resume: '{key}' was {before.get(key)} in {record} and is {now[key]} now; only "
+                "'target', 'columns', 'held_back' and how a server is reached may change"
             )
     elif resume and used:
         raise CheckpointError(f"--resume: {folder} holds no data set")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,9 @@ from llmdistill.data.sources import read
 from llmdistill.errors import CheckpointError, DataError, RecipeError, VocabularyError
 from llmdistill.generate import generate
 from llmdistill.instruct import read_tasks
+from llmdistill.instruct.pipeline import Counts
+from llmdistill.instruct.requests import Reply
+from llmdistill.publish.data_card import Outcome, data_card
 from tests import toy
 
 SHORT = {"answer": {"max_new_tokens": 12}}
@@ -49,14 +53,14 @@ def rows(tmp_path):
     return str(path)
 
 
-def recipe(teacher, rows, output, kind="magpie", **changes):
+def recipe(teacher, rows, output, kind="magpie", teacher_of=None, **changes):
     generator = {"kind": kind, **GENERATORS[kind]}
     if kind in ("answer", "rewrite"):
         generator["prompts"] = rows
     if kind == "lion":
         generator |= {"pool": rows, "student": teacher}
     given = {
-        "output": str(output), "teacher": {"model": teacher}, "generator": generator, "seeds": rows,
+        "output": str(output), "teacher": teacher_of or {"model": teacher}, "generator": generator, "seeds": rows,
         "filters": [{"kind": "empty_or_echo"}], "target": 9, "round_size": 8, "batch_size": 4,
     }  # fmt: skip
     return recipes.build_part(recipes.GenerationRecipe, given | changes, "recipe")
@@ -81,8 +85,9 @@ def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, column
     card = DatasetCard.load(out / "README.md")
     assert card.data.license == "other"
     assert f"Of {made.counts.made} tasks 9 were kept" in card.text
-    assert recipes.dump(recipes.load_generation(out / "recipe.yaml")) in card.text
-    assert all(json.loads(row["sampling"]) for row in loaded)
+    loaded = recipes.load_generation(out / "recipe.yaml")
+    assert recipes.dump(loaded.model_copy(update={"output": "set"})) in card.text
+    assert all(json.loads(line["sampling"]) for line in lines)
 
 
 def test_an_overwriting_that_was_killed_can_be_made_again(teacher, rows, tmp_path, monkeypatch):
@@ -207,6 +212,108 @@ def test_an_instruction_beside_messages_is_not_read(tmp_path):
     assert task.instruction == "Name a bird."
 
 
+def test_what_the_page_on_recipes_shows_is_valid():
+    """Each block of docs/generation.md, in the place that it has in a recipe."""
+    page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text()
+    blocks = [part.split("```")[0] for part in page.split("```yaml\n")[1:]]
+    whole, *parts = (recipes.parse_yaml(block, "the page") for block in blocks)
+    kinds = set()
+    for part in ({}, *parts):
+        made = recipes.build_part(recipes.GenerationRecipe, whole | part, "the page")
+        kinds |= {made.generator.kind, *(one.kind for one in made.filters)}
+    assert kinds == {
+        *("magpie", "alpaca", "self_instruct", "answer", "rewrite", "evolve", "lion"),
+        *("truncated", "length", "odd_start", "blacklist", "open_end", "empty_or_echo"),
+        *("repeated_lines", "rouge", "near_duplicates", "contamination", "language"),
+        *("perplexity", "same_result"),
+    }
+
+
+def test_the_folder_of_a_data_set_is_its_rows_to_train_on(teacher, rows, tmp_path):
+    made = generate(recipe(teacher, rows, tmp_path / "set", held_back=0.4))
+    assert made.sizes["held"] > 0
+    assert len(list(read(str(made.folder)))) == made.sizes["train"]
+
+
+def test_a_row_without_an_answer_is_never_kept(teacher, rows, tmp_path, monkeypatch):
+    def silent(self, asked):
+        return [Reply(" " if one.call % 2 else "Well.") for one in asked]
+
+    monkeypatch.setattr("llmdistill.instruct.writers.LocalWriter.write", silent)
+    made = generate(
+        recipe(
+            teacher,
+            rows,
+            tmp_path / "set",
+            "answer",
+            target=None,
+            filters=[],
+            generator={"kind": "answer", "prompts": rows},
+        )
+    )
+    assert made.counts == Counts(5, Counter({"empty answer": 5}))
+
+
+def test_prompts_without_a_row_are_an_error(teacher, rows, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="'generator.prompts' holds no row"):
+        generate(recipe(teacher, str(tmp_path / "empty.jsonl"), tmp_path / "set", "answer"))
+    assert (
+        generate(recipe(teacher, rows, tmp_path / "set", "answer")).counts.kept == 9
+    )  # not in the way
+
+
+def test_a_card_of_given_prompts_claims_neither_their_text_nor_their_licence(
+    teacher, rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("llmdistill.publish.data_card.license_of", lambda name, **options: "mit")
+    for kind, terms in (("answer", "other"), ("magpie", "mit")):
+        made = generate(recipe(teacher, rows, tmp_path / kind, kind))
+        card = DatasetCard.load(made.folder / "README.md")
+        assert card.data.license == terms
+        assert ("Answers to given prompts, written by" in card.text) is (kind == "answer")
+        assert str(tmp_path / kind) not in card.text
+
+
+def test_a_card_holds_no_address_and_asks_the_hub_for_no_server(
+    teacher, rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "llmdistill.publish.data_card.license_of", lambda name, **o: pytest.fail("asked")
+    )
+    remote = {"kind": "remote", "model": "m", "url": "http://inside:1/v1", "license": "mit"}
+    made = recipe(teacher, rows, tmp_path / "set", "evolve", teacher_of=remote)
+    card = data_card(made, Outcome({"train": 1}, {}, {}, ""))
+    assert "inside" not in card
+    assert "license: mit" in card
+
+
+def test_the_hub_is_asked_before_anything_is_written(teacher, rows, tmp_path, monkeypatch, capsys):
+    def offline(self, name, **options):
+        raise OSError("no way there")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", offline)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(recipe(teacher, rows, tmp_path / "set", "evolve")))
+    monkeypatch.setattr(sys, "argv", ["llmdistill", "generate", str(path), "--push", "me/set"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "cannot use me/set on the Hub: OSError: no way there. Log in with" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (tmp_path / "set").exists()
+
+
+def test_an_unknown_key_is_named_where_it_stands(teacher, rows, tmp_path):
+    given = {"kind": "answer", "prompts": rows, "sample": 2, "answer": {}}
+    with pytest.raises(RecipeError, match=r"unknown key 'generator\.sample'"):
+        recipe(teacher, rows, tmp_path, generator=given)
+    given = {"kind": "answer", "prompts": rows, "answer": {"hnit": 2}}
+    with pytest.raises(RecipeError, match=r"unknown key 'generator\.answer\.hnit'"):
+        recipe(teacher, rows, tmp_path, generator=given)
+
+
 def test_a_weight_is_refused_where_it_does_nothing(teacher, rows, tmp_path):
     weighted = [{"source": rows, "weight": 2}]
     with pytest.raises(RecipeError, match="weights are for training"):
@@ -229,7 +336,9 @@ def test_a_data_set_goes_on_and_is_not_overwritten_by_chance(teacher, rows, tmp_
     generate(recipe(teacher, rows, parts, target=3))
     with pytest.raises(CheckpointError, match="is not empty"):
         generate(recipe(teacher, rows, parts))
-    with pytest.raises(CheckpointError, match="only 'target', 'columns'"):
+    with pytest.raises(
+        CheckpointError, match="'seed' was 0 in .* and is 1 now; only 'target', 'columns'"
+    ):
         generate(recipe(teacher, rows, parts, seed=1), resume=True)
     generate(recipe(teacher, rows, parts), resume=True)
     for name in ("rows.jsonl", "calls.jsonl", "train.jsonl"):
@@ -304,6 +413,17 @@ def test_a_student_of_another_vocabulary_is_refused(teacher, rows, tmp_path):
             {"generator": {"kind": "answer", "prompts": "x", "best_by": "consensus"}},
             "chooses among 'samples'",
         ),
+        (
+            {
+                "generator": {
+                    "kind": "answer",
+                    "prompts": "x",
+                    "samples": 2,
+                    "answer": {"sampling": {"temperature": 0}},
+                }
+            },
+            "are all the same",
+        ),
         ({"filters": [{"kind": "perplexity"}]}, "give 'at_most', 'at_least', or both"),
     ],
 )
@@ -339,14 +459,15 @@ def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch,
     assert run("--dry-run") == 0
     shown = capsys.readouterr().out
     assert "Write the task alone" in shown
+    assert "and then:\n[user]\n(what it wrote)" in shown
     assert "9 rows: 9 calls if every task is kept, of at most 2 requests each" in shown
     assert "at most 216 tokens" in shown
     assert not (tmp_path / "set").exists()
     assert run("target=5", "--push", "me/set") == 0
     shown = capsys.readouterr().out
     assert "5 of 5 rows" in shown
-    assert pushed[0] == ("me/set", True)
-    assert {"calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json"} <= set(pushed[1])
+    assert pushed[:-1] == [("me/set", True)] * 2  # seen to before, and again when it is there
+    assert {"calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json", "recipe.yaml"} <= set(pushed[-1])
     public.append("me/open")
     del pushed[:]
     assert run("--overwrite", "target=5", "--push", "me/open") == 2

@@ -30,9 +30,11 @@ def generate(
 ) -> None:
     """Let a teacher write instructions and answers, keep the good ones, and leave a data set."""
     from llmdistill import recipe as recipes
+    from llmdistill.errors import RecipeError
 
     loaded = recipes.load_generation(recipe, overrides or [])
-
+    if resume and overwrite:
+        raise RecipeError("--resume goes on with a data set, --overwrite deletes it: choose one")
     if dry_run:
         _show_request(loaded)
     else:
@@ -45,7 +47,9 @@ def _show_request(recipe: GenerationRecipe) -> None:
     from llmdistill.generate import filled, planned
 
     generator = planned(recipe)
-    console.print(filled(recipe, generator), markup=False, highlight=False, soft_wrap=True)
+    for number, text in enumerate(filled(recipe, generator)):
+        console.print("\nand then:\n" if number else "", end="")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"\n{_estimate(generator, recipe.target)}", highlight=False, soft_wrap=True)
 
 
@@ -55,10 +59,13 @@ def _run(recipe: GenerationRecipe, *, resume: bool, overwrite: bool, push: str |
 
     from llmdistill.cli.show import console
     from llmdistill.generate import generate as run
+    from llmdistill.publish.data_card import prepare_push
     from llmdistill.publish.data_card import push as upload
 
     is_main = os.environ.get("RANK", "0") == "0"
     spent, there = 0.0, 0
+    if push and is_main:
+        prepare_push(push)  # before hours of writing, not after them
 
     def progress(counts: Counts, seconds: float) -> None:
         nonlocal spent, there

@@ -58,7 +58,7 @@ def form_of(row: Any, place: str, form: str = "auto") -> str:
         known = ", ".join(f"'{key}'" for key, _ in FORMATS.values())
         raise DataError(
             f"{place}: none of the fields {known} in the row; it has {_show(list(row))}. "
-            "Name the right ones in data.columns."
+            "Name the right ones in 'columns' of the source (or data.columns)."
         )
     return found
 

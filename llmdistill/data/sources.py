@@ -65,6 +65,9 @@ def _folder_rows(folder: Path, source: str) -> Rows:
 
         yield from _numbered(datasets.load_from_disk(str(folder)), source)
         return
+    if (folder / "calls.jsonl").is_file():  # of `llmdistill generate`: what is held back stays so
+        yield from _file_rows(folder / "train.jsonl", source)
+        return
     found = sorted(path for path in folder.iterdir() if path.suffix in READERS)
     if not found:
         raise DataError(f"{source}: the folder holds none of {', '.join(READERS)}")

@@ -89,8 +89,15 @@ class RepeatedLines(Filter):
         return "repeats itself" if repeats > self.max_share else None
 
 
+class EmptyAnswer(Filter):
+    """Nothing was answered."""
+
+    def reason(self, task: Task) -> str | None:
+        return None if task.output.strip() else "empty answer"
+
+
 class EmptyOrEcho(Filter):
-    """Nothing was answered, or the question was."""
+    """Nothing was answered, or punctuation, or the question."""
 
     def reason(self, task: Task) -> str | None:
         output = _plain(task.output)

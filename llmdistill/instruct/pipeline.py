@@ -23,7 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from llmdistill.errors import DataError, TeacherError
-from llmdistill.instruct.filters import Filter
+from llmdistill.instruct.filters import EmptyAnswer, Filter
 from llmdistill.instruct.generators import TaskGenerator
 from llmdistill.instruct.parse import Parsed
 from llmdistill.instruct.records import (
@@ -35,6 +35,7 @@ from llmdistill.instruct.records import (
 from llmdistill.instruct.requests import Reply, Request
 from llmdistill.instruct.tasks import Task
 
+ALWAYS = (EmptyAnswer(),)  # no data set takes such a row
 BARREN_ROUNDS = 20  # after so many without a row a run without an end stops
 
 
@@ -109,6 +110,8 @@ class Pipeline:
 
         `progress` hears of each round and its seconds, and first of what was there already.
         """
+        if self.generator.num_calls == 0:
+            raise DataError("there is nothing to ask: 'generator.prompts' holds no row")
         self._take_up()
         progress(self.counts, 0.0)
         barren = 0
@@ -125,8 +128,8 @@ class Pipeline:
             if barren == BARREN_ROUNDS and self.generator.num_calls is None:
                 raise DataError(
                     f"no row was kept in the last {barren} rounds of {self.settings.round_size} "
-                    f"calls; dropped so far: {dict(self.counts.dropped)}. Change the generator or "
-                    "the filters."
+                    f"calls; dropped so far: {dict(self.counts.dropped)}. Change the filters or "
+                    "the generator (texts that are cut off are longer than its limits of tokens)."
                 )
 
     def _check_answered(self, made: Sequence[Made]) -> None:
@@ -178,10 +181,10 @@ class Pipeline:
         self._append("rows.jsonl", rows)
 
     def _passes(self, task: Task) -> bool:
-        for one in self.filters:
-            if reason := one.reason(task):
-                self.counts.dropped[reason] += 1
-                return False
+        reasons = (one.reason(task) for one in (*ALWAYS, *self.filters))
+        if reason := next(filter(None, reasons), None):
+            self.counts.dropped[reason] += 1
+            return False
         for one in self.filters:
             one.kept(task)
         self.counts.kept += 1

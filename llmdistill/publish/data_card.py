@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llmdistill import recipe as recipes
 from llmdistill.data.sources import hub_name
 from llmdistill.errors import CheckpointError
 from llmdistill.publish.card import license_of, made_with, shown
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 # How it was written, not what it is.
-RECORDS = ("calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json", "spoken-*.jsonl", "*.new")
+RECORDS = (
+    *("calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json", "spoken-*.jsonl", "*.new"),
+    "recipe.yaml",  # holds paths and addresses of whoever made it; the card shows it without
+)
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
 INTENDED = """## Intended use
 
-Training and distilling language models. The text was written by a language model and not checked by
-people: it holds errors, and the licence of its teacher decides what may be done with it."""
+Training and distilling language models. What a language model wrote here was not checked by people:
+it holds errors, and the licences of the teacher and of what it was shown decide what may be done
+with it."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +42,44 @@ class Outcome:
 
 
 def push(folder: Path, name: str) -> None:
-    """Uploads the data set, without the records of how it was written.  A new one is private.
+    """Uploads the data set, without the records of how it was written."""
+    api = prepare_push(name)
+    with _clear_errors(name):
+        _upload(api, folder, name)
 
-    Raises CheckpointError where `name` is there already and public.
+
+def prepare_push(name: str) -> HfApi:
+    """Sees to it that there is a private data set of this name; a new one is private.
+
+    Raises CheckpointError where the Hub cannot be reached, does not let us in, or has a public one.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
-    if not api.dataset_info(name).private:
+    with _clear_errors(name):
+        api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
+        private = api.dataset_info(name).private
+    if not private:
         raise CheckpointError(
             f"--push: {name} is a public data set, and nothing is published by chance. Make it "
-            f"private first, or take another name. The data set is in {folder}."
+            "private first, or take another name."
         )
+    return api
+
+
+@contextlib.contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # no network, not logged in, no right to write there
+        raise CheckpointError(
+            f"--push: cannot use {name} on the Hub: {type(error).__name__}: {error}. Log in with "
+            "'hf auth login', or leave --push out: what is made stays in its folder, and "
+            "--resume --push uploads it."
+        ) from error
+
+
+def _upload(api: HfApi, folder: Path, name: str) -> None:
     api.upload_folder(
         repo_id=name,
         repo_type="dataset",
@@ -59,12 +93,13 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
     """The card as Markdown with its metadata; parses with `DatasetCard.load`."""
     from huggingface_hub import DatasetCardData
 
-    terms = license_of(recipe.teacher.model)
+    terms = _license(recipe)
+    stated = terms if terms and not _given(recipe) else None
     languages = [code for f in recipe.filters if f.kind == "language" for code in f.languages]
     files = [{"split": name, "path": f"{name}.parquet"} for name in outcome.sizes]
     data = DatasetCardData(
-        license=terms or "other",
-        license_name=None if terms else "see-the-teacher",
+        license=stated or "other",
+        license_name=None if stated else "see-below",
         language=languages or None,
         size_categories=[_size(sum(outcome.sizes.values()))],
         task_categories=["text-generation"],
@@ -79,13 +114,34 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
                 _origin(recipe, terms, outcome.revision),
                 _rows(recipe, outcome),
                 INTENDED,
-                f"## How it was made\n\nWith {made_with()}, and this recipe, which is "
-                "`recipe.yaml` here:\n\n```bash\nllmdistill generate recipe.yaml\n```\n\n"
-                f"```yaml\n{recipes.dump(recipe).replace('```', chr(39) * 3)}```",
+                f"## How it was made\n\nWith {made_with()}, and this as `recipe.yaml`:\n\n"
+                "```bash\nllmdistill generate recipe.yaml\n```\n\n"
+                f"```yaml\n{recipes.dump(_public(recipe)).replace('```', chr(39) * 3)}```",
             ]
         )
         + "\n"
     )
+
+
+def _given(recipe: recipes.GenerationRecipe) -> bool:
+    """Are the questions somebody else's?"""
+    return recipe.generator.kind in ("answer", "rewrite")
+
+
+def _license(recipe: recipes.GenerationRecipe) -> str | None:
+    """The teacher's; the name of a model on a server is no name on the Hub."""
+    if isinstance(recipe.teacher, recipes.RemoteTeacherRecipe):
+        return recipe.teacher.license
+    return license_of(recipe.teacher.model)
+
+
+def _public(recipe: recipes.GenerationRecipe) -> recipes.GenerationRecipe:
+    """Without the folders and addresses of whoever ran it."""
+    changes: dict[str, Any] = {"output": Path(recipe.output).name}
+    if isinstance(recipe.teacher, recipes.RemoteTeacherRecipe):
+        url = recipes.RemoteTeacherRecipe.model_fields["url"].default
+        changes["teacher"] = recipe.teacher.model_copy(update={"url": url})
+    return recipe.model_copy(update=changes)
 
 
 def _size(rows: int) -> str:
@@ -99,8 +155,9 @@ def _origin(recipe: recipes.GenerationRecipe, terms: str | None, revision: str) 
         if terms
         else "The teacher's licence could not be read: look it up before you share this."
     )
+    written = "Answers to given prompts" if _given(recipe) else "Instructions and answers"
     return (
-        "Instructions and answers written by a language model, with "
+        f"{written}, written by a language model, with "
         f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n"
         f"- **Teacher**: `{shown(recipe.teacher.model)}`"
         f"{f', {shown(revision)}' if revision else ''}\n"
@@ -114,7 +171,7 @@ def _material(recipe: recipes.GenerationRecipe) -> str:
     answer = recipe.generator
     shown_ones = () if answer.kind == "magpie" else recipe.seeds
     sources = getattr(answer, "prompts", None) or getattr(answer, "pool", None) or shown_ones
-    listed = [f"`{shown(one.source)}`{_terms(one.source)}" for one in sources]
+    listed = [f"`{shown(Path(one.source).name)}`{_terms(one.source)}" for one in sources]
     return ", ".join(listed) or "nothing but the teacher's chat template"
 
 
@@ -137,7 +194,9 @@ def _rows(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
     return (
         "## Rows\n\n" + "\n".join(lines) + f"\n\nColumns: {columns}, and `id`, `variant`, "
         "`generator`, `teacher`, `revision`, `sampling`, `seed`, `prompt_hash`: where each row "
-        "comes from. `id` is the call and the place in it; with `seed` it keys what was drawn.\n\n"
+        "comes from. `id` is the call and the place in it; with `seed` it keys what was drawn. "
+        f"About {recipe.held_back:.0%} of the questions, by a hash of their text, are in `held`."
+        "\n\n"
         f"Of {kept + dropped} tasks {kept} were kept. Dropped: {shown(why)}."
         + (f" Kept, by variant: {shown(ways)}." if ways else "")
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.facts import wrong_pattern
-from llmdistill.recipe.sources import Sources
+from llmdistill.recipe.sources import Sources, one_or_several
 
 
 def _a_pattern(pattern: str) -> str:
@@ -97,7 +97,7 @@ class LanguageRecipe(Strict):
     """Rows in another language."""
 
     kind: Literal["language"] = "language"
-    languages: list[str] = Field(["en"], min_length=1)
+    languages: Annotated[list[str], BeforeValidator(one_or_several), Field(min_length=1)] = ["en"]
     """ISO 639-1."""
 
 

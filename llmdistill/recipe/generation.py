@@ -26,6 +26,8 @@ class RemoteTeacherRecipe(Strict):
     """A Hub id or a folder; needed where the prompt is no chat (magpie)."""
     revision: str | None = None
     """Noted in every row; the server decides what it serves."""
+    license: str | None = None
+    """Of the model, as the data set's card is to state it: apache-2.0."""
     key_from: str | None = None
     """The environment variable that holds the key; the key itself stands nowhere.  None:
     OPENAI_API_KEY for api.openai.com, and no key for any other server.
@@ -66,6 +68,12 @@ class AnsweringRecipe(Strict):
     """Stands below the question for the teacher, and in neither question nor answer of the row:
     Answer in two sentences.
     """
+
+
+class DrawnAnswerRecipe(AnsweringRecipe):
+    """The same, drawn: for several answers to one question."""
+
+    sampling: SamplingRecipe = SamplingRecipe()
 
 
 class AlpacaRecipe(Strict):
@@ -130,12 +138,16 @@ class AnswerRecipe(Strict):
     """Keep one of the samples: the one that the teacher finds likeliest (mean log-probability a
     token), that is most like the others, or most like the data set's answer (ROUGE-L).  None: all.
     """
-    answer: AnsweringRecipe = AnsweringRecipe(sampling=SamplingRecipe())
+    answer: DrawnAnswerRecipe = DrawnAnswerRecipe()
 
     @model_validator(mode="after")
     def _several_to_choose_from(self) -> AnswerRecipe:
         if self.best_by is not None and self.samples == 1:
             raise PydanticCustomError("best_by", "'best_by' chooses among 'samples': ask for more")
+        if self.samples > 1 and self.answer.sampling.temperature == 0:
+            raise PydanticCustomError(
+                "samples", "several 'samples' at temperature 0 are all the same"
+            )
         return self
 
 

@@ -168,9 +168,13 @@ def _dotted(location: Sequence[str | int], data: Any, *, missing: bool) -> str:
 
     What pydantic adds (the kinds of a union, what a short form stands for) is left out.
     """
-    path, here = "", data
+    path, here, named = "", data, False
     for number, step in enumerate(location):
         is_new = missing and number == len(location) - 1
+        if isinstance(here, dict) and here.get("kind") == step and not named:
+            named = True  # the kind of a union, though a key may be called the same
+            continue
+        named = False
         if isinstance(step, int) and isinstance(here, list):
             path += f"[{step}]"
             here = here[step]

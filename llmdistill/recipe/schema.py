@@ -116,7 +116,9 @@ class DataRecipe(Strict):
     @model_validator(mode="after")
     def _one_source_of_eval_rows(self) -> DataRecipe:
         if self.eval and self.hold_back:
-            raise PydanticCustomError("both", "give 'eval' or 'hold_back', not both")
+            raise PydanticCustomError(
+                "both", "give 'eval' or 'hold_back', not both (data.hold_back=0 switches it off)"
+            )
         if self.hold_back and self.turns == "all":
             raise PydanticCustomError(
                 "turns", "with 'turns: all' a held turn would stand in another row; give 'eval'"

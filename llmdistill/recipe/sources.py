@@ -25,10 +25,15 @@ class SourceRecipe(Strict):
     """How often a row stands in an epoch: 2 is twice, 0.5 is half of the rows, always the same."""
 
 
-def _one_or_several(given: Any) -> Any:
-    several = given if isinstance(given, list) else [given]
+def one_or_several(given: Any) -> Any:
+    """A list; of one where it is none."""
+    return given if isinstance(given, list) else [given]
+
+
+def _by_name(given: Any) -> Any:
+    several = one_or_several(given)
     return [{"source": one} if isinstance(one, str) else one for one in several]
 
 
-Sources = Annotated[list[SourceRecipe], BeforeValidator(_one_or_several)]
+Sources = Annotated[list[SourceRecipe], BeforeValidator(_by_name)]
 """Several, or one alone; each as its name, or with more to say."""

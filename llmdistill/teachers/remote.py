@@ -34,6 +34,11 @@ NO_KEY = "none"  # the client insists on one; servers of one's own do not
 TRY_AGAIN = (408, 409, 425, 429)  # and all from 500 on
 REFUSED = (400, 413, 422)  # this request, and perhaps no other
 REFUSAL = "refused by the server"
+HINTS = {
+    401: ". Name the variable that holds your key in teacher.key_from.",
+    403: ". Name the variable that holds your key in teacher.key_from.",
+    404: ". Does teacher.url end as the server wants it (.../v1), and does it serve this model?",
+}
 
 # What reading a reply raises that is no JSON, or JSON of another form: the client checks neither.
 UNUSABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
@@ -217,17 +222,20 @@ class RemoteTeacher:
                     self._say_once(f"{self.url} refuses a request: {wrong[:500]}")
                     return Spoken("", refused=REFUSAL)
                 if error.status_code not in TRY_AGAIN and error.status_code < 500:
-                    raise TeacherError(f"{self.url} refuses: {wrong[:500]}") from error
+                    hint = HINTS.get(error.status_code, "")
+                    raise TeacherError(f"{self.url} refuses: {wrong[:500]}{hint}") from error
                 wait = _asked_to_wait(error.response)
             except UNUSABLE as error:
                 wrong = f"unusable reply: {error}"
+            self._say_once(f"{self.url}: {wrong[:200]}; asking again")
             if attempt < self.retries:
                 pause = min(self.pause * 2**attempt, LONGEST_PAUSE)
                 # Not all at the same moment again.
                 await asyncio.sleep(max(wait, pause * random.uniform(0.5, 1.0)))
         raise TeacherError(
             f"{self.url} gave no usable reply in {self.retries + 1} attempts; the last: "
-            f"{wrong[:500]}. What was recorded is kept: go on with --resume once it is well."
+            f"{wrong[:500]} Does it run, and is its address right? What was recorded is kept: go "
+            "on with --resume once it is well."
         )
 
     async def _ask(self, client: Any, question: Question) -> Any:

@@ -86,7 +86,7 @@ def test_a_row_that_fits_many_forms_is_read_in_the_one_asked_for(form, content):
         ("hi", "got str"),
         (None, "got NoneType"),
         ({"body": "hi", "b": 1}, "none of the fields 'messages', 'conversations', 'prompt',"),
-        ({"body": "hi"}, "Name the right ones in data.columns"),
+        ({"body": "hi"}, "Name the right ones in 'columns'"),
         ({"conversations": 3}, "'conversations' must be a list of messages, got 3"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "'conversations[0]'.role"),
         ({"conversations": [{"from": "human"}]}, "'conversations[0]'.content must be text"),

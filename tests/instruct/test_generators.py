@@ -252,6 +252,7 @@ def test_a_rewrite_keeps_what_was_there_as_its_reference():
         Reply("In my own words: thing 2 is done."),
         Reply("The given answer says that thing 2 is done."),
         Reply("Thing 3 is done."),
+        Reply("Thing 2 is done. "),
     ],
 )
 def test_a_rewrite_of_no_use_leaves_the_given_answer(reply):

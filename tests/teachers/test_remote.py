@@ -257,7 +257,7 @@ def test_the_server_says_how_long_to_wait_by_a_date(server):
     server.faults = ["later"]
     start = time.perf_counter()
     teacher(server).answer(questions(1))
-    assert 0.9 < time.perf_counter() - start < 2.5
+    assert 0.9 < time.perf_counter() - start < 5
 
 
 def test_after_the_last_attempt_nothing_is_waited_for(server):

@@ -97,10 +97,10 @@ class Rewrite(TaskGenerator):
             log_prob=reply.log_prob,
             variant="rewritten",
         )
-        if reply.refused or reply.truncated or not self._stands(made):
+        if reply.refused or reply.truncated or not self._stands(made, task.output.strip()):
             made = replace(task, reference=task.output, variant="original")
         return Parsed([made])
 
-    def _stands(self, made: Task) -> bool:
+    def _stands(self, made: Task, given: str) -> bool:
         same = self.same_result is None or self.same_result.reason(made) is None
-        return bool(made.output) and same and not META.search(made.output)
+        return made.output not in ("", given) and same and not META.search(made.output)
