@@ -110,10 +110,10 @@ class LocalWriter:
             end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
             text = tokenizer.decode(ids[:end])
             cut = text.find(stop) if stop else -1
-            written_to = end + 1  # with the token that ends it
-            if cut >= 0:
-                written_to = _tokens_of(tokenizer, ids, cut)
-            mean = None if each is None else float(each[row][:written_to].mean())
+            mean = None
+            if each is not None:  # of the text, and of the token that ends it
+                count = end + 1 if cut < 0 else _tokens_of(tokenizer, ids, cut)
+                mean = float(each[row][:count].mean())
             is_whole = end < len(ids) or cut >= 0
             replies.append(Reply(text if cut < 0 else text[:cut], not is_whole, log_prob=mean))
         return replies
