@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmdistill.batch import Sampling as Sampling
     from llmdistill.errors import LlmDistillError as LlmDistillError
     from llmdistill.objectives.response import CrossEntropyObjective as CrossEntropyObjective
     from llmdistill.objectives.response import ResponseObjective as ResponseObjective
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from llmdistill.rollouts.mixed import MixedRollout as MixedRollout
     from llmdistill.rollouts.sampled import SampledRollout as SampledRollout
     from llmdistill.run import distill as distill
+    from llmdistill.sampling import Sampling as Sampling
     from llmdistill.teachers.local import LocalTeacher as LocalTeacher
     from llmdistill.training.trainer import DistillTrainer as DistillTrainer
 

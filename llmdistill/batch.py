@@ -10,29 +10,15 @@ column t stands in column t - 1.  That shift is made here (`predictor_mask_BT`) 
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmdistill.models.heads import Head
-
-
-class Writer(enum.IntEnum):
-    """Who wrote a token."""
-
-    DATA = 0
-    TEACHER = 1
-    STUDENT = 2
-
-
-class Need(enum.Enum):
-    """What an objective asks of a teacher."""
-
-    DISTRIBUTION = "next-token distributions"
+from llmdistill.sampling import Writer
 
 
 class LossSum(NamedTuple):
@@ -42,46 +28,6 @@ class LossSum(NamedTuple):
 
     total: Tensor
     count: Tensor  # type: ignore[assignment] # a tuple has a method of this name
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: temperature 0 is greedy, top_k 0 and top_p 1 keep every token.
-
-    With `continuous` rows join and leave the batch while it is written (transformers'
-    `generate_batch`): made for GPUs.  An answer then depends on the rows beside it.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    continuous: bool = False
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Which random draw this is; with row, slot and writer it keys every sampled token.
-
-    `sample` counts the answers to one prompt (one number, or one a row), `epoch` the passes over
-    the data.
-    """
-
-    seed: int
-    epoch: int = 0
-    sample: int | tuple[int, ...] = 0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training stands when a batch is written: steps done of how many, passes over the data,
-    and the held-out losses measured so far.
-    """
-
-    step: int
-    epoch: int
-    seed: int
-    num_steps: int = 0
-    eval_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -252,21 +198,6 @@ class Sequences:
         return replace(self, response_mask_BT=mask_BT, signal=signal)
 
 
-def final_hidden(backbone: Any, sequences: Sequences) -> Tensor:
-    """The backbone's final hidden states at the places that predict: (N, H)."""
-    inputs: dict[str, Tensor] = {"input_ids": sequences.input_ids_BT}
-    if sequences.embedding_change is not None:
-        embedded_BTH = backbone.get_input_embeddings()(sequences.input_ids_BT)
-        inputs = {"inputs_embeds": sequences.embedding_change(embedded_BTH)}
-    output = backbone(
-        **inputs,
-        attention_mask=sequences.attention_mask_BT,
-        position_ids=(sequences.attention_mask_BT.cumsum(1) - 1).clamp_min(0),
-        use_cache=False,
-    )
-    return output.last_hidden_state[sequences.predictor_mask_BT]
-
-
 @dataclass(frozen=True)
 class StudentView:
     """What an objective sees of the student: the states that predict the N tokens, and its head."""
@@ -287,38 +218,3 @@ class TeacherSignal:
     def select(self, places: Tensor) -> TeacherSignal:
         """The judgement of some of the N tokens: by number, or by a mask (N,)."""
         return replace(self, hidden_NH=self.hidden_NH[places.to(self.hidden_NH.device)])
-
-
-class Model(Protocol):
-    """Who can write: a teacher, or the student inside its wrapper."""
-
-    def write(
-        self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
-    ) -> Sequences: ...
-
-
-class Teacher(Model, Protocol):
-    """Who judges.  `provides` is what it can be asked for; `judge` is called once for each
-    micro-batch.
-    """
-
-    provides: frozenset[Need]
-
-    def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal: ...
-
-
-class Rollout(Protocol):
-    """Who writes the tokens that the student learns on."""
-
-    def write(
-        self, prompts: Prompts, student: Model, teacher: Teacher, progress: Progress
-    ) -> Sequences: ...
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """A rollout whose memory belongs into a checkpoint, as plain JSON."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...

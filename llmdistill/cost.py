@@ -26,7 +26,7 @@ from llmdistill.run import (
 )
 from llmdistill.training.progress import StepClock
 
-SHORT = {  # two steps that leave nothing behind
+TWO_STEPS = {  # two steps that leave nothing behind
     "max_steps": 2,
     "save_strategy": "no",
     "push_to_hub": False,
@@ -87,7 +87,7 @@ def seconds_per_step(recipe: Recipe) -> dict[str, tuple[float, float | None]]:
     teacher, student = load_pair(recipe, tokenizer, train)
     found = {}
     for rollout, share in _branches(recipe.rollout):
-        changes = {"rollout": rollout, "training": recipe.training | SHORT}
+        changes = {"rollout": rollout, "training": recipe.training | TWO_STEPS}
         trial = recipe.model_copy(update=changes | {"evaluate": recipes.EvaluateRecipe()})
         with tempfile.TemporaryDirectory() as folder:
             arguments = training_arguments(trial, Path(folder))

@@ -29,7 +29,7 @@ from llmdistill.instruct.requests import Reply, Request
 from llmdistill.instruct.writers import LocalWriter, RemoteWriter
 from llmdistill.models.load import load_tokenizer, revision_of
 from llmdistill.publish.data_card import Outcome, data_card
-from llmdistill.teachers import build_teacher
+from llmdistill.teachers.build import build_teacher
 from llmdistill.teachers.remote import RemoteTeacher
 
 RANKS_WAIT = timedelta(hours=6)

@@ -25,21 +25,21 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from llmdistill import recipe as recipes
-from llmdistill.data import build_rows
+from llmdistill.data.build import build_rows
 from llmdistill.data.collate import EncodedRows, PromptDataset, collate, sample_text
 from llmdistill.data.render import same_template
 from llmdistill.data.validate import Row
 from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
 from llmdistill.evaluation.measure import Evaluation, Figures
 from llmdistill.generate import generate
-from llmdistill.models import build_student
+from llmdistill.models.build import build_student
 from llmdistill.models.load import default_device, load_tokenizer, native_bfloat16
-from llmdistill.objectives import build_objective
+from llmdistill.objectives.build import build_objective
 from llmdistill.publish.card import model_card
 from llmdistill.recipe import Recipe
-from llmdistill.rollouts import build_rollout
-from llmdistill.teachers import build_teacher
+from llmdistill.rollouts.build import build_rollout
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
+from llmdistill.teachers.build import build_teacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.progress import MetricsFile, ProgressBar
 from llmdistill.training.trainer import DistillTrainer

@@ -26,10 +26,12 @@ from bench_step import model, tokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llmdistill import InterleavedRollout, LocalTeacher, ResponseObjective, SampledRollout, Sampling
-from llmdistill.batch import Progress, Prompts, Sequences, Writer
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.sources import read
 from llmdistill.models.load import load_model, load_tokenizer
+from llmdistill.protocols import Progress
 from llmdistill.rollouts.acceptance import Mixture, TopK
+from llmdistill.sampling import Writer
 from llmdistill.training.step import Distillation
 
 TEACHER = "smollm2-135m-instruct"

@@ -23,8 +23,8 @@ from bench_rollouts import NEW, TEACHER, prompts
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llmdistill import InterleavedRollout, LocalTeacher, ResponseObjective, SampledRollout, Sampling
-from llmdistill.batch import Progress
 from llmdistill.models.load import load_model, load_tokenizer
+from llmdistill.protocols import Progress
 from llmdistill.training.step import Distillation
 
 SIZES: tuple[Any, ...] = (2, 3, 5, 8, "auto")

@@ -53,23 +53,23 @@ def check(
 
 
 def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
-    """Shows whether teacher and student speak alike: the student's tokenizer, and the verdict."""
+    """Shows whether teacher and student speak alike: the student's tokenizer, and the found."""
     from llmdistill.cli.show import console
     from llmdistill.data.render import same_template
     from llmdistill.models.load import load_config, load_tokenizer
-    from llmdistill.models.vocabulary import Agreement, compare
+    from llmdistill.models.vocabulary import VocabularyMatch, compare
 
     sides = (recipe.teacher_source, (recipe.student.model, recipe.student.revision))
     teacher, student = (load_tokenizer(name, revision=revision) for name, revision in sides)
     configs = [load_config(name, revision=revision).get_text_config() for name, revision in sides]
-    verdict = compare(teacher, student, *(config.vocab_size for config in configs))
-    reason = verdict.reason or f"{verdict.shared} shared ids"
-    console.print(f"vocabulary   {verdict.agreement.value}: {reason}")
+    found = compare(teacher, student, *(config.vocab_size for config in configs))
+    reason = found.reason or f"{found.shared} shared ids"
+    console.print(f"vocabulary   {found.match.value}: {reason}")
     alike = same_template(teacher, student)
     console.print(
         f"template     {'both sides render' if alike else 'the sides do not render'} alike"
     )
-    return student, alike and verdict.agreement is not Agreement.DIFFERENT
+    return student, alike and found.match is not VocabularyMatch.DIFFERENT
 
 
 def _memory(recipe: Recipe, train: EncodedRows) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from llmdistill.data.validate import Counts
+    from llmdistill.data.validate import RowCounts
     from llmdistill.evaluation.measure import Figures
 
 
@@ -62,7 +62,7 @@ def _measure(
     max_new_tokens: int,
     answer_pattern: str | None,
     seed: int,
-) -> tuple[dict[str, Figures], Counts]:
+) -> tuple[dict[str, Figures], RowCounts]:
     """Each model's figures by its name, and what became of the rows."""
     import itertools
 
@@ -72,7 +72,7 @@ def _measure(
     from llmdistill.models.load import load_config, load_model, load_tokenizer
     from llmdistill.models.vocabulary import require_same
     from llmdistill.recipe import LocalTeacherRecipe
-    from llmdistill.teachers import build_teacher
+    from llmdistill.teachers.build import build_teacher
 
     judge = build_teacher(LocalTeacherRecipe(model=teacher))
     num_rows = judge.model.get_output_embeddings().weight.shape[0]

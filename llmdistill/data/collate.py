@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from llmdistill.batch import Prompts
-from llmdistill.data.validate import Counts, Row, Rules, encode, stream
+from llmdistill.data.validate import Row, RowCounts, Rules, encode, stream
 from llmdistill.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class PromptDataset(Dataset):
     """Encoded rows, with what became of the rows that they were made from."""
 
-    def __init__(self, rows: Sequence[Row], counts: Counts | None = None) -> None:
+    def __init__(self, rows: Sequence[Row], counts: RowCounts | None = None) -> None:
         self.rows = list(rows)
-        self.counts = counts or Counts(read=len(self.rows), kept=len(self.rows))
+        self.counts = counts or RowCounts(read=len(self.rows), kept=len(self.rows))
 
     @classmethod
     def encode(
@@ -63,7 +63,7 @@ class PromptDataset(Dataset):
         """
         rows: list[Row] = []
         copies: list[Row] = []
-        total = Counts()
+        total = RowCounts()
         for part, weight in parts:
             for row in part.rows:
                 placed = replace(row, row_id=total.examples + row.row_id)
@@ -128,10 +128,10 @@ class PromptStream(IterableDataset):
         rules: Rules,
     ) -> None:
         self.read, self.tokenizer, self.rules = rows, tokenizer, rules
-        self.counts = Counts()
+        self.counts = RowCounts()
 
     def __iter__(self) -> Iterator[Row]:
-        self.counts = Counts()
+        self.counts = RowCounts()
         on_bad = _skip if self.rules.skip_bad else _stop
         yield from stream(self.read(), self.tokenizer, self.rules, self.counts, on_bad)
 

@@ -16,7 +16,7 @@ from llmdistill.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBE: tuple[Message, ...] = (
+PROBE_MESSAGES: tuple[Message, ...] = (
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Name a colour."},
     {"role": "assistant", "content": "Blue."},
@@ -101,7 +101,7 @@ def same_template(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizer
     """Do both sides turn a conversation of several turns into the same ids?"""
     if teacher.chat_template is None or student.chat_template is None:
         return teacher.chat_template is student.chat_template
-    rendered = [_template(t, PROBE, "probe", True, {}) for t in (teacher, student)]
+    rendered = [_template(t, PROBE_MESSAGES, "probe", True, {}) for t in (teacher, student)]
     return rendered[0] == rendered[1]
 
 

@@ -51,7 +51,7 @@ def hub_name(source: str) -> str | None:
 
 def _rows(source: str, streaming: bool) -> Rows:
     if source == SEED_TASKS:
-        lines = files("llmdistill.instruct").joinpath("seeds.jsonl").read_text(encoding="utf-8")
+        lines = files("llmdistill.data").joinpath("seed_tasks.jsonl").read_text(encoding="utf-8")
         return _json_lines(lines.split("\n"), SEED_TASKS)
     if hub_name(source):
         return _hub_rows(source, streaming)

@@ -28,7 +28,7 @@ class Row:
 
 
 @dataclass
-class Counts:
+class RowCounts:
     """What became of the rows of a source.  A conversation may hold more answers than one."""
 
     read: int = 0
@@ -43,8 +43,8 @@ class Counts:
     def examples(self) -> int:
         return self.read + self.more_answers
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
         parts = [f"{self.kept} of {self.read} rows"]
@@ -78,14 +78,14 @@ class Rules:
 
 def encode(
     rows: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase, rules: Rules | None = None
-) -> tuple[list[Row], Counts]:
+) -> tuple[list[Row], RowCounts]:
     """Encodes (place, row) pairs; without `rules`, as `Rules()` says.
 
     Raises DataError for malformed rows (their number and the first five) unless they are skipped,
     and where nothing is left.
     """
     rules = rules or Rules()
-    counts = Counts()
+    counts = RowCounts()
     bad: list[DataError] = []
     kept = list(stream(rows, tokenizer, rules, counts, bad.append))
     if bad and not rules.skip_bad:
@@ -99,7 +99,7 @@ def stream(
     rows: Iterable[tuple[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     rules: Rules,
-    counts: Counts,
+    counts: RowCounts,
     on_bad: Callable[[DataError], None],
 ) -> Iterator[Row]:
     """The encoded rows one by one; `counts` goes along, and `on_bad` gets the malformed ones."""
@@ -134,7 +134,7 @@ def _encode(
     return [render(tokenizer, example, rules.template_options) for example in examples]
 
 
-def _fit(row: Row, place: str, rules: Rules, counts: Counts) -> Row | None:
+def _fit(row: Row, place: str, rules: Rules, counts: RowCounts) -> Row | None:
     """The row within its bounds, or None where it is dropped."""
     if _too_long(row.prompt_ids, rules.max_prompt_tokens):
         if rules.long_prompts == "stop":

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmdistill.batch import Draw, Prompts, Sampling, Sequences, Writer
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.keyed import row_keys
 from llmdistill.errors import TrainingError
 from llmdistill.models.heads import eval_mode, unwrap_adapters
 from llmdistill.models.vocabulary import end_ids, num_tokens
+from llmdistill.sampling import Draw, Sampling, Writer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

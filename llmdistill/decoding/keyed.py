@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmdistill.batch import Draw, Sampling, Writer
+from llmdistill.sampling import Draw, Sampling, Writer
 
 BLOCK_ROWS = 4  # rows hashed at a time: three times faster on a CPU, whose cache they fit
 NUCLEUS_TOKENS = 256  # looked at first for the edge of top-p

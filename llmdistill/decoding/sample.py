@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmdistill.batch import Draw, Prompts, Sampling, Sequences, TeacherSignal, Writer
+from llmdistill.batch import Prompts, Sequences, TeacherSignal
 from llmdistill.decoding.continuous import sample_continuously
 from llmdistill.decoding.keyed import perturb, row_keys
 from llmdistill.decoding.session import ready_to_write
 from llmdistill.models.heads import split, unwrap_adapters
 from llmdistill.models.vocabulary import end_ids, num_tokens
+from llmdistill.sampling import Draw, Sampling, Writer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -12,18 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmdistill.batch import (
-    Need,
-    Sequences,
-    StudentView,
-    Teacher,
-    TeacherSignal,
-    final_hidden,
-)
+from llmdistill.batch import Sequences, StudentView, TeacherSignal
+from llmdistill.forward import final_hidden
 from llmdistill.models.heads import split
 from llmdistill.objectives.chunked import HeadLogits, block_rows
 from llmdistill.objectives.divergences import kl, log_probs
 from llmdistill.objectives.response import CrossEntropyObjective
+from llmdistill.protocols import Need, Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmdistill.batch import Draw, Prompts, Sampling, Sequences, Writer
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.sample import sample
 from llmdistill.errors import DataError
 from llmdistill.evaluation.agreement import Judged, agreement, judge, perplexity
@@ -22,6 +22,7 @@ from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
 from llmdistill.models.footprint import num_bytes
 from llmdistill.models.heads import eval_mode
 from llmdistill.models.vocabulary import num_tokens
+from llmdistill.sampling import GREEDY, Draw, Sampling, Writer
 from llmdistill.teachers.local import LocalTeacher
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 TIMED_ROWS = 8  # tokens per second are those of this many rows in one batch
 WARM_UP_TOKENS, TIMED_TOKENS = 2, 48
 BATCH_SIZE = 32  # of the rest
-GREEDY = Sampling(temperature=0)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from llmdistill.batch import Sampling
 from llmdistill.data.formats import form_of, to_examples
 from llmdistill.data.sources import read
 from llmdistill.errors import DataError, RecipeError
@@ -16,6 +15,7 @@ from llmdistill.instruct.lion import Pools
 from llmdistill.instruct.tasks import Task
 from llmdistill.recipe import SourceRecipe, generation
 from llmdistill.recipe import filters as asked
+from llmdistill.sampling import Sampling
 
 # Keys of a generator's recipe that say where its tasks come from.
 NOT_THE_GENERATORS = {

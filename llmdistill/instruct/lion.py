@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmdistill.batch import Draw, Prompts, Sampling, Sequences, final_hidden
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.formats import Example
 from llmdistill.data.render import render
+from llmdistill.forward import final_hidden
 from llmdistill.instruct import prompts
 from llmdistill.instruct.pipeline import Asked, Writer
 from llmdistill.instruct.requests import Reply, Request, user
@@ -27,6 +28,7 @@ from llmdistill.models.heads import eval_mode, split
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.objectives.chunked import HeadLogits, chunked_sum
 from llmdistill.objectives.divergences import forward_kl
+from llmdistill.sampling import Draw, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,9 +6,9 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
-from llmdistill.batch import Sampling
 from llmdistill.data.formats import Message
 from llmdistill.instruct.parse import Parsed
+from llmdistill.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from llmdistill.batch import Draw, Prompts, Sampling, Sequences, Writer
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.formats import Example
 from llmdistill.data.render import close_user_turn, continued, open_user_turn, render
 from llmdistill.decoding.keyed import row_keys
@@ -29,6 +29,7 @@ from llmdistill.instruct.records import append_lines, drop_half_line, read_whole
 from llmdistill.instruct.requests import Reply, Request
 from llmdistill.models.vocabulary import end_ids, num_tokens
 from llmdistill.objectives.chunked import chunked_sum
+from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from llmdistill.errors import ModelError
 from llmdistill.models import widths
-from llmdistill.models.blocks import blocks, blocks_replaced
-from llmdistill.models.sampled import mean_over_tokens
+from llmdistill.models.activations import mean_over_tokens
+from llmdistill.models.layers import decoder_layers, layers_replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ def _layers(
     model: PreTrainedModel, plan: Plan, sample_BT: Tensor, attention_mask_BT: Tensor
 ) -> list[int]:
     """The layers that a plan keeps."""
-    count = len(blocks(model))
+    count = len(decoder_layers(model))
     if plan.layers is None:
         return list(range(count))
     if not isinstance(plan.layers, int):
@@ -99,12 +99,12 @@ def _layers(
 
 def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """A new model with these layers of the teacher, in this order; shares no tensor with it."""
-    own = blocks(teacher)
+    own = decoder_layers(teacher)
     if not layers or not all(0 <= layer < len(own) for layer in layers):
         raise ModelError(f"cannot keep layers {list(layers)} of a model that has {len(own)}")
     if len(set(layers)) < len(layers):
         raise ModelError(f"cannot keep a layer twice, got {list(layers)}")
-    with blocks_replaced(teacher, nn.ModuleList(own[layer] for layer in layers)):
+    with layers_replaced(teacher, nn.ModuleList(own[layer] for layer in layers)):
         student = copy.deepcopy(teacher)
     _renumber(student, layers)
     return student
@@ -131,7 +131,9 @@ def influence(teacher: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT:
         after_BTH = output[0] if isinstance(output, tuple) else output
         return 1 - torch.cosine_similarity(before_BTH.float(), after_BTH.float(), dim=-1)
 
-    return mean_over_tokens(teacher, list(blocks(teacher)), turn, input_ids_BT, attention_mask_BT)
+    return mean_over_tokens(
+        teacher, list(decoder_layers(teacher)), turn, input_ids_BT, attention_mask_BT
+    )
 
 
 def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
@@ -144,7 +146,7 @@ def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
         if per_layer and not name.endswith("_token_id"):  # layer_types, no_rope_layers, ...
             setattr(config, name, [value[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
-    for index, block in enumerate(blocks(student)):
+    for index, block in enumerate(decoder_layers(student)):
         for module in block.modules():
             if "layer_idx" in module.__dict__:
                 module.__dict__["layer_idx"] = index

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmdistill.models import widths
-from llmdistill.models.blocks import blocks
 from llmdistill.models.carve import Plan, evenly_spaced, keep_layers
+from llmdistill.models.layers import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -57,17 +57,17 @@ def skeleton(config: PreTrainedConfig, plan: Plan | None = None) -> PreTrainedMo
         model = AutoModelForCausalLM.from_config(config)
     if plan is None:
         return model
-    count = len(blocks(model))
+    count = len(decoder_layers(model))
     kept = count if plan.layers is None else plan.layers
     model = keep_layers(model, evenly_spaced(count, kept) if isinstance(kept, int) else kept)
     text = model.config.get_text_config()
     if plan.mlp_width is not None:
         widths.check_mlp_width(model, plan.mlp_width)
-        activity_LI = torch.zeros(len(blocks(model)), text.intermediate_size)
+        activity_LI = torch.zeros(len(decoder_layers(model)), text.intermediate_size)
         widths.keep_neurons(model, activity_LI, plan.mlp_width)
     if plan.heads is not None:
         widths.check_heads(model, plan.heads)
-        activity_LA = torch.zeros(len(blocks(model)), text.num_attention_heads)
+        activity_LA = torch.zeros(len(decoder_layers(model)), text.num_attention_heads)
         widths.keep_heads(model, activity_LA, plan.heads)
     return model
 
@@ -76,16 +76,17 @@ def weight_bytes(
     model: PreTrainedModel,
     size: float,
     quantization: str | None = None,
-    resident_blocks: int | None = None,
+    resident_layers: int | None = None,
 ) -> float:
-    """Bytes of a model's weights at `size` bytes each, its blocks quantised or only some of them on
-    the device at a time.
+    """Bytes of a model's weights at `size` bytes each.
+
+    Its decoder layers may be quantised, or only `resident_layers` of them on the device at a time.
     """
-    in_blocks = sum(p.numel() for p in blocks(model).parameters())
-    others = sum(p.numel() for p in model.parameters()) - in_blocks
-    if resident_blocks is not None:
-        in_blocks = in_blocks * resident_blocks // len(blocks(model))
-    return others * size + in_blocks * QUANTIZED_BYTES.get(quantization or "", size)
+    in_layers = sum(p.numel() for p in decoder_layers(model).parameters())
+    others = sum(p.numel() for p in model.parameters()) - in_layers
+    if resident_layers is not None:
+        in_layers = in_layers * resident_layers // len(decoder_layers(model))
+    return others * size + in_layers * QUANTIZED_BYTES.get(quantization or "", size)
 
 
 def footprint(student: PreTrainedModel, load: Load) -> dict[str, float]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from llmdistill.errors import ModelError
-from llmdistill.models.offload import offload_blocks
+from llmdistill.models.offload import offload_layers
 from llmdistill.models.quantization import quantization_config
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def load_model(
     if device.type == "cpu" or quantization is not None:
         reason = "it is on the CPU already" if device.type == "cpu" else "it is quantised"
         raise ModelError(f"cannot offload '{name}': {reason}")
-    return offload_blocks(_load(name, revision, wanted, torch.device("cpu"), None), device)
+    return offload_layers(_load(name, revision, wanted, torch.device("cpu"), None), device)
 
 
 def _load(

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from llmdistill.models.blocks import blocks, blocks_replaced
+from llmdistill.models.layers import decoder_layers, layers_replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def offload_blocks(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def offload_layers(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """The same model, on the CPU before; embeddings, final norm and head move to `device` for good.
 
     Each block's weights are copied there for its own forward pass only: device memory for one
@@ -21,8 +21,8 @@ def offload_blocks(model: PreTrainedModel, device: torch.device) -> PreTrainedMo
     """
     from accelerate import cpu_offload
 
-    with blocks_replaced(model, nn.ModuleList()):
+    with layers_replaced(model, nn.ModuleList()):
         model.to(device)
-    for block in blocks(model):
+    for block in decoder_layers(model):
         cpu_offload(block, execution_device=device, offload_buffers=True)
     return model

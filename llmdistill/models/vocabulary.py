@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Agreement(enum.Enum):
+class VocabularyMatch(enum.Enum):
     SAME = "same vocabulary"
     PADDING_DIFFERS = "same vocabulary, padding rows differ"
     DIFFERENT = "different vocabularies"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VocabularyComparison:
     """`shared` ids mean the same on both sides; `reason` says what differs where they do not."""
 
-    agreement: Agreement
+    match: VocabularyMatch
     shared: int
     reason: str = ""
 
 
 # Between them: letters, digits, space runs, a tab, accents, other scripts, code, a control-like
 # tag.
-PROBE = "The cat's 3,141 naïve  cafés\n\tdef f(x): return x**2  # привет 你好 🙂 <|end|>"
+PROBE_TEXT = "The cat's 3,141 naïve  cafés\n\tdef f(x): return x**2  # привет 你好 🙂 <|end|>"
 
 
 def compare(
@@ -42,7 +42,7 @@ def compare(
     student: PreTrainedTokenizerBase,
     teacher_rows_V: int,
     student_rows_V: int,
-) -> Verdict:
+) -> VocabularyComparison:
     """Compares two tokenizers over heads of these many rows (a head may hold unused padding
     rows).
     """
@@ -52,9 +52,11 @@ def compare(
         heads = f"{teacher_rows_V} and {student_rows_V}"
         reason = f"the tokenizer has {shared} ids but the heads score {heads}"
     if reason:
-        return Verdict(Agreement.DIFFERENT, 0, reason)
+        return VocabularyComparison(VocabularyMatch.DIFFERENT, 0, reason)
     same = teacher_rows_V == student_rows_V
-    return Verdict(Agreement.SAME if same else Agreement.PADDING_DIFFERS, shared)
+    return VocabularyComparison(
+        VocabularyMatch.SAME if same else VocabularyMatch.PADDING_DIFFERS, shared
+    )
 
 
 def require_same(
@@ -64,15 +66,15 @@ def require_same(
     student_rows_V: int,
 ) -> int:
     """The number of shared ids; raises VocabularyError that names both sides where they differ."""
-    verdict = compare(teacher, student, teacher_rows_V, student_rows_V)
-    if verdict.agreement is Agreement.DIFFERENT:
+    found = compare(teacher, student, teacher_rows_V, student_rows_V)
+    if found.match is VocabularyMatch.DIFFERENT:
         raise VocabularyError(
             f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens, head of {teacher_rows_V} "
             f"rows) and student '{student.name_or_path}' ({len(student)} tokens, head of "
-            f"{student_rows_V} rows) do not share a vocabulary: {verdict.reason}. Choose a pair "
+            f"{student_rows_V} rows) do not share a vocabulary: {found.reason}. Choose a pair "
             "with one tokenizer."
         )
-    return verdict.shared
+    return found.shared
 
 
 def _difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str:
@@ -91,8 +93,8 @@ def _difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBa
             f"the end token is {teacher.eos_token!r} ({teacher.eos_token_id}) in the teacher and "
             f"{student.eos_token!r} ({student.eos_token_id}) in the student"
         )
-    mine, yours = (t(PROBE, add_special_tokens=False)["input_ids"] for t in (teacher, student))
-    return "" if mine == yours else f"they split {PROBE[:24]!r}... into different tokens"
+    mine, yours = (t(PROBE_TEXT, add_special_tokens=False)["input_ids"] for t in (teacher, student))
+    return "" if mine == yours else f"they split {PROBE_TEXT[:24]!r}... into different tokens"
 
 
 def num_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

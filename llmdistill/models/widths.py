@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.errors import ModelError
-from llmdistill.models.blocks import blocks
-from llmdistill.models.sampled import mean_over_tokens
+from llmdistill.models.activations import mean_over_tokens
+from llmdistill.models.layers import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +105,7 @@ def keep_heads(model: PreTrainedModel, activity_LA: Tensor, heads: int) -> None:
 
 def _parts(model: PreTrainedModel, part: str, layers: tuple[str, ...]) -> list[Any]:
     """This part of every block; ModelError where a block has none with these linear layers."""
-    found = [getattr(block, part, None) for block in blocks(model)]
+    found = [getattr(block, part, None) for block in decoder_layers(model)]
     for module in found:
         if not all(isinstance(getattr(module, name, None), nn.Linear) for name in layers):
             raise ModelError(

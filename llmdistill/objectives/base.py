@@ -6,7 +6,8 @@ import abc
 
 from torch import nn
 
-from llmdistill.batch import LossSum, Need, Sequences, StudentView, TeacherSignal
+from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
+from llmdistill.protocols import Need
 
 
 class Objective(nn.Module, abc.ABC):

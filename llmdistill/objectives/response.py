@@ -14,14 +14,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llmdistill.batch import LossSum, Need, Sequences, StudentView, TeacherSignal, Writer
+from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
 from llmdistill.errors import RecipeError
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.chunked import HeadLogits, chunked_sum
 from llmdistill.objectives.divergences import DIVERGENCES, Divergence, log_probs
 from llmdistill.objectives.targets import TARGETS
 from llmdistill.objectives.weights import TOKEN_WEIGHTS
+from llmdistill.protocols import Need
 from llmdistill.recipe.facts import wrong_option
+from llmdistill.sampling import Writer
 
 Value = TypeVar("Value")
 

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmdistill.batch import Sampling
 from llmdistill.decoding.keyed import coin, log_prob
 from llmdistill.objectives.divergences import forward_kl
+from llmdistill.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ class _Switching(Accept):
         start_AG = (slots_AG - self.window).clamp_min(0)
         mean_AG = (before_AS.gather(1, slots_AG) - before_AS.gather(1, start_AG)) / self.window
         jumps_AG = (found_AG > self.factor * mean_AG) & (slots_AG >= self.window)
-        stays_AG = ~(self.switched_B[block.rows_A, None] | jumps_AG)
+        accept_AG = ~(self.switched_B[block.rows_A, None] | jumps_AG)
         self.switched_B[block.rows_A] |= jumps_AG.any(1)
-        return stays_AG
+        return accept_AG
 
 
 def likelier(logits_AGV: Tensor, tokens_AG: Tensor) -> Tensor:

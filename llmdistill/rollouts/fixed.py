@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from llmdistill.batch import Model, Progress, Prompts, Sequences, Teacher, Writer
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.errors import DataError
+from llmdistill.protocols import Progress, Student, Teacher
+from llmdistill.sampling import Writer
 
 
 class FixedRollout:
     """Supervised distillation: every prompt with the response that the data set gives it."""
 
     def write(
-        self, prompts: Prompts, student: Model, teacher: Teacher, progress: Progress
+        self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress
     ) -> Sequences:
         """Raises DataError where the data set has no responses."""
         if prompts.responses is None:

@@ -20,13 +20,15 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from llmdistill.batch import Draw, Model, Progress, Prompts, Sampling, Sequences, Teacher, Writer
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.keyed import draw_tokens, row_keys
 from llmdistill.decoding.session import Session
 from llmdistill.errors import RecipeError
+from llmdistill.protocols import Progress, Student, Teacher
 from llmdistill.rollouts.acceptance import Accept, Block, TopK
-from llmdistill.rollouts.blocks import AutoBlock, Measured
-from llmdistill.rollouts.page import Open, Page, Piece, Verdict
+from llmdistill.rollouts.draft_length import AutoBlock, Measured
+from llmdistill.rollouts.responses import ActiveRows, Piece, Responses, Verified
+from llmdistill.sampling import Draw, Sampling, Writer
 
 LOGITS = 2**25  # the teacher's that are held at a time, as numbers
 LEAVE = 1 / 8  # ended rows leave the batch once they are this share of it
@@ -74,7 +76,7 @@ class InterleavedRollout:
 
     @torch.no_grad()
     def write(
-        self, prompts: Prompts, student: Model, teacher: Teacher, progress: Progress
+        self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress
     ) -> Sequences:
         """Raises RecipeError for a teacher that cannot be stepped."""
         if not isinstance(student, Stepped) or not isinstance(teacher, Stepped):
@@ -85,10 +87,10 @@ class InterleavedRollout:
         draw = Draw(progress.seed, epoch=progress.epoch)
         with student.session(prompts) as drafter, teacher.session(prompts) as judge:
             pair = _Pair(self, prompts, drafter, judge, draw)
-            while len(pair.open):
-                size = self._size(len(pair.open)) if pair.can_take_back else 1
+            while len(pair.active):
+                size = self._size(len(pair.active)) if pair.can_take_back else 1
                 self._auto.learn(pair.write_block(size))
-            return pair.page.sequences(prompts, judge.head)
+            return pair.responses.sequences(prompts, judge.head)
 
     def _size(self, num_rows: int) -> int:
         return self._auto.choose(num_rows) if self.block_size == "auto" else self.block_size
@@ -107,8 +109,8 @@ class _Pair:
     ) -> None:
         self.rollout, self.drafter, self.judge = rollout, drafter, judge
         self.can_take_back = drafter.can_hold_holes and judge.can_hold_holes
-        self.open = Open.start(prompts, rollout.max_new_tokens, judge.device)
-        self.page = Page(len(prompts))
+        self.active = ActiveRows.start(prompts, rollout.max_new_tokens, judge.device)
+        self.responses = Responses(len(prompts))
         self.rule = rollout.accept.start(len(prompts), rollout.max_new_tokens, judge.device)
         self.ends = torch.tensor(sorted(drafter.ends | judge.ends), device=judge.device)
         row_ids_B = prompts.row_ids_B.to(judge.device)
@@ -116,29 +118,29 @@ class _Pair:
 
     def write_block(self, size: int) -> Measured:
         """Drafts, judges, keeps what stands; rows that end leave.  Gives what it took."""
-        now, num_rows = self.open, len(self.open)
+        now, num_rows = self.active, len(self.active)
         size = min(size, int(now.room_A.max()))
         start = self._clock()
         draft_AG, student_AGV = self._draft(size)
         drafted = self._clock()
         read_AG = torch.cat([now.last_A1, draft_AG[:, :-1]], 1)
         hidden_AGH = self.judge.extend(read_AG, now.last_position_A)
-        verdict = self._judge(draft_AG, student_AGV, hidden_AGH)
-        count_A, ended_A = self._kept(verdict.tokens_AG, verdict.stays_A)
+        verified = self._judge(draft_AG, student_AGV, hidden_AGH)
+        count_A, ended_A = self._kept(verified.tokens_AG, verified.accepted_A)
         kept_AG = torch.arange(size, device=count_A.device) < count_A[:, None]
-        log_prob_AG = verdict.log_prob_AG
-        self.page.add(
+        log_prob_AG = verified.log_prob_AG
+        self.responses.add(
             Piece(
                 now.row_A[:, None].expand_as(draft_AG)[kept_AG],
                 now.slots(size)[kept_AG],
-                verdict.tokens_AG[kept_AG],
-                verdict.writer_AG[kept_AG],
+                verified.tokens_AG[kept_AG],
+                verified.writer_AG[kept_AG],
                 hidden_AGH[kept_AG],
                 None if log_prob_AG is None else log_prob_AG[kept_AG],
             )
         )
-        self._go_on(size, now.after(verdict.tokens_AG, count_A, ended_A))
-        stayed = int((kept_AG & (verdict.writer_AG == Writer.STUDENT)).sum())
+        self._go_on(size, now.after(verified.tokens_AG, count_A, ended_A))
+        stayed = int((kept_AG & (verified.writer_AG == Writer.STUDENT)).sum())
         judged = self._clock()
         return Measured(
             num_rows, size, drafted - start, judged - drafted, stayed, int(kept_AG.sum())
@@ -149,28 +151,28 @@ class _Pair:
         (A, G), (A, G, V).
         """
         device = self.drafter.device
-        next_A1 = self.open.last_A1.to(device)
-        keys_A = self.keys[Writer.STUDENT][self.open.row_A].to(device)
+        next_A1 = self.active.last_A1.to(device)
+        keys_A = self.keys[Writer.STUDENT][self.active.row_A].to(device)
         drafted, logits = [], []
         for offset in range(size):
-            hidden_A1H = self.drafter.extend(next_A1, self.open.last_position_A)
+            hidden_A1H = self.drafter.extend(next_A1, self.active.last_position_A)
             logits_AV = self.drafter.logits(hidden_A1H)[:, -1]
-            slot_A = (self.open.written_A + offset).to(device)
+            slot_A = (self.active.written_A + offset).to(device)
             next_A1 = draw_tokens(logits_AV, self.rollout.student_sampling, keys_A, slot_A)[:, None]
             drafted.append(next_A1)
             logits += [logits_AV] * self.rule.sees_student
         draft_AG = torch.cat(drafted, 1).to(self.judge.device)
         return draft_AG, torch.stack(logits, 1).to(self.judge.device) if logits else None
 
-    def _judge(self, draft_AG: Tensor, student_AGV: Tensor | None, hidden_AGH: Tensor) -> Verdict:
+    def _judge(self, draft_AG: Tensor, student_AGV: Tensor | None, hidden_AGH: Tensor) -> Verified:
         """What the rule says, and what stands in place of what it refuses.
 
         As many rows at a time as keep their logits small.
         """
-        now, size = self.open, draft_AG.shape[1]
+        now, size = self.active, draft_AG.shape[1]
         rows = max(LOGITS // (size * self.judge.num_tokens), 1)
         samplings = (self.rollout.teacher_sampling, self.rollout.student_sampling)
-        verdicts = []
+        verified = []
         for places in torch.arange(len(draft_AG), device=draft_AG.device).split(rows):
             block = Block(
                 draft_AG[places],
@@ -180,18 +182,18 @@ class _Pair:
                 self.judge.logits(hidden_AGH[places]),
                 None if student_AGV is None else student_AGV[places],
             )
-            stays_A = self.rule(block).long().cumprod(1).sum(1)  # up to the first refusal
-            tokens_AG, writer_AG = self._replaced(block, stays_A)
+            accepted_A = self.rule(block).long().cumprod(1).sum(1)  # up to the first refusal
+            tokens_AG, writer_AG = self._replaced(block, accepted_A)
             log_prob_AG = self.rule.log_prob(block, tokens_AG, *samplings)
-            verdicts.append(Verdict(tokens_AG, writer_AG, stays_A, log_prob_AG))
-        return Verdict.join(verdicts)
+            verified.append(Verified(tokens_AG, writer_AG, accepted_A, log_prob_AG))
+        return Verified.join(verified)
 
-    def _replaced(self, block: Block, stays_A: Tensor) -> tuple[Tensor, Tensor]:
+    def _replaced(self, block: Block, accepted_A: Tensor) -> tuple[Tensor, Tensor]:
         """The draft with the teacher's token at each row's first refusal, and who wrote what."""
         tokens_AG = block.draft_AG.clone()
         writer_AG = torch.full_like(tokens_AG, int(Writer.STUDENT))
-        refused_n = (stays_A < tokens_AG.shape[1]).nonzero()[:, 0]
-        at = (refused_n, stays_A[refused_n])
+        refused_n = (accepted_A < tokens_AG.shape[1]).nonzero()[:, 0]
+        at = (refused_n, accepted_A[refused_n])
         keys_n = self.keys[Writer.TEACHER][block.rows_A[refused_n]]
         tokens_AG[at] = draw_tokens(
             block.teacher_AGV[at], self.rollout.teacher_sampling, keys_n, block.slots_AG[at]
@@ -199,19 +201,19 @@ class _Pair:
         writer_AG[at] = int(Writer.TEACHER)
         return tokens_AG, writer_AG
 
-    def _kept(self, tokens_AG: Tensor, stays_A: Tensor) -> tuple[Tensor, Tensor]:
+    def _kept(self, tokens_AG: Tensor, accepted_A: Tensor) -> tuple[Tensor, Tensor]:
         """How many tokens of each row go on the page, and whether they end its answer: (A,), (A,).
 
         Those that stay and the replacement, to the first end token, as far as there is room.
         """
         size = tokens_AG.shape[1]
-        count_A = (stays_A + 1).clamp_max(size).minimum(self.open.room_A)
+        count_A = (accepted_A + 1).clamp_max(size).minimum(self.active.room_A)
         inside_AG = torch.arange(size, device=count_A.device) < count_A[:, None]
         ends_AG = torch.isin(tokens_AG, self.ends) & inside_AG
         ended_A = ends_AG.any(1)
         return torch.where(ended_A, ends_AG.long().argmax(1) + 1, count_A), ended_A
 
-    def _go_on(self, size: int, after: Open) -> None:
+    def _go_on(self, size: int, after: ActiveRows) -> None:
         """Sets both models back to the page, and lets rows leave that have ended."""
         has_room_A = after.room_A > 0
         ended_n, going_n = (~has_room_A).nonzero()[:, 0], has_room_A.nonzero()[:, 0]
@@ -220,9 +222,9 @@ class _Pair:
         elif len(going_n):
             self.drafter.drop(ended_n)
             self.judge.drop(ended_n)
-        self.open = after.select(going_n)
-        if size > 1 and len(self.open):
-            length_A = self.open.prompt_A + self.open.written_A - 1
+        self.active = after.select(going_n)
+        if size > 1 and len(self.active):
+            length_A = self.active.prompt_A + self.active.written_A - 1
             self.drafter.keep(length_A)
             self.judge.keep(length_A)
 

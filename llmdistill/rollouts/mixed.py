@@ -8,7 +8,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from llmdistill.batch import Model, Progress, Prompts, Rollout, Sequences, Stateful, Teacher
+from llmdistill.batch import Prompts, Sequences
+from llmdistill.protocols import Progress, Rollout, Stateful, Student, Teacher
 from llmdistill.rollouts.schedules import Share
 
 
@@ -23,7 +24,7 @@ class MixedRollout:
         self.student, self.other, self.share = student, other, share
 
     def write(
-        self, prompts: Prompts, student: Model, teacher: Teacher, progress: Progress
+        self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress
     ) -> Sequences:
         share = self.share(progress) if callable(self.share) else self.share
         on_policy = random.Random(f"{progress.seed}/{progress.step}").random() < share

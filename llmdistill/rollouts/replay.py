@@ -11,7 +11,9 @@ import random
 from collections import deque
 from typing import Any
 
-from llmdistill.batch import Model, Progress, Prompts, Rollout, Sequences, Teacher, Writer
+from llmdistill.batch import Prompts, Sequences
+from llmdistill.protocols import Progress, Rollout, Student, Teacher
+from llmdistill.sampling import Writer
 
 
 class ReplayRollout:
@@ -24,7 +26,7 @@ class ReplayRollout:
         self._kept: deque[tuple[int, list[int], list[int]]] = deque(maxlen=capacity)
 
     def write(
-        self, prompts: Prompts, student: Model, teacher: Teacher, progress: Progress
+        self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress
     ) -> Sequences:
         draw = random.Random(f"replay/{progress.seed}/{progress.step}")
         replays = draw.random() < progress.step / max(progress.num_steps, 1)

@@ -12,8 +12,10 @@ from typing import Any, Literal
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from llmdistill.batch import Draw, Model, Progress, Prompts, Sampling, Sequences, Teacher, Writer
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.errors import RecipeError
+from llmdistill.protocols import Progress, Student, Teacher
+from llmdistill.sampling import Draw, Sampling, Writer
 
 Kept = tuple[tuple[int, int], list[int]]  # (row, sample), ids
 
@@ -38,7 +40,7 @@ class SampledRollout:
         self._kept: dict[tuple[int, int], list[int]] = {}
 
     def write(
-        self, prompts: Prompts, student: Model, teacher: Teacher, progress: Progress
+        self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress
     ) -> Sequences:
         if self.by == "student":
             draw = Draw(progress.seed, epoch=progress.epoch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmdistill.batch import Progress
+from llmdistill.protocols import Progress
 
 Share = Callable[[Progress], float]
 

@@ -9,19 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmdistill.batch import (
-    Draw,
-    Need,
-    Prompts,
-    Sampling,
-    Sequences,
-    TeacherSignal,
-    Writer,
-    final_hidden,
-)
+from llmdistill.batch import Prompts, Sequences, TeacherSignal
 from llmdistill.decoding.sample import sample
 from llmdistill.decoding.session import Session, session
+from llmdistill.forward import final_hidden
 from llmdistill.models.heads import check_split, split
+from llmdistill.protocols import Need
+from llmdistill.sampling import Draw, Sampling, Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

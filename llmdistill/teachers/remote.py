@@ -21,9 +21,11 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from llmdistill.batch import Draw, Need, Prompts, Sampling, Sequences, Writer
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.keyed import row_keys
 from llmdistill.errors import RecipeError, TeacherError
+from llmdistill.protocols import Need
+from llmdistill.sampling import Draw, Sampling, Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

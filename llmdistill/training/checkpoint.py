@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import safetensors.torch
 from torch import Tensor
 
-from llmdistill.batch import Rollout, Stateful
 from llmdistill.errors import CheckpointError
 from llmdistill.models.adapters import merged_state
+from llmdistill.protocols import Rollout, Stateful
 from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:

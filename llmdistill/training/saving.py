@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from llmdistill.batch import Rollout
+from llmdistill.protocols import Rollout
 from llmdistill.training import checkpoint
 from llmdistill.training.step import Distillation
 

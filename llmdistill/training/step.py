@@ -17,21 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmdistill.batch import (
-    Draw,
-    Prompts,
-    Sampling,
-    Sequences,
-    StudentView,
-    Teacher,
-    Writer,
-    final_hidden,
-)
+from llmdistill.batch import Prompts, Sequences, StudentView
 from llmdistill.decoding.sample import sample
 from llmdistill.decoding.session import Session, session
+from llmdistill.forward import final_hidden
 from llmdistill.models.heads import check_split, split
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.objectives.base import Objective
+from llmdistill.protocols import Teacher
+from llmdistill.sampling import Draw, Sampling, Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

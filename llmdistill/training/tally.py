@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llmdistill.batch import Sequences, Writer
+from llmdistill.batch import Sequences
+from llmdistill.sampling import Writer
 
 QUARTERS = ("q1", "q2", "q3", "q4")
 SUMS = (

@@ -23,12 +23,13 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from llmdistill.batch import Progress, Prompts, Rollout, Sequences
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.collate import ByLength, EncodedRows, PromptDataset, collate
 from llmdistill.errors import TrainingError
-from llmdistill.models.blocks import blocks
+from llmdistill.models.layers import decoder_layers
 from llmdistill.models.vocabulary import require_same
 from llmdistill.objectives.base import Objective
+from llmdistill.protocols import Progress, Rollout
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.teachers.local import LocalTeacher
@@ -93,7 +94,7 @@ class DistillTrainer(StudentTrainer):
         )
         student.config.use_cache = use_cache  # Trainer turns it off; it would be saved so
         _check_sharded(self)
-        _compile_blocks(self)
+        _compile_layers(self)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """Trainer does not see how long our rows are."""
@@ -273,15 +274,16 @@ def _repeated(accelerator: Accelerator, parts: list[Prompts], remainder: int) ->
     return repeated_B
 
 
-def _compile_blocks(trainer: DistillTrainer) -> None:
-    """`torch_compile` compiles the student's blocks.  Accelerate would compile the whole step, and
-    fail on it.
+def _compile_layers(trainer: DistillTrainer) -> None:
+    """`torch_compile` compiles the student's decoder layers.
+
+    Accelerate would compile the whole step, and fail on it.
     """
     args = trainer.args
     if args.torch_compile:
         trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        for block in blocks(trainer.model.student):
-            block.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        for layer in decoder_layers(trainer.model.student):
+            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
 
 def _forced(args: TrainingArguments) -> TrainingArguments:

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from llmdistill.data import build_rows
+from llmdistill.data.build import build_rows
 from llmdistill.data.collate import PromptDataset, PromptStream, collate
-from llmdistill.data.validate import Counts, Row, Rules
+from llmdistill.data.validate import Row, RowCounts, Rules
 from llmdistill.errors import DataError
 from llmdistill.recipe import DataRecipe
 from tests import toy
@@ -51,7 +51,7 @@ def test_rows_are_encoded_whatever_form_they_come_in(tokenizer):
     assert PromptDataset.of(data, tokenizer) is data
     made = PromptDataset.of(toy.rows(3), tokenizer)
     assert len(made) == 3
-    assert made.counts == Counts(read=3, kept=3)
+    assert made.counts == RowCounts(read=3, kept=3)
     assert tokenizer.decode(made[2].response_ids) == toy.rows(3)[2]["output"] + "<|im_end|>"
     with pytest.raises(DataError, match="row 1: 'prompt'"):
         PromptDataset.of([{"prompt": "a"}, {"prompt": 1}], tokenizer)
@@ -61,7 +61,7 @@ def test_options_are_handed_on(tokenizer):
     rows = [("x:1", {"prompt": "a", "completion": "bcd"}), ("x:2", {"prompt": 3})]
     data = PromptDataset.encode(rows, tokenizer, Rules(skip_bad=True, max_response_tokens=2))
     assert len(data[0].response_ids) == 2
-    assert data.counts == Counts(read=2, kept=1, bad=1, responses_truncated=1)
+    assert data.counts == RowCounts(read=2, kept=1, bad=1, responses_truncated=1)
 
 
 @pytest.mark.parametrize(
@@ -90,20 +90,20 @@ def test_as_many_rows_are_held_back_as_asked_for(count):
 
 
 def test_the_counts_stay_with_the_rows_to_train_on(tokenizer):
-    data = PromptDataset(ROWS, Counts(read=5, kept=3, bad=2))
+    data = PromptDataset(ROWS, RowCounts(read=5, kept=3, bad=2))
     kept, back = data.hold_back(1)
     assert kept.counts.bad == 2
-    assert back.counts == Counts(read=1, kept=1)
+    assert back.counts == RowCounts(read=1, kept=1)
 
 
 # ---- several sources ----
 
 
 def test_row_ids_stay_unique_over_several_sources():
-    parts = [(PromptDataset(ROWS, Counts(read=12, kept=3, bad=9)), 1.0), (numbered(2), 1.0)]
+    parts = [(PromptDataset(ROWS, RowCounts(read=12, kept=3, bad=9)), 1.0), (numbered(2), 1.0)]
     joined = PromptDataset.join(parts, seed=0)
     assert ids(joined) == [4, 9, 1, 12, 13]
-    assert joined.counts == Counts(read=14, kept=5, bad=9)
+    assert joined.counts == RowCounts(read=14, kept=5, bad=9)
 
 
 def test_one_source_of_weight_one_is_itself():

@@ -10,7 +10,7 @@ from llmdistill.data.collate import PromptDataset
 from llmdistill.data.formats import to_examples
 from llmdistill.data.render import render
 from llmdistill.data.sources import read
-from llmdistill.data.validate import Counts, Row, Rules, encode
+from llmdistill.data.validate import Row, RowCounts, Rules, encode
 from llmdistill.errors import DataError
 from tests import toy
 
@@ -27,7 +27,7 @@ def test_rows_are_encoded_with_their_places(tokenizer):
     rows = [GOOD, {"instruction": "add two", "output": "four"}]
     kept, counts = encode(placed(rows), tokenizer)
     assert [row.row_id for row in kept] == [0, 1]
-    assert counts == Counts(read=2, kept=2)
+    assert counts == RowCounts(read=2, kept=2)
     assert tokenizer.decode(kept[1].response_ids) == "four<|im_end|>"
     assert "add two" in tokenizer.decode(kept[1].prompt_ids)
 
@@ -72,7 +72,7 @@ def test_each_kind_of_bad_row_is_named(tokenizer, tmp_path):
 def test_skipped_rows_are_counted(tokenizer):
     kept, counts = encode(placed([BAD, GOOD, BAD]), tokenizer, Rules(skip_bad=True))
     assert len(kept) == 1
-    assert counts == Counts(read=3, kept=1, bad=2)
+    assert counts == RowCounts(read=3, kept=1, bad=2)
     assert str(counts) == "1 of 3 rows, 2 malformed rows skipped"
 
 
@@ -103,7 +103,7 @@ def test_longer_prompts_are_dropped_and_counted(tokenizer):
     rows = placed([GOOD, {"prompt": "hi!"}, GOOD])
     kept, counts = encode(rows, tokenizer, Rules(max_prompt_tokens=prompts[0]))
     assert [row.row_id for row in kept] == [0, 2]
-    assert counts == Counts(read=3, kept=2, long_prompts_dropped=1)
+    assert counts == RowCounts(read=3, kept=2, long_prompts_dropped=1)
 
 
 def render_length(tokenizer, text: str) -> int:
@@ -119,7 +119,7 @@ def test_longer_answers_are_cut_and_counted(tokenizer):
         "abcd",  # cut, end token and all
         "a<|im_end|>",
     ]
-    assert counts == Counts(read=3, kept=3, responses_truncated=1)
+    assert counts == RowCounts(read=3, kept=3, responses_truncated=1)
     assert str(counts) == "3 of 3 rows, 1 responses cut"
 
 
@@ -143,7 +143,7 @@ def test_longer_answers_may_be_dropped(tokenizer):
     rules = Rules(max_response_tokens=4, long_responses="drop")
     kept, counts = encode(rows, tokenizer, rules)
     assert [row.row_id for row in kept] == [0]
-    assert counts == Counts(read=2, kept=1, long_responses_dropped=1)
+    assert counts == RowCounts(read=2, kept=1, long_responses_dropped=1)
     assert str(counts) == "1 of 2 rows, 1 dropped: response too long"
 
 
@@ -163,7 +163,7 @@ def test_every_turn_is_a_row_after_the_turns_before_it(tokenizer):
     assert texts == ["b<|im_end|>", "d<|im_end|>", "yo<|im_end|>", "b<|im_end|>", ""]
     assert "b" not in tokenizer.decode(kept[0].prompt_ids).replace("im_start|>b", "")
     assert "b<|im_end|>" in tokenizer.decode(kept[1].prompt_ids)
-    assert counts == Counts(read=4, more_answers=2, kept=5, bad=1)
+    assert counts == RowCounts(read=4, more_answers=2, kept=5, bad=1)
     assert str(counts) == "5 of 6 answers in 4 rows, 1 malformed rows skipped"
 
 
@@ -198,7 +198,7 @@ def test_errors_travel_between_processes():
 
 def test_the_packages_own_rows_all_fit(tokenizer):
     data = PromptDataset.encode(read("seed_tasks"), tokenizer, Rules(needs_response=True))
-    assert data.counts == Counts(read=175, kept=175)
+    assert data.counts == RowCounts(read=175, kept=175)
     assert isinstance(data[174], Row)
 
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmdistill.batch import Draw, Sampling, Writer
 from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.decoding.sample import sample
 from llmdistill.errors import TrainingError
+from llmdistill.sampling import Draw, Sampling, Writer
 from tests import toy
 
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmdistill.batch import Draw, Sampling, Writer
 from llmdistill.decoding import keyed
 from llmdistill.decoding.keyed import cut_away, draw_tokens, gumbel, perturb, row_keys
+from llmdistill.sampling import Draw, Sampling, Writer
 
 DRAW = Draw(seed=3, epoch=1, sample=2)
 ROWS = torch.arange(7)

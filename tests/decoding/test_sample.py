@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmdistill.batch import Draw, Prompts, Sampling, Writer, final_hidden
+from llmdistill.batch import Prompts
 from llmdistill.decoding.sample import sample
+from llmdistill.forward import final_hidden
 from llmdistill.models.heads import eval_mode, split
+from llmdistill.sampling import Draw, Sampling, Writer
 from tests import toy
 
 END = 2

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from llmdistill.batch import Writer
 from llmdistill.evaluation import agreement as module
 from llmdistill.evaluation.agreement import Agreement, agreement, judge
+from llmdistill.sampling import Writer
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 
-from llmdistill.batch import Sampling
 from llmdistill.errors import DataError
 from llmdistill.instruct.generators import (
     Alpaca,
@@ -23,6 +22,7 @@ from llmdistill.instruct.parse import write_task
 from llmdistill.instruct.pipeline import exchange as run_calls
 from llmdistill.instruct.requests import Reply
 from llmdistill.instruct.tasks import Task
+from llmdistill.sampling import Sampling
 
 SEEDS = [Task(f"Do thing {i} well.", "", f"Thing {i} is done.") for i in range(40)]
 LABELS = [i < 15 for i in range(40)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from llmdistill.batch import Draw, Sampling
 from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.errors import DataError
 from llmdistill.evaluation.agreement import agreement, judge
@@ -12,6 +11,7 @@ from llmdistill.instruct.generators import Lion
 from llmdistill.instruct.lion import by_divergence, by_referee, divergences, referee_gaps
 from llmdistill.instruct.requests import Reply
 from llmdistill.instruct.tasks import Task
+from llmdistill.sampling import Draw, Sampling
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 

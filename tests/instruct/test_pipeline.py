@@ -12,7 +12,6 @@ import time
 
 import pytest
 
-from llmdistill.batch import Sampling
 from llmdistill.errors import DataError
 from llmdistill.instruct.filters import Length, Rouge
 from llmdistill.instruct.generators import Answer, Cost, TaskGenerator
@@ -21,6 +20,7 @@ from llmdistill.instruct.pipeline import Counts, Pipeline, Settings, exchange
 from llmdistill.instruct.records import read_whole_lines
 from llmdistill.instruct.requests import Reply, Request, user
 from llmdistill.instruct.tasks import Task
+from llmdistill.sampling import Sampling
 from tests import toy
 
 FILES = ("rows.jsonl", "calls.jsonl")

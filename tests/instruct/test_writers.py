@@ -7,12 +7,13 @@ import re
 import pytest
 import torch
 
-from llmdistill.batch import Sampling, Sequences, Writer
+from llmdistill.batch import Sequences
 from llmdistill.data.render import close_user_turn, open_user_turn
 from llmdistill.errors import DataError
 from llmdistill.instruct.pipeline import Asked
 from llmdistill.instruct.requests import Request, user
 from llmdistill.instruct.writers import LocalWriter
+from llmdistill.sampling import Sampling, Writer
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 

@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from llmdistill.errors import ModelError
-from llmdistill.models.blocks import blocks
 from llmdistill.models.carve import (
     Plan,
     carve,
@@ -27,6 +26,7 @@ from llmdistill.models.carve import (
     keep_layers,
     most_influential,
 )
+from llmdistill.models.layers import decoder_layers
 
 KEPT = [0, 2, 3]
 
@@ -53,7 +53,7 @@ def make_identity(model, layer: int) -> None:
 
 def test_kept_layers_are_bit_equal_copies(teacher_model):
     student = keep_layers(teacher_model, KEPT)
-    assert len(blocks(student)) == 3
+    assert len(decoder_layers(student)) == 3
     for ours, theirs in enumerate(KEPT):
         mine = student.model.layers[ours].state_dict()
         for name, value in teacher_model.model.layers[theirs].state_dict().items():
@@ -81,7 +81,7 @@ def test_the_teacher_is_unchanged(teacher_model, ids_BT):
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.zero_()
-    assert len(blocks(teacher_model)) == 4
+    assert len(decoder_layers(teacher_model)) == 4
     assert [block.self_attn.layer_idx for block in teacher_model.model.layers] == [0, 1, 2, 3]
     assert teacher_model.config.to_dict() == config.to_dict()
     assert all(torch.equal(value, before[name]) for name, value in state(teacher_model).items())
@@ -95,7 +95,7 @@ def test_the_teacher_is_whole_after_a_copy_that_failed(teacher_model, monkeypatc
     monkeypatch.setattr(copy, "deepcopy", fail)
     with pytest.raises(MemoryError):
         keep_layers(teacher_model, [0])
-    assert len(blocks(teacher_model)) == 4
+    assert len(decoder_layers(teacher_model)) == 4
 
 
 def test_config_and_blocks_count_anew(teacher_model):
@@ -193,7 +193,7 @@ def test_a_layer_kept_twice_is_refused_or_copied(teacher_model):
 def test_the_number_of_layers_is_checked(teacher_model, ids_BT, kept, fits):
     if fits:
         student = carve(teacher_model, Plan(layers=kept), ids_BT, torch.ones_like(ids_BT))
-        assert len(blocks(student)) == kept
+        assert len(decoder_layers(student)) == kept
     else:
         with pytest.raises(ModelError, match=f"got {kept}, the model has 4 layers"):
             carve(teacher_model, Plan(layers=kept), ids_BT, torch.ones_like(ids_BT))
@@ -271,5 +271,5 @@ def test_a_sample_of_many_rows_is_read_a_few_at_a_time(teacher_model, ids_BT, mo
     found = influence(teacher_model, many_BT, mask_BT)
     assert [rows for rows, _ in widths] == [8, 3]
     assert widths[1][1] < 9  # columns that none of its rows needs are left out
-    monkeypatch.setattr("llmdistill.models.sampled.ROWS", 11)
+    monkeypatch.setattr("llmdistill.models.activations.ROWS", 11)
     torch.testing.assert_close(influence(teacher_model, many_BT, mask_BT), found)

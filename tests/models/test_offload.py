@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmdistill.batch import Need
 from llmdistill.errors import ModelError
 from llmdistill.models.load import load_model
-from llmdistill.models.offload import offload_blocks
+from llmdistill.models.offload import offload_layers
+from llmdistill.protocols import Need
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 
@@ -18,7 +18,7 @@ def test_an_offloaded_teacher_judges_the_same():
     sequences = toy.sequences()
     needs = frozenset({Need.DISTRIBUTION})
     expected = LocalTeacher(toy.teacher_model(), toy.tokenizer()).judge(sequences, needs)
-    model = offload_blocks(toy.teacher_model(), torch.device("cpu"))
+    model = offload_layers(toy.teacher_model(), torch.device("cpu"))
     assert all(p.is_meta for p in model.model.layers.parameters())
     assert not model.model.embed_tokens.weight.is_meta
     teacher = LocalTeacher(model, toy.tokenizer())
@@ -32,7 +32,7 @@ def test_an_offloaded_teacher_writes_the_same():
     ids = torch.tensor([[5, 6, 7]])
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = toy.teacher_model().generate(ids, **options)
-    model = offload_blocks(toy.teacher_model(), torch.device("cpu"))
+    model = offload_layers(toy.teacher_model(), torch.device("cpu"))
     assert torch.equal(model.generate(ids, **options), expected)
 
 

@@ -7,13 +7,14 @@ import importlib.util
 import pytest
 import torch
 
-from llmdistill.batch import Draw, Need, Sampling
 from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.errors import ModelError
 from llmdistill.models import quantization
 from llmdistill.models.adapters import add_adapter
 from llmdistill.models.heads import check_split, split
 from llmdistill.models.load import load_model
+from llmdistill.protocols import Need
+from llmdistill.sampling import Draw, Sampling
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 

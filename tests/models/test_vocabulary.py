@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from llmdistill.errors import VocabularyError
-from llmdistill.models.vocabulary import Agreement, compare, end_ids, num_tokens, require_same
+from llmdistill.models.vocabulary import VocabularyMatch, compare, end_ids, num_tokens, require_same
 from tests import toy
 
 V = toy.NUM_TOKENS
@@ -40,27 +40,25 @@ def lower_case(stored: dict) -> None:
 
 
 def test_one_tokenizer_twice_is_the_same():
-    verdict = compare(toy.tokenizer("a"), toy.tokenizer("b"), V + 5, V + 5)
-    assert verdict.agreement is Agreement.SAME
-    assert verdict.shared == V
+    found = compare(toy.tokenizer("a"), toy.tokenizer("b"), V + 5, V + 5)
+    assert found.match is VocabularyMatch.SAME
+    assert found.shared == V
 
 
 @pytest.mark.parametrize(
     ("teacher_rows", "student_rows"), [(V + 13, V + 5), (V, V + 5), (V + 1, V)]
 )
 def test_padding_rows_may_differ(teacher_rows, student_rows):
-    verdict = compare(toy.tokenizer(), toy.tokenizer(), teacher_rows, student_rows)
-    assert verdict.agreement is Agreement.PADDING_DIFFERS
-    assert verdict.shared == V
+    found = compare(toy.tokenizer(), toy.tokenizer(), teacher_rows, student_rows)
+    assert found.match is VocabularyMatch.PADDING_DIFFERS
+    assert found.shared == V
 
 
 def test_two_swapped_ids_of_one_size_differ():
-    verdict = compare(toy.tokenizer(), edited(swap), V, V)
-    assert verdict.agreement is Agreement.DIFFERENT
-    assert verdict.shared == 0
-    assert (
-        verdict.reason.startswith("2 tokens differ, 'a' for one") or "'b' for one" in verdict.reason
-    )
+    found = compare(toy.tokenizer(), edited(swap), V, V)
+    assert found.match is VocabularyMatch.DIFFERENT
+    assert found.shared == 0
+    assert found.reason.startswith("2 tokens differ, 'a' for one") or "'b' for one" in found.reason
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])
@@ -103,11 +101,9 @@ def test_another_pre_tokenizer_differs():
 
 @pytest.mark.parametrize("rows", [(V - 1, V), (V, V - 1)])
 def test_a_head_smaller_than_the_tokenizer_is_refused(rows):
-    verdict = compare(toy.tokenizer(), toy.tokenizer(), *rows)
-    assert verdict.agreement is Agreement.DIFFERENT
-    assert (
-        verdict.reason == f"the tokenizer has {V} ids but the heads score {rows[0]} and {rows[1]}"
-    )
+    found = compare(toy.tokenizer(), toy.tokenizer(), *rows)
+    assert found.match is VocabularyMatch.DIFFERENT
+    assert found.reason == f"the tokenizer has {V} ids but the heads score {rows[0]} and {rows[1]}"
 
 
 def test_require_same_gives_the_number_of_shared_ids():

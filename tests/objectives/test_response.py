@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmdistill.batch import Need, StudentView, TeacherSignal, Writer, final_hidden
+from llmdistill.batch import StudentView, TeacherSignal
 from llmdistill.errors import RecipeError
+from llmdistill.forward import final_hidden
 from llmdistill.models.heads import Head, split
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
+from llmdistill.protocols import Need
+from llmdistill.sampling import Writer
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 from tests.objectives.test_chunked import LargestTensor

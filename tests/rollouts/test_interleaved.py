@@ -10,7 +10,7 @@ import torch
 from scipy.stats import chi2
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from llmdistill.batch import Draw, Progress, Prompts, Sampling, Writer
+from llmdistill.batch import Prompts
 from llmdistill.decoding.keyed import coin, draw_tokens, log_prob, row_keys
 from llmdistill.decoding.session import can_hold_holes, session
 from llmdistill.errors import RecipeError
@@ -18,11 +18,13 @@ from llmdistill.models.heads import split
 from llmdistill.models.vocabulary import end_ids
 from llmdistill.objectives.divergences import forward_kl
 from llmdistill.objectives.response import ResponseObjective
+from llmdistill.protocols import Progress
 from llmdistill.rollouts.acceptance import Mixture, Switch, TopK, TopP
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.mixed import MixedRollout
 from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.step import Distillation
 from tests import toy

@@ -8,17 +8,19 @@ import pytest
 import torch
 
 from llmdistill import recipe
-from llmdistill.batch import Draw, Progress, Prompts, Sampling, Sequences, Stateful, Writer
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.sample import sample
 from llmdistill.errors import DataError, RecipeError
-from llmdistill.rollouts import build_rollout
+from llmdistill.protocols import Progress, Stateful
 from llmdistill.rollouts.acceptance import Mixture, Switch, TopK, TopP
+from llmdistill.rollouts.build import build_rollout
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.mixed import MixedRollout
 from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.rollouts.schedules import AdaptiveShare, LinearShare
+from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 

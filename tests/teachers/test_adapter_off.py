@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmdistill.batch import Draw, Need, Prompts, Sampling, Sequences, Writer
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.decoding.session import session
 from llmdistill.errors import ModelError
 from llmdistill.models.adapters import add_adapter
+from llmdistill.protocols import Need
 from llmdistill.rollouts.interleaved import InterleavedRollout
+from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from llmdistill import recipe as recipes
-from llmdistill.batch import Sampling
 from llmdistill.generate import generate
 from llmdistill.instruct.requests import user
 from llmdistill.models.load import EMBEDDED
+from llmdistill.sampling import Sampling
 from llmdistill.teachers.remote import Question, RemoteTeacher
 from tests import toy
 

@@ -15,12 +15,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from llmdistill import recipe as recipes
-from llmdistill.batch import Draw, Prompts, Sampling, Writer
+from llmdistill.batch import Prompts
 from llmdistill.errors import RecipeError, TeacherError
 from llmdistill.generate import generate
 from llmdistill.instruct.pipeline import Asked, Counts
 from llmdistill.instruct.requests import Request, user
 from llmdistill.instruct.writers import RemoteWriter
+from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
 from tests import toy
 

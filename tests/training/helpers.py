@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import TrainingArguments
 
-from llmdistill.batch import Sampling
 from llmdistill.data.collate import PromptDataset
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.sampling import Sampling
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.trainer import DistillTrainer
 from tests import toy

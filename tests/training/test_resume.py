@@ -8,7 +8,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from llmdistill.batch import Sampling
 from llmdistill.data.collate import PromptStream
 from llmdistill.data.validate import Rules
 from llmdistill.errors import CheckpointError
@@ -18,6 +17,7 @@ from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.mixed import MixedRollout
 from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.sampling import Sampling
 from tests import toy
 from tests.training.helpers import trainer, weights
 from tests.training.test_trainer import Projected

@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from llmdistill.batch import LossSum, Prompts, Sequences, Writer
+from llmdistill.batch import LossSum, Prompts, Sequences
 from llmdistill.data.collate import collate
 from llmdistill.errors import NonFiniteLossError, TrainingError, VocabularyError
 from llmdistill.objectives.base import Objective
@@ -25,6 +25,7 @@ from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.mixed import MixedRollout
 from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.sampling import Writer
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.trainer import _check_sharded
 from tests import toy

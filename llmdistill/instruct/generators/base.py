@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from llmdistill.batch import Sampling
 from llmdistill.errors import DataError
 from llmdistill.instruct.parse import Parsed
 from llmdistill.instruct.requests import Call, Reply, Request, user
 from llmdistill.instruct.tasks import Task
+from llmdistill.sampling import Sampling
 
 SURE = Sampling(temperature=0.0)
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from llmdistill.batch import Sampling
 from llmdistill.errors import DataError
 from llmdistill.instruct import prompts
 from llmdistill.instruct.filters import SameResult
@@ -16,6 +15,7 @@ from llmdistill.instruct.parse import Parsed
 from llmdistill.instruct.requests import Call, Request, user
 from llmdistill.instruct.scorers import best
 from llmdistill.instruct.tasks import Task
+from llmdistill.sampling import Sampling
 
 NOT_THE_BEST = "not the best sample"
 # A refusal, or talk about the task instead of an answer to it.

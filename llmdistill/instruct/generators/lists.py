@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from llmdistill.batch import Sampling
 from llmdistill.instruct import prompts
 from llmdistill.instruct.generators.base import (
     SURE,
@@ -30,6 +29,7 @@ from llmdistill.instruct.parse import (
 )
 from llmdistill.instruct.requests import Call, Reply, Request, user
 from llmdistill.instruct.tasks import Task
+from llmdistill.sampling import Sampling
 
 KIND_TOKENS = 3  # "yes" or "no"
 SURPLUS = "more than asked for"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from llmdistill.batch import Sampling
 from llmdistill.errors import DataError
 from llmdistill.instruct import prompts
 from llmdistill.instruct.generators.base import (
@@ -20,6 +19,7 @@ from llmdistill.instruct.generators.base import (
 from llmdistill.instruct.parse import Parsed
 from llmdistill.instruct.requests import Call, Request, user
 from llmdistill.instruct.tasks import Task
+from llmdistill.sampling import Sampling
 
 HARD, EASY = "hard", "easy"
 

@@ -6,7 +6,14 @@ import random
 
 import pytest
 
-from llmdistill.rollouts.blocks import SIZES, TRIED, AutoBlock, Costs, Measured, expected
+from llmdistill.rollouts.draft_length import (
+    DRAFT_LENGTHS,
+    TRIAL_LENGTHS,
+    AutoBlock,
+    Costs,
+    Measured,
+    expected,
+)
 
 
 def test_a_block_brings_its_accepted_head_and_a_replacement():
@@ -57,12 +64,12 @@ def learned(*, draft, judge, acceptance, rows=8):
 
 def test_it_tries_small_and_large_blocks_first():
     auto, seen = AutoBlock(64), []
-    for _ in TRIED:
+    for _ in TRIAL_LENGTHS:
         seen.append(auto.choose(4))
         auto.learn(Measured(4, seen[-1], 0.1, 0.1, 1, 1))
-    assert seen == list(TRIED) == [4, 1, 8, 2] * 2
+    assert seen == list(TRIAL_LENGTHS) == [4, 1, 8, 2] * 2
     auto.learn(Measured(4, 3, 0.1, 0.1, 1, 1))
-    assert auto.choose(4) in SIZES
+    assert auto.choose(4) in DRAFT_LENGTHS
 
 
 def test_a_block_that_was_cut_short_does_not_count_as_tried():

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmdistill.batch import Prompts, Sequences, TeacherSignal, Writer
+from llmdistill.batch import Prompts, Sequences, TeacherSignal
 from llmdistill.models.heads import Head
+from llmdistill.sampling import Writer
 
 
 @dataclass(frozen=True)
-class Open:
+class ActiveRows:
     """The rows whose answers have not ended."""
 
     row_A: Tensor  # their places in the batch
@@ -28,7 +29,7 @@ class Open:
     room_A: Tensor  # tokens that still fit; 0 once it has ended
 
     @classmethod
-    def start(cls, prompts: Prompts, room: int, device: torch.device) -> Open:
+    def start(cls, prompts: Prompts, room: int, device: torch.device) -> ActiveRows:
         row_A = torch.arange(len(prompts), device=device)
         return cls(
             row_A,
@@ -50,7 +51,7 @@ class Open:
         """The next slots of each answer: (A, G)."""
         return self.written_A[:, None] + torch.arange(size, device=self.row_A.device)
 
-    def after(self, tokens_AG: Tensor, count_A: Tensor, ended_A: Tensor) -> Open:
+    def after(self, tokens_AG: Tensor, count_A: Tensor, ended_A: Tensor) -> ActiveRows:
         """With the first `count_A` of these tokens on the page."""
         newest_A1 = tokens_AG.gather(1, (count_A - 1).clamp_min(0)[:, None])
         return replace(
@@ -60,22 +61,24 @@ class Open:
             room_A=torch.where(ended_A, 0, self.room_A - count_A),
         )
 
-    def select(self, places: Tensor) -> Open:
-        return Open(**{field.name: getattr(self, field.name)[places] for field in fields(self)})
+    def select(self, places: Tensor) -> ActiveRows:
+        return ActiveRows(
+            **{field.name: getattr(self, field.name)[places] for field in fields(self)}
+        )
 
 
-class Verdict(NamedTuple):
+class Verified(NamedTuple):
     """A block as it would go on the page: its tokens, their writers, how many of each row's draft
     stay, and the log-probabilities with which they were written where the rule knows.
     """
 
     tokens_AG: Tensor
     writer_AG: Tensor
-    stays_A: Tensor
+    accepted_A: Tensor
     log_prob_AG: Tensor | None
 
     @classmethod
-    def join(cls, parts: Sequence[Verdict]) -> Verdict:
+    def join(cls, parts: Sequence[Verified]) -> Verified:
         tokens, writers, stays, log_probs = zip(*parts, strict=True)
         joined = None if log_probs[0] is None else torch.cat(log_probs)
         return cls(torch.cat(tokens), torch.cat(writers), torch.cat(stays), joined)
@@ -92,7 +95,7 @@ class Piece(NamedTuple):
     log_prob_n: Tensor | None
 
 
-class Page:
+class Responses:
     """Pieces in the order of their blocks; `sequences` puts each row's together."""
 
     def __init__(self, num_rows: int) -> None:

@@ -1,4 +1,4 @@
-"""The blocks of a causal LM: its list of decoder layers."""
+"""The decoder layers of a causal LM."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """Raises ModelError for a backbone that has not exactly one list of blocks."""
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Raises ModelError for a backbone that has not exactly one list of decoder layers."""
     backbone, name = _place(model)
     return getattr(backbone, name)
 
 
 @contextlib.contextmanager
-def blocks_replaced(model: PreTrainedModel, others: nn.ModuleList) -> Iterator[None]:
-    """The model with other blocks while it lasts."""
+def layers_replaced(model: PreTrainedModel, others: nn.ModuleList) -> Iterator[None]:
+    """The model with other decoder layers while it lasts."""
     backbone, name = _place(model)
     own = getattr(backbone, name)
     setattr(backbone, name, others)
@@ -34,12 +34,12 @@ def blocks_replaced(model: PreTrainedModel, others: nn.ModuleList) -> Iterator[N
 
 
 def _place(model: PreTrainedModel) -> tuple[nn.Module, str]:
-    """The backbone and where its blocks are: `layers` in most families, `h` in GPT-2's."""
+    """The backbone and where its decoder layers are: `layers` in most families, `h` in GPT-2's."""
     backbone, _ = split(model)
     names = [name for name, child in backbone.named_children() if isinstance(child, nn.ModuleList)]
     if len(names) != 1:
         raise ModelError(
-            f"{type(backbone).__name__} has {len(names)} lists of blocks; only models with one can "
-            "be carved or offloaded"
+            f"{type(backbone).__name__} has {len(names)} lists of decoder layers; only models with "
+            "one can be carved, offloaded or observed layer by layer"
         )
     return backbone, names[0]

@@ -12,8 +12,8 @@ import bisect
 from collections import deque
 from typing import NamedTuple
 
-SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-TRIED = (4, 1, 8, 2) * 2  # the sizes of the first blocks, so that there is something to compare
+DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+TRIAL_LENGTHS = (4, 1, 8, 2) * 2  # of the first blocks, so that there is something to compare
 MEMORY = 0.98  # weight of what was known of the acceptance when a block is added
 
 
@@ -57,7 +57,7 @@ class AutoBlock:
 
     def __init__(self, max_new_tokens: int) -> None:
         self.draft, self.judge = Costs(), Costs()
-        self._untried = [size for size in reversed(TRIED) if size <= max_new_tokens]
+        self._untried = [size for size in reversed(TRIAL_LENGTHS) if size <= max_new_tokens]
         self._stayed, self._judged = 0.0, 0.0
 
     def choose(self, num_rows: int) -> int:
@@ -69,7 +69,7 @@ class AutoBlock:
         def cost(size: int) -> float:
             return (size * draft + self.judge(num_rows * size)) / expected(size, acceptance)
 
-        return min(SIZES, key=cost)
+        return min(DRAFT_LENGTHS, key=cost)
 
     def learn(self, block: Measured) -> None:
         self.draft.add(block.num_rows, block.draft_seconds / block.size)

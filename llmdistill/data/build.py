@@ -1,0 +1,89 @@
+"""Builds the rows that a recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llmdistill import recipe
+from llmdistill.data.collate import EncodedRows, PromptDataset, PromptStream
+from llmdistill.data.sources import read
+from llmdistill.data.validate import Rules
+from llmdistill.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_rows(
+    answer: recipe.DataRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    needs_response: bool,
+    seed: int,
+) -> tuple[EncodedRows, PromptDataset | None]:
+    """Rows to train on and rows to measure on (None where the recipe asks for none)."""
+    rules = _rules(answer, needs_response=needs_response)
+    if answer.streaming:
+        train: EncodedRows = _stream(answer.train, tokenizer, rules)
+    else:
+        parts = _load(answer.train, tokenizer, rules)
+        if answer.hold_back:
+            return _hold_back(parts, answer.hold_back, seed)
+        train = PromptDataset.join(parts, seed=seed)
+    if not answer.eval:
+        return train, None
+    parts = _load(answer.eval, tokenizer, replace(rules, needs_response=False))
+    return train, PromptDataset.join(parts, seed=seed)
+
+
+def _hold_back(
+    parts: Sequence[tuple[PromptDataset, float]], number: int, seed: int
+) -> tuple[PromptDataset, PromptDataset]:
+    """What is left to train on, and the rows held back: no copy of one is in both."""
+    once = PromptDataset.join([(part, 1.0) for part, _ in parts], seed=seed)
+    if number >= len(once):
+        raise RecipeError(f"data.hold_back: {number} of {len(once)} rows leaves none to train on")
+    _, held = once.hold_back(number)
+    without = frozenset(row.row_id for row in held.rows)
+    return PromptDataset.join(parts, seed=seed, without=without), held
+
+
+def _load(
+    sources: Sequence[recipe.SourceRecipe],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: Rules,
+) -> list[tuple[PromptDataset, float]]:
+    parts = []
+    for source in sources:
+        rows = read(source.source, columns=source.columns)
+        part = PromptDataset.encode(rows, tokenizer, replace(rules, form=source.format))
+        parts.append((part, source.weight))
+    return parts
+
+
+def _stream(
+    sources: Sequence[recipe.SourceRecipe], tokenizer: PreTrainedTokenizerBase, rules: Rules
+) -> PromptStream:
+    if len({source.format for source in sources}) > 1:
+        raise RecipeError("data.train: the sources of one stream are read in one format")
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        for source in sources:
+            yield from read(source.source, columns=source.columns, streaming=True)
+
+    return PromptStream(rows, tokenizer, replace(rules, form=sources[0].format))
+
+
+def _rules(answer: recipe.DataRecipe, *, needs_response: bool) -> Rules:
+    return Rules(
+        every_turn=answer.turns == "all",
+        template_options=answer.chat_template_kwargs,
+        needs_response=needs_response,
+        max_prompt_tokens=answer.max_prompt_tokens,
+        max_response_tokens=answer.max_response_tokens,
+        long_prompts=answer.long_prompts,
+        long_responses=answer.long_responses,
+        skip_bad=answer.on_bad_row == "skip",
+    )
