@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,6 +19,9 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    """Keys that had another name before: the old name, and the key of today."""
+
     @model_validator(mode="before")
     @classmethod
     def _known_keys_only(cls, data: Any) -> Any:
@@ -26,6 +29,12 @@ class Strict(BaseModel):
             for key in data:
                 if key not in cls.model_fields:
                     raise PydanticCustomError(
-                        "unknown_key", "", {"key": str(key), "known": list(cls.model_fields)}
+                        "unknown_key",
+                        "",
+                        {
+                            "key": str(key),
+                            "known": list(cls.model_fields),
+                            "renamed": cls.RENAMED.get(str(key), ""),
+                        },
                     )
         return data

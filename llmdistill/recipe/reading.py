@@ -18,7 +18,7 @@ from llmdistill.recipe.schema import Recipe
 
 Part = TypeVar("Part", bound=Strict)
 
-REFUSED = {
+NEVER_A_KEY = {
     "trust_remote_code": " Code from a model's repository could do anything on this machine; "
     "llmdistill never runs it. Convert the model to a type that transformers knows."
 }
@@ -148,8 +148,9 @@ def _describe(error: dict[str, Any], data: Any) -> str:
     path = _dotted(error["loc"], data, missing=error["type"] == "missing")
     kind, context = error["type"], error.get("ctx", {})
     if kind == "unknown_key":
-        key, known = context["key"], context["known"]
-        hint = REFUSED.get(key) or close_to(key, known) or f" Known here: {', '.join(known)}."
+        key, known, renamed = context["key"], context["known"], context.get("renamed")
+        hint = f" It is called '{renamed}' now." if renamed else NEVER_A_KEY.get(key)
+        hint = hint or close_to(key, known) or f" Known here: {', '.join(known)}."
         return f"unknown key '{f'{path}.{key}' if path else key}'.{hint}"
     if kind == "missing":
         return f"'{path}' is missing"

@@ -1,0 +1,153 @@
+"""What a recipe knows about code that it must not import: the names in a table, and default values.
+
+Importing torch takes seconds.  Reading a source file with `ast` takes milliseconds.  A default is
+written once, where it is used; a list of names is the table that holds them.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
+
+PACKAGE = Path(__file__).parents[1]
+
+
+class Parameter(NamedTuple):
+    """A keyword parameter: its annotation as text, and its default (REQUIRED without one)."""
+
+    annotation: str
+    default: Any
+
+
+REQUIRED = object()
+
+
+@functools.cache
+def names(path: str, table: str) -> tuple[str, ...]:
+    """The keys of a dict literal: names('objectives/divergences.py', 'DIVERGENCES')."""
+    return tuple(_table(path, table))
+
+
+@functools.cache
+def options(path: str, table: str, entry: str) -> Mapping[str, Parameter]:
+    """The keyword parameters of the function or class that an entry of a table names."""
+    return parameters(path, ast.unparse(_table(path, table)[entry]))
+
+
+@functools.cache
+def parameters(path: str, name: str) -> Mapping[str, Parameter]:
+    """The keyword parameters of a function, of a class's `__init__`, or the fields of a dataclass.
+
+    A class without an `__init__` also has those of its bases in the same file.
+    """
+    node = _definition(path, name)
+    found: dict[str, Parameter] = {}
+    if isinstance(node, ast.FunctionDef):
+        return MappingProxyType(_keywords(path, node))
+    for base in node.bases:
+        if isinstance(base, ast.Name) and _definition(path, base.id, missing=True) is not None:
+            found |= parameters(path, base.id)
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            return MappingProxyType(found | _keywords(path, item))
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            annotation = ast.unparse(item.annotation)
+            if not annotation.startswith("ClassVar"):
+                found[item.target.id] = Parameter(annotation, _default(path, item.value))
+    return MappingProxyType(found)
+
+
+@functools.cache
+def defaults(path: str, name: str) -> SimpleNamespace:
+    """The default values of `parameters`: defaults('rollouts/replay.py', 'ReplayRollout').capacity.
+
+    A default that is made by a call, such as `Sampling(temperature=0.7)`, is the dict of its
+    keyword arguments.
+    """
+    found = parameters(path, name)
+    return SimpleNamespace(
+        **{name: p.default for name, p in found.items() if p.default is not REQUIRED}
+    )
+
+
+@functools.cache
+def constant(path: str, name: str) -> Any:
+    """The value of a literal that a module assigns: constant('data/collate.py', 'SIZE')."""
+    return _value(path, _assigned(path)[name])
+
+
+@functools.cache
+def _tree(path: str) -> ast.Module:
+    return ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _assigned(path: str) -> dict[str, ast.expr]:
+    """What each name of a module is assigned to."""
+    found: dict[str, ast.expr] = {}
+    for node in _tree(path).body:
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            found[ast.unparse(node.target)] = node.value
+        elif isinstance(node, ast.Assign):
+            found |= {ast.unparse(target): node.value for target in node.targets}
+    return found
+
+
+def _table(path: str, table: str) -> dict[str, ast.expr]:
+    literal = _assigned(path)[table]
+    assert isinstance(literal, ast.Dict), f"{table} in {path} is not a dict literal"
+    entries = zip(literal.keys, literal.values, strict=True)
+    return {ast.literal_eval(key): value for key, value in entries if key is not None}
+
+
+def _definition(path: str, name: str, *, missing: bool = False) -> Any:
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    found = (n for n in _tree(path).body if isinstance(n, kinds) and n.name == name)
+    node = next(found, None)
+    assert node is not None or missing, f"{path} defines no {name}"
+    return node
+
+
+def _keywords(path: str, function: ast.FunctionDef) -> dict[str, Parameter]:
+    """Keyword-only parameters, and positional ones that have a default."""
+    arguments = function.args
+    positional = arguments.args[len(arguments.args) - len(arguments.defaults) :]
+    pairs = [
+        *zip(positional, arguments.defaults, strict=True),
+        *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
+    ]
+    return {
+        argument.arg: Parameter(
+            ast.unparse(argument.annotation) if argument.annotation else "",
+            _default(path, value),
+        )
+        for argument, value in pairs
+    }
+
+
+def _default(path: str, node: ast.expr | None) -> Any:
+    return REQUIRED if node is None else _value(path, node)
+
+
+def _value(path: str, node: ast.expr) -> Any:
+    """A literal, a constant of this module or of one that it imports from, or a call's keywords."""
+    if isinstance(node, ast.Name):
+        if node.id in _assigned(path):
+            return _value(path, _assigned(path)[node.id])
+        return constant(_imported_from(path, node.id), node.id)
+    if isinstance(node, ast.Call):
+        return {k.arg: _value(path, k.value) for k in node.keywords if k.arg is not None}
+    return ast.literal_eval(node)
+
+
+def _imported_from(path: str, name: str) -> str:
+    """The file of this package that a module imports a name from."""
+    for node in _tree(path).body:
+        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
+            assert node.module is not None
+            return node.module.removeprefix("llmdistill.").replace(".", "/") + ".py"
+    raise AssertionError(f"{path} neither assigns nor imports {name}")
