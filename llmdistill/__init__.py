@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmdistill.errors import LlmDistillError as LlmDistillError
+    from llmdistill.objectives.features import HiddenObjective as HiddenObjective
     from llmdistill.objectives.response import CrossEntropyObjective as CrossEntropyObjective
     from llmdistill.objectives.response import ResponseObjective as ResponseObjective
     from llmdistill.rollouts.fixed import FixedRollout as FixedRollout
@@ -25,13 +26,14 @@ _PUBLIC = {
     "CrossEntropyObjective": "llmdistill.objectives.response",
     "DistillTrainer": "llmdistill.training.trainer",
     "FixedRollout": "llmdistill.rollouts.fixed",
+    "HiddenObjective": "llmdistill.objectives.features",
     "InterleavedRollout": "llmdistill.rollouts.interleaved",
     "LlmDistillError": "llmdistill.errors",
     "LocalTeacher": "llmdistill.teachers.local",
     "MixedRollout": "llmdistill.rollouts.mixed",
     "ResponseObjective": "llmdistill.objectives.response",
     "SampledRollout": "llmdistill.rollouts.sampled",
-    "Sampling": "llmdistill.batch",
+    "Sampling": "llmdistill.sampling",
     "distill": "llmdistill.run",
 }
 

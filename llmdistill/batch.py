@@ -10,24 +10,28 @@ column t stands in column t - 1.  That shift is made here (`predictor_mask_BT`) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmdistill.distributions import Dense as Dense
+from llmdistill.distributions import Distribution
 from llmdistill.models.heads import Head
+from llmdistill.models.taps import Need
 from llmdistill.sampling import Writer
 
 
 class LossSum(NamedTuple):
-    """A loss summed over predicted tokens, and their number.
-    `total / count` is the mean in nats.
+    """A loss summed over tokens, and their number: `total / num_tokens` is the mean in nats.
+
+    Over a whole step a sum is divided by its objective's own `divisor`.
     """
 
     total: Tensor
-    count: Tensor  # type: ignore[assignment] # a tuple has a method of this name
+    num_tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,8 @@ class Sequences:
     """Prompts with their responses, padded on the right: what a rollout writes.
 
     `embedding_change`, a function (B, T, H) -> (B, T, H), is applied by student and teacher to
-    their own embeddings.  `signal` is there when the writer has already judged what it kept, and
-    `judgements_B` then counts the teacher's passes over each row.
+    their own embeddings.  `signal` is there if the teacher has already read what was kept while it
+    was written, and `teacher_passes_B` then counts the teacher's passes over each row.
     """
 
     input_ids_BT: Tensor
@@ -104,7 +108,7 @@ class Sequences:
     row_ids_B: Tensor
     writer_BT: Tensor
     writer_logprob_BT: Tensor | None = None
-    judgements_B: Tensor | None = None
+    teacher_passes_B: Tensor | None = None
     embedding_change: Callable[[Tensor], Tensor] | None = None
     signal: TeacherSignal | None = None
 
@@ -169,9 +173,9 @@ class Sequences:
 
     def to(self, device: torch.device | str) -> Sequences:
         moved: dict[str, Any] = {
-            field.name: value.to(device)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            item.name: value.to(device)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
         }
         return replace(self, **moved)
 
@@ -179,9 +183,9 @@ class Sequences:
         """The rows at these places, without the columns that only the others needed."""
         width = int(self.attention_mask_BT[rows].sum(1).max()) if len(rows) else 0
         cut: dict[str, Any] = {
-            field.name: value[rows, :width] if value.dim() == 2 else value[rows]
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            item.name: value[rows, :width] if value.dim() == 2 else value[rows]
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
         }
         if self.signal is not None:
             places = torch.arange(int(self.num_predicted.sum())).split(self.num_predicted.tolist())
@@ -200,21 +204,60 @@ class Sequences:
 
 @dataclass(frozen=True)
 class StudentView:
-    """What an objective sees of the student: the states that predict the N tokens, and its head."""
+    """What an objective sees of the student: one reading of a batch.
 
-    hidden_NH: Tensor
-    head: Head
-
-
-@dataclass(frozen=True)
-class TeacherSignal:
-    """A teacher's judgement of the N predicted tokens: final hidden states and the head over
-    them.
+    `hidden_NH` are the final hidden states that predict the N tokens, `head` what turns them into
+    logits of the shared ids, and `states` what its `student_needs` asked for: (N, ...) for
+    predicted tokens, (M, ...) for all M tokens that are not padding, row by row.
     """
 
     hidden_NH: Tensor
     head: Head
+    states: Mapping[Need, Tensor] = field(default_factory=dict)
+
+    def detach(self) -> StudentView:
+        """The same numbers without a way back for gradients."""
+        states = {need: state.detach() for need, state in self.states.items()}
+        return StudentView(self.hidden_NH.detach(), self.head.detach(), states)
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """What a teacher says of the N predicted tokens; a part that nobody asked for is missing.
+
+    `states` are as in `StudentView`, in the teacher's widths and on its device.
+    """
+
+    distribution: Distribution | None = None
+    states: Mapping[Need, Tensor] = field(default_factory=dict)
+
+    def covers(self, needs: frozenset[Need]) -> bool:
+        """Is everything here that these needs ask for?"""
+        there = set(self.states)
+        if self.distribution is not None:
+            there.add(Need.DISTRIBUTION)
+        return needs <= there
+
+    def narrow(self, num_tokens: int) -> TeacherSignal:
+        """With the distribution over the ids that both sides share."""
+        if self.distribution is None:
+            return self
+        return replace(self, distribution=self.distribution.narrow(num_tokens))
 
     def select(self, places: Tensor) -> TeacherSignal:
-        """The judgement of some of the N tokens: by number, or by a mask (N,)."""
-        return replace(self, hidden_NH=self.hidden_NH[places.to(self.hidden_NH.device)])
+        """The signal at some of the N tokens: by number, or by a mask (N,)."""
+        states = {need: state[places.to(state.device)] for need, state in self.states.items()}
+        found = self.distribution
+        return TeacherSignal(None if found is None else found.select(places), states)
+
+    def to(self, device: torch.device | str) -> TeacherSignal:
+        """With what is kept per token on this device; a head stays where its model is."""
+        states = {need: state.to(device) for need, state in self.states.items()}
+        found = self.distribution
+        return TeacherSignal(None if found is None else found.to(device), states)
+
+    def detach(self) -> TeacherSignal:
+        """The same numbers without a way back for gradients."""
+        states = {need: state.detach() for need, state in self.states.items()}
+        found = self.distribution
+        return TeacherSignal(None if found is None else found.detach(), states)

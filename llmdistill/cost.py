@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,20 +38,19 @@ LOOKED_AT = 10_000  # rows whose lengths are taken
 
 def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
     """Bytes by part, on one device without sharding, when the longest rows come together."""
-    answer, training = recipe.student, recipe.training
-    plan = Plan(**answer.carve.model_dump()) if answer.carve is not None else None
-    student = skeleton(load_config(answer.model, revision=answer.revision), plan)
-    student_bytes = weight_bytes(student, _dtype_bytes(answer.dtype), answer.quantization)
-    if answer.peft is not None:
-        options = answer.peft.model_dump(exclude={"save", "r"})
-        student = add_adapter(student, rank=answer.peft.r, seed=recipe.seed, **options)
-    teacher, teacher_bytes, size = student, 0.0, _dtype_bytes(answer.dtype)
-    if isinstance(recipe.teacher, recipes.LocalTeacherRecipe):
-        name, revision = recipe.teacher_source
-        teacher = skeleton(load_config(name, revision=revision))
-        size = _dtype_bytes(recipe.teacher.dtype)
-        resident = 1 if recipe.teacher.offload else None
-        teacher_bytes = weight_bytes(teacher, size, recipe.teacher.quantization, resident)
+    section, training = recipe.student, recipe.training
+    plan = Plan(**section.carve.model_dump()) if section.carve is not None else None
+    student = skeleton(load_config(section.model, revision=section.revision), plan)
+    student_bytes = weight_bytes(student, _dtype_bytes(section.dtype), section.quantization)
+    if section.peft is not None:
+        options = section.peft.model_dump(exclude={"save", "r"})
+        student = add_adapter(student, rank=section.peft.r, seed=recipe.seed, **options)
+    teacher, teacher_bytes, size = student, 0.0, _dtype_bytes(section.dtype)
+    if (weights := recipe.teacher.weights) is not None:
+        teacher = skeleton(load_config(weights.model, revision=weights.revision))
+        size = _dtype_bytes(weights.dtype)
+        resident = 1 if weights.offload else None
+        teacher_bytes = weight_bytes(teacher, size, weights.quantization, resident)
     rows = int(training.get("per_device_train_batch_size", 8))
     window = rows * int(training.get("gradient_accumulation_steps", 1))
     longest = _longest(recipe, train)
@@ -66,16 +64,10 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
     )
     parts = {"teacher's weights": teacher_bytes, "student's weights": student_bytes}
     parts |= footprint(student, load)
-    if _both_write(recipe.rollout):
+    if recipe.rollout.steps_both_models:
         parts["cache while writing"] += load.written_tokens * size * cached_numbers(teacher)
         parts["chunks of logits"] += 4.0 * LOGITS
     return parts
-
-
-def _both_write(rollout: recipes.RolloutRecipe) -> bool:
-    """Do student and teacher hold a cache at the same time?"""
-    writers = (rollout, getattr(rollout, "student", None))
-    return any(isinstance(writer, recipes.InterleavedRecipe) for writer in writers)
 
 
 def seconds_per_step(recipe: Recipe) -> dict[str, tuple[float, float | None]]:
@@ -86,7 +78,7 @@ def seconds_per_step(recipe: Recipe) -> dict[str, tuple[float, float | None]]:
     train, _ = load_data(recipe, tokenizer)
     teacher, student = load_pair(recipe, tokenizer, train)
     found = {}
-    for rollout, share in _branches(recipe.rollout):
+    for rollout, share in recipe.rollout.branches:
         changes = {"rollout": rollout, "training": recipe.training | TWO_STEPS}
         trial = recipe.model_copy(update=changes | {"evaluate": recipes.EvaluateRecipe()})
         with tempfile.TemporaryDirectory() as folder:
@@ -95,29 +87,8 @@ def seconds_per_step(recipe: Recipe) -> dict[str, tuple[float, float | None]]:
             clock = StepClock()
             trainer.add_callback(clock)
             trainer.train()
-        found[_writer(rollout)] = (clock.seconds[-1], share)
+        found[rollout.who_writes] = (clock.seconds[-1], share)
     return found
-
-
-def _branches(rollout: recipes.RolloutRecipe) -> list[tuple[Any, float | None]]:
-    if not isinstance(rollout, recipes.MixedRecipe):
-        return [(rollout, 1.0)]
-    share = rollout.share
-    if isinstance(share, recipes.AdaptiveShareRecipe):
-        return [(rollout.student, None), (rollout.other, None)]
-    if isinstance(share, recipes.ConstantShareRecipe):
-        mean = share.value
-    else:
-        mean = (share.start + share.end) / 2
-    return [(rollout.student, mean), (rollout.other, 1 - mean)]
-
-
-def _writer(rollout: recipes.RolloutRecipe) -> str:
-    if isinstance(rollout, recipes.FixedRecipe):
-        return "the data set"
-    if isinstance(rollout, recipes.InterleavedRecipe):
-        return "both models"
-    return f"the {getattr(rollout, 'by', 'student')}"
 
 
 def num_steps(recipe: Recipe, train: EncodedRows) -> int:

@@ -1,19 +1,52 @@
-"""The forward pass that teacher and student share.
+"""The forward pass that teacher and student share, and the one place where heads are narrowed.
 
 B = sequences, T = tokens, N = predicted tokens, H = hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from llmdistill.batch import Sequences
+from llmdistill.batch import Sequences, StudentView, TeacherSignal
+from llmdistill.models.heads import split
+from llmdistill.models.taps import Need, taps
+from llmdistill.protocols import Teacher
 
 
-def final_hidden(backbone: Any, sequences: Sequences) -> Tensor:
-    """The backbone's final hidden states at the places that predict: (N, H)."""
+def read(
+    model: Any, sequences: Sequences, num_tokens: int, needs: Iterable[Need] = ()
+) -> StudentView:
+    """One forward pass of a causal LM: what predicts the N tokens, and the states asked for.
+
+    The head is cut to the first `num_tokens` ids: the padding rows behind them mean nothing and
+    belong into no softmax.
+    """
+    backbone, head = split(model)
+    with taps(model, needs) as found:
+        hidden_NH = _final_hidden(backbone, sequences)
+    return StudentView(hidden_NH, head.narrow(num_tokens), _kept(found, sequences))
+
+
+def teacher_signal(
+    teacher: Teacher, sequences: Sequences, num_tokens: int, needs: frozenset[Need]
+) -> TeacherSignal | None:
+    """What the teacher says of the tokens, over the shared ids; None if nothing is needed.
+
+    A signal that was made while the sequences were written is used if it holds all of it.
+    """
+    if not needs:
+        return None
+    signal = sequences.signal
+    if signal is None or not signal.covers(needs):
+        signal = teacher.judge(sequences, needs)
+    return signal.narrow(num_tokens)
+
+
+def _final_hidden(backbone: Any, sequences: Sequences) -> Tensor:
+    """The backbone's final hidden states at the positions that predict: (N, H)."""
     inputs: dict[str, Tensor] = {"input_ids": sequences.input_ids_BT}
     if sequences.embedding_change is not None:
         embedded_BTH = backbone.get_input_embeddings()(sequences.input_ids_BT)
@@ -25,3 +58,12 @@ def final_hidden(backbone: Any, sequences: Sequences) -> Tensor:
         use_cache=False,
     )
     return output.last_hidden_state[sequences.predictor_mask_BT]
+
+
+def _kept(found: Mapping[Need, Tensor], sequences: Sequences) -> dict[Need, Tensor]:
+    """Each state at the tokens that its need names, row by row."""
+    masks = {
+        "predicted": sequences.predictor_mask_BT,
+        "all": sequences.attention_mask_BT.bool(),
+    }
+    return {need: state[masks[need.tokens].to(state.device)] for need, state in found.items()}

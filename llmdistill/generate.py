@@ -29,7 +29,7 @@ from llmdistill.instruct.requests import Reply, Request
 from llmdistill.instruct.writers import LocalWriter, RemoteWriter
 from llmdistill.models.load import load_tokenizer, revision_of
 from llmdistill.publish.data_card import Outcome, data_card
-from llmdistill.teachers.build import build_teacher
+from llmdistill.teachers.build import load_teacher
 from llmdistill.teachers.remote import RemoteTeacher
 
 RANKS_WAIT = timedelta(hours=6)
@@ -116,7 +116,7 @@ def build_writer(
         known = load_tokenizer(answer.tokenizer) if answer.tokenizer else None
         remote = RemoteTeacher(tokenizer=known, **common, **options)
         return RemoteWriter(remote, seed=seed, record=folder)
-    return LocalWriter(build_teacher(answer), seed=seed, batch_size=recipe.batch_size, **common)
+    return LocalWriter(load_teacher(answer), seed=seed, batch_size=recipe.batch_size, **common)
 
 
 def _revision(recipe: recipes.GenerationRecipe, writer: LocalWriter | RemoteWriter) -> str:

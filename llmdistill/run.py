@@ -28,17 +28,16 @@ from llmdistill import recipe as recipes
 from llmdistill.data.build import build_rows
 from llmdistill.data.collate import EncodedRows, PromptDataset, collate, sample_text
 from llmdistill.data.render import same_template
-from llmdistill.data.validate import Row
 from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
-from llmdistill.evaluation.measure import Evaluation, Figures
+from llmdistill.evaluation.measure import Evaluation, Figures, Measurement
 from llmdistill.generate import generate
 from llmdistill.models.build import build_student
 from llmdistill.models.load import default_device, load_tokenizer, native_bfloat16
 from llmdistill.objectives.build import build_objective
+from llmdistill.protocols import Teacher
 from llmdistill.publish.card import model_card
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts.build import build_rollout
-from llmdistill.teachers.adapter_off import AdapterOffTeacher
 from llmdistill.teachers.build import build_teacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.progress import MetricsFile, ProgressBar
@@ -98,11 +97,11 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     teacher, student = load_pair(recipe, tokenizer, train)
     evaluation = _evaluation(recipe, teacher, held)
 
-    before: tuple[Figures, list[str]] | None = None
+    before: Measurement | None = None
+    reference: PromptDataset | None = None
     if evaluation is not None:
         logger.info("measuring the student before training")
-        before = evaluation.measure(student)
-    reference = _teacher_text(evaluation, held) if evaluation is not None else None
+        before, reference = evaluation.measure(student), evaluation.teacher_text()
     trainer = build_trainer(recipe, arguments, teacher, student, tokenizer, train, reference)
     for callback in _callbacks(recipe, folder):
         trainer.add_callback(callback)
@@ -113,7 +112,7 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     result = Result(folder)
     if PartialState().is_main_process:
         if evaluation is not None and before is not None:
-            result = _measured(folder, evaluation, before, evaluation.measure(student))
+            result = _write_evaluation(folder, evaluation, before, evaluation.measure(student))
         trainer.model_card = model_card(recipe, result.evaluation)
         (result.student / "README.md").write_text(trainer.model_card, encoding="utf-8")
     PartialState().wait_for_everyone()
@@ -122,20 +121,17 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     return result
 
 
-def _measured(
-    folder: Path,
-    evaluation: Evaluation,
-    before: tuple[Figures, list[str]],
-    after: tuple[Figures, list[str]],
+def _write_evaluation(
+    folder: Path, evaluation: Evaluation, before: Measurement, after: Measurement
 ) -> Result:
-    """Writes evaluation.json; the result holds its figures and the answers side by side."""
-    figures = {"before": before[0], "after": after[0], "teacher": evaluation.measure_teacher()}
+    """Writes evaluation.json; the result holds its figures and the responses side by side."""
+    figures = {"before": before.figures, "after": after.figures, **evaluation.teacher_figures()}
     text = json.dumps({name: asdict(value) for name, value in figures.items()}, indent=2)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     tokenizer = evaluation.teacher.tokenizer
     prompts = [tokenizer.decode(ids) for ids in evaluation.prompts.ids()]
-    columns = zip(prompts, evaluation.reference.texts, before[1], after[1], strict=True)
-    return Result(folder, figures, [Answers(*row) for row in columns])
+    columns = (prompts, evaluation.reference.texts, before.responses, after.responses)
+    return Result(folder, figures, [Answers(*row) for row in zip(*columns, strict=True)])
 
 
 def load_data(
@@ -148,29 +144,30 @@ def load_data(
 
 def load_pair(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: EncodedRows
-) -> tuple[LocalTeacher, PreTrainedModel]:
+) -> tuple[Teacher, PreTrainedModel]:
     """Teacher and student, the student as it is trained."""
-    if isinstance(recipe.teacher, recipes.AdapterOffTeacherRecipe):
+    if recipe.teacher.weights is None:  # it teaches with the student's own
         student = _student(recipe, None, train)
-        return AdapterOffTeacher(student, tokenizer), student
+        return build_teacher(recipe.teacher, student, tokenizer), student
     teacher = build_teacher(recipe.teacher)
     return teacher, _student(recipe, teacher, train)
 
 
-def _student(recipe: Recipe, teacher: LocalTeacher | None, train: EncodedRows) -> Any:
-    """The student; where it is cut out of the very teacher, the teacher's weights are copied
-    instead of loaded again.
+def _student(recipe: Recipe, teacher: Teacher | None, train: EncodedRows) -> Any:
+    """The student.  If it is cut out of the very teacher, the teacher's weights are copied instead
+    of loaded again.
     """
-    answer, base = recipe.student, None
-    if teacher is not None and (answer.model, answer.revision) == recipe.teacher_source:
+    section, base = recipe.student, None
+    same = (section.model, section.revision) == recipe.teacher_source
+    if isinstance(teacher, LocalTeacher) and same:
         model = teacher.model
-        wanted = getattr(torch, answer.dtype) if answer.dtype != "auto" else None
+        wanted = getattr(torch, section.dtype) if section.dtype != "auto" else None
         whole = not any(parameter.is_meta for parameter in model.parameters())  # not offloaded
         if whole and model.dtype == wanted and not getattr(model, "is_quantized", False):
             base = model
     sample = sample_text(train, CARVE_ROWS)
     return build_student(
-        answer,
+        section,
         base=base,
         sample=(sample.input_ids_BP, sample.attention_mask_BP),
         device="cpu" if recipe.training.get("use_cpu") else None,
@@ -194,10 +191,8 @@ def load_student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _evaluation(
-    recipe: Recipe, teacher: LocalTeacher, held: PromptDataset | None
-) -> Evaluation | None:
-    """On the first rank; on the others only where the held-out loss is followed during training."""
+def _evaluation(recipe: Recipe, teacher: Teacher, held: PromptDataset | None) -> Evaluation | None:
+    """On the first rank; on the others only if the held-out loss is followed during training."""
     if held is None or not (PartialState().is_main_process or recipe.evaluate.every_steps):
         return None
     logger.info("the teacher answers the evaluation prompts")
@@ -207,17 +202,6 @@ def _evaluation(
         max_new_tokens=recipe.evaluate.max_new_tokens,
         seed=recipe.seed,
         answer_pattern=recipe.evaluate.answer_pattern,
-    )
-
-
-def _teacher_text(evaluation: Evaluation, held: PromptDataset | None) -> PromptDataset:
-    """The evaluation prompts with the teacher's greedy answers: what the held-out loss is taken
-    on.
-    """
-    assert held is not None
-    answers = [ids for batch in evaluation.reference.batches for ids in batch.responses()]
-    return PromptDataset(
-        [Row(row.row_id, row.prompt_ids, ids) for row, ids in zip(held.rows, answers, strict=True)]
     )
 
 
@@ -252,7 +236,7 @@ def training_arguments(recipe: Recipe, folder: Path, *, resume: bool = False) ->
 def build_trainer(
     recipe: Recipe,
     arguments: TrainingArguments,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train: EncodedRows,
@@ -262,7 +246,7 @@ def build_trainer(
         student=student,
         teacher=teacher,
         rollout=build_rollout(recipe.rollout),
-        objectives=[build_objective(answer) for answer in recipe.objectives],
+        objectives=[build_objective(section) for section in recipe.objectives],
         args=arguments,
         train_dataset=train,
         eval_dataset=reference,

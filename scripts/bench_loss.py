@@ -24,8 +24,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from llmdistill.models.chunks import HeadLogits
 from llmdistill.models.heads import Head
-from llmdistill.objectives.chunked import HeadLogits, chunked_sum
+from llmdistill.objectives.chunked import chunked_sum
 from llmdistill.objectives.divergences import DIVERGENCES
 
 CPU_SHAPES = [(512, 576, 576, 49_152), (512, 384, 384, 151_936), (2048, 576, 576, 49_152)]

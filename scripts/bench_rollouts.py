@@ -122,11 +122,13 @@ class Bench:
 
 def _shares(written: list[Sequences]) -> dict[str, Any]:
     """Who wrote, and how much a judgement brought, where there were any."""
-    judged = [s for s in written if s.judgements_B is not None and int(s.judgements_B.sum())]
+    judged = [
+        s for s in written if s.teacher_passes_B is not None and int(s.teacher_passes_B.sum())
+    ]
     if not judged:
         return {"accepted": "", "teacher's share": "", "tokens a judgement": ""}
     writers_N = torch.cat([s.target_writers_N for s in judged])
-    passes = sum(int(s.judgements_B.sum()) for s in judged if s.judgements_B is not None)
+    passes = sum(int(s.teacher_passes_B.sum()) for s in judged if s.teacher_passes_B is not None)
     share = float((writers_N == Writer.TEACHER).double().mean())
     return {
         "accepted": 1 - share,

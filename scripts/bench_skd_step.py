@@ -104,7 +104,7 @@ def main() -> None:
             "tokens a step": _mean(logs[name], "predicted_tokens"),
             "written tokens/s": _mean(logs[name], "written_per_second"),
             "accepted": _mean(logs[name], "acceptance"),
-            "tokens a judgement": _mean(logs[name], "tokens_per_judgement"),
+            "tokens a judgement": _mean(logs[name], "tokens_per_teacher_pass"),
             "time against the student's": median[name] / median["the student"],
             "time a token against the student's": _per_token(name) / _per_token("the student"),
         }

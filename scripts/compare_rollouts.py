@@ -68,7 +68,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
 
 
 def _means(entries: list[dict[str, Any]]) -> dict[str, float]:
-    keys = ("loss", "acceptance", "tokens_per_judgement", "replaced_q1", "replaced_q4")
+    keys = ("loss", "acceptance", "tokens_per_teacher_pass", "replaced_q1", "replaced_q4")
     found = {key: [e[key] for e in entries if key in e] for key in keys}
     return {key: sum(values) / len(values) for key, values in found.items() if values}
 
@@ -102,7 +102,7 @@ def report(options: argparse.Namespace, runs: Path, names: list[str]) -> None:
         | {f"{name}: loss": wide[name][step].get("loss", "") for name in names}
         | {
             key: wide["interleaved"][step].get(key, "")
-            for key in ("acceptance", "tokens_per_judgement", "replaced_q1", "replaced_q4")
+            for key in ("acceptance", "tokens_per_teacher_pass", "replaced_q1", "replaced_q4")
         }
         for step in steps
     ]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmdistill.batch import Sequences, TeacherSignal
+from llmdistill.batch import Dense, Sequences, TeacherSignal
 from llmdistill.models.heads import Head
 from tests import toy
 
@@ -16,7 +16,7 @@ def judged(number: int = 6) -> Sequences:
     """Each predicted token's state holds the row and the column that it stands in."""
     sequences = toy.sequences(number)
     places_N2 = sequences.response_mask_BT.nonzero().float()
-    return replace(sequences, signal=TeacherSignal(places_N2, Head(torch.zeros(3, 2))))
+    return replace(sequences, signal=TeacherSignal(Dense(places_N2, Head(torch.zeros(3, 2)))))
 
 
 def places(sequences: Sequences, rows) -> list[list[float]]:
@@ -31,13 +31,13 @@ def places(sequences: Sequences, rows) -> list[list[float]]:
 @pytest.mark.parametrize("rows", [[0], [5, 2, 3], [1, 1], [4, 3, 2, 1, 0, 5], []])
 def test_a_judgement_follows_its_rows(rows):
     chosen = judged().select(torch.tensor(rows, dtype=torch.long))
-    assert chosen.signal.hidden_NH.tolist() == places(chosen, rows)
-    assert len(chosen.signal.hidden_NH) == int(chosen.num_predicted.sum())
+    assert chosen.signal.distribution.hidden_NH.tolist() == places(chosen, rows)
+    assert len(chosen.signal.distribution.hidden_NH) == int(chosen.num_predicted.sum())
 
 
 def test_rows_without_loss_have_no_judgement():
     silent = torch.tensor([False, True, False, False, True, False])
     left = judged().without_loss(silent)
-    assert left.signal.hidden_NH.tolist() == places(left, range(6))
+    assert left.signal.distribution.hidden_NH.tolist() == places(left, range(6))
     assert left.num_predicted[silent].sum() == 0
-    assert len(left.targets_N) == len(left.signal.hidden_NH)
+    assert len(left.targets_N) == len(left.signal.distribution.hidden_NH)

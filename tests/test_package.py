@@ -23,7 +23,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 def test_the_public_names():
     """P3: at most 15, each importable."""
     assert llmdistill.__all__ == [
-        "CrossEntropyObjective", "DistillTrainer", "FixedRollout", "InterleavedRollout",
+        "CrossEntropyObjective", "DistillTrainer", "FixedRollout", "HiddenObjective", "InterleavedRollout",
         "LlmDistillError", "LocalTeacher", "MixedRollout", "ResponseObjective", "SampledRollout", "Sampling", "distill",
     ]  # fmt: skip
     for name in llmdistill.__all__:

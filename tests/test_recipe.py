@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from llmdistill import recipe as recipes
 from llmdistill.errors import RecipeError
 from llmdistill.objectives.divergences import DIVERGENCES
-from llmdistill.recipe import facts
+from llmdistill.recipe import facts, objectives
 
 MINIMAL = {
     "output": "runs/a",
@@ -191,8 +191,8 @@ def test_a_student_has_no_number_of_samples():
 
 
 def test_divergences_read_from_source_are_the_real_table():
-    assert list(facts.divergence_options()) == list(DIVERGENCES)
-    assert facts.divergence_options()["jsd"] == ["beta", "temperature"]
+    assert list(objectives.DIVERGENCES.entries) == list(DIVERGENCES)
+    assert list(objectives.DIVERGENCES.options("jsd")) == ["beta", "temperature"]
 
 
 def test_a_recipe_is_frozen():
@@ -450,15 +450,15 @@ def test_a_share_is_a_number_or_a_schedule():
         ({"kind": "replay", "capacity": 0}, "'rollout.capacity'"),
         (
             {"kind": "interleaved", "top_p": 0.9},
-            "'top_p' is an option of accept: top_p; this is accept: top_k",
+            "'rollout.top_p': accept 'top_k' has no option 'top_p'; it has top_k",
         ),
         (
             {"kind": "interleaved", "accept": "mixture", "top_k": 5},
-            "'top_k' is an option of accept: top_k",
+            "'rollout.top_k': accept 'mixture' has no option 'top_k'; it has teacher_share",
         ),
         (
             {"kind": "interleaved", "accept": "topk"},
-            "'rollout.accept': input should be 'top_k', 'top_p'",
+            "'rollout.accept': should be one of top_k, top_p, mixture, switch. Did you mean 'top_k'?",
         ),
         ({"kind": "interleaved", "top_k": -1}, "'rollout.top_k'"),
         ({"kind": "interleaved", "block_size": 0}, "'rollout.block_size"),

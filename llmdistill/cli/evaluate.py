@@ -69,16 +69,17 @@ def _measure(
     from llmdistill.data.collate import PromptDataset, collate
     from llmdistill.data.sources import read
     from llmdistill.evaluation.measure import Evaluation
+    from llmdistill.models.heads import num_rows
     from llmdistill.models.load import load_config, load_model, load_tokenizer
     from llmdistill.models.vocabulary import require_same
     from llmdistill.recipe import LocalTeacherRecipe
-    from llmdistill.teachers.build import build_teacher
+    from llmdistill.teachers.build import load_teacher
 
-    judge = build_teacher(LocalTeacherRecipe(model=teacher))
-    num_rows = judge.model.get_output_embeddings().weight.shape[0]
+    judge = load_teacher(LocalTeacherRecipe(model=teacher))
+    teacher_rows = num_rows(judge.model)
     for name in students:  # a wrong pair is found before anything is measured
         vocab_size = load_config(name).get_text_config().vocab_size
-        require_same(judge.tokenizer, load_tokenizer(name), num_rows, vocab_size)
+        require_same(judge.tokenizer, load_tokenizer(name), teacher_rows, vocab_size)
     dataset = PromptDataset.encode(itertools.islice(read(data), max_rows), judge.tokenizer)
     evaluation = Evaluation(
         judge,
@@ -87,5 +88,5 @@ def _measure(
         seed=seed,
         answer_pattern=answer_pattern,
     )
-    figures = {name: evaluation.measure(load_model(name))[0] for name in students}
-    return figures | {"teacher": evaluation.measure_teacher()}, dataset.counts
+    figures = {name: evaluation.measure(load_model(name)).figures for name in students}
+    return figures | evaluation.teacher_figures(), dataset.counts

@@ -21,6 +21,7 @@ from llmdistill.batch import Prompts, Sequences, TeacherSignal
 from llmdistill.decoding.continuous import sample_continuously
 from llmdistill.decoding.keyed import perturb, row_keys
 from llmdistill.decoding.session import ready_to_write
+from llmdistill.distributions import Dense
 from llmdistill.models.heads import split, unwrap_adapters
 from llmdistill.models.vocabulary import end_ids, num_tokens
 from llmdistill.sampling import Draw, Sampling, Writer
@@ -113,7 +114,7 @@ def _judged(
     """The states that the kept tokens were written from, row by row, and the head over them."""
     states_GBH = torch.stack(states_BH)
     kept_NH = torch.cat([states_GBH[: len(ids), row] for row, ids in enumerate(responses)])
-    return TeacherSignal(kept_NH, split(model)[1])
+    return TeacherSignal(Dense(kept_NH, split(model)[1]))
 
 
 def _greedy(max_new_tokens: int, ends: frozenset[int], pad_id: int) -> GenerationConfig:

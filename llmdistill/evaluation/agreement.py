@@ -1,29 +1,33 @@
 """How close a student's distributions are to its teacher's, and to the text, on given sequences.
 
-N = predicted tokens, n = those of one block, H = hidden size, V = vocabulary.
+B = sequences, N = predicted tokens, n = those of one block, V = vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from llmdistill.batch import Sequences, StudentView, TeacherSignal
-from llmdistill.forward import final_hidden
-from llmdistill.models.heads import split
-from llmdistill.objectives.chunked import HeadLogits, block_rows
+from llmdistill.batch import Sequences
+from llmdistill.distributions import Distribution
+from llmdistill.forward import read, teacher_signal
+from llmdistill.models.chunks import HeadLogits, block_rows
+from llmdistill.models.taps import Need
+from llmdistill.models.vocabulary import num_tokens
 from llmdistill.objectives.divergences import kl, log_probs
 from llmdistill.objectives.response import CrossEntropyObjective
-from llmdistill.protocols import Need, Teacher
+from llmdistill.protocols import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_SIZE = 256
+DISTRIBUTION = frozenset({Need.DISTRIBUTION})
+BLOCK_ROWS = 8  # positions that are turned into probabilities at a time
 
 
 @dataclass(frozen=True)
@@ -42,34 +46,70 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Judged:
-    """Sequences with what the teacher says of them: judged once, compared with many students."""
+    """Sequences with the teacher's distributions: judged once, compared with many students."""
 
     sequences: Sequences
-    signal: TeacherSignal
+    distribution: Distribution
 
 
 def judge(teacher: Teacher, batches: Sequence[Sequences]) -> list[Judged]:
-    """The batches with the teacher's judgement; its own text brings it along."""
-    needs = frozenset({Need.DISTRIBUTION})
+    """The batches with the teacher's distributions; its own text brings them along."""
+    shared = num_tokens(teacher.tokenizer)
     judged = []
     for batch in batches:
-        signal = batch.signal or teacher.judge(batch, needs)
-        kept = replace(signal, hidden_NH=signal.hidden_NH.cpu())  # they wait there for every model
+        signal = teacher_signal(teacher, batch, shared, DISTRIBUTION)
+        assert signal is not None
+        assert signal.distribution is not None
+        kept = signal.distribution.to("cpu")  # they wait there for every model
         judged.append(Judged(replace(batch, signal=None), kept))
     return judged
 
 
-@torch.no_grad()
 def agreement(student: PreTrainedModel, judged: Sequence[Judged], num_tokens: int) -> Agreement:
     """Over the predicted tokens of all batches together.  The student is used in the mode that it
     is in.
     """
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
     for batch in judged:
-        sums += _sums(student, batch, num_tokens)
-    kl_sum, same, accepted, count = sums.tolist()
-    count = max(count, 1)
-    return Agreement(kl_sum / count, same / count, accepted / count)
+        figures_N3 = per_token(student, batch, num_tokens)
+        sums += figures_N3.double().sum(0)
+        count += len(figures_N3)
+    return Agreement(*(sums / max(count, 1)).tolist())
+
+
+def row_kl(student: PreTrainedModel, judged: Judged, num_tokens: int) -> Tensor:
+    """Each row's mean KL(teacher || student) per predicted token, in nats: (B,)."""
+    kl_N = per_token(student, judged, num_tokens)[:, 0]
+    count_B = judged.sequences.num_predicted.cpu()
+    rows_N = torch.arange(len(count_B)).repeat_interleave(count_B)
+    return torch.zeros(len(count_B)).index_add_(0, rows_N, kl_N) / count_B.clamp_min(1)
+
+
+@torch.no_grad()
+def per_token(student: PreTrainedModel, judged: Judged, num_tokens: int) -> Tensor:
+    """KL(teacher || student), same first token (0 or 1), and acceptance: (N, 3), on the CPU."""
+    device = next(student.parameters()).device
+    seen = read(student, judged.sequences.to(device), num_tokens)
+    students, teachers = HeadLogits(seen.hidden_NH, seen.head), judged.distribution.serve()
+    step = block_rows(students.chunk_size, num_tokens, device)
+    figures = [torch.zeros(0, 3)]
+    for rows in _blocks(len(seen.hidden_NH), step):
+        student_nV, teacher_nV = log_probs(students[rows]), log_probs(teachers[rows].to(device))
+        same_n = student_nV.argmax(-1) == teacher_nV.argmax(-1)
+        accepted_n = 1 - (student_nV.exp() - teacher_nV.exp()).abs().sum(-1) / 2
+        columns = (kl(teacher_nV, student_nV), same_n, accepted_n)
+        figures.append(torch.stack([column.float() for column in columns], 1).cpu())
+    return torch.cat(figures)
+
+
+def token_log_probs(distribution: Distribution, token_N: Tensor) -> Tensor:
+    """The log-probability of one token at each position, in nats: (N,), on the CPU."""
+    blocks, found = distribution.serve(), [torch.zeros(0)]
+    for rows in _blocks(len(token_N), BLOCK_ROWS):
+        log_nV = log_probs(blocks[rows])
+        token_n1 = token_N[rows, None].to(log_nV.device)
+        found.append(log_nV.gather(-1, token_n1)[:, 0].cpu())
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -83,28 +123,12 @@ def perplexity(model: PreTrainedModel, batches: Sequence[Sequences], num_tokens:
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         sequences = batch.to(device)
-        backbone, head = split(model)
-        view = StudentView(final_hidden(backbone, sequences), head.narrow(num_tokens))
+        view = read(model, sequences, num_tokens)
         sums += torch.tensor([float(part) for part in likelihood(view, None, sequences)])
     total, count = sums.tolist()
     return math.exp(min(total / max(count, 1), 700))  # exp of more is no float
 
 
-def _sums(student: PreTrainedModel, judged: Judged, num_tokens: int) -> torch.Tensor:
-    device = next(student.parameters()).device
-    backbone, head = split(student)
-    hidden_NH = final_hidden(backbone, judged.sequences.to(device))
-    signal = judged.signal
-    students = HeadLogits(hidden_NH, head.narrow(num_tokens), CHUNK_SIZE)
-    over = signal.head.weight_VH.device
-    teachers = HeadLogits(signal.hidden_NH.to(over), signal.head.narrow(num_tokens), CHUNK_SIZE)
-    sums = torch.zeros(4, dtype=torch.float64)
-    step = min(block_rows(students.chunk_size, num_tokens, device), students.chunk_size)
-    for start in range(0, len(hidden_NH), step):
-        rows = slice(start, min(start + step, len(hidden_NH)))
-        student_nV, teacher_nV = log_probs(students[rows]), log_probs(teachers[rows].to(device))
-        same_n = student_nV.argmax(-1) == teacher_nV.argmax(-1)
-        accepted_n = 1 - (student_nV.exp() - teacher_nV.exp()).abs().sum(-1) / 2
-        parts = (kl(teacher_nV, student_nV), same_n, accepted_n, torch.ones_like(accepted_n))
-        sums += torch.stack([part.float().sum() for part in parts]).cpu()
-    return sums
+def _blocks(number: int, size: int) -> Iterator[slice]:
+    for start in range(0, number, size):
+        yield slice(start, min(start + size, number))

@@ -10,18 +10,21 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from llmdistill.batch import Prompts, Sequences
+from llmdistill.data.collate import PromptDataset
+from llmdistill.data.validate import Row
 from llmdistill.decoding.sample import sample
-from llmdistill.errors import DataError
+from llmdistill.errors import DataError, RecipeError
 from llmdistill.evaluation.agreement import Judged, agreement, judge, perplexity
 from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
 from llmdistill.models.footprint import num_bytes
 from llmdistill.models.heads import eval_mode
 from llmdistill.models.vocabulary import num_tokens
+from llmdistill.protocols import Teacher, Writes
 from llmdistill.sampling import GREEDY, Draw, Sampling, Writer
 from llmdistill.teachers.local import LocalTeacher
 
@@ -57,20 +60,27 @@ class Figures:
 
 @dataclass(frozen=True)
 class Written:
-    """Greedy answers of one model, as sequences and as text."""
+    """Greedy responses of one model, as sequences and as text."""
 
     batches: list[Sequences]
     texts: list[str]
 
 
+class Measurement(NamedTuple):
+    """One model's figures, and its greedy response to each prompt."""
+
+    figures: Figures
+    responses: list[str]
+
+
 class Evaluation:
     """Measures models against one teacher on one set of prompts, and on the responses that come
-    with them.
+    with them.  Raises RecipeError for a teacher that cannot write.
     """
 
     def __init__(
         self,
-        teacher: LocalTeacher,
+        teacher: Teacher,
         prompts: Prompts,
         *,
         max_new_tokens: int,
@@ -81,31 +91,47 @@ class Evaluation:
             raise DataError(
                 "evaluate.answer_pattern: some evaluation rows have no response to compare with"
             )
-        self.teacher = teacher
+        self.teacher: Teacher = teacher
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.answer_pattern = answer_pattern
         if answer_pattern is not None:  # a reference without a result is found before the writing
             exact_match(self._references(), self._references(), answer_pattern)
+        if not isinstance(teacher, Writes):
+            raise RecipeError(
+                f"evaluation compares with what the teacher writes, and a {type(teacher).__name__} "
+                "cannot write; leave out the evaluation rows"
+            )
         self.reference = self._greedy(teacher.write)
         self._judged = judge(teacher, self.reference.batches)
         self.reference = replace(self.reference, batches=[one.sequences for one in self._judged])
 
-    def measure_teacher(self) -> Figures:
-        """The teacher against itself: what its own text looks like, and its speed."""
+    def teacher_figures(self) -> dict[str, Figures]:
+        """The teacher against itself under "teacher": its own text and its speed.  Empty for a
+        teacher that is no model on this machine.
+        """
+        if not isinstance(self.teacher, LocalTeacher):
+            return {}
         with self.teacher.in_use() as model:
-            return self._figures(model, self.reference, self._judged)
+            return {"teacher": self._figures(model, self.reference, self._judged)}
 
-    def measure(self, model: PreTrainedModel) -> tuple[Figures, list[str]]:
-        """A model's figures and its greedy answers."""
+    def teacher_text(self) -> PromptDataset:
+        """The prompts with the teacher's greedy responses: what a held-out loss is taken on."""
+        responses = [ids for batch in self.reference.batches for ids in batch.responses()]
+        columns = (self.prompts.row_ids_B.tolist(), self.prompts.ids(), responses)
+        return PromptDataset([Row(*row) for row in zip(*columns, strict=True)])
+
+    def measure(self, model: PreTrainedModel) -> Measurement:
+        """A model's figures and its greedy responses."""
         write = functools.partial(sample, model, self.teacher.tokenizer, writer=Writer.STUDENT)
         device = next(model.parameters()).device
         with torch.autocast(device.type, enabled=False):
             written = self._greedy(write)
             own = self._write(write, Sampling(), range(len(self.prompts)))
         with eval_mode(model):
-            return self._figures(model, written, judge(self.teacher, own)), written.texts
+            figures = self._figures(model, written, judge(self.teacher, own))
+        return Measurement(figures, written.texts)
 
     def _figures(self, model: PreTrainedModel, written: Written, own: list[Judged]) -> Figures:
         shared = num_tokens(self.teacher.tokenizer)

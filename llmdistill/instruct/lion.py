@@ -14,20 +14,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from llmdistill.batch import Prompts, Sequences
+from llmdistill.batch import Prompts
 from llmdistill.data.formats import Example
 from llmdistill.data.render import render
-from llmdistill.forward import final_hidden
+from llmdistill.evaluation.agreement import judge, row_kl
 from llmdistill.instruct import prompts
 from llmdistill.instruct.pipeline import Asked, Writer
 from llmdistill.instruct.requests import Reply, Request, user
 from llmdistill.instruct.tasks import Task
-from llmdistill.models.heads import eval_mode, split
+from llmdistill.models.heads import eval_mode
 from llmdistill.models.vocabulary import num_tokens
-from llmdistill.objectives.chunked import HeadLogits, chunked_sum
-from llmdistill.objectives.divergences import forward_kl
 from llmdistill.sampling import Draw, Sampling
 
 if TYPE_CHECKING:
@@ -38,7 +35,6 @@ if TYPE_CHECKING:
 HARD_BY = 1.0  # points of the referee
 REFEREE = Sampling(temperature=0.2)
 GREEDY = Sampling(temperature=0.0)
-CHUNK_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -84,31 +80,10 @@ def divergences(
         some = range(start, min(start + batch_size, len(tasks)))
         packed = Prompts.pack([ids[i] for i in some], some, pad_id=0)
         written = teacher.write(packed, GREEDY, max_new_tokens=max_new_tokens, draw=Draw(0))
-        means += _row_means(student, written, num_tokens(tokenizer)).tolist()
+        (judged,) = judge(teacher, [written])
+        with eval_mode(student):
+            means += row_kl(student, judged, num_tokens(tokenizer)).tolist()
     return means
-
-
-def _row_means(student: PreTrainedModel, written: Sequences, size: int) -> Tensor:
-    """Each row's mean KL(teacher || student) per predicted token: (B,)."""
-    assert written.signal is not None
-    signal = written.signal
-    teacher = HeadLogits(signal.hidden_NH, signal.head.narrow(size), CHUNK_SIZE)
-
-    def position_loss(student_nV: Tensor, rows: slice) -> Tensor:
-        return forward_kl(student_nV, teacher[rows].to(student_nV.device))
-
-    with eval_mode(student):
-        backbone, head = split(student)
-        hidden_NH = final_hidden(backbone, written.to(next(student.parameters()).device))
-    weight_N = torch.ones(len(hidden_NH), device=hidden_NH.device)
-    _, losses_N = chunked_sum(
-        hidden_NH, head.narrow(size), position_loss, weight_N, chunk_size=CHUNK_SIZE
-    )
-    count_B = written.num_predicted
-    sums_B = torch.zeros(len(written)).index_add_(
-        0, torch.arange(len(written)).repeat_interleave(count_B), losses_N.cpu()
-    )
-    return sums_B / count_B.clamp_min(1)
 
 
 def referee_gaps(

@@ -26,6 +26,7 @@ from llmdistill.instruct.records import replace_lines
 from llmdistill.instruct.requests import Request, user
 from llmdistill.instruct.tasks import Task
 from llmdistill.instruct.writers import LocalWriter, RemoteWriter
+from llmdistill.models.heads import num_rows
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.models.vocabulary import require_same
 from llmdistill.teachers.local import LocalTeacher
@@ -74,8 +75,8 @@ def _gaps(
         require_same(
             writer.teacher.tokenizer,
             load_tokenizer(answer.student),
-            writer.teacher.model.get_output_embeddings().weight.shape[0],
-            student.get_output_embeddings().weight.shape[0],
+            num_rows(writer.teacher.model),
+            num_rows(student),
         )
         return divergences(
             writer.teacher, student, tasks, max_new_tokens=size, batch_size=recipe.batch_size,

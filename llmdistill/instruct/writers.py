@@ -23,12 +23,12 @@ from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.formats import Example
 from llmdistill.data.render import close_user_turn, continued, open_user_turn, render
 from llmdistill.decoding.keyed import row_keys
+from llmdistill.evaluation.agreement import token_log_probs
 from llmdistill.instruct.parse import BETWEEN
 from llmdistill.instruct.pipeline import Asked
 from llmdistill.instruct.records import append_lines, drop_half_line, read_whole_lines
 from llmdistill.instruct.requests import Reply, Request
 from llmdistill.models.vocabulary import end_ids, num_tokens
-from llmdistill.objectives.chunked import chunked_sum
 from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
 
@@ -198,17 +198,11 @@ def written_log_probs(written: Sequences, num_tokens: int) -> list[Tensor]:
     At temperature 1, whatever it was drawn with.
     """
     assert written.signal is not None
+    assert written.signal.distribution is not None
     responses = written.responses()
-    hidden_NH = written.signal.hidden_NH
-    token_N = torch.tensor([token for ids in responses for token in ids], device=hidden_NH.device)
-
-    def position_loss(logits_nV: Tensor, rows: slice) -> Tensor:
-        return torch.nn.functional.cross_entropy(logits_nV, token_N[rows], reduction="none")
-
-    head, weight_N = written.signal.head.narrow(num_tokens), torch.ones_like(hidden_NH[:, 0])
-    with torch.no_grad():
-        _, losses_N = chunked_sum(hidden_NH, head, position_loss, weight_N)
-    return list((-losses_N).split([len(ids) for ids in responses]))
+    tokens = torch.tensor([token for ids in responses for token in ids])
+    each_N = token_log_probs(written.signal.distribution.narrow(num_tokens), tokens)
+    return list(each_N.split([len(ids) for ids in responses]))
 
 
 def _stop(request: Request, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:

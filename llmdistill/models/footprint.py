@@ -13,6 +13,7 @@ import torch
 
 from llmdistill.models import widths
 from llmdistill.models.carve import Plan, evenly_spaced, keep_layers
+from llmdistill.models.chunks import CHUNK_NUMBERS, CHUNK_ROWS
 from llmdistill.models.layers import decoder_layers
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 QUANTIZED_BYTES = {"bnb_4bit": 0.55, "bnb_8bit": 1.03, "torchao_int8": 1.02}  # scales included
 ADAM_BYTES = 8.0  # two moments of four bytes
 OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.0, "adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0}
-# Chunks of logits in float32, of both sides and what is made of them.
-CHUNK_ROWS, CHUNK_NUMBERS, CHUNK_BUFFERS = 256, 2**24, 3
+CHUNK_BUFFERS = 3  # chunks of logits in float32: of both sides, and what is made of them
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,11 @@ class Head:
         bias_V = None if self.bias_V is None else self.bias_V[:num_tokens]
         return replace(self, weight_VH=self.weight_VH[:num_tokens], bias_V=bias_V)
 
+    def detach(self) -> Head:
+        """The same head without a way back for gradients."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
+
     def finish(self, products_NV: Tensor) -> Tensor:
         """Logits from the products hidden @ weight.T: (N, V), in the products' dtype."""
         logits_NV = products_NV
@@ -91,6 +96,11 @@ def split(model: Any) -> tuple[nn.Module, Head]:
     return backbone, Head(
         weight_VH, getattr(output, "bias", None), _scale(config), _softcap(config)
     )
+
+
+def num_rows(model: Any) -> int:
+    """Ids that the model's head scores, padding rows included."""
+    return unwrap_adapters(model).get_output_embeddings().weight.shape[0]
 
 
 def _scale(config: Any) -> float:

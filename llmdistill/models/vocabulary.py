@@ -40,39 +40,41 @@ PROBE_TEXT = "The cat's 3,141 naïve  cafés\n\tdef f(x): return x**2  # при�
 def compare(
     teacher: PreTrainedTokenizerBase,
     student: PreTrainedTokenizerBase,
-    teacher_rows_V: int,
+    teacher_rows_V: int | None,
     student_rows_V: int,
 ) -> VocabularyComparison:
-    """Compares two tokenizers over heads of these many rows (a head may hold unused padding
-    rows).
+    """Compares two tokenizers over heads of these many rows; None if a teacher shows no head.
+
+    A head may hold padding rows that no token uses.
     """
     reason = _difference(teacher, student)
     shared = num_tokens(teacher)
-    if not reason and shared > min(teacher_rows_V, student_rows_V):
-        heads = f"{teacher_rows_V} and {student_rows_V}"
-        reason = f"the tokenizer has {shared} ids but the heads score {heads}"
+    rows = [student_rows_V] if teacher_rows_V is None else [teacher_rows_V, student_rows_V]
+    if not reason and shared > min(rows):
+        reason = (
+            f"the tokenizer has {shared} ids but the heads score {' and '.join(map(str, rows))}"
+        )
     if reason:
         return VocabularyComparison(VocabularyMatch.DIFFERENT, 0, reason)
-    same = teacher_rows_V == student_rows_V
-    return VocabularyComparison(
-        VocabularyMatch.SAME if same else VocabularyMatch.PADDING_DIFFERS, shared
-    )
+    differs = len(set(rows)) > 1
+    match = VocabularyMatch.PADDING_DIFFERS if differs else VocabularyMatch.SAME
+    return VocabularyComparison(match, shared)
 
 
 def require_same(
     teacher: PreTrainedTokenizerBase,
     student: PreTrainedTokenizerBase,
-    teacher_rows_V: int,
+    teacher_rows_V: int | None,
     student_rows_V: int,
 ) -> int:
-    """The number of shared ids; raises VocabularyError that names both sides where they differ."""
+    """The number of shared ids; raises VocabularyError that names both sides if they differ."""
     found = compare(teacher, student, teacher_rows_V, student_rows_V)
     if found.match is VocabularyMatch.DIFFERENT:
+        teacher_head = "" if teacher_rows_V is None else f", head of {teacher_rows_V} rows"
         raise VocabularyError(
-            f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens, head of {teacher_rows_V} "
-            f"rows) and student '{student.name_or_path}' ({len(student)} tokens, head of "
-            f"{student_rows_V} rows) do not share a vocabulary: {found.reason}. Choose a pair "
-            "with one tokenizer."
+            f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens{teacher_head}) and student "
+            f"'{student.name_or_path}' ({len(student)} tokens, head of {student_rows_V} rows) do "
+            f"not share a vocabulary: {found.reason}. Choose a pair with one tokenizer."
         )
     return found.shared
 
@@ -109,3 +111,16 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
     listed = model.generation_config.eos_token_id if model.generation_config else None
     configured = [listed] if isinstance(listed, int) else list(listed or [])
     return frozenset(i for i in (tokenizer.eos_token_id, *configured) if i is not None)
+
+
+def list_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes `end_ids` into the model's generation config, so that its export ends there too.
+
+    Plain transformers ends a response at the tokens that the generation config lists, and at no
+    others.
+    """
+    config = model.generation_config
+    if config is not None and (ends := sorted(end_ids(model, tokenizer))):
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id

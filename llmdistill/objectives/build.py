@@ -7,31 +7,20 @@ from typing import Any
 
 from llmdistill import recipe
 from llmdistill.objectives.base import Objective
+from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
+from llmdistill.schedules import build_schedule
 
 
-def build_objective(answer: recipe.ObjectiveRecipe) -> Objective:
+def build_objective(section: recipe.ObjectiveRecipe) -> Objective:
     """The objective that a recipe asks for."""
-    return _BUILDERS[type(answer)](answer)
+    fields = section.model_dump(exclude={"kind", "weight"})
+    return _BUILDERS[type(section)](weight=build_schedule(section.weight), **fields)
 
 
-def _response(answer: recipe.ResponseRecipe) -> Objective:
-    options: dict[str, Any] = dict(answer.options())
-    return ResponseObjective(
-        answer.divergence,
-        target=answer.target,
-        token_weight=answer.token_weight,
-        weight=answer.weight,
-        scale_by_t2=answer.scale_by_t2,
-        **options,
-    )
-
-
-def _cross_entropy(answer: recipe.CrossEntropyRecipe) -> Objective:
-    return CrossEntropyObjective(weight=answer.weight)
-
-
-_BUILDERS: dict[type, Callable[..., Objective]] = {
-    recipe.ResponseRecipe: _response,
-    recipe.CrossEntropyRecipe: _cross_entropy,
+# Each takes the fields of its section as keyword arguments.
+_BUILDERS: dict[type, Callable[..., Any]] = {
+    recipe.ResponseRecipe: ResponseObjective,
+    recipe.CrossEntropyRecipe: CrossEntropyObjective,
+    recipe.HiddenRecipe: HiddenObjective,
 }

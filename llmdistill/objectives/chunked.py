@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmdistill.models.chunks import CHUNK_ROWS, block_rows, rows_of_chunk
 from llmdistill.models.heads import Head
 
 PositionLoss = Callable[[Tensor, slice], Tensor]
-
-BLOCK_NUMBERS = 400_000  # logits on which autograd runs at a time, on a CPU: its cache's size
-CHUNK_NUMBERS = 2**24  # logits in a chunk at the most: 64 MiB in float32
 
 
 def chunked_sum(
@@ -29,7 +27,7 @@ def chunked_sum(
     position_loss: PositionLoss,
     weight_N: Tensor,
     *,
-    chunk_size: int = 256,
+    chunk_size: int = CHUNK_ROWS,
 ) -> tuple[Tensor, Tensor]:
     """sum_N weight * position_loss(logits), and the unweighted losses: (), (N,).
 
@@ -62,43 +60,6 @@ def chunked_sum(
             product_dtype,
         )
     return total, per_position_N
-
-
-def block_rows(chunk_size: int, num_tokens: int, device: torch.device) -> int:
-    """Positions to work on at a time: what a CPU's cache holds, or a GPU's whole chunk."""
-    return max(1, BLOCK_NUMBERS // num_tokens) if device.type == "cpu" else chunk_size
-
-
-def rows_of_chunk(chunk_size: int, head: Head) -> int:
-    return max(1, min(chunk_size, CHUNK_NUMBERS // head.num_tokens))
-
-
-class HeadLogits:
-    """The logits of a fixed head over fixed hidden states, served in slices, made a chunk at a
-    time.
-
-    `logits[rows]` is (n, V) and valid until a slice of another chunk is asked for.
-    """
-
-    def __init__(self, hidden_NH: Tensor, head: Head, chunk_size: int) -> None:
-        self.hidden_NH = hidden_NH.to(head.weight_VH.dtype)
-        self.head = head
-        self.chunk_size = rows_of_chunk(chunk_size, head)
-        self._buffer_cV: Tensor | None = None
-        self._made: range = range(0)
-
-    @torch.no_grad()
-    def __getitem__(self, rows: slice) -> Tensor:
-        if rows.start not in self._made or rows.stop > self._made.stop:
-            chunk = slice(rows.start, max(rows.stop, rows.start + self.chunk_size))
-            hidden_cH = self.hidden_NH[chunk]
-            if self._buffer_cV is None or len(self._buffer_cV) < len(hidden_cH):
-                self._buffer_cV = hidden_cH.new_empty(len(hidden_cH), self.head.num_tokens)
-            torch.mm(hidden_cH, self.head.weight_VH.t(), out=self._buffer_cV[: len(hidden_cH)])
-            self._made = range(rows.start, rows.start + len(hidden_cH))
-        assert self._buffer_cV is not None
-        place = rows.start - self._made.start
-        return self.head.finish(self._buffer_cV[place : place + rows.stop - rows.start])
 
 
 class _ChunkedSum(torch.autograd.Function):

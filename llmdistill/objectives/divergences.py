@@ -4,7 +4,8 @@ N = predicted positions, V = vocabulary.  Logits in, nats out: one value for eac
 float32 or wider.  A divergence never shifts, masks or reduces.  A probability of zero counts as
 exp(-10,000), so a logit of -inf on either side gives a finite value.
 
-To add one: write a function of (student_NV, teacher_NV, *, options) and name it in DIVERGENCES.
+To add one: write a function of (student_NV, teacher_NV, *, options) and name it in DIVERGENCES.  A
+recipe then takes its options; BOUNDS says which values they may have.
 """
 
 from __future__ import annotations
@@ -142,6 +143,17 @@ DIVERGENCES: dict[str, Divergence] = {
     "tvd": tvd,
     "adaptive_kl": adaptive_kl,
     "alpha_beta": alpha_beta,
+}
+
+# (lowest, highest) value of an option, None for no bound.  alpha_beta divides by alpha * beta:
+# below a thousandth its digits are lost, and forward_kl or reverse_kl says it better.
+BOUNDS: dict[tuple[str, str], tuple[float | None, float | None]] = {
+    ("jsd", "beta"): (0.0, 1.0),
+    ("skew_forward_kl", "alpha"): (0.0, 1.0),
+    ("skew_reverse_kl", "alpha"): (0.0, 1.0),
+    ("adaptive_kl", "head_mass"): (0.0, 1.0),
+    ("alpha_beta", "alpha"): (1e-3, 10.0),
+    ("alpha_beta", "beta"): (1e-3, 10.0),
 }
 
 

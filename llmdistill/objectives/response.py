@@ -1,67 +1,76 @@
 """Objectives on the predicted tokens: match the teacher's distribution, or the tokens themselves.
 
-N = predicted tokens, n = those of one block, V = vocabulary. The response objective is sum_t
-weight_t * D(target_t, student_t): a divergence, a target builder and a token weight, each chosen by
-name.
+N = predicted tokens, n = those of one block, V = vocabulary.  The response objective is
+sum_t weight_t * D(target_t, student_t): a divergence, a target builder and a token weight.  Each is
+a name of its table or a function with the same parameters.
 """
 
 from __future__ import annotations
-
-import functools
-import inspect
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
 from llmdistill.errors import RecipeError
+from llmdistill.models.chunks import CHUNK_ROWS
+from llmdistill.models.taps import Need
 from llmdistill.objectives.base import Objective
-from llmdistill.objectives.chunked import HeadLogits, chunked_sum
-from llmdistill.objectives.divergences import DIVERGENCES, Divergence, log_probs
-from llmdistill.objectives.targets import TARGETS
-from llmdistill.objectives.weights import TOKEN_WEIGHTS
-from llmdistill.protocols import Need
-from llmdistill.recipe.facts import wrong_option
+from llmdistill.objectives.choices import bind, choose, name_of, option_names
+from llmdistill.objectives.chunked import chunked_sum
+from llmdistill.objectives.divergences import BOUNDS, DIVERGENCES, Divergence, log_probs
+from llmdistill.objectives.targets import TARGETS, TargetBuilder
+from llmdistill.objectives.weights import DIVISORS, TOKEN_WEIGHTS, TokenWeight, num_tokens
+from llmdistill.recipe.options import wrong_option
 from llmdistill.sampling import Writer
-
-Value = TypeVar("Value")
+from llmdistill.schedules import Schedule
 
 
 class ResponseObjective(Objective):
     """A divergence from the teacher's next-token distribution (or a target built from it).
 
-    `options` are the divergence's own: `temperature` for all of them, `beta` for `jsd` and so on.
-    `scale_by_t2` multiplies by temperature^2, as Hinton et al. 2015 (section 2) do where a
-    cross-entropy stands beside it.
+    `options` belong to the divergence, the target or the token weight: `temperature` to every
+    divergence of the table, `beta` to `jsd` and so on.  `scale_by_t2` multiplies by temperature^2,
+    as Hinton et al. 2015 (section 2) do next to a cross-entropy.  RecipeError for a name, an option
+    or a value that there is not.
     """
 
-    needs = frozenset({Need.DISTRIBUTION})
+    student_needs = frozenset({Need.DISTRIBUTION})
+    teacher_needs = frozenset({Need.DISTRIBUTION})
 
     def __init__(
         self,
-        divergence: str = "forward_kl",
+        divergence: str | Divergence = "forward_kl",
         *,
-        target: str = "teacher",
-        token_weight: str = "uniform",
-        weight: float = 1.0,
+        target: str | TargetBuilder = "teacher",
+        token_weight: str | TokenWeight = "uniform",
+        weight: float | Schedule = 1.0,
         scale_by_t2: bool = False,
-        chunk_size: int = 256,
+        chunk_size: int = CHUNK_ROWS,
         **options: float,
     ) -> None:
         super().__init__(weight=weight)
-        self.name = divergence
+        self.name = name_of(divergence)
         self.scale = options.get("temperature", 1.0) ** 2 if scale_by_t2 else 1.0
-        self.divergence = bind_divergence(divergence, options)
-        self.target = choose("target", target, TARGETS)
-        self.token_weight = choose("token_weight", token_weight, TOKEN_WEIGHTS)
+        rest = dict(options)
+        self.divergence = bind("divergence", divergence, DIVERGENCES, rest, BOUNDS)
+        self.target = bind("target", target, TARGETS, rest)
+        self.token_weight = bind("token_weight", token_weight, TOKEN_WEIGHTS, rest)
+        chosen = (self.divergence, self.target, self.token_weight)
+        known = [name for function in chosen for name in option_names(function)]
+        if wrong := wrong_option("divergence", self.name, rest, known, {}):
+            raise RecipeError(wrong)
+        self.count = DIVISORS.get(choose("token_weight", token_weight, TOKEN_WEIGHTS), num_tokens)
         self.chunk_size = chunk_size
+
+    def divisor(self, sequences: Sequences) -> Tensor:
+        return self.count(sequences)
 
     def forward(
         self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
     ) -> LossSum:
         assert signal is not None
-        teacher = HeadLogits(signal.hidden_NH, signal.head, self.chunk_size)
+        assert signal.distribution is not None
+        teacher = signal.distribution.serve(self.chunk_size)
 
         def position_loss(student_nV: Tensor, rows: slice) -> Tensor:
             teacher_nV = teacher[rows].to(student_nV.device)
@@ -71,7 +80,7 @@ class ResponseObjective(Objective):
         total, _ = chunked_sum(
             student.hidden_NH, student.head, position_loss, weight_N, chunk_size=self.chunk_size
         )
-        return LossSum(self.scale * total, sequences.num_predicted.sum())
+        return LossSum(self.scale * total, num_tokens(sequences))
 
 
 class CrossEntropyObjective(Objective):
@@ -82,8 +91,9 @@ class CrossEntropyObjective(Objective):
     """
 
     name = "cross_entropy"
+    student_needs = frozenset({Need.DISTRIBUTION})
 
-    def __init__(self, *, weight: float = 1.0, chunk_size: int = 256) -> None:
+    def __init__(self, *, weight: float | Schedule = 1.0, chunk_size: int = CHUNK_ROWS) -> None:
         super().__init__(weight=weight)
         self.chunk_size = chunk_size
 
@@ -99,23 +109,4 @@ class CrossEntropyObjective(Objective):
         total, _ = chunked_sum(
             student.hidden_NH, student.head, position_loss, weight_N, chunk_size=self.chunk_size
         )
-        return LossSum(total, sequences.num_predicted.sum())
-
-
-def bind_divergence(name: str, options: dict[str, float]) -> Divergence:
-    """The named divergence with its options; RecipeError for a name, an option or a value that
-    there is not.
-    """
-    function = choose("divergence", name, DIVERGENCES)
-    parameters = inspect.signature(function).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    if wrong := wrong_option(name, options, known):
-        raise RecipeError(wrong)
-    return functools.partial(function, **options)
-
-
-def choose(what: str, name: str, table: dict[str, Value]) -> Value:
-    """The entry of a table; RecipeError that lists the names where there is none."""
-    if name not in table:
-        raise RecipeError(f"unknown {what} '{name}'; choose one of {', '.join(table)}")
-    return table[name]
+        return LossSum(total, num_tokens(sequences))

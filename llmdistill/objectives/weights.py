@@ -1,8 +1,8 @@
 """How much each predicted token counts.
 
-B = sequences, N = predicted tokens.  Weights multiply the losses; the divisor stays the number of
-predicted tokens, so weights are never renormalised.  To add one: a function here and its name in
-TOKEN_WEIGHTS.
+B = sequences, N = predicted tokens.  Weights multiply the losses and are never renormalised.  The
+sum is divided by the number of predicted tokens of the step, unless DIVISORS names another count.
+To add one: a function of (sequences, *, options) here and its name in TOKEN_WEIGHTS.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmdistill.batch import Sequences
 
-TokenWeight = Callable[[Sequences], Tensor]
+TokenWeight = Callable[..., Tensor]  # (sequences, *, options) -> (N,)
 
 
 def uniform(sequences: Sequences) -> Tensor:
@@ -23,11 +23,26 @@ def uniform(sequences: Sequences) -> Tensor:
 
 
 def sequence_mean(sequences: Sequences) -> Tensor:
-    """1 / length: every response counts once, whatever its length: (N,).  Agarwal et al. 2024, eq.
-    2.
+    """1 / length: every response counts once, whatever its length: (N,).
+
+    The step's sum is divided by its number of responses.  Agarwal et al. 2024 (GKD), eq. 2.
     """
     num_predicted_B = sequences.num_predicted
     return (1.0 / num_predicted_B.clamp_min(1)).repeat_interleave(num_predicted_B)
 
 
 TOKEN_WEIGHTS: dict[str, TokenWeight] = {"uniform": uniform, "sequence_mean": sequence_mean}
+
+
+def num_tokens(sequences: Sequences) -> Tensor:
+    """Predicted tokens of a batch: ()."""
+    return sequences.num_predicted.sum()
+
+
+def num_responses(sequences: Sequences) -> Tensor:
+    """Responses with at least one predicted token: ()."""
+    return (sequences.num_predicted > 0).sum()
+
+
+# What a weighted sum is divided by over a step, where that is not the number of tokens.
+DIVISORS: dict[TokenWeight, Callable[[Sequences], Tensor]] = {sequence_mean: num_responses}

@@ -1,31 +1,29 @@
 """What a run is: one YAML file that answers three questions, and what else a run needs.
 
-Reading one imports neither torch nor transformers, so a typo is found in well under a second.
+Reading one imports neither torch nor transformers, so a typo is found in well under a second.  A
+section answers for itself: code outside this package asks it, and does not look at its class.
 """
 
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.generation import GenerationRecipe, LionRecipe, RemoteTeacherRecipe
-from llmdistill.recipe.questions import (
-    ACCEPT_OPTIONS,
-    AdapterOffTeacherRecipe,
-    AdaptiveShareRecipe,
-    ConstantShareRecipe,
+from llmdistill.recipe.objectives import (
     CrossEntropyRecipe,
-    FixedRecipe,
-    InterleavedRecipe,
-    LinearShareRecipe,
-    LocalTeacherRecipe,
-    MixedRecipe,
+    HiddenRecipe,
     ObjectiveRecipe,
-    ReplayRecipe,
     ResponseRecipe,
-    RolloutRecipe,
-    SampledRecipe,
-    SamplingRecipe,
-    Schedule,
-    TeacherRecipe,
 )
 from llmdistill.recipe.reading import build, build_part, dump, load, load_generation, parse_yaml
+from llmdistill.recipe.rollouts import (
+    FixedRecipe,
+    InterleavedRecipe,
+    MixedRecipe,
+    ReplayRecipe,
+    RolloutRecipe,
+    RolloutSection,
+    SampledRecipe,
+)
+from llmdistill.recipe.sampling import SamplingRecipe
+from llmdistill.recipe.schedules import ScheduleSection
 from llmdistill.recipe.schema import (
     CarveRecipe,
     DataRecipe,
@@ -35,20 +33,18 @@ from llmdistill.recipe.schema import (
     StudentRecipe,
 )
 from llmdistill.recipe.sources import SourceRecipe
+from llmdistill.recipe.teachers import AdapterOffTeacherRecipe, LocalTeacherRecipe, TeacherRecipe
 
 __all__ = [
-    "ACCEPT_OPTIONS",
     "AdapterOffTeacherRecipe",
-    "AdaptiveShareRecipe",
     "CarveRecipe",
-    "ConstantShareRecipe",
     "CrossEntropyRecipe",
     "DataRecipe",
     "EvaluateRecipe",
     "FixedRecipe",
     "GenerationRecipe",
+    "HiddenRecipe",
     "InterleavedRecipe",
-    "LinearShareRecipe",
     "LionRecipe",
     "LocalTeacherRecipe",
     "MixedRecipe",
@@ -59,9 +55,10 @@ __all__ = [
     "ReplayRecipe",
     "ResponseRecipe",
     "RolloutRecipe",
+    "RolloutSection",
     "SampledRecipe",
     "SamplingRecipe",
-    "Schedule",
+    "ScheduleSection",
     "SourceRecipe",
     "Strict",
     "StudentRecipe",

@@ -22,18 +22,24 @@ class Strict(BaseModel):
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Keys that had another name before: the old name, and the key of today."""
 
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        """What may be said here."""
+        return list(cls.model_fields)
+
     @model_validator(mode="before")
     @classmethod
     def _known_keys_only(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
+            known = cls.known_keys()
             for key in data:
-                if key not in cls.model_fields:
+                if key not in known:
                     raise PydanticCustomError(
                         "unknown_key",
                         "",
                         {
                             "key": str(key),
-                            "known": list(cls.model_fields),
+                            "known": known,
                             "renamed": cls.RENAMED.get(str(key), ""),
                         },
                     )

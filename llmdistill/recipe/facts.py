@@ -9,9 +9,8 @@ import ast
 import difflib
 import functools
 import importlib.util
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +39,6 @@ REFUSED = {
     "label_smoothing_factor": "the loss is that of `objectives`, which has no labels to smooth",
     "use_liger_kernel": "it fuses a loss on logits that are never made here",
 }
-
-# What the options of divergences may be.  alpha_beta divides by alpha * beta: below a thousandth
-# its digits are lost, and forward_kl or reverse_kl says it better.
-OPTION_BOUNDS = {
-    ("jsd", "beta"): (0.0, 1.0),
-    ("skew_forward_kl", "alpha"): (0.0, 1.0),
-    ("skew_reverse_kl", "alpha"): (0.0, 1.0),
-    ("adaptive_kl", "head_mass"): (0.0, 1.0),
-    ("alpha_beta", "alpha"): (1e-3, 10.0),
-    ("alpha_beta", "beta"): (1e-3, 10.0),
-}
-
-
-def wrong_option(divergence: str, options: Mapping[str, float], known: Sequence[str]) -> str | None:
-    """What is wrong with the options of a divergence that has the `known` ones; None if nothing."""
-    for option, value in options.items():
-        if option not in known:
-            return f"divergence '{divergence}' has no option '{option}'; it has {', '.join(known)}"
-        low, high = OPTION_BOUNDS.get((divergence, option), (-math.inf, math.inf))
-        if not low <= value <= high:
-            bounds = f"{low:g} to {high:g}, got {value:g}"
-            return f"'{option}' of divergence '{divergence}' should be {bounds}"
-    return None
 
 
 def wrong_pattern(pattern: str) -> str | None:
@@ -130,25 +106,3 @@ def _plain_types(annotation: str) -> tuple[type, ...]:
     if not all(part in plain for part in parts):
         return ()
     return tuple(kind for part in parts for kind in plain[part])
-
-
-@functools.cache
-def divergence_options() -> dict[str, list[str]]:
-    """The names in objectives/divergences.py's DIVERGENCES and each one's options, read from its
-    source.
-    """
-    path = Path(__file__).parents[1] / "objectives" / "divergences.py"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    options = {
-        node.name: [argument.arg for argument in node.args.kwonlyargs]
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef)
-    }
-    table = next(
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "DIVERGENCES"
-    )
-    assert isinstance(table, ast.Dict)
-    entries = zip(table.keys, table.values, strict=True)
-    return {ast.literal_eval(key): options[ast.unparse(value)] for key, value in entries if key}

@@ -11,8 +11,9 @@ from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.filters import FilterRecipe, PerplexityRecipe, ResultPattern
-from llmdistill.recipe.questions import LocalTeacherRecipe, SamplingRecipe, kind_or_local
+from llmdistill.recipe.sampling import SamplingRecipe
 from llmdistill.recipe.sources import SourceRecipe, Sources
+from llmdistill.recipe.teachers import LocalTeacherRecipe, kind_or_local
 
 
 class RemoteTeacherRecipe(Strict):

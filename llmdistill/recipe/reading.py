@@ -154,6 +154,8 @@ def _describe(error: dict[str, Any], data: Any) -> str:
         return f"unknown key '{f'{path}.{key}' if path else key}'.{hint}"
     if kind == "missing":
         return f"'{path}' is missing"
+    if kind == "option":
+        path = f"{path}.{context['key']}" if path else context["key"]
     if kind.startswith("union_tag"):
         given = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
         known = context.get("expected_tags", "the known kinds")

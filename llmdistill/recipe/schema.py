@@ -14,17 +14,10 @@ from pydantic_core import PydanticCustomError
 from llmdistill.recipe.base import Dtype, Quantization, Strict
 from llmdistill.recipe.facts import check_training_argument, wrong_pattern
 from llmdistill.recipe.generation import GenerationRecipe
-from llmdistill.recipe.questions import (
-    AdapterOffTeacherRecipe,
-    AdaptiveShareRecipe,
-    FixedRecipe,
-    LocalTeacherRecipe,
-    ObjectiveRecipe,
-    ResponseRecipe,
-    RolloutRecipe,
-    TeacherRecipe,
-)
+from llmdistill.recipe.objectives import ObjectiveRecipe, ResponseRecipe
+from llmdistill.recipe.rollouts import FixedRecipe, RolloutRecipe
 from llmdistill.recipe.sources import Sources
+from llmdistill.recipe.teachers import TeacherRecipe
 
 
 class CarveRecipe(Strict):
@@ -181,8 +174,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _what_follows_the_loss_has_one(self) -> Recipe:
-        share = getattr(self.rollout, "share", None)
-        follows = isinstance(share, AdaptiveShareRecipe) or self.evaluate.patience is not None
+        follows = self.rollout.follows_the_loss or self.evaluate.patience is not None
         measures = self.evaluate.every_steps or self.training.get("eval_on_start")
         if measures and not (self.data.eval or self.data.hold_back):
             raise PydanticCustomError(
@@ -199,18 +191,35 @@ class Recipe(Strict):
     @property
     def teacher_source(self) -> tuple[str, str | None]:
         """Name and revision of the teacher's model."""
-        if isinstance(self.teacher, LocalTeacherRecipe):
-            return self.teacher.model, self.teacher.revision
-        return self.student.model, self.student.revision
+        return self.teacher.source(self.student)
+
+    @model_validator(mode="after")
+    def _the_teacher_provides_it(self) -> Recipe:
+        for place, objective in enumerate(self.objectives):
+            if missing := objective.teacher_needs - self.teacher.provides:
+                raise PydanticCustomError(
+                    "needs",
+                    "objectives[{place}] of kind {objective} needs {missing} from the teacher, but "
+                    "a teacher of kind {teacher} provides {provides}",
+                    {
+                        "place": place,
+                        "objective": objective.kind,
+                        "missing": ", ".join(sorted(missing)),
+                        "teacher": self.teacher.kind,
+                        "provides": ", ".join(sorted(self.teacher.provides)) or "nothing",
+                    },
+                )
+        return self
 
     @model_validator(mode="after")
     def _a_base_is_whole(self) -> Recipe:
         whole = self.student.peft is not None and self.student.carve is None
-        if isinstance(self.teacher, AdapterOffTeacherRecipe) and not whole:
+        if self.teacher.weights is None and not whole:
             raise PydanticCustomError(
                 "adapter_off",
-                "a teacher of kind adapter_off is the base under 'student.peft', uncarved; give "
-                "that, or a teacher of kind local",
+                "a teacher of kind {kind} is the base under 'student.peft', uncarved; give that, "
+                "or a teacher of kind local",
+                {"kind": self.teacher.kind},
             )
         return self
 

@@ -76,8 +76,21 @@ def defaults(path: str, name: str) -> SimpleNamespace:
 
 @functools.cache
 def constant(path: str, name: str) -> Any:
-    """The value of a literal that a module assigns: constant('data/collate.py', 'SIZE')."""
-    return _value(path, _assigned(path)[name])
+    """The value of a literal that a module assigns; None if it assigns no such name."""
+    found = _assigned(path).get(name)
+    return None if found is None else _value(path, found)
+
+
+@functools.cache
+def needs(path: str, name: str) -> frozenset[str]:
+    """The kinds of `Need` that a class lists in `provides`: {'distribution', 'hidden'}."""
+    for item in _definition(path, name).body:
+        if isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == "provides":
+            named = (node for node in ast.walk(item.value) if isinstance(node, ast.Attribute))
+            return frozenset(
+                node.attr.lower() for node in named if ast.unparse(node.value) == "Need"
+            )
+    return frozenset()
 
 
 @functools.cache

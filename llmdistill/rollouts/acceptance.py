@@ -1,21 +1,25 @@
 """Which drafted tokens stay: the rules by which a teacher takes or replaces what a student drafts.
 
-A = open rows, G = drafted tokens, V = vocabulary, S = slots of an answer.  A rule is asked once for
-each block and answers for every drafted token on its own; the writer cuts the block at the first
-refusal.
+A = active rows, G = drafted tokens, V = vocabulary, S = slots of a response.  A rule is asked once
+for each block and decides about every drafted token by itself; the writer cuts the block at the
+first refusal.  To add one: a class (or a function of a Block) here and its name in ACCEPT; a recipe
+then takes its fields as options.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from llmdistill.decoding.keyed import coin, log_prob
+from llmdistill.errors import RecipeError
 from llmdistill.objectives.divergences import forward_kl
+from llmdistill.recipe.options import wrong_option
 from llmdistill.sampling import Sampling
 
 
@@ -57,27 +61,28 @@ class Accept(ABC):
 
 @dataclass(frozen=True)
 class TopK(Accept):
-    """Stays if it is among the teacher's `k` likeliest tokens.  Xu et al. 2025 (SKD), algorithm 1.
+    """Stays if it is among the teacher's `top_k` likeliest tokens.
 
-    The rank is that of the raw logits: a sampler's temperature does not move it, and nothing is cut
-    away before.  0 refuses everything, the size of the vocabulary nothing.
+    Xu et al. 2025 (SKD), algorithm 1.  The rank is that of the raw logits: a sampler's temperature
+    does not move it, and nothing is cut away before.  0 refuses everything, the size of the
+    vocabulary nothing.
     """
 
-    k: int = 25
+    top_k: int = 25
 
     def __call__(self, block: Block) -> Tensor:
-        return likelier(block.teacher_AGV, block.draft_AG).sum(-1) < self.k
+        return likelier(block.teacher_AGV, block.draft_AG).sum(-1) < self.top_k
 
 
 @dataclass(frozen=True)
 class TopP(Accept):
-    """Stays if it is in the teacher's nucleus of mass `p` at temperature 1."""
+    """Stays if it is in the teacher's nucleus of mass `top_p` at temperature 1."""
 
-    p: float = 0.95
+    top_p: float = 0.95
 
     def __call__(self, block: Block) -> Tensor:
         before_AGV = likelier(block.teacher_AGV, block.draft_AG)
-        return (block.teacher_AGV.softmax(-1) * before_AGV).sum(-1) < self.p
+        return (block.teacher_AGV.softmax(-1) * before_AGV).sum(-1) < self.top_p
 
 
 @dataclass(frozen=True)
@@ -160,3 +165,45 @@ def likelier(logits_AGV: Tensor, tokens_AG: Tensor) -> Tensor:
     ids_V = torch.arange(logits_AGV.shape[-1], device=logits_AGV.device)
     ties_AGV = (logits_AGV == own_AG1) & (ids_V < tokens_AG[..., None])
     return (logits_AGV > own_AG1) | ties_AGV
+
+
+@dataclass(frozen=True)
+class Rule(Accept):
+    """A plain function of a Block as a rule; it sees both models' logits."""
+
+    function: Callable[[Block], Tensor]
+    sees_student: ClassVar[bool] = True
+
+    def __call__(self, block: Block) -> Tensor:
+        return self.function(block)
+
+
+ACCEPT: dict[str, type[Accept]] = {
+    "top_k": TopK,
+    "top_p": TopP,
+    "mixture": Mixture,
+    "switch": Switch,
+}
+BOUNDS: dict[tuple[str, str], tuple[float | None, float | None]] = {
+    ("top_k", "top_k"): (0, None),
+    ("top_p", "top_p"): (0.0, 1.0),
+    ("mixture", "teacher_share"): (0.0, 1.0),
+    ("switch", "factor"): (0.0, None),
+    ("switch", "window"): (1, None),
+}
+
+
+def acceptance(given: str | Accept | Callable[[Block], Tensor], **options: float) -> Accept:
+    """The rule that a name, a rule or a plain function of a Block stands for.
+
+    `options` are the fields of a named rule.  RecipeError for a name, an option or a value that
+    there is not.
+    """
+    if not isinstance(given, str):
+        return given if isinstance(given, Accept) else Rule(given)
+    if given not in ACCEPT:
+        raise RecipeError(f"unknown accept '{given}'; choose one of {', '.join(ACCEPT)}")
+    known = [field.name for field in fields(ACCEPT[given])]  # type: ignore[arg-type]
+    if wrong := wrong_option("accept", given, options, known, BOUNDS):
+        raise RecipeError(f"rollout: {wrong}")
+    return ACCEPT[given](**options)

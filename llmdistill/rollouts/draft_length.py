@@ -18,14 +18,16 @@ MEMORY = 0.98  # weight of what was known of the acceptance when a block is adde
 
 
 class Measured(NamedTuple):
-    """What a block took: seconds to draft it and to judge it; of its `judged` tokens `stayed`."""
+    """What a block took: seconds to draft it and to judge it; of its `kept` tokens `accepted` are
+    the student's.
+    """
 
     num_rows: int
     size: int
     draft_seconds: float
     judge_seconds: float
-    stayed: int
-    judged: int
+    accepted: int
+    kept: int
 
 
 class Costs:
@@ -58,12 +60,12 @@ class AutoBlock:
     def __init__(self, max_new_tokens: int) -> None:
         self.draft, self.judge = Costs(), Costs()
         self._untried = [size for size in reversed(TRIAL_LENGTHS) if size <= max_new_tokens]
-        self._stayed, self._judged = 0.0, 0.0
+        self._accepted, self._kept = 0.0, 0.0
 
     def choose(self, num_rows: int) -> int:
         if self._untried:
             return self._untried[-1]
-        acceptance = self._stayed / max(self._judged, 1.0)
+        acceptance = self._accepted / max(self._kept, 1.0)
         draft = self.draft(num_rows)
 
         def cost(size: int) -> float:
@@ -74,8 +76,8 @@ class AutoBlock:
     def learn(self, block: Measured) -> None:
         self.draft.add(block.num_rows, block.draft_seconds / block.size)
         self.judge.add(block.num_rows * block.size, block.judge_seconds)
-        self._stayed = MEMORY * self._stayed + block.stayed
-        self._judged = MEMORY * self._judged + block.judged
+        self._accepted = MEMORY * self._accepted + block.accepted
+        self._kept = MEMORY * self._kept + block.kept
         if self._untried and self._untried[-1] == block.size:
             self._untried.pop()
 

@@ -14,8 +14,8 @@ beside any rows, up to the rounding of the models.
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.keyed import draw_tokens, row_keys
 from llmdistill.decoding.session import Session
 from llmdistill.errors import RecipeError
-from llmdistill.protocols import Progress, Student, Teacher
-from llmdistill.rollouts.acceptance import Accept, Block, TopK
+from llmdistill.protocols import Progress, Steps, Student, Teacher
+from llmdistill.rollouts.acceptance import Accept, Block, TopK, acceptance
 from llmdistill.rollouts.draft_length import AutoBlock, Measured
 from llmdistill.rollouts.responses import ActiveRows, Piece, Responses, Verified
 from llmdistill.sampling import Draw, Sampling, Writer
@@ -34,40 +34,35 @@ LOGITS = 2**25  # the teacher's that are held at a time, as numbers
 LEAVE = 1 / 8  # ended rows leave the batch once they are this share of it
 
 
-@runtime_checkable
-class Stepped(Protocol):
-    """A model that can be written with token by token."""
-
-    def session(self, prompts: Prompts) -> AbstractContextManager[Session]: ...
-
-
 class InterleavedRollout:
-    """Answers that student and teacher write together, judged by the teacher while they do.
+    """Responses that student and teacher write together, read by the teacher while they do.
 
-    `accept` says which drafted tokens stay (`acceptance.py`), by default those among the teacher's
-    `top_k` likeliest; what replaces the others is drawn from the teacher's own distribution as
-    `teacher_sampling` warps it.  `block_size` tokens are drafted at a time; `auto` measures how
-    many pay.  The defaults are the paper's.
+    `accept` says which drafted tokens stay: a name of `acceptance.ACCEPT`, a rule, or a function of
+    a Block.  By default those stay that are among the teacher's `top_k` likeliest.  What replaces
+    the others is drawn from the teacher's distribution as `teacher_sampling` warps it.
+    `block_size` tokens are drafted at a time; `auto` measures how many pay.  The defaults are the
+    paper's.
     """
+
+    steps_both_models = True
 
     def __init__(
         self,
         *,
         top_k: int | None = None,
-        accept: Accept | None = None,
+        accept: str | Accept | Callable[[Block], Tensor] = "top_k",
         block_size: int | Literal["auto"] = "auto",
         max_new_tokens: int = 256,
-        student_sampling: Sampling | None = None,
-        teacher_sampling: Sampling | None = None,
+        student_sampling: Sampling = Sampling(temperature=0.5, top_p=0.5),
+        teacher_sampling: Sampling = Sampling(temperature=0.2, top_p=0.5),
     ) -> None:
-        if accept is not None and top_k is not None:
+        if top_k is not None and accept != "top_k":
             raise RecipeError("rollout: give 'top_k' or another way to 'accept', not both")
-        self.accept = accept or TopK(25 if top_k is None else top_k)
+        self.accept = TopK(top_k) if top_k is not None else acceptance(accept)
         self.block_size = block_size
         self.max_new_tokens = max_new_tokens
-        self.student_sampling = student_sampling or Sampling(temperature=0.5, top_p=0.5)
-        self.teacher_sampling = teacher_sampling or Sampling(temperature=0.2, top_p=0.5)
-        if self.student_sampling.continuous or self.teacher_sampling.continuous:
+        self.student_sampling, self.teacher_sampling = student_sampling, teacher_sampling
+        if student_sampling.continuous or teacher_sampling.continuous:
             raise RecipeError("rollout: two models that step together cannot be 'continuous'")
         for name, value in (("block_size", block_size), ("max_new_tokens", max_new_tokens)):
             if value != "auto" and value < 1:
@@ -79,7 +74,7 @@ class InterleavedRollout:
         self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress
     ) -> Sequences:
         """Raises RecipeError for a teacher that cannot be stepped."""
-        if not isinstance(student, Stepped) or not isinstance(teacher, Stepped):
+        if not isinstance(teacher, Steps):
             raise RecipeError(
                 "rollout.kind: interleaved steps the teacher token by token, and a "
                 f"{type(teacher).__name__} cannot be stepped; use a teacher of kind local"
@@ -122,7 +117,7 @@ class _Pair:
         size = min(size, int(now.room_A.max()))
         start = self._clock()
         draft_AG, student_AGV = self._draft(size)
-        drafted = self._clock()
+        draft_end = self._clock()
         read_AG = torch.cat([now.last_A1, draft_AG[:, :-1]], 1)
         hidden_AGH = self.judge.extend(read_AG, now.last_position_A)
         verified = self._judge(draft_AG, student_AGV, hidden_AGH)
@@ -140,11 +135,10 @@ class _Pair:
             )
         )
         self._go_on(size, now.after(verified.tokens_AG, count_A, ended_A))
-        stayed = int((kept_AG & (verified.writer_AG == Writer.STUDENT)).sum())
-        judged = self._clock()
-        return Measured(
-            num_rows, size, drafted - start, judged - drafted, stayed, int(kept_AG.sum())
-        )
+        accepted = int((kept_AG & (verified.writer_AG == Writer.STUDENT)).sum())
+        judge_end = self._clock()
+        seconds = (draft_end - start, judge_end - draft_end)
+        return Measured(num_rows, size, *seconds, accepted, int(kept_AG.sum()))
 
     def _draft(self, size: int) -> tuple[Tensor, Tensor | None]:
         """The student's next tokens, and the logits that they were drawn from if the rule asks:
@@ -153,15 +147,15 @@ class _Pair:
         device = self.drafter.device
         next_A1 = self.active.last_A1.to(device)
         keys_A = self.keys[Writer.STUDENT][self.active.row_A].to(device)
-        drafted, logits = [], []
+        tokens, logits = [], []
         for offset in range(size):
             hidden_A1H = self.drafter.extend(next_A1, self.active.last_position_A)
             logits_AV = self.drafter.logits(hidden_A1H)[:, -1]
             slot_A = (self.active.written_A + offset).to(device)
             next_A1 = draw_tokens(logits_AV, self.rollout.student_sampling, keys_A, slot_A)[:, None]
-            drafted.append(next_A1)
+            tokens.append(next_A1)
             logits += [logits_AV] * self.rule.sees_student
-        draft_AG = torch.cat(drafted, 1).to(self.judge.device)
+        draft_AG = torch.cat(tokens, 1).to(self.judge.device)
         return draft_AG, torch.stack(logits, 1).to(self.judge.device) if logits else None
 
     def _judge(self, draft_AG: Tensor, student_AGV: Tensor | None, hidden_AGH: Tensor) -> Verified:

@@ -9,8 +9,15 @@ import random
 from typing import Any
 
 from llmdistill.batch import Prompts, Sequences
-from llmdistill.protocols import Progress, Rollout, Stateful, Student, Teacher
-from llmdistill.rollouts.schedules import Share
+from llmdistill.protocols import (
+    Progress,
+    Rollout,
+    Stateful,
+    Student,
+    Teacher,
+    steps_both_models,
+)
+from llmdistill.schedules import Schedule, value
 
 
 class MixedRollout:
@@ -20,13 +27,14 @@ class MixedRollout:
     keyed by seed and step: every rank makes the same one, and so does a resumed run.
     """
 
-    def __init__(self, student: Rollout, other: Rollout, *, share: float | Share = 0.5) -> None:
+    def __init__(self, student: Rollout, other: Rollout, *, share: float | Schedule = 0.5) -> None:
         self.student, self.other, self.share = student, other, share
+        self.steps_both_models = steps_both_models(student) or steps_both_models(other)
 
     def write(
         self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress
     ) -> Sequences:
-        share = self.share(progress) if callable(self.share) else self.share
+        share = value(self.share, progress)
         on_policy = random.Random(f"{progress.seed}/{progress.step}").random() < share
         rollout = self.student if on_policy else self.other
         return rollout.write(prompts, student, teacher, progress)

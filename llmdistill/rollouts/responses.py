@@ -1,7 +1,7 @@
-"""What two writers have written so far: the rows still open, and the tokens that stay.
+"""What two writers have written so far: the active rows, and the tokens that stay.
 
-A = open rows, B = all rows, G = tokens of a block, n = tokens of it that stay, N = all that stayed,
-H = hidden size.
+A = active rows, B = all rows, G = tokens of a block, n = tokens of it that stay, N = all that
+stayed, H = hidden size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmdistill.batch import Prompts, Sequences, TeacherSignal
+from llmdistill.distributions import Dense
 from llmdistill.models.heads import Head
 from llmdistill.sampling import Writer
 
@@ -79,9 +80,9 @@ class Verified(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence[Verified]) -> Verified:
-        tokens, writers, stays, log_probs = zip(*parts, strict=True)
+        tokens, writers, accepted, log_probs = zip(*parts, strict=True)
         joined = None if log_probs[0] is None else torch.cat(log_probs)
-        return cls(torch.cat(tokens), torch.cat(writers), torch.cat(stays), joined)
+        return cls(torch.cat(tokens), torch.cat(writers), torch.cat(accepted), joined)
 
 
 class Piece(NamedTuple):
@@ -100,11 +101,11 @@ class Responses:
 
     def __init__(self, num_rows: int) -> None:
         self._pieces: list[Piece] = []
-        self._judgements_B = torch.zeros(num_rows, dtype=torch.long)
+        self._teacher_passes_B = torch.zeros(num_rows, dtype=torch.long)
 
     def add(self, piece: Piece) -> None:
         self._pieces.append(piece)
-        self._judgements_B[piece.row_n.unique().cpu()] += 1
+        self._teacher_passes_B[piece.row_n.unique().cpu()] += 1
 
     def sequences(self, prompts: Prompts, head: Head) -> Sequences:
         """The prompts with their answers, who wrote which token, and the teacher's judgement."""
@@ -128,6 +129,6 @@ class Responses:
             written,
             writer_BT=written.writer_BT.masked_scatter(mask_BT, writer_N.cpu()),
             writer_logprob_BT=log_prob_BT,
-            judgements_B=self._judgements_B,
-            signal=TeacherSignal(hidden_NH, head),
+            teacher_passes_B=self._teacher_passes_B,
+            signal=TeacherSignal(Dense(hidden_NH, head)),
         )

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.errors import RecipeError
-from llmdistill.protocols import Progress, Student, Teacher
+from llmdistill.protocols import Progress, Student, Teacher, Writes
 from llmdistill.sampling import Draw, Sampling, Writer
 
 Kept = tuple[tuple[int, int], list[int]]  # (row, sample), ids
@@ -27,14 +27,14 @@ class SampledRollout:
         self,
         by: Literal["student", "teacher"] = "student",
         *,
-        sampling: Sampling | None = None,
+        sampling: Sampling = Sampling(),
         max_new_tokens: int = 256,
         samples: int = 1,
     ) -> None:
         if by == "student" and samples != 1:
             raise RecipeError("rollout.samples: the student writes anew each time; leave it at 1")
         self.by = by
-        self.sampling = sampling or Sampling()
+        self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.samples = samples
         self._kept: dict[tuple[int, int], list[int]] = {}
@@ -52,6 +52,11 @@ class SampledRollout:
         missing = {key: place for place, key in enumerate(keys) if key not in self._kept}
         written, new = None, []
         if missing:
+            if not isinstance(teacher, Writes):
+                raise RecipeError(
+                    f"rollout.by: teacher, but a {type(teacher).__name__} cannot write; use "
+                    "by: student, or a teacher of kind local"
+                )
             written = teacher.write(
                 prompts.select(list(missing.values()), pad_id=0),
                 self.sampling,

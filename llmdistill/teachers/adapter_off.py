@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmdistill.errors import ModelError
-from llmdistill.models.heads import check_split, eval_mode
+from llmdistill.models.heads import eval_mode
 from llmdistill.teachers.local import LocalTeacher
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ class AdapterOffTeacher(LocalTeacher):
             raise ModelError(
                 f"{type(student).__name__} has no adapter to switch off: give student.peft"
             )
-        check_split(student)
-        self.model, self.tokenizer = student, tokenizer
+        self._take(student, tokenizer)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[PreTrainedModel]:

@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 from llmdistill import recipe
 from llmdistill.models.load import load_model, load_tokenizer
+from llmdistill.protocols import Teacher
+from llmdistill.teachers.adapter_off import AdapterOffTeacher
 from llmdistill.teachers.local import LocalTeacher
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def build_teacher(answer: recipe.LocalTeacherRecipe) -> LocalTeacher:
-    """The teacher that a recipe asks for, where it is a model of its own."""
+
+def build_teacher(
+    section: recipe.TeacherRecipe,
+    student: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Teacher:
+    """The teacher that a recipe asks for.
+
+    `student` with its `tokenizer` is for the sections whose `weights` are None: these teach with
+    the student's own weights.
+    """
+    return _BUILDERS[type(section)](section, student, tokenizer)
+
+
+def load_teacher(section: recipe.LocalTeacherRecipe) -> LocalTeacher:
+    """A model on this machine, in the form that the section asks for."""
     model = load_model(
-        answer.model,
-        revision=answer.revision,
-        dtype=answer.dtype,
-        device=answer.device,
-        quantization=answer.quantization,
-        offload=answer.offload,
+        section.model,
+        revision=section.revision,
+        dtype=section.dtype,
+        device=section.device,
+        quantization=section.quantization,
+        offload=section.offload,
     )
-    return LocalTeacher(model, load_tokenizer(answer.model, revision=answer.revision))
+    return LocalTeacher(model, load_tokenizer(section.model, revision=section.revision))
+
+
+def _local(section: recipe.LocalTeacherRecipe, *_: Any) -> Teacher:
+    return load_teacher(section)
+
+
+def _adapter_off(_: recipe.AdapterOffTeacherRecipe, student: Any, tokenizer: Any) -> Teacher:
+    return AdapterOffTeacher(student, tokenizer)
+
+
+_BUILDERS: dict[type, Callable[[Any, Any, Any], Teacher]] = {
+    recipe.LocalTeacherRecipe: _local,
+    recipe.AdapterOffTeacherRecipe: _adapter_off,
+}

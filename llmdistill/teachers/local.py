@@ -12,27 +12,46 @@ import torch
 from llmdistill.batch import Prompts, Sequences, TeacherSignal
 from llmdistill.decoding.sample import sample
 from llmdistill.decoding.session import Session, session
-from llmdistill.forward import final_hidden
-from llmdistill.models.heads import check_split, split
-from llmdistill.protocols import Need
+from llmdistill.distributions import Dense
+from llmdistill.errors import VocabularyError
+from llmdistill.forward import read
+from llmdistill.models.heads import check_split, num_rows
+from llmdistill.models.taps import Need
+from llmdistill.models.vocabulary import num_tokens
 from llmdistill.sampling import Draw, Sampling, Writer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LocalTeacher:
     """A causal LM of transformers that judges and writes.  Its parameters are frozen here.
 
-    Raises ModelError if the model cannot be split into backbone and head.
+    Raises ModelError if the model cannot be split into backbone and head, and VocabularyError if
+    the tokenizer has more ids than the head scores.
     """
 
-    provides = frozenset({Need.DISTRIBUTION})
+    provides = frozenset({Need.DISTRIBUTION, Need.HIDDEN, Need.QUERIES, Need.KEYS, Need.VALUES})
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._take(model, tokenizer)
+        model.eval().requires_grad_(False)
+
+    def _take(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         check_split(model)
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
+        self.num_tokens = num_tokens(tokenizer)
+        if self.num_tokens > num_rows(model):
+            raise VocabularyError(
+                f"the teacher's tokenizer '{tokenizer.name_or_path}' has {self.num_tokens} ids, "
+                f"but the head of its model scores {num_rows(model)}. Give the tokenizer that "
+                "belongs to the model."
+            )
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The sizes of the model that hidden states come from."""
+        return self.model.config.get_text_config()
 
     @property
     def device(self) -> torch.device:
@@ -48,10 +67,11 @@ class LocalTeacher:
 
     @torch.no_grad()
     def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
-        """One forward pass: the final hidden states at the places that predict, and the head."""
+        """One forward pass, which takes just what is needed."""
         with self.in_use() as model:
-            backbone, head = split(model)
-            return TeacherSignal(final_hidden(backbone, sequences.to(self.device)), head)
+            seen = read(model, sequences.to(self.device), self.num_tokens, needs)
+        dense = Dense(seen.hidden_NH, seen.head) if Need.DISTRIBUTION in needs else None
+        return TeacherSignal(dense, seen.states)
 
     def write(
         self,

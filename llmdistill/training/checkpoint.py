@@ -2,6 +2,7 @@
 
     model.safetensors, config.json, tokenizer ...   the student
     objectives.safetensors                          parameters of objectives (projectors), if any
+    teacher.safetensors                             what trains of a teacher that trains along
     rollout.json, or rollout_0.json ...             what each rank's rollout remembers, if anything
 
 Optimiser, scheduler, random state and Trainer's own state are written beside them by Trainer.  No
@@ -25,9 +26,9 @@ from llmdistill.training.step import Distillation
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OBJECTIVES = "objectives.safetensors"
 STUDENT_PREFIX = "student."
-OBJECTIVES_PREFIX = "objectives."
+# What is trained besides the student: a part of `Distillation`, and its file.
+PARTS = {"objectives": "objectives.safetensors", "trained_teacher": "teacher.safetensors"}
 
 # Files of a checkpoint that serve to go on training; the Hub gets the student alone.
 TRAINING_ONLY = [
@@ -36,7 +37,7 @@ TRAINING_ONLY = [
     "scaler*",
     "rng_state*",
     "trainer_state*",
-    OBJECTIVES,
+    *PARTS.values(),
     "rollout*.json",
 ]
 
@@ -64,13 +65,25 @@ def save_merged(
     distillation.tokenizer.save_pretrained(folder)
 
 
-def save_objectives(
+def save_parts(
     distillation: Distillation, folder: Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """The parameters of the objectives, if they have any."""
+    """What is trained besides the student, a file for each part that holds anything."""
     state = distillation.state_dict() if state is None else state
-    if projectors := _under(state, OBJECTIVES_PREFIX):
-        safetensors.torch.save_file(projectors, folder / OBJECTIVES)
+    frozen = _frozen_teacher(distillation)
+    for part, file in PARTS.items():
+        tensors = _under({k: v for k, v in state.items() if k not in frozen}, f"{part}.")
+        if tensors:
+            safetensors.torch.save_file(tensors, folder / file)
+
+
+def _frozen_teacher(distillation: Distillation) -> set[str]:
+    """Parameters of the teacher's that do not train: they come from its own model."""
+    return {
+        name
+        for name, parameter in distillation.named_parameters()
+        if name.startswith("trained_teacher.") and not parameter.requires_grad
+    }
 
 
 def save_rollout(rollout: Rollout, folder: Path, rank: int | None) -> None:
@@ -81,14 +94,20 @@ def save_rollout(rollout: Rollout, folder: Path, rank: int | None) -> None:
 
 
 def load(distillation: Distillation, folder: Path) -> None:
-    """Puts a checkpoint's student and objectives back; every weight must be there."""
+    """Puts a checkpoint's student, objectives and teacher back; every weight must be there."""
     _load_student(distillation.student, folder)
-    if list(distillation.objectives.parameters()):
-        if not (folder / OBJECTIVES).is_file():
-            raise CheckpointError(
-                f"{folder} holds no {OBJECTIVES}, but the objectives have parameters"
-            )
-        distillation.objectives.load_state_dict(safetensors.torch.load_file(folder / OBJECTIVES))
+    frozen = _frozen_teacher(distillation)
+    for part, file in PARTS.items():
+        wanted = [k for k in distillation.state_dict() if k.startswith(f"{part}.")]
+        if not (wanted := [name for name in wanted if name not in frozen]):
+            continue
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} holds no {file}, but there are weights in it to load")
+        found = _read(folder, file)
+        module = getattr(distillation, part)
+        missing = [name for name in wanted if name.removeprefix(f"{part}.") not in found]
+        unexpected = module.load_state_dict(found, strict=False).unexpected_keys
+        _refuse_unfit(folder / file, missing, unexpected)
 
 
 def load_rollout(rollout: Rollout, folder: Path, rank: int | None) -> None:
@@ -121,11 +140,14 @@ def _load_student(student: PreTrainedModel, folder: Path) -> None:
         missing = [name for name in result.missing_keys if name not in tied]
         unexpected = result.unexpected_keys
         student.tie_weights()
+    _refuse_unfit(folder, missing, unexpected)
+
+
+def _refuse_unfit(place: Path, missing: list[str], unexpected: list[str]) -> None:
     if missing or unexpected:
         raise CheckpointError(
-            f"{folder} does not fit the student: missing {missing[:3]}, unexpected "
-            f"{unexpected[:3]}. It belongs to another model; give the recipe that it was made "
-            "with."
+            f"{place} does not fit this run: missing {missing[:3]}, unexpected {unexpected[:3]}. "
+            "It belongs to another model; give the recipe that it was made with."
         )
 
 

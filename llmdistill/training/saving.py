@@ -37,7 +37,7 @@ class StudentTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save_student(self.model, folder, state_dict)
-        checkpoint.save_objectives(self.model, folder, state_dict)
+        checkpoint.save_parts(self.model, folder, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Each rank's own: its random state, and what its rollout remembers."""

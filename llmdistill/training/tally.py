@@ -17,7 +17,7 @@ from llmdistill.sampling import Writer
 
 QUARTERS = ("q1", "q2", "q3", "q4")
 SUMS = (
-    *("tokens", "taught", "seconds", "judged", "stayed", "judgements"),
+    *("tokens", "by_teacher", "seconds", "written", "accepted", "teacher_passes"),
     *(f"{part}_{quarter}" for quarter in QUARTERS for part in ("all", "replaced")),
 )
 
@@ -27,12 +27,20 @@ class Tally:
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
-        self._terms: dict[str, Tensor | float] = {}
+        self._terms: dict[str, tuple[Tensor | float, Tensor | float]] = {}
 
-    def add_terms(self, terms: Mapping[str, Tensor]) -> None:
-        """Each objective's sum over the predicted tokens of one micro-batch."""
-        for name, value in terms.items():
-            self._terms[name] = self._terms.get(name, 0.0) + value.detach()
+    def add_terms(self, terms: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Each term's sum over one micro-batch, and what it adds to the term's divisor."""
+        for name, (total, divisor) in terms.items():
+            totals, divisors = self._terms.get(name, (0.0, 0.0))
+            self._terms[name] = (totals + total, divisors + divisor)
+
+    def term_means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Each term's mean since the last call, over all ranks."""
+        totals = over_ranks(accelerator, {name: total for name, (total, _) in self._terms.items()})
+        counts = over_ranks(accelerator, {name: count for name, (_, count) in self._terms.items()})
+        self._terms = {}
+        return {name: total / max(counts[name], 1) for name, total in totals.items()}
 
     def add_written(self, sequences: Sequences, seconds: float) -> None:
         """What a rollout gave, and how long it took."""
@@ -40,13 +48,13 @@ class Tally:
         writer_N = sequences.target_writers_N
         found: dict[str, Any] = {
             "tokens": count_B.sum(),
-            "taught": (writer_N == Writer.TEACHER).sum(),
+            "by_teacher": (writer_N == Writer.TEACHER).sum(),
         }
-        if sequences.judgements_B is not None:  # written now by both; others may have been kept
+        if sequences.teacher_passes_B is not None:  # written now by both; others may have been kept
             found["seconds"] = seconds
-            found["judged"] = count_B.sum()
-            found["stayed"] = (writer_N == Writer.STUDENT).sum()
-            found["judgements"] = sequences.judgements_B[count_B > 0].sum()
+            found["written"] = count_B.sum()
+            found["accepted"] = (writer_N == Writer.STUDENT).sum()
+            found["teacher_passes"] = sequences.teacher_passes_B[count_B > 0].sum()
             for quarter, counts in zip(QUARTERS, _by_quarter(sequences), strict=True):
                 found[f"all_{quarter}"], found[f"replaced_{quarter}"] = counts
         for name, value in found.items():
@@ -54,18 +62,18 @@ class Tally:
 
     def figures(self, accelerator: Accelerator) -> dict[str, float]:
         """The figures since the last call, over all ranks; the sums start anew."""
-        sums, terms = over_ranks(accelerator, self._sums), over_ranks(accelerator, self._terms)
-        self._sums, self._terms = dict.fromkeys(SUMS, 0.0), {}
+        sums, means = over_ranks(accelerator, self._sums), self.term_means(accelerator)
+        self._sums = dict.fromkeys(SUMS, 0.0)
         tokens = sums["tokens"]
         figures = {"predicted_tokens": tokens}
-        if len(terms) > 1:
-            figures |= {name: value / max(tokens, 1) for name, value in terms.items()}
-        if sums["judged"]:
+        if len(means) > 1:
+            figures |= means
+        if sums["written"]:
             seconds = sums["seconds"] / accelerator.num_processes
-            figures["written_per_second"] = sums["judged"] / seconds
-            figures["acceptance"] = sums["stayed"] / sums["judged"]
-            figures["teacher_share"] = sums["taught"] / tokens
-            figures["tokens_per_judgement"] = sums["judged"] / sums["judgements"]
+            figures["written_per_second"] = sums["written"] / seconds
+            figures["acceptance"] = sums["accepted"] / sums["written"]
+            figures["teacher_token_share"] = sums["by_teacher"] / tokens
+            figures["tokens_per_teacher_pass"] = sums["written"] / sums["teacher_passes"]
             for q in QUARTERS:
                 figures[f"replaced_{q}"] = sums[f"replaced_{q}"] / max(sums[f"all_{q}"], 1)
         return figures

@@ -9,39 +9,42 @@ Trainer's.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from llmdistill.batch import Prompts, Sequences
+from llmdistill.batch import Prompts
 from llmdistill.data.collate import ByLength, EncodedRows, PromptDataset, collate
 from llmdistill.errors import TrainingError
-from llmdistill.models.layers import decoder_layers
-from llmdistill.models.vocabulary import require_same
+from llmdistill.models.heads import num_rows, unwrap_adapters
+from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.base import Objective
-from llmdistill.protocols import Progress, Rollout
+from llmdistill.protocols import Progress, Rollout, Teacher
 from llmdistill.rollouts.fixed import FixedRollout
-from llmdistill.rollouts.interleaved import InterleavedRollout
-from llmdistill.teachers.local import LocalTeacher
+from llmdistill.training.arguments import (
+    check_checkpointing,
+    check_sharding,
+    compile_layers,
+    forced,
+    is_sharded,
+)
 from llmdistill.training.guards import stop_if_not_finite
 from llmdistill.training.saving import StudentTrainer
 from llmdistill.training.step import Distillation
-from llmdistill.training.tally import Tally, over_ranks
+from llmdistill.training.tally import Tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-
-logger = logging.getLogger("llmdistill")
 
 
 class DistillTrainer(StudentTrainer):
@@ -59,7 +62,7 @@ class DistillTrainer(StudentTrainer):
         self,
         *,
         student: PreTrainedModel,
-        teacher: LocalTeacher,
+        teacher: Teacher,
         rollout: Rollout,
         objectives: Sequence[Objective],
         args: TrainingArguments,
@@ -71,20 +74,19 @@ class DistillTrainer(StudentTrainer):
         model_card: str | None = None,
         merge_adapter: bool = True,
     ) -> None:
-        require_same(
-            teacher.tokenizer,
-            processing_class,
-            teacher.model.get_output_embeddings().weight.shape[0],
-            student.get_output_embeddings().weight.shape[0],
-        )
+        require_same(teacher.tokenizer, processing_class, None, num_rows(student))
         self.teacher, self.rollout = teacher, rollout
         self.model_card, self.merge_adapter = model_card, merge_adapter
         self._tally = Tally()
         self._step_loss: Tensor | float = 0.0
+        list_end_ids(unwrap_adapters(student), processing_class)
         use_cache = student.config.use_cache
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)  # projectors start alike on all ranks
+            distillation = Distillation(student, teacher, objectives, processing_class)
         super().__init__(
-            model=Distillation(student, teacher, objectives, processing_class),
-            args=_forced(args),
+            model=distillation,
+            args=forced(args, distillation),
             data_collator=collate,
             train_dataset=PromptDataset.of(train_dataset, processing_class),
             eval_dataset=PromptDataset.of(eval_dataset, processing_class),
@@ -93,8 +95,9 @@ class DistillTrainer(StudentTrainer):
             optimizers=optimizers,
         )
         student.config.use_cache = use_cache  # Trainer turns it off; it would be saved so
-        _check_sharded(self)
-        _compile_layers(self)
+        check_sharding(rollout, sharded=is_sharded(self), requested=bool(self.args.fsdp))
+        check_checkpointing(self.args, distillation)
+        compile_layers(self)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """Trainer does not see how long our rows are."""
@@ -109,7 +112,7 @@ class DistillTrainer(StudentTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Prompts], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Sequences]], Tensor | None]:
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """The window's micro-batches, written in one large batch, and its predicted tokens on all
         ranks.
 
@@ -123,14 +126,16 @@ class DistillTrainer(StudentTrainer):
         with self.accelerator.autocast():
             sequences = self.rollout.write(prompts, self.model, self.teacher, self._progress())
         seconds = time.perf_counter() - start
-        rest = _remainder(self.train_dataset, self.args)
-        sequences = sequences.without_loss(_repeated(self.accelerator, parts, rest))
+        rest = _real_rows_in_last_batch(self.train_dataset, self.args)
+        sequences = sequences.without_loss(_filler_rows(self.accelerator, parts, rest))
         self._tally.add_written(sequences, seconds)
         sequences = sequences.to(device)
         order = sequences.attention_mask_BT.sum(1).argsort(descending=True, stable=True)
         rows = order.split([len(part) for part in parts])
-        count = self.accelerator.reduce(sequences.num_predicted.sum(), reduction="sum")
-        return [{"sequences": sequences.select(some)} for some in rows], count
+        divisors_K = self.accelerator.reduce(self.model.divisors(sequences), reduction="sum")
+        scales_K = self.model.scales(divisors_K, self._progress()) * self.accelerator.num_processes
+        inputs = [{"sequences": sequences.select(some), "scales": scales_K} for some in rows]
+        return inputs, sequences.num_predicted.sum()
 
     def _progress(self) -> Progress:
         # After an epoch's last step state.epoch is a whole number: that of the epoch that begins.
@@ -150,18 +155,19 @@ class DistillTrainer(StudentTrainer):
     def compute_loss(
         self,
         model: Module,
-        inputs: dict[str, Sequences],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the step's mean; DDP averages gradients, hence the factor."""
-        output = model(inputs["sequences"])
-        assert num_items_in_batch is not None
-        divisor = torch.as_tensor(num_items_in_batch, device=output.total.device).clamp_min(1)
-        loss = output.total / divisor * self.accelerator.num_processes
-        self._step_loss = self._step_loss + loss.detach()
+        """This micro-batch's share of the step's loss.
+
+        The scales hold each term's divisor of the whole step, and the number of ranks: DDP averages
+        gradients, and the loss is a sum over ranks.
+        """
+        output = model(inputs["sequences"], inputs["scales"])
+        self._step_loss = self._step_loss + output.loss.detach()
         self._tally.add_terms(output.terms)
-        return (loss, output) if return_outputs else loss
+        return (output.loss, output) if return_outputs else output.loss
 
     def prediction_step(
         self, model: Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -169,21 +175,25 @@ class DistillTrainer(StudentTrainer):
         """The loss on the evaluation rows' own responses."""
         sequences = FixedRollout().write(inputs, self.model, self.teacher, self._progress())
         rest = self.accelerator.gradient_state.remainder
-        repeated_B = _repeated(self.accelerator, [inputs], rest)
-        sequences = sequences.without_loss(repeated_B).to(self.args.device)
+        filler_B = _filler_rows(self.accelerator, [inputs], rest)
+        sequences = sequences.without_loss(filler_B).to(self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(sequences)
-        self._eval_sums["total"] += float(output.total)
-        self._eval_sums["count"] += float(output.count)
-        return output.total / output.count.clamp_min(1), None, None
+        self._eval_tally.add_terms(output.terms)
+        return output.loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Trainer averages batch means; the loss reported is the mean over all predicted tokens."""
-        self._eval_sums = {"total": 0.0, "count": 0.0}
+        """Trainer averages batch means; the loss reported is that of all rows as one step.
+
+        Objectives count with the weights that they end with, so that losses can be compared.
+        """
+        self._eval_tally = Tally()
         result = super().evaluation_loop(*args, **kwargs)
-        sums = over_ranks(self.accelerator, self._eval_sums)
+        means = self._eval_tally.term_means(self.accelerator)
+        weights = self.model.weights(replace(self._progress(), step=self.state.max_steps))
         prefix = kwargs.get("metric_key_prefix", "eval")
-        result.metrics[f"{prefix}_loss"] = sums["total"] / max(sums["count"], 1)
+        loss = sum(weight * means.get(name, 0.0) for name, weight in weights.items())
+        result.metrics[f"{prefix}_loss"] = loss
         return result
 
     # ---- optimiser groups and clipping, by owner ----
@@ -235,7 +245,14 @@ class DistillTrainer(StudentTrainer):
         """Adds what was written and each objective's mean since the last line, over all ranks."""
         if "loss" in logs:
             logs.update(self._tally.figures(self.accelerator))
+            logs.update(self._scheduled_weights())
         super().log(logs, start_time)
+
+    def _scheduled_weights(self) -> dict[str, float]:
+        """The weights that the step just made had, of objectives with a schedule."""
+        progress = replace(self._progress(), step=max(self.state.global_step - 1, 0))
+        weights = self.model.weights(progress)
+        return {f"weight_{name}": weights[name] for name in self.model.scheduled}
 
 
 def _optimizer_groups(
@@ -252,8 +269,8 @@ def _optimizer_groups(
     ]
 
 
-def _remainder(rows: Any, args: TrainingArguments) -> int:
-    """Rows of the last batch of all ranks together that are not filler; 0 where it has none.
+def _real_rows_in_last_batch(rows: Any, args: TrainingArguments) -> int:
+    """Rows of the last batch of all ranks together that are not filler; 0 if it has no filler.
 
     Accelerate's own count is lost when a run is resumed within an epoch.
     """
@@ -262,59 +279,11 @@ def _remainder(rows: Any, args: TrainingArguments) -> int:
     return len(rows) % (args.train_batch_size * args.world_size)
 
 
-def _repeated(accelerator: Accelerator, parts: list[Prompts], remainder: int) -> Tensor:
-    """True for rows that Accelerate repeats in an epoch's last batch to even out the ranks:
-    (B,).
-    """
-    repeated_B = torch.zeros(sum(map(len, parts)), dtype=torch.bool)
-    if accelerator.gradient_state.end_of_dataloader and remainder > 0:
+def _filler_rows(accelerator: Accelerator, parts: list[Prompts], num_real: int) -> Tensor:
+    """True for rows that Accelerate repeats to make an epoch's last batch even: (B,)."""
+    filler_B = torch.zeros(sum(map(len, parts)), dtype=torch.bool)
+    if accelerator.gradient_state.end_of_dataloader and num_real > 0:
         size = len(parts[-1])
         place = accelerator.process_index * size + torch.arange(size)
-        repeated_B[-size:] = place >= remainder
-    return repeated_B
-
-
-def _compile_layers(trainer: DistillTrainer) -> None:
-    """`torch_compile` compiles the student's decoder layers.
-
-    Accelerate would compile the whole step, and fail on it.
-    """
-    args = trainer.args
-    if args.torch_compile:
-        trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        for layer in decoder_layers(trainer.model.student):
-            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-
-
-def _forced(args: TrainingArguments) -> TrainingArguments:
-    """The arguments with what a distillation cannot do without."""
-    args.remove_unused_columns = False  # it would look at our module's forward, and raise
-    args.logging_nan_inf_filter = False  # it would log NaN as 0.0; the guard stops instead
-    args.accelerator_config.dispatch_batches = False  # batches are objects of ours
-    if args.n_gpu > 1:  # DataParallel cannot scatter them; several GPUs need a launcher
-        logger.warning("using one GPU of %d; `accelerate launch` uses them all", args.n_gpu)
-        args._n_gpu = 1
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # every parameter gets a gradient, be it zero
-    return args
-
-
-def _check_sharded(trainer: DistillTrainer) -> None:
-    """On a CPU Accelerate takes `fsdp=` and trains with DDP, without a word; and where weights are
-    gathered for each pass, ranks that make different numbers of passes wait for ever.
-    """
-    accelerator = trainer.accelerator
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    sharded = trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-    writers = (trainer.rollout, getattr(trainer.rollout, "student", None))
-    if sharded and any(isinstance(writer, InterleavedRollout) for writer in writers):
-        raise TrainingError(
-            "an interleaved rollout cannot be written by a sharded student: each rank makes passes "
-            "of its own number. Train without FSDP and ZeRO 3 (DDP, ZeRO 2), or choose "
-            "rollout.kind: sampled"
-        )
-    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
-        raise TrainingError(
-            "training.fsdp is set, but Accelerate did not shard the model (it does so on GPUs "
-            "only); remove it or launch on GPUs"
-        )
+        filler_B[-size:] = place >= num_real
+    return filler_B

@@ -7,7 +7,7 @@ import torch
 
 from llmdistill.batch import Prompts
 from llmdistill.decoding.sample import sample
-from llmdistill.forward import final_hidden
+from llmdistill.forward import read
 from llmdistill.models.heads import eval_mode, split
 from llmdistill.sampling import Draw, Sampling, Writer
 from tests import toy
@@ -60,10 +60,12 @@ def test_the_states_it_wrote_from_are_those_of_a_forward_pass():
     model = exact()
     written = write(ends_early(model, greedy_alone(model, PROMPTS[0])[4]), keep_states=True)
     assert len(set(written.num_predicted.tolist())) > 1
-    backbone, head = split(model)
-    expected_NH = final_hidden(backbone, written)
-    torch.testing.assert_close(written.signal.hidden_NH, expected_NH, rtol=1e-6, atol=1e-9)
-    assert torch.equal(written.signal.head.weight_VH, head.weight_VH)
+    _, head = split(model)
+    expected_NH = read(model, written, toy.NUM_TOKENS).hidden_NH
+    torch.testing.assert_close(
+        written.signal.distribution.hidden_NH, expected_NH, rtol=1e-6, atol=1e-9
+    )
+    assert torch.equal(written.signal.distribution.head.weight_VH, head.weight_VH)
     assert write(model).signal is None
 
 

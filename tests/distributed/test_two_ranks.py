@@ -90,12 +90,12 @@ def test_two_models_write_the_same_on_two_ranks(tmp_path):
         for name in (
             "predicted_tokens",
             "acceptance",
-            "teacher_share",
+            "teacher_token_share",
             "replaced_q1",
             "replaced_q4",
         ):
             assert ours[name] == pytest.approx(alone[name]), name
-        assert ours["tokens_per_judgement"] == pytest.approx(alone["tokens_per_judgement"])
+        assert ours["tokens_per_teacher_pass"] == pytest.approx(alone["tokens_per_teacher_pass"])
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def similar_student():
 @pytest.mark.parametrize("block", [1, 3, 8, 1000])
 def test_agreement_is_the_dense_computation(teacher, batches, block, monkeypatch):
     monkeypatch.setattr(module, "block_rows", lambda *args: block)
-    monkeypatch.setattr(module, "CHUNK_SIZE", 11)
+    monkeypatch.setattr("llmdistill.models.chunks.CHUNK_NUMBERS", 11 * V)
     student = similar_student()
     found = agreement(student, judge(teacher, batches), V)
     expected = dense(student, teacher.model, batches)

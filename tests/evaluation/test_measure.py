@@ -57,7 +57,7 @@ def test_the_references_are_the_data_sets_own(teacher):
     own = tuple(tuple(ids) for batch in made.reference.batches for ids in batch.responses())
     figures = evaluation(
         teacher, replace(some, responses=own), answer_pattern=r"(?s)^.*$"
-    ).measure_teacher()
+    ).teacher_figures()["teacher"]
     assert figures.rouge_l_references == figures.rouge_l_teacher
     assert figures.exact_match == 1.0
     other, _ = evaluation(
@@ -68,7 +68,7 @@ def test_the_references_are_the_data_sets_own(teacher):
 
 
 def test_the_teacher_against_itself(teacher):
-    figures = evaluation(teacher, prompts()).measure_teacher()
+    figures = evaluation(teacher, prompts()).teacher_figures()["teacher"]
     assert figures.kl_teacher_text == pytest.approx(0, abs=1e-6)
     assert figures.top1_agreement == 1.0
     assert figures.num_bytes == 4 * figures.num_parameters
@@ -79,7 +79,7 @@ def test_the_teacher_does_not_judge_what_it_wrote_again(teacher, monkeypatch):
     judge = teacher.judge
     monkeypatch.setattr(teacher, "judge", lambda s, n: judged.append(len(s)) or judge(s, n))
     made = evaluation(teacher, prompts())
-    made.measure_teacher()
+    made.teacher_figures()
     assert judged == []
     made.measure(toy.model())
     assert judged == [5]  # the student's samples

@@ -23,7 +23,7 @@ def test_an_offloaded_teacher_judges_the_same():
     assert not model.model.embed_tokens.weight.is_meta
     teacher = LocalTeacher(model, toy.tokenizer())
     found = teacher.judge(sequences, needs)
-    assert torch.equal(found.hidden_NH, expected.hidden_NH)
+    assert torch.equal(found.distribution.hidden_NH, expected.distribution.hidden_NH)
     assert all(p.is_meta for p in model.model.layers.parameters())
 
 

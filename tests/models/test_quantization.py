@@ -51,7 +51,9 @@ def test_a_quantised_model_is_close_and_judges_and_writes(kind, folder):
     sampling = Sampling(temperature=0)
     written = teacher.write(collate(rows.rows), sampling, max_new_tokens=4, draw=Draw(0))
     judged = teacher.judge(written, frozenset({Need.DISTRIBUTION}))
-    torch.testing.assert_close(judged.hidden_NH, written.signal.hidden_NH, rtol=0, atol=0.2)
+    torch.testing.assert_close(
+        judged.distribution.hidden_NH, written.signal.distribution.hidden_NH, rtol=0, atol=0.2
+    )
 
 
 @pytest.mark.parametrize("kind", GAPS)

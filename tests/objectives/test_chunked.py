@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmdistill.models.chunks import HeadLogits
 from llmdistill.models.heads import Head
-from llmdistill.objectives.chunked import HeadLogits, chunked_sum
+from llmdistill.objectives.chunked import chunked_sum
 from llmdistill.objectives.divergences import DIVERGENCES
 
 N, H, V = 37, 12, 50
@@ -186,7 +187,7 @@ def test_without_gradients_none_is_made(monkeypatch):
 def test_a_large_vocabulary_makes_small_chunks(monkeypatch):
     """A chunk's logits are bounded, and the value does not change."""
     plain = run(lambda weight, bias: Head(weight), 37)
-    monkeypatch.setattr("llmdistill.objectives.chunked.CHUNK_NUMBERS", 5 * V + 3)
+    monkeypatch.setattr("llmdistill.models.chunks.CHUNK_NUMBERS", 5 * V + 3)
     mode = LargestTensor()
     with mode:
         small = run(lambda weight, bias: Head(weight), 37)

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmdistill.batch import StudentView, TeacherSignal
+from llmdistill.batch import StudentView
 from llmdistill.errors import RecipeError
-from llmdistill.forward import final_hidden
-from llmdistill.models.heads import Head, split
+from llmdistill.forward import read, teacher_signal
+from llmdistill.models.heads import Head
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.protocols import Need
 from llmdistill.sampling import Writer
@@ -30,10 +30,9 @@ each_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
 def views(sequences, student, teacher):
-    backbone, head = split(student)
-    view = StudentView(final_hidden(backbone, sequences), head.narrow(toy.NUM_TOKENS))
-    signal = teacher.judge(sequences, frozenset({Need.DISTRIBUTION}))
-    return view, TeacherSignal(signal.hidden_NH, signal.head.narrow(toy.NUM_TOKENS))
+    needs = frozenset({Need.DISTRIBUTION})
+    signal = teacher_signal(teacher, sequences, toy.NUM_TOKENS, needs)
+    return read(student, sequences, toy.NUM_TOKENS), signal
 
 
 @each_objective
@@ -65,7 +64,7 @@ def test_equals_a_dense_loss_with_its_own_shift(name, student, teacher_model, to
     if name == "sequence_mean":
         dense = dense / mask.sum(1, keepdim=True)
     torch.testing.assert_close(loss.total, (dense * mask).sum(), rtol=1e-4, atol=1e-4)
-    assert loss.count == mask.sum()
+    assert loss.num_tokens == mask.sum()
 
 
 @each_objective
@@ -124,7 +123,7 @@ def test_no_predicted_token_is_a_finite_zero(name, student, teacher_model, token
     )
     loss.total.backward()
     assert loss.total.item() == 0
-    assert loss.count.item() == 0
+    assert loss.num_tokens.item() == 0
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
 
 
@@ -139,7 +138,7 @@ def test_cross_entropy_leaves_out_what_the_student_wrote(student, teacher_model,
     kept = CrossEntropyObjective()(*views(mixed, student, teacher), mixed)
     alone = CrossEntropyObjective()(*views(first, student, teacher), first)
     torch.testing.assert_close(kept.total, alone.total)
-    assert kept.count == sequences.num_predicted.sum()  # weights are never renormalised
+    assert kept.num_tokens == sequences.num_predicted.sum()  # weights are never renormalised
     assert not torch.isclose(kept.total, whole)
 
 

@@ -99,10 +99,10 @@ def stays(accept, teacher_V, student_V, token, slot, keys, seen) -> bool:
     scores = teacher_V.tolist()
     ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     if isinstance(accept, TopK):
-        return token in ranked[: accept.k]
+        return token in ranked[: accept.top_k]
     if isinstance(accept, TopP):
         mass = teacher_V.softmax(-1).tolist()
-        return sum(mass[i] for i in ranked[: ranked.index(token)]) < accept.p
+        return sum(mass[i] for i in ranked[: ranked.index(token)]) < accept.top_p
     if isinstance(accept, Mixture):
         return float(coin(keys[Writer.DATA], slot)[0]) >= accept.teacher_share
     gap = float(forward_kl(student_V[None], teacher_V[None])[0])
@@ -256,7 +256,11 @@ def law(accept, pair, ids):
     if isinstance(accept, Mixture):
         return accept.teacher_share * p_V + (1 - accept.teacher_share) * q_V
     ranked = sorted(range(SMALL), key=lambda i: (-float(teacher_V[i]), i))
-    stay = ranked[: accept.k] if isinstance(accept, TopK) else nucleus(teacher_V, ranked, accept.p)
+    stay = (
+        ranked[: accept.top_k]
+        if isinstance(accept, TopK)
+        else nucleus(teacher_V, ranked, accept.top_p)
+    )
     inside_V = torch.tensor([i in stay for i in range(SMALL)])
     return q_V * inside_V + q_V[~inside_V].sum() * p_V
 
@@ -357,9 +361,11 @@ def test_the_states_that_come_along_are_those_of_judging_again():
         written = pair.write(top_k=3, block_size=size)
         assert len(set(written.num_predicted.tolist())) > 1  # ragged
         again = pair.teacher.judge(written, pair.teacher.provides)
-        torch.testing.assert_close(written.signal.hidden_NH, again.hidden_NH, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            written.signal.distribution.hidden_NH, again.distribution.hidden_NH, rtol=0, atol=1e-4
+        )
         with_it, without = (pair.student(some) for some in (written, replace(written, signal=None)))
-        torch.testing.assert_close(with_it.total, without.total, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(with_it.loss, without.loss, rtol=1e-5, atol=1e-5)
 
 
 class Passes:
@@ -388,7 +394,7 @@ def test_a_block_is_a_pass_a_token_of_the_student_and_one_of_the_teacher():
     assert len(drafted.seen) - 1 == sum(width for _, width in blocks) <= 4 * len(blocks)
     assert all(width == 1 for _, width in drafted.seen[1:])
     assert len(blocks) < written.num_predicted.max()  # or blocks would be for nothing
-    assert int(written.judgements_B.max()) == len(blocks)
+    assert int(written.teacher_passes_B.max()) == len(blocks)
     judged.seen.clear()
     pair.student(written)  # the loss
     assert judged.seen == []
@@ -419,7 +425,7 @@ def test_nothing_is_written_behind_an_end_and_the_end_is_trained(size):
     assert all(2 not in ids[:-1] for ids in answers)
     assert all(len(ids) == ROOM for ids in answers if ids[-1] != 2)
     assert written.num_predicted.tolist() == [len(ids) for ids in answers]
-    assert len(written.signal.hidden_NH) == sum(map(len, answers))
+    assert len(written.signal.distribution.hidden_NH) == sum(map(len, answers))
 
 
 def test_an_end_that_the_teacher_refuses_is_replaced():
@@ -482,7 +488,7 @@ def test_the_models_are_left_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
     after = [p for m in (student, teacher) for p in m.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    assert not written.signal.hidden_NH.requires_grad
+    assert not written.signal.distribution.hidden_NH.requires_grad
     assert all("forward" not in module.__dict__ for module in student.modules())
 
 
@@ -601,9 +607,11 @@ def test_under_autocast_the_teacher_judges_in_its_own_precision():
     pair = Pair(student, teacher, toy.tokenizer())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         written = pair.write(top_k=10, block_size=3)
-    assert written.signal.hidden_NH.dtype == torch.float32
+    assert written.signal.distribution.hidden_NH.dtype == torch.float32
     again = pair.teacher.judge(written, pair.teacher.provides)
-    torch.testing.assert_close(written.signal.hidden_NH, again.hidden_NH, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        written.signal.distribution.hidden_NH, again.distribution.hidden_NH, rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("option", ["block_size", "max_new_tokens"])

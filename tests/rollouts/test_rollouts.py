@@ -19,8 +19,8 @@ from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.mixed import MixedRollout
 from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
-from llmdistill.rollouts.schedules import AdaptiveShare, LinearShare
 from llmdistill.sampling import Draw, Sampling, Writer
+from llmdistill.schedules import Adaptive, Linear
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 
@@ -283,7 +283,7 @@ def test_a_mixture_with_the_data_set_has_state_too():
 
 
 def test_a_linear_share_goes_from_its_start_to_its_end():
-    share = LinearShare(0.2, 1.0)
+    share = Linear(0.2, 1.0)
     found = [share(at(step, num_steps=5)) for step in range(5)]
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert share(at(9, num_steps=5)) == 1.0
@@ -304,13 +304,13 @@ def test_a_linear_share_goes_from_its_start_to_its_end():
     ],
 )
 def test_an_adaptive_share_rises_with_the_held_out_loss(losses, expected):
-    share = AdaptiveShare(start=0.1, rise=0.2, tolerance=0.1)
+    share = Adaptive(start=0.1, rise=0.2, tolerance=0.1)
     assert share(at(eval_losses=tuple(losses))) == pytest.approx(expected)
 
 
 def test_a_mixture_follows_its_schedule(scribes):
     student, _ = scribes
-    rollout = MixedRollout(SampledRollout("student"), FixedRollout(), share=LinearShare(0.0, 1.0))
+    rollout = MixedRollout(SampledRollout("student"), FixedRollout(), share=Linear(0.0, 1.0))
     for step in range(200):
         rollout.write(prompts(), student, Nobody(), at(step, num_steps=200))
         if step == 99:
@@ -406,11 +406,11 @@ def test_a_recipe_builds_schedules_and_replay():
     student = {"kind": "replay", "capacity": 7, "rollout": {"kind": "sampled"}}
     mixed = recipe.MixedRecipe.model_validate({"share": schedule, "student": student})
     built = build_rollout(mixed)
-    assert built.share == AdaptiveShare(start=0.2, rise=0.3, tolerance=0.05)
+    assert built.share == Adaptive(start=0.2, rise=0.3, tolerance=0.05)
     assert isinstance(built.student, ReplayRollout)
     assert built.student.capacity == 7
     linear = {"share": {"kind": "linear", "start": 1.0, "end": 0.0}}
-    assert build_rollout(recipe.MixedRecipe.model_validate(linear)).share == LinearShare(1.0, 0.0)
+    assert build_rollout(recipe.MixedRecipe.model_validate(linear)).share == Linear(1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ def test_judges_as_the_base_does_while_the_student_trains(student):
     sequences = toy.sequences()
     teacher = AdapterOffTeacher(student, toy.tokenizer())
     found = teacher.judge(sequences, NEEDS)
-    torch.testing.assert_close(found.hidden_NH, base().judge(sequences, NEEDS).hidden_NH)
+    torch.testing.assert_close(
+        found.distribution.hidden_NH, base().judge(sequences, NEEDS).distribution.hidden_NH
+    )
     assert student.training
     assert not student.get_base_model().model.layers[0].mlp.up_proj.disable_adapters
     trained = [n for n, p in student.named_parameters() if p.requires_grad]
@@ -95,6 +97,6 @@ def test_it_is_stepped_beside_its_student(student):
         again = own.extend(last_B1)
     sequences = Sequences.pack([[5, 6, 7], [8]], [[9], [9]], [0, 1], writer=Writer.DATA, pad_id=0)
     judged = teacher.judge(sequences, teacher.provides)
-    torch.testing.assert_close(plain[:, 0], judged.hidden_NH)
+    torch.testing.assert_close(plain[:, 0], judged.distribution.hidden_NH)
     assert (adapted - plain).abs().max() > 1e-3
     assert (again - adapted).abs().max() > 1e-3

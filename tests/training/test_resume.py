@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, harm, message):
 def test_a_checkpoint_of_another_student_is_refused(tmp_path):
     made(tmp_path / "first").train()
     other = made(tmp_path / "second", student=toy.model(layers=4))
-    with pytest.raises(CheckpointError, match="does not fit the student: missing"):
+    with pytest.raises(CheckpointError, match="does not fit this run: missing"):
         other.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.sampling import Writer
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.training.trainer import _check_sharded
+from llmdistill.training.arguments import check_sharding
 from tests import toy
 from tests.training.helpers import INTERLEAVED, arguments, dataset, gradient, trainer, weights
 
@@ -375,8 +374,7 @@ def test_a_projector_alone_does_not_change_how_the_student_is_clipped(tmp_path):
 
 class DetachedProjector(Projected):
     def forward(self, student, signal, sequences):
-        detached = SimpleNamespace(hidden_NH=student.hidden_NH.detach())
-        return super().forward(detached, signal, sequences)
+        return super().forward(student.detach(), signal, sequences)
 
 
 def test_optimisers_that_group_for_themselves_are_refused_with_projectors(tmp_path, monkeypatch):
@@ -455,11 +453,11 @@ def test_logs_who_wrote_what(tmp_path):
     number = sum(map(len, taught))
     assert 0 < sum(map(sum, taught)) < number
     assert logs["predicted_tokens"] == number
-    assert logs["teacher_share"] == pytest.approx(sum(map(sum, taught)) / number)
-    assert logs["acceptance"] == pytest.approx(1 - logs["teacher_share"])
-    passes = int(written.judgements_B.sum())
-    assert logs["tokens_per_judgement"] == pytest.approx(number / passes)
-    assert 1 < logs["tokens_per_judgement"] <= 3
+    assert logs["teacher_token_share"] == pytest.approx(sum(map(sum, taught)) / number)
+    assert logs["acceptance"] == pytest.approx(1 - logs["teacher_token_share"])
+    passes = int(written.teacher_passes_B.sum())
+    assert logs["tokens_per_teacher_pass"] == pytest.approx(number / passes)
+    assert 1 < logs["tokens_per_teacher_pass"] <= 3
     assert logs["written_per_second"] > 0
     for quarter in range(4):
         part = [t for row in taught for i, t in enumerate(row) if 4 * i // len(row) == quarter]
@@ -470,7 +468,8 @@ def test_logs_no_writers_where_there_is_one(tmp_path):
     made = trainer(tmp_path)
     made.train()
     assert (
-        not {"acceptance", "teacher_share", "written_per_second"} & made.state.log_history[0].keys()
+        not {"acceptance", "teacher_token_share", "written_per_second"}
+        & made.state.log_history[0].keys()
     )
 
 
@@ -635,26 +634,21 @@ def test_an_overflow_is_left_to_the_scaler_of_float16(tmp_path):
 
 
 def test_fsdp_that_would_silently_train_ddp_is_refused(tmp_path):
-    made = trainer(tmp_path)
-    made.args.fsdp = True
+    check_sharding(FixedRollout(), sharded=True, requested=True)
     with pytest.raises(TrainingError, match="did not shard"):
-        _check_sharded(made)
+        check_sharding(FixedRollout(), sharded=False, requested=True)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("sharding", ["fsdp", "zero 3"])
-def test_a_sharded_student_does_not_write_interleaved(tmp_path, mixed, sharding):
+@pytest.mark.parametrize("where", ["alone", "in a mixture", "replayed"])
+def test_a_sharded_student_does_not_write_interleaved(where):
     rollout = InterleavedRollout(**INTERLEAVED)
-    made = trainer(tmp_path, rollout=MixedRollout(rollout, FixedRollout()) if mixed else rollout)
-    _check_sharded(made)
-    if sharding == "fsdp":
-        made.is_fsdp_enabled = True
-    else:
-        made.accelerator = SimpleNamespace(
-            state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
-        )
-    with pytest.raises(TrainingError, match="cannot be written by a sharded student"):
-        _check_sharded(made)
+    if where == "in a mixture":
+        rollout = MixedRollout(rollout, FixedRollout())
+    elif where == "replayed":
+        rollout = ReplayRollout(rollout)
+    check_sharding(rollout, sharded=False, requested=False)
+    with pytest.raises(TrainingError, match="do not work with FSDP or ZeRO 3"):
+        check_sharding(rollout, sharded=True, requested=True)
 
 
 def test_the_forced_arguments(tmp_path):

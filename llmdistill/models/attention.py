@@ -1,0 +1,96 @@
+"""Where a decoder layer makes its queries, keys and values, before the rotary embedding.
+
+B = sequences, T = tokens, D = width of all heads together.  Most families project with three
+linear layers, some with one whose output is cut; some normalise queries and keys afterwards, and
+then the normalised ones are meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from llmdistill.errors import ModelError
+
+Part = Literal["queries", "keys", "values"]
+ATTENTION = ("self_attn", "attention", "attn")
+SEPARATE: dict[str, str] = {"queries": "q_proj", "keys": "k_proj", "values": "v_proj"}
+NORMS: dict[str, tuple[str, ...]] = {
+    "queries": ("q_norm", "q_layernorm"),
+    "keys": ("k_norm", "k_layernorm"),
+    "values": ("v_norm",),
+}
+
+
+class Projections(NamedTuple):
+    """The module to observe; `finish(output, heads_first)` makes its output (B, T, D)."""
+
+    module: nn.Module
+    finish: Callable[[Tensor, bool], Tensor]
+
+
+def projections(model: Any, layer: nn.Module, part: str) -> Projections:
+    """Raises ModelError for an attention of another form."""
+    attention = next((a for a in (getattr(layer, n, None) for n in ATTENTION) if a), None)
+    if attention is not None:
+        norm = next((m for m in (getattr(attention, n, None) for n in NORMS[part]) if m), None)
+        if norm is not None:
+            return Projections(norm, _flat)
+        own = getattr(attention, SEPARATE[part], None)
+        if own is not None:
+            return Projections(own, _flat)
+        for name, cut in FUSED.items():
+            fused = getattr(attention, name, None)
+            if fused is not None and cut.fits(model.config):
+                return Projections(fused, cut.part(model.config.get_text_config(), part))
+    raise ModelError(
+        f"{type(model).__name__}: the {part} of its {type(layer).__name__} are made in a way that "
+        f"is not known here; match its hidden states instead"
+    )
+
+
+def _flat(states: Tensor, heads_first: bool) -> Tensor:
+    """(B, T, D) from (B, T, D), (B, T, heads, size) or (B, heads, T, size)."""
+    if heads_first:
+        states = states.transpose(1, 2)
+    return states if states.dim() == 3 else states.flatten(2)
+
+
+class Concatenated:
+    """One linear layer: all queries, then all keys, then all values (Phi-3, GPT-2)."""
+
+    def fits(self, config: Any) -> bool:
+        return True
+
+    def part(self, config: Any, part: str) -> Callable[[Tensor, bool], Tensor]:
+        heads = config.num_attention_heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        order = {"queries": 0, "keys": 1, "values": 2}[part]
+
+        def cut(states: Tensor, heads_first: bool) -> Tensor:
+            size = states.shape[-1] // (heads + 2 * key_heads)
+            widths = [heads * size, key_heads * size, key_heads * size]
+            return states.split(widths, dim=-1)[order]
+
+        return cut
+
+
+class ByHead:
+    """One linear layer: for each head its query, key and value (GPT-NeoX)."""
+
+    def fits(self, config: Any) -> bool:
+        return config.model_type == "gpt_neox"
+
+    def part(self, config: Any, part: str) -> Callable[[Tensor, bool], Tensor]:
+        heads = config.num_attention_heads
+        order = {"queries": 0, "keys": 1, "values": 2}[part]
+        return lambda states, _: states.unflatten(-1, (heads, 3, -1))[..., order, :].flatten(2)
+
+
+FUSED: dict[str, Concatenated | ByHead] = {
+    "qkv_proj": Concatenated(),
+    "c_attn": Concatenated(),
+    "query_key_value": ByHead(),
+}

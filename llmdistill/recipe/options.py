@@ -1,0 +1,139 @@
+"""Sections that choose entries of tables by name, and may set the options of what they chose.
+
+`{kind: response, divergence: jsd, beta: 0.1}`: `beta` is no field of the section.  It is a keyword
+of the function that DIVERGENCES names 'jsd', and is read from there, with its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+from pydantic import AfterValidator, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+from llmdistill.recipe import tables
+from llmdistill.recipe.base import Strict
+from llmdistill.recipe.facts import close_to
+
+Bounds = Mapping[tuple[str, str], tuple[float | None, float | None]]
+TYPES: dict[str, tuple[type, ...]] = {
+    "float": (float, int),
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+}
+
+
+class Table(NamedTuple):
+    """A dict of this package by its file and name; its entries are functions or classes.
+
+    A dict BOUNDS in the same file may say which numbers an option may be:
+    (entry, option) -> (lowest, highest), None for no bound.
+    """
+
+    path: str
+    name: str
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return tables.names(self.path, self.name)
+
+    def options(self, entry: str) -> Mapping[str, tables.Parameter]:
+        return tables.options(self.path, self.name, entry)
+
+    @property
+    def bounds(self) -> Bounds:
+        return tables.constant(self.path, "BOUNDS") or {}
+
+
+def one_of(table: Table) -> Any:
+    """The type of a field that names an entry of a table."""
+
+    def check(name: str) -> str:
+        if name not in table.entries:
+            raise PydanticCustomError(
+                "entry",
+                "should be one of {names}.{close}",
+                {"names": ", ".join(table.entries), "close": close_to(name, table.entries)},
+            )
+        return name
+
+    return Annotated[str, AfterValidator(check)]
+
+
+class TakesOptions(Strict):
+    """A section with fields that name entries of CHOICES, and with those entries' options.
+
+    Options that are not given are filled in with their defaults, so that a dumped recipe says them.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    CHOICES: ClassVar[Mapping[str, Table]] = {}
+
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        choices = [(table, entry) for table in cls.CHOICES.values() for entry in table.entries]
+        found = [name for table, entry in choices for name in table.options(entry)]
+        return list(dict.fromkeys([*cls.model_fields, *found]))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_defaults(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        said = {name: value for name, value in given.items() if value is not None}
+        defaults: dict[str, Any] = {}
+        for field, table in cls.CHOICES.items():
+            entry = said.get(field, cls.model_fields[field].default)
+            if entry in table.entries:
+                options = table.options(entry).items()
+                defaults |= {name: p.default for name, p in options if name not in cls.model_fields}
+        return defaults | said
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Any:
+        for name in self.model_extra or {}:
+            if wrong := self._wrong(name):
+                raise PydanticCustomError("option", "{wrong}", {"wrong": wrong, "key": name})
+        return self
+
+    def _wrong(self, name: str) -> str | None:
+        """What is wrong with an option that was given; None if nothing."""
+        value = getattr(self, name)
+        chosen = [(field, table, getattr(self, field)) for field, table in self.CHOICES.items()]
+        takers = [one for one in chosen if name in one[1].options(one[2])]
+        field, table, entry = takers[0] if takers else self._meant(name, chosen)
+        known = table.options(entry)
+        if name in known:
+            types = TYPES.get(known[name].annotation)
+            a_bool_for_a_number = isinstance(value, bool) and types != (bool,)
+            if types and (a_bool_for_a_number or not isinstance(value, types)):
+                return f"should be {known[name].annotation}, got {value!r}"
+        return wrong_option(field, entry, {name: value}, list(known), table.bounds)
+
+    def _meant(self, name: str, chosen: Sequence[tuple[str, Table, str]]) -> tuple[str, Table, str]:
+        """The choice of which another entry would take this option."""
+        return next(
+            one for one in chosen if any(name in one[1].options(other) for other in one[1].entries)
+        )
+
+    def options(self) -> dict[str, Any]:
+        """The options of what was chosen."""
+        return dict(self.model_extra or {})
+
+
+def wrong_option(
+    what: str, entry: str, options: Mapping[str, Any], known: Sequence[str], bounds: Bounds
+) -> str | None:
+    """What is wrong with the options of an entry that takes the `known` ones; None if nothing."""
+    for option, value in options.items():
+        if option not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            return f"{what} '{entry}' has no option '{option}'; {has}"
+        low, high = bounds.get((entry, option), (None, None))
+        too_low, too_high = low is not None and value < low, high is not None and value > high
+        if too_low or too_high:
+            wanted = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
+            return f"'{option}' of {what} '{entry}' should be {wanted}, got {value:g}"
+    return None
