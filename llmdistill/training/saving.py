@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
+from llmdistill.errors import CheckpointError
 from llmdistill.protocols import Rollout
 from llmdistill.training import checkpoint
 from llmdistill.training.step import Distillation
@@ -25,6 +28,38 @@ class StudentTrainer(Trainer):
     rollout: Rollout
     model_card: str | None
     merge_adapter: bool
+
+    # ---- resuming ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trainer looks whether a run is over only after a step, so it would train a finished one
+        further.  Here a finished run is loaded, its best student if that is asked for.
+        """
+        folder = resume_from_checkpoint or None
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if not folder or not self._is_finished(Path(folder)):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise CheckpointError(
+                f"{folder} is the end of a finished run, and a sharded student is "
+                "loaded only to be trained. Raise training.max_steps, or use its student as it is."
+            )
+        self._load_from_checkpoint(folder)
+        self.state = TrainerState.load_from_json(_state_file(folder))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _is_finished(self, folder: Path) -> bool:
+        """Has this checkpoint made all steps that are asked for, or was it stopped early?"""
+        if not Path(_state_file(folder)).is_file():
+            return False
+        state = TrainerState.load_from_json(_state_file(folder))
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        stopped_early = control.get("should_training_stop") and state.global_step < state.max_steps
+        return bool(stopped_early) or state.global_step >= max_steps
 
     # ---- checkpoints: the student apart from the rest ----
 
@@ -136,3 +171,7 @@ class StudentTrainer(Trainer):
 
     def _export_folder(self) -> Path:
         return Path(self.args.output_dir) / "student"
+
+
+def _state_file(folder: str | Path) -> str:
+    return str(Path(folder) / TRAINER_STATE_NAME)

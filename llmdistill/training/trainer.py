@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from llmdistill.batch import Prompts
 from llmdistill.data.collate import ByLength, EncodedRows, PromptDataset, collate
-from llmdistill.errors import TrainingError
 from llmdistill.models.heads import num_rows, unwrap_adapters
 from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.base import Objective
@@ -38,8 +36,8 @@ from llmdistill.training.arguments import (
     forced,
     is_sharded,
 )
+from llmdistill.training.groups import GroupedTrainer
 from llmdistill.training.guards import stop_if_not_finite
-from llmdistill.training.saving import StudentTrainer
 from llmdistill.training.step import Distillation
 from llmdistill.training.tally import Tally
 
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 
-class DistillTrainer(StudentTrainer):
+class DistillTrainer(GroupedTrainer):
     """Distils `teacher` into `student`: `rollout` writes, `teacher` judges, `objectives` match.
 
     `train_dataset` and `eval_dataset` are rows in any of `data/`'s formats, or encoded ones (a
@@ -55,7 +53,6 @@ class DistillTrainer(StudentTrainer):
     `eval_dataset`.  Raises VocabularyError where teacher and student do not share a vocabulary.
     """
 
-    optimizer: torch.optim.Optimizer | None
     loss_is_scaled_for_ga = True  # our loss is divided by the whole step's count already
 
     def __init__(
@@ -196,39 +193,7 @@ class DistillTrainer(StudentTrainer):
         result.metrics[f"{prefix}_loss"] = loss
         return result
 
-    # ---- optimiser groups and clipping, by owner ----
-
-    def create_optimizer(self, model: Module | None = None) -> torch.optim.Optimizer:
-        """One pair of groups (with and without weight decay) for each owner, named after it."""
-        groups = dict(self.model.parameter_groups())
-        if self.optimizer is not None or list(groups) == ["student"]:
-            optimizer = super().create_optimizer(model)  # all of Trainer's optimisers
-            for group in optimizer.param_groups:
-                group.setdefault("name", "student")
-            return optimizer
-        decayed = set(self.get_decay_parameter_names(self.model))
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if {"params", "model", "optimizer_dict"} & options.keys():
-            raise TrainingError(
-                f"training.optim: {self.args.optim} makes its own parameter groups and cannot "
-                f"train {' and '.join(groups)} together; choose adamw_torch"
-            )
-        self.optimizer = optimizer_class(
-            _optimizer_groups(groups, decayed, self.args.weight_decay), **options
-        )
-        return self.optimizer
-
-    def _clip_grad_norm(self, model: Module) -> Tensor | float | None:
-        """Each owner's gradient is clipped on its own: one clip would couple them.  Gives the norm
-        of all.
-        """
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return super()._clip_grad_norm(model)
-        norms = [
-            self.accelerator.clip_grad_norm_(list(named.values()), self.args.max_grad_norm)
-            for _, named in self.model.parameter_groups()
-        ]
-        return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
+    # ---- what stops a step, and what is logged ----
 
     def _get_grad_norm(self, model: Module, grad_norm: Any = None) -> Any:
         """Trainer's last call before the update: the place to stop a step that is not finite."""
@@ -238,8 +203,6 @@ class DistillTrainer(StudentTrainer):
         stop_if_not_finite(self.accelerator, loss, checked, self.state.global_step)
         self._step_loss = 0.0
         return norm
-
-    # ---- what is logged ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was written and each objective's mean since the last line, over all ranks."""
@@ -253,20 +216,6 @@ class DistillTrainer(StudentTrainer):
         progress = replace(self._progress(), step=max(self.state.global_step - 1, 0))
         weights = self.model.weights(progress)
         return {f"weight_{name}": weights[name] for name in self.model.scheduled}
-
-
-def _optimizer_groups(
-    groups: Mapping[str, Mapping[str, Parameter]], decayed: set[str], weight_decay: float
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "params": [p for name, p in named.items() if (name in decayed) is decays],
-            "weight_decay": weight_decay if decays else 0.0,
-            "name": group,
-        }
-        for group, named in groups.items()
-        for decays in (True, False)
-    ]
 
 
 def _real_rows_in_last_batch(rows: Any, args: TrainingArguments) -> int:
