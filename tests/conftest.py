@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests import toy
+from tests.support.servers import serving
 
 torch.set_num_threads(1)  # two workers share two cores
 
@@ -41,3 +42,10 @@ def teacher_model():
 def pair(tmp_path_factory):
     """(teacher folder, student folder) on disk."""
     return toy.save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def server():
+    """A server that speaks OpenAI's protocol."""
+    with serving() as server:
+        yield server
