@@ -87,7 +87,7 @@ def test_blocks_are_quantised_or_away_and_the_rest_is_whole():
     model = toy.teacher_model()
     one = sum(p.numel() for p in model.model.layers[0].parameters())
     rest = model.num_parameters() - 4 * one
-    assert weight_bytes(model, 4.0, resident_blocks=1) == 4 * (rest + one)
+    assert weight_bytes(model, 4.0, resident_layers=1) == 4 * (rest + one)
     assert weight_bytes(model, 4.0, "bnb_4bit") == pytest.approx(4 * rest + 0.55 * 4 * one)
 
 
