@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from tests import toy
+from tests.support.machine import force_native_bfloat16
 from tests.support.servers import serving
 
+force_native_bfloat16()
 torch.set_num_threads(1)  # two workers share two cores
 
 

@@ -224,10 +224,11 @@ def test_a_run_stops_when_the_held_out_loss_rises_and_keeps_the_best(pair, data)
     teacher, student = pair
     recipe = {
         "output": f"{data}/run",
-        "teacher": {"model": teacher},
-        "student": {"model": student},
+        "teacher": {"model": teacher, "dtype": "float32"},
+        "student": {"model": student, "dtype": "float32"},
         "data": {"train": f"{data}/train.jsonl", "eval": f"{data}/heldout.jsonl"},
-        "training": TRAINING | {"max_steps": 20, "learning_rate": 20.0, "optim": "sgd"},
+        "training": TRAINING
+        | {"max_steps": 20, "learning_rate": 20.0, "optim": "sgd", "bf16": False},
         "evaluate": {"max_new_tokens": 4, "every_steps": 1, "patience": 2},
     }
     result = distill(recipes.build(recipe))

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from llmdistill.models.load import native_bfloat16
+from tests.support import machine
 from tests.support.spies import spy
 
 TESTS = Path(__file__).parent
@@ -45,3 +51,40 @@ def test_a_spy_calls_and_keeps_what_came_back():
     assert found == [1, 7]
     assert Book().find("b") == 0
     assert found == [1, 7]  # another object is not watched
+
+
+ANSWER = """
+import sys
+assert "torch" not in sys.modules  # a command that needs no torch starts as quickly as ever
+import torch
+from llmdistill.models.load import native_bfloat16
+print(native_bfloat16(torch.device("cpu")))
+"""
+
+
+def answer_in_a_child(**variables) -> str:
+    command = [sys.executable, "-c", ANSWER]
+    environment = os.environ | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(("value", "native"), [("0", "False"), ("1", "True")])
+def test_a_child_gives_the_forced_answer(value, native):
+    path = machine.with_python_path(machine.FOLDER)
+    assert answer_in_a_child(TEST_NATIVE_BFLOAT16=value, PYTHONPATH=path) == native
+
+
+def test_this_process_and_its_children_give_the_same_answer():
+    """Forced or not."""
+    here = native_bfloat16(torch.device("cpu"))
+    assert answer_in_a_child() == str(here)
+    if machine.VARIABLE in os.environ:
+        assert here is (os.environ[machine.VARIABLE] == "1")
+
+
+def test_a_python_path_keeps_what_was_on_it(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "before")
+    assert machine.with_python_path(Path("new")) == f"new{os.pathsep}before"
+    monkeypatch.delenv("PYTHONPATH")
+    assert machine.with_python_path(Path("new")) == "new"

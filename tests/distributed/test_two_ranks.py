@@ -16,6 +16,7 @@ from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from tests import toy
 from tests.support.files import write_jsonl
+from tests.support.machine import with_python_path
 from tests.support.recipes import build_generation
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
@@ -28,7 +29,7 @@ def two_ranks(case: str, folder: Path) -> torch.Tensor | None:
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
         "--rdzv-endpoint=localhost:0", "-m", "tests.distributed.worker", case, str(folder),
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": with_python_path(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
     )

@@ -131,6 +131,15 @@ def test_the_pace_is_kept_from_one_call_to_the_next(server):
     assert time.perf_counter() - start > 1.9  # two steps of a second
 
 
+@pytest.fixture
+def _interruptible():
+    """Under `nohup`, and in the background of a script, Python starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_does_not_wait_for_the_server(server):
     """Ctrl-C while a request hangs: what is under way is cancelled."""
     server.faults = ["hang"] * 3
