@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from tests import toy
+from tests.support.machine import force_native_bfloat16
+from tests.support.servers import serving
 
+force_native_bfloat16()
 torch.set_num_threads(1)  # two workers share two cores
 
 
@@ -41,3 +44,10 @@ def teacher_model():
 def pair(tmp_path_factory):
     """(teacher folder, student folder) on disk."""
     return toy.save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def server():
+    """A server that speaks OpenAI's protocol."""
+    with serving() as server:
+        yield server

@@ -18,6 +18,7 @@ from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.run import distill
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
+from tests.support.files import read_jsonl, write_jsonl
 
 ALL = sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
 GENERATING = [path for path in ALL if "\ngenerator:" in path.read_text()]
@@ -42,8 +43,7 @@ def test_all_recipes_are_found():
 @pytest.fixture
 def data(tmp_path):
     for name, number in (("train", 9), ("heldout", 3)):
-        lines = [json.dumps(row) for row in toy.rows(number, seed=number)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        write_jsonl(tmp_path / f"{name}.jsonl", toy.rows(number, seed=number))
     return tmp_path
 
 
@@ -116,10 +116,7 @@ def test_runs_two_steps_on_a_toy_pair(path, pair, data):
     assert evaluation["teacher"]["kl_teacher_text"] == pytest.approx(0, abs=1e-4)
     assert evaluation["before"]["kl_teacher_text"] != evaluation["after"]["kl_teacher_text"]
     assert result.answers[0].teacher != ""
-    steps = [
-        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert {1, 2} <= set(steps)
+    assert {1, 2} <= {entry["step"] for entry in read_jsonl(folder / "metrics.jsonl")}
     assert (folder / "student" / "README.md").is_file()
     assert (folder / "student" / "model.safetensors").is_file()
 
@@ -227,15 +224,16 @@ def test_a_run_stops_when_the_held_out_loss_rises_and_keeps_the_best(pair, data)
     teacher, student = pair
     recipe = {
         "output": f"{data}/run",
-        "teacher": {"model": teacher},
-        "student": {"model": student},
+        "teacher": {"model": teacher, "dtype": "float32"},
+        "student": {"model": student, "dtype": "float32"},
         "data": {"train": f"{data}/train.jsonl", "eval": f"{data}/heldout.jsonl"},
-        "training": TRAINING | {"max_steps": 20, "learning_rate": 20.0, "optim": "sgd"},
+        "training": TRAINING
+        | {"max_steps": 20, "learning_rate": 20.0, "optim": "sgd", "bf16": False},
         "evaluate": {"max_new_tokens": 4, "every_steps": 1, "patience": 2},
     }
     result = distill(recipes.build(recipe))
-    lines = (data / "run" / "metrics.jsonl").read_text().splitlines()
-    losses = [entry["eval_loss"] for entry in map(json.loads, lines) if "eval_loss" in entry]
+    logged = read_jsonl(data / "run" / "metrics.jsonl")
+    losses = [entry["eval_loss"] for entry in logged if "eval_loss" in entry]
     best = losses.index(min(losses))
     assert len(losses) == best + 3 < 20
     after = result.evaluation["after"].kl_teacher_text  # forward KL is the loss here

@@ -13,6 +13,7 @@ from llmdistill.data.validate import Row, RowCounts, Rules
 from llmdistill.errors import DataError
 from llmdistill.recipe import DataRecipe
 from tests import toy
+from tests.support.files import write_jsonl
 
 ROWS = [Row(4, [5, 6, 7], [8]), Row(9, [0], [10, 2]), Row(1, [12, 13], [14, 15, 0])]
 
@@ -169,7 +170,7 @@ def test_a_malformed_row_stops_a_stream_when_it_comes(tokenizer):
 def test_no_copy_of_a_held_row_is_trained_on(weight, tmp_path, tokenizer):
     lines = [json.dumps(row) for row in toy.rows(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(r) for r in toy.rows(10, seed=1)))
+    write_jsonl(tmp_path / "b.jsonl", toy.rows(10, seed=1))
     sources = [{"source": f"{tmp_path}/a.jsonl", "weight": weight}, f"{tmp_path}/b.jsonl"]
     answer = DataRecipe(train=sources, hold_back=9)
     train, held = build_rows(answer, tokenizer, needs_response=True, seed=0)

@@ -5,27 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from llmdistill.decoding import packed as module
 from llmdistill.decoding.packed import packed
 from tests import toy
+from tests.support.models import family
 
 
 def qwen(**options):
     """Biases at q, k and v, none elsewhere; the biases are not zero."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=toy.NUM_TOKENS,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        **options,
-    )
-    made = Qwen2ForCausalLM(config).eval()
+    made = family("Qwen2", vocab_size=toy.NUM_TOKENS, initializer_range=0.2, **options)
     for layer in made.model.layers:
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             nn.init.normal_(linear.bias)

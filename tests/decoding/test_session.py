@@ -10,18 +10,12 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     MptConfig,
     MptForCausalLM,
 )
@@ -31,7 +25,7 @@ from llmdistill.decoding.session import HOLES, Session, _columns, can_hold_holes
 from llmdistill.errors import ModelError
 from llmdistill.models.heads import split
 from tests import toy
-from tests.models.test_heads import FAMILIES, family
+from tests.support.models import FAMILIES, family, sliding
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [20, 21, 22, 23]]
 
@@ -63,26 +57,6 @@ def start(model, prompts=PROMPTS):
 @pytest.fixture
 def exact():
     return toy.model().double()
-
-
-def sliding(family: str, window: int = 4):
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": toy.NUM_TOKENS,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "sliding_window": window,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-    }
-    if family == "Mistral":
-        return MistralForCausalLM(MistralConfig(**sizes)).double().eval()
-    kinds = ["sliding_attention", "full_attention"]
-    return Gemma2ForCausalLM(Gemma2Config(**sizes, layer_types=kinds)).double().eval()
 
 
 def test_stepping_greedily_is_generate(exact):
@@ -412,8 +386,7 @@ def test_rows_of_a_hybrid_leave_with_their_states():
 
 def test_tokens_beyond_the_last_position_are_read_as_if_they_stood_there():
     """They will be given back; what stands before them is as it should be."""
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=8, vocab_size=toy.NUM_TOKENS)
-    model = GPT2LMHeadModel(config).eval()
+    model = family("GPT2", n_positions=8, vocab_size=toy.NUM_TOKENS)
     session = start(model)
     found = session.extend(draft(6), torch.tensor([7, 7, 7, 7]))
     for row in (0, 2):

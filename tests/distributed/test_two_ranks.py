@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,9 @@ from llmdistill.generate import generate
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from tests import toy
-from tests.teachers.test_remote import Server
+from tests.support.files import write_jsonl
+from tests.support.machine import with_python_path
+from tests.support.recipes import build_generation
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def two_ranks(case: str, folder: Path) -> torch.Tensor | None:
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
         "--rdzv-endpoint=localhost:0", "-m", "tests.distributed.worker", case, str(folder),
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": with_python_path(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
@@ -98,32 +98,19 @@ def test_two_models_write_the_same_on_two_ranks(tmp_path):
         assert ours["tokens_per_teacher_pass"] == pytest.approx(alone["tokens_per_teacher_pass"])
 
 
-@pytest.fixture
-def server():
-    made = Server()
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    yield made
-    made.shutdown()
-    made.server_close()
-
-
 @pytest.mark.parametrize("where", ["local", "remote"])
 def test_two_ranks_make_the_same_data_set(tmp_path, pair, server, where):
     teacher = {"model": pair[0], "dtype": "float32"}
     if where == "remote":
         teacher = {"kind": "remote", "model": "m", "url": server.url}
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in toy.rows(14)))
+    rows = write_jsonl(tmp_path / "rows.jsonl", toy.rows(14))
     folders = [tmp_path / name for name in ("one", "two")]
     made = [
-        recipes.build_part(
-            recipes.GenerationRecipe,
-            {
-                "output": str(folder), "teacher": teacher, "target": 12,
-                "generator": {"kind": "answer", "prompts": f"{tmp_path}/rows.jsonl", "answer": {"max_new_tokens": 6}},
-                "filters": [], "round_size": 4,
-            },
-            "recipe",
-        )
+        build_generation({
+            "output": str(folder), "teacher": teacher, "target": 12,
+            "generator": {"kind": "answer", "prompts": str(rows), "answer": {"max_new_tokens": 6}},
+            "filters": [], "round_size": 4,
+        })
         for folder in folders
     ]  # fmt: skip
     generate(made[0])

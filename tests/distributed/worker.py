@@ -21,6 +21,7 @@ from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from tests import toy
+from tests.support.spies import spy
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
 
@@ -70,14 +71,10 @@ def kept_answers(folder: Path) -> None:
         folder / "run", rows=dataset(8), rollout=rollout, per_device_train_batch_size=2,
         max_steps=-1, num_train_epochs=3,
     )  # fmt: skip
-    asked = []
-    write = made.teacher.write
-    made.teacher.write = lambda prompts, *a, **k: (
-        asked.append(len(prompts)) or write(prompts, *a, **k)
-    )
+    written = spy(made.teacher, "write")
     made.train()
     counts = [torch.zeros(1) for _ in range(2)]
-    dist.all_gather(counts, torch.tensor([float(sum(asked))]))
+    dist.all_gather(counts, torch.tensor([float(sum(map(len, written)))]))
     assert sum(counts) == 8, counts
 
 

@@ -13,11 +13,12 @@ from llmdistill.errors import DataError
 from llmdistill.evaluation.measure import Evaluation
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
+from tests.support.spies import spy
 
 TOKENS = 6
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def teacher():
     return LocalTeacher(toy.teacher_model(), toy.tokenizer())
 
@@ -74,15 +75,13 @@ def test_the_teacher_against_itself(teacher):
     assert figures.num_bytes == 4 * figures.num_parameters
 
 
-def test_the_teacher_does_not_judge_what_it_wrote_again(teacher, monkeypatch):
-    judged = []
-    judge = teacher.judge
-    monkeypatch.setattr(teacher, "judge", lambda s, n: judged.append(len(s)) or judge(s, n))
+def test_the_teacher_does_not_judge_what_it_wrote_again(teacher):
+    judged = spy(teacher, "judge")
     made = evaluation(teacher, prompts())
     made.teacher_figures()
     assert judged == []
     made.measure(toy.model())
-    assert judged == [5]  # the student's samples
+    assert len(judged) == 1  # the student's samples
 
 
 def test_a_reference_without_a_result_is_found_before_anything_is_written(teacher, monkeypatch):

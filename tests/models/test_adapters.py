@@ -12,7 +12,7 @@ from llmdistill.errors import ModelError
 from llmdistill.models.adapters import add_adapter, merged_state
 from llmdistill.models.load import load_config, load_model, load_tokenizer
 from tests import toy
-from tests.models.test_heads import family
+from tests.support.models import family
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 OPTIONS = {"rank": 4, "alpha": 8.0, "targets": "all-linear", "dropout": 0.0, "seed": 0}

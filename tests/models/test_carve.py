@@ -8,14 +8,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
+from transformers import SmolLM3ForCausalLM
 
 from llmdistill.errors import ModelError
 from llmdistill.models.carve import (
@@ -27,6 +20,7 @@ from llmdistill.models.carve import (
     most_influential,
 )
 from llmdistill.models.layers import decoder_layers
+from tests.support.models import family
 
 KEPT = [0, 2, 3]
 
@@ -105,28 +99,15 @@ def test_config_and_blocks_count_anew(teacher_model):
 
 
 def test_layer_types_are_those_of_the_kept_layers():
-    config = Gemma2Config(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
-    )
-    student = keep_layers(Gemma2ForCausalLM(config), [1, 3])
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    student = keep_layers(family("Gemma2", num_hidden_layers=4, layer_types=kinds), [1, 3])
     assert student.config.layer_types == ["full_attention", "sliding_attention"]
 
 
 def test_every_list_of_one_entry_a_layer_is_cut(ids_BT, tmp_path):
     """SmolLM3 says layer by layer where positions are rotated."""
-    config = SmolLM3Config(
-        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=8,
-        num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.3,
-    )  # fmt: skip
-    student = keep_layers(SmolLM3ForCausalLM(config).eval(), [0, 3, 4, 7])
+    options = {"vocab_size": 300, "num_hidden_layers": 8, "bos_token_id": 1, "eos_token_id": 2}
+    student = keep_layers(family("SmolLM3", **options), [0, 3, 4, 7])
     assert student.config.no_rope_layers == [1, 0, 1, 0]
     student.save_pretrained(tmp_path)
     loaded = SmolLM3ForCausalLM.from_pretrained(tmp_path).eval()
@@ -134,8 +115,7 @@ def test_every_list_of_one_entry_a_layer_is_cut(ids_BT, tmp_path):
 
 
 def test_gpt2_can_be_carved():
-    config = GPT2Config(vocab_size=61, n_embd=16, n_layer=3, n_head=2, n_positions=32)
-    student = keep_layers(GPT2LMHeadModel(config).eval(), [0, 2])
+    student = keep_layers(family("GPT2", n_layer=3), [0, 2])
     assert student.config.n_layer == 2
     ids_BT = torch.tensor([[5, 6, 7, 8]])
     cached = student.generate(ids_BT, max_new_tokens=5, do_sample=False, pad_token_id=0)

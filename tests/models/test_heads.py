@@ -11,51 +11,10 @@ from torch import nn
 from llmdistill.errors import ModelError
 from llmdistill.models.heads import Head, check_split, split, unwrap_adapters
 from tests import toy
+from tests.support.models import FAMILIES, family
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
-GPT2_SIZES = {
-    "vocab_size": 61,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "initializer_range": 0.3,
-}
-# Each with the one thing that its head does beyond a matrix product, set so that it matters.
-FAMILIES = {
-    "Llama": SIZES,
-    "Qwen2": SIZES,
-    "Qwen3": SIZES | {"head_dim": 8},
-    "Mistral": SIZES,
-    "Mixtral": SIZES | {"num_local_experts": 4},
-    "Phi3": SIZES,
-    "Olmo2": SIZES,
-    "GPTNeoX": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
-    "Gemma3": SIZES | {"head_dim": 8, "final_logit_softcapping": 2.0},
-    "Gemma2": SIZES | {"head_dim": 8, "final_logit_softcapping": 2.0},
-    "GPT2": GPT2_SIZES,
-    "Cohere": SIZES | {"logit_scale": 0.25},
-    "Granite": SIZES | {"logits_scaling": 4.0},
-}
 LORA_TARGETS = {"GPT2": ["c_attn"], "Phi3": ["qkv_proj"], "GPTNeoX": ["query_key_value"]}
 LORA_TARGETS["Mixtral"] = ["q_proj", "o_proj"]
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
-
-
-def family(name: str, **options) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**(FAMILIES[name] | options))
-    suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
-    return getattr(transformers, name + suffix)(config).eval()
 
 
 def through_head(model, ids_BT, mask_BT):

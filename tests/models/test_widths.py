@@ -10,7 +10,7 @@ from llmdistill.errors import ModelError
 from llmdistill.models.carve import Plan, carve
 from llmdistill.models.widths import head_activity, neuron_activity
 from tests import toy
-from tests.models.test_heads import SIZES, family
+from tests.support.models import SIZES, family
 
 IDS = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmdistill.models.chunks import HeadLogits
 from llmdistill.models.heads import Head
 from llmdistill.objectives.chunked import chunked_sum
 from llmdistill.objectives.divergences import DIVERGENCES
+from tests.support.objectives import LargestTensor
 
 N, H, V = 37, 12, 50
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements that any operation made."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
 
 
 def parts(dtype=torch.float64, seed=0):

@@ -16,7 +16,7 @@ from llmdistill.protocols import Need
 from llmdistill.sampling import Writer
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
-from tests.objectives.test_chunked import LargestTensor
+from tests.support.objectives import LargestTensor
 
 OBJECTIVES = {
     "forward_kl": lambda: ResponseObjective("forward_kl"),

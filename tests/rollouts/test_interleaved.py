@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy.stats import chi2
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from llmdistill.batch import Prompts
 from llmdistill.decoding.keyed import coin, draw_tokens, log_prob, row_keys
@@ -28,7 +27,7 @@ from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.step import Distillation
 from tests import toy
-from tests.models.test_heads import FAMILIES, family
+from tests.support.models import FAMILIES, family, sliding
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [20, 21], [30] * 7]
 ROW_IDS = [4, 0, 9, 7, 2]
@@ -496,14 +495,8 @@ def test_the_models_are_left_as_they_were():
 
 
 def sliding_pair():
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": toy.NUM_TOKENS, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 6,
-        "initializer_range": 0.3, "pad_token_id": 0,
-    }  # fmt: skip
-    made = MistralForCausalLM(MistralConfig(**sizes)).double().eval()
-    return Pair(toy.model().double(), made, toy.tokenizer())
+    teacher = sliding("Mistral", window=6, initializer_range=0.3)
+    return Pair(toy.model().double(), teacher, toy.tokenizer())
 
 
 def test_beside_a_window_blocks_are_of_one_token():
@@ -586,11 +579,11 @@ def test_logits_are_held_a_few_rows_at_a_time(pair, book, monkeypatch):
 
 def test_an_answer_may_fill_the_context():
     """Learned positions end with it; a block may not read behind them."""
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, vocab_size=toy.NUM_TOKENS)
+    student, teacher = (family("GPT2", n_positions=32, vocab_size=toy.NUM_TOKENS) for _ in range(2))
     torch.manual_seed(0)
     student, teacher = (
-        GPT2LMHeadModel(config).double().eval(),
-        GPT2LMHeadModel(config).double().eval(),
+        student.double(),
+        teacher.double(),
     )
     pair = Pair(student, teacher, toy.tokenizer())
     prompts = Prompts.pack([[5] * 12, [6] * 9, [7] * 12], range(3), pad_id=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import socket
 import subprocess
@@ -14,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from llmdistill import recipe as recipes
 from llmdistill.generate import generate
 from llmdistill.instruct.requests import user
 from llmdistill.models.load import EMBEDDED
 from llmdistill.sampling import Sampling
 from llmdistill.teachers.remote import Question, RemoteTeacher
 from tests import toy
+from tests.support.files import read_jsonl
+from tests.support.recipes import build_generation
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None and "CI" not in os.environ,
@@ -100,8 +100,8 @@ def test_magpie_on_a_server(url, tmp_path):
         "generator": {"kind": "magpie", "sampling": {"temperature": 0.8}, "max_instruction_tokens": 64, "answer": {"max_new_tokens": 32}},
         "target": 3, "round_size": 3,
     }  # fmt: skip
-    made = generate(recipes.build_part(recipes.GenerationRecipe, given, "recipe"))
-    rows = [json.loads(line) for line in (made.folder / "train.jsonl").read_text().splitlines()]
+    made = generate(build_generation(given))
+    rows = read_jsonl(made.folder / "train.jsonl")
     assert len(rows) == 3
     for row in rows:
         question, answer = (message["content"] for message in row["messages"])

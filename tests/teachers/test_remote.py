@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import threading
 import time
 from collections import Counter
-from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -24,155 +21,7 @@ from llmdistill.instruct.writers import RemoteWriter
 from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
 from tests import toy
-
-
-class Server(ThreadingHTTPServer):
-    """Answers with the last word asked; `faults` are done first, one a request."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.faults, self.asked, self.keys = [], [], set()
-        self.running, self.most, self.lock = 0, 0, threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        server = self.server
-        with server.lock:
-            server.asked.append((self.path, body))
-            server.keys.add(self.headers["authorization"])
-            server.running += 1
-            server.most = max(server.most, server.running)
-            fault = server.faults.pop(0) if server.faults else None
-        time.sleep(0.01)
-        with server.lock:
-            server.running -= 1
-        getattr(self, f"do_{fault}" if fault else "answer")(body)
-
-    def answer(self, body, **changes):
-        chat = "messages" in body
-        text = body["messages"][-1]["content"] if chat else body["prompt"]
-        if isinstance(text, list):
-            text = toy.tokenizer().decode(text)
-        said = f"about {text.split()[-1]}" if chat or "im_start" not in text else "say what"
-        model = changes.pop("model", "m")
-        choice = {"index": 0, "finish_reason": "stop"} | changes
-        choice |= {"message": {"role": "assistant", "content": said}} if chat else {"text": said}
-        self.send(
-            200, {"id": "1", "object": "x", "created": 0, "model": model, "choices": [choice]}
-        )
-
-    def send(self, status, body, **headers):
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {
-            "content-type": "application/json",
-            "content-length": len(data),
-            **headers,
-        }.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_busy(self, body):
-        self.send(429, {"error": {"message": "slow down"}}, **{"retry-after": "0.01"})
-
-    def do_broken(self, body):
-        self.send(500, {"error": {"message": "oh"}})
-
-    def do_garbage(self, body):
-        self.send(200, b"<html>not json")
-
-    def do_empty(self, body):
-        self.send(200, {"id": "1", "object": "x", "created": 0, "model": "m", "choices": []})
-
-    def do_half(self, body):
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", "500")
-        self.end_headers()
-        self.wfile.write(b'{"id": "1", "choi')
-        self.close_connection = True
-
-    def do_unfinished(self, body):
-        self.answer(body, finish_reason=None)
-
-    def do_nothing(self, body):
-        self.close_connection = True
-
-    def do_hang(self, body):
-        time.sleep(1.5)
-        self.close_connection = True
-
-    def do_refused(self, body):
-        self.send(401, {"error": {"message": "who are you"}})
-
-    def do_odd(self, body):
-        self.send(200, {"id": "1", "choices": {"text": 1}})
-
-    def do_drip(self, body):
-        """A byte now and then: each read is in time, the whole is not."""
-        message = {"role": "assistant", "content": "too late"}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
-        reply = json.dumps(
-            {"id": "1", "object": "x", "created": 0, "model": "m", "choices": [choice]}
-        )
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(8 + len(reply)))
-        self.end_headers()
-        with contextlib.suppress(OSError):  # it is not waited for
-            for _ in range(8):
-                self.wfile.write(b" ")
-                self.wfile.flush()
-                time.sleep(0.2)
-            self.wfile.write(reply.encode())
-
-    def do_cut(self, body):
-        self.answer(body, finish_reason="length")
-
-    def do_unwanted(self, body):
-        self.send(400, {"error": {"message": "too long"}})
-
-    def do_filtered(self, body):
-        self.answer(body, finish_reason="content_filter")
-
-    def do_later(self, body):
-        date = formatdate(time.time() + 2, usegmt=True)  # whole seconds
-        self.send(429, {"error": {"message": "later"}}, **{"retry-after": date})
-
-    def do_other(self, body):
-        self.answer(body, model="n")
-
-    def do_scored(self, body):
-        tokens = [
-            {"token": "a", "logprob": -1.0, "top_logprobs": []},
-            {"token": "b", "logprob": -2.0, "top_logprobs": []},
-        ]
-        chat = "messages" in body
-        self.answer(
-            body, logprobs={"content": tokens} if chat else {"token_logprobs": [-1.0, -2.0]}
-        )
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
+from tests.support.servers import Handler
 
 
 def teacher(server, **options) -> RemoteTeacher:
@@ -282,6 +131,15 @@ def test_the_pace_is_kept_from_one_call_to_the_next(server):
     assert time.perf_counter() - start > 1.9  # two steps of a second
 
 
+@pytest.fixture
+def _interruptible():
+    """Under `nohup`, and in the background of a script, Python starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_does_not_wait_for_the_server(server):
     """Ctrl-C while a request hangs: what is under way is cancelled."""
     server.faults = ["hang"] * 3

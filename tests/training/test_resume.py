@@ -19,8 +19,8 @@ from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.sampling import Sampling
 from tests import toy
+from tests.support.objectives import Projected
 from tests.training.helpers import trainer, weights
-from tests.training.test_trainer import Projected
 
 ROLLOUTS = {
     "fixed": FixedRollout,

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from llmdistill.batch import LossSum, Prompts, Sequences
 from llmdistill.data.collate import collate
 from llmdistill.errors import NonFiniteLossError, TrainingError, VocabularyError
-from llmdistill.objectives.base import Objective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
@@ -28,6 +27,8 @@ from llmdistill.sampling import Writer
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.arguments import check_sharding
 from tests import toy
+from tests.support.objectives import Projected
+from tests.support.spies import spy
 from tests.training.helpers import INTERLEAVED, arguments, dataset, gradient, trainer, weights
 
 # ---- the divisor, and what must not matter ----
@@ -163,30 +164,21 @@ def test_a_step_without_any_predicted_token_is_zero(tmp_path):
 
 
 def test_the_rollout_is_written_once_for_the_whole_window(tmp_path):
-    calls = []
-
-    class Counted(FixedRollout):
-        def write(self, prompts, *others):
-            calls.append(len(prompts))
-            return super().write(prompts, *others)
-
-    trainer(tmp_path, rollout=Counted(), gradient_accumulation_steps=2, max_steps=2).train()
-    assert calls == [8, 8]
+    rollout = FixedRollout()
+    written = spy(rollout, "write")
+    trainer(tmp_path, rollout=rollout, gradient_accumulation_steps=2, max_steps=2).train()
+    assert [len(sequences) for sequences in written] == [8, 8]
 
 
 def test_rows_can_be_grouped_by_length(tmp_path):
     """Every row once an epoch, in another order each time, with much less padding."""
-    rows, steps = dataset(64), []
-
-    class Spy(FixedRollout):
-        def write(self, prompts, *others):
-            steps.append(super().write(prompts, *others))
-            return steps[-1]
+    rows = dataset(64)
 
     def padding(strategy):
-        steps.clear()
+        rollout = FixedRollout()
+        steps = spy(rollout, "write")
         trainer(
-            tmp_path, rows=rows, rollout=Spy(), train_sampling_strategy=strategy, num_train_epochs=2,
+            tmp_path, rows=rows, rollout=rollout, train_sampling_strategy=strategy, num_train_epochs=2,
             max_steps=-1,
         ).train()  # fmt: skip
         epochs = [
@@ -200,23 +192,19 @@ def test_rows_can_be_grouped_by_length(tmp_path):
 
 
 def test_every_row_is_trained_once_an_epoch(tmp_path):
-    seen = []
-
-    class Seen(FixedRollout):
-        def write(self, prompts, *others):
-            seen.extend(prompts.row_ids_B.tolist())
-            return super().write(prompts, *others)
-
+    rollout = FixedRollout()
+    written = spy(rollout, "write")
     trainer(
         tmp_path,
-        rollout=Seen(),
+        rollout=rollout,
         rows=toy.rows(10),
         max_steps=-1,
         num_train_epochs=1,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
     ).train()
-    assert sorted(seen) == list(range(10))
+    seen = torch.cat([sequences.row_ids_B for sequences in written])
+    assert sorted(seen.tolist()) == list(range(10))
 
 
 def test_epochs_are_counted_for_the_rollout(tmp_path):
@@ -259,22 +247,18 @@ def test_another_vocabulary_is_refused_before_any_step(tmp_path):
 
 
 def test_on_policy_steps_train_on_what_the_student_wrote(tmp_path):
-    written = []
-
-    class Seen(SampledRollout):
-        def write(self, *arguments):
-            written.append(super().write(*arguments))
-            return written[-1]
-
+    rollout = SampledRollout("student", max_new_tokens=5)
+    written = spy(rollout, "write")
     made = trainer(
         tmp_path,
-        rollout=Seen("student", max_new_tokens=5),
+        rollout=rollout,
         rows=toy.rows(8, answers=False),
         max_steps=2,
     )
     before = weights(made.model.student)
     made.train()
     assert not torch.equal(weights(made.model.student), before)
+    assert len(written) == 2
     for sequences in written:
         assert (sequences.writer_BT[sequences.response_mask_BT] == Writer.STUDENT).all()
 
@@ -328,21 +312,6 @@ def test_the_student_writes_in_eval_mode_and_trains_in_train_mode(tmp_path):
 
 
 # ---- optimiser groups, clipping, guard ----
-
-
-class Projected(Objective):
-    """A term with a parameter of its own, of a size that clipping notices."""
-
-    name = "projected"
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.projector = nn.Linear(32, 4, bias=False)
-        self.scale = scale
-
-    def forward(self, student, signal, sequences):
-        total = self.scale * self.projector(student.hidden_NH).square().sum()
-        return LossSum(total, sequences.num_predicted.sum())
 
 
 def test_groups_are_named_after_their_owners(tmp_path):
@@ -436,13 +405,10 @@ def test_logs_the_loss_and_each_term_per_predicted_token(tmp_path):
 
 def test_logs_who_wrote_what(tmp_path):
     """Against the sequences themselves, over an accumulation window."""
-    rollout, seen = InterleavedRollout(**INTERLEAVED), []
-    write = rollout.write
-    rollout.write = lambda *args: seen.append(write(*args)) or seen[-1]
+    rollout = InterleavedRollout(**INTERLEAVED)
+    seen = spy(rollout, "write")
     made = trainer(tmp_path, rollout=rollout, gradient_accumulation_steps=2)
-    judged = []
-    judge = made.teacher.judge
-    made.teacher.judge = lambda *args: judged.append(1) or judge(*args)
+    judged = spy(made.teacher, "judge")
     made.train()
     logs, (written,) = made.state.log_history[0], seen
     assert judged == []  # the rollout has judged what it kept

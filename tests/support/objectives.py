@@ -1,0 +1,40 @@
+"""An objective with parameters, and a watch on how large tensors get."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmdistill.batch import LossSum
+from llmdistill.objectives.base import Objective
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+class Projected(Objective):
+    """A term with a parameter of its own, of a size that clipping notices."""
+
+    name = "projected"
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.projector = nn.Linear(32, 4, bias=False)
+        self.scale = scale
+
+    def forward(self, student, signal, sequences):
+        total = self.scale * self.projector(student.hidden_NH).square().sum()
+        return LossSum(total, sequences.num_predicted.sum())
