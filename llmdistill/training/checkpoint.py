@@ -79,9 +79,10 @@ def save_parts(
 
 def _frozen_teacher(distillation: Distillation) -> set[str]:
     """Parameters of the teacher's that do not train: they come from its own model."""
+    named = distillation.named_parameters(remove_duplicate=False)  # tied weights by every name
     return {
         name
-        for name, parameter in distillation.named_parameters()
+        for name, parameter in named
         if name.startswith("trained_teacher.") and not parameter.requires_grad
     }
 

@@ -12,12 +12,15 @@ import torch
 
 from llmdistill import recipe as recipes
 from llmdistill.generate import generate
+from llmdistill.objectives.features import HiddenObjective
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from tests import toy
+from tests.distributed.worker import SEAMS
 from tests.support.files import write_jsonl
 from tests.support.machine import with_python_path
 from tests.support.recipes import build_generation
+from tests.support.teachers import Learner, seam_objectives, trained
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
 ROOT = Path(__file__).parents[2]
@@ -130,3 +133,23 @@ def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):
 @pytest.mark.parametrize("case", ["gradients", "empty_rank", "bad_rank", "kept_answers"])
 def test_on_two_ranks(tmp_path, case):
     two_ranks(case, tmp_path)
+
+
+def test_every_divisor_and_what_trains_along_is_the_same_on_two_ranks(tmp_path):
+    options = SEAMS | {"rows": dataset(SEAMS["rows"]), "per_device_train_batch_size": 8}
+    made = trainer(tmp_path / "one", teacher=Learner(), objectives=seam_objectives(), **options)
+    made.train()
+    found = two_ranks("seams", tmp_path)
+    torch.testing.assert_close(found, trained(made), rtol=0, atol=1e-6)
+
+
+def test_hidden_states_alone_on_two_ranks(tmp_path):
+    options = {"rows": dataset(16), "per_device_train_batch_size": 8, "max_steps": 2}
+    expected = one_rank(tmp_path / "one", objectives=[HiddenObjective(student_layer=1)], **options)
+    found = two_ranks("hidden_alone", tmp_path)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_inner_states_of_a_sharded_student(tmp_path):
+    """D7."""
+    two_ranks("sharded", tmp_path)

@@ -16,12 +16,17 @@ from llmdistill import recipe as recipes
 from llmdistill.errors import NonFiniteLossError
 from llmdistill.generate import generate
 from llmdistill.instruct.writers import LocalWriter, RemoteWriter
+from llmdistill.models.layers import decoder_layers
+from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.training.step import Distillation
 from tests import toy
 from tests.support.spies import spy
+from tests.support.teachers import Learner, seam_objectives, trained
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
 
@@ -164,6 +169,57 @@ def bad_rank(folder: Path) -> None:
     assert torch.equal(weights(made.model.student), before)
 
 
+SEAMS = {"rows": 16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+
+
+def seams(folder: Path) -> None:
+    """Every kind of divisor, hidden states with a projector, and a teacher that trains along."""
+    made = trainer(
+        folder / "run",
+        teacher=Learner(),
+        objectives=seam_objectives(),
+        **SEAMS | {"rows": dataset(SEAMS["rows"])},
+    )
+    made.train()
+    if dist.get_rank() == 0:
+        torch.save(trained(made), folder / "weights.pt")
+
+
+def hidden_alone(folder: Path) -> None:
+    """Layers above what is matched get no gradient, and no rank waits for one."""
+    options = {"rows": dataset(16), "per_device_train_batch_size": 4, "max_steps": 2}
+    same_weights(folder, objectives=[HiddenObjective(student_layer=1)], **options)
+
+
+def sharded(folder: Path) -> None:
+    """D7: FSDP2 on the CPU: inner states and their gradients are those of the plain module."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    def distillation():
+        teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
+        torch.manual_seed(0)
+        return Distillation(toy.model().train(), teacher, seam_objectives(), toy.tokenizer())
+
+    sequences = toy.sequences(6, seed=dist.get_rank())
+    plain, module = distillation(), distillation()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in decoder_layers(module.student):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(module, "write")
+    for one in (plain, module):
+        one(sequences).loss.backward()
+    for (name, expected), (_, found) in zip(
+        plain.named_parameters(), module.named_parameters(), strict=True
+    ):
+        mean = expected.grad.clone()
+        dist.all_reduce(mean)
+        gradient = found.grad.full_tensor()
+        torch.testing.assert_close(gradient, mean / 2, rtol=1e-4, atol=1e-6, msg=name)
+    assert module.objectives[1].projector.weight.grad.full_tensor().abs().max() > 0
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -178,6 +234,9 @@ CASES = {
         empty_rank,
         evaluation,
         bad_rank,
+        seams,
+        hidden_alone,
+        sharded,
     )
 }
 

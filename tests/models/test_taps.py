@@ -135,6 +135,7 @@ def gradients(model, needs=STATES):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own insides
 @pytest.mark.parametrize("surrounding", ["checkpointing", "compiled", "both"])
 def test_gradients_are_the_same_under(surrounding):
     """Checkpointing runs each layer again in the backward pass, when nothing may be taken."""
@@ -151,6 +152,7 @@ def test_gradients_are_the_same_under(surrounding):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own insides
 def test_a_compiled_layer_shows_its_output_though_it_was_run_before():
     """Hooks that come later are not seen by a compiled layer, so its call is wrapped."""
     model = toy.model()

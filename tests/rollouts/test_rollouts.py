@@ -282,32 +282,6 @@ def test_a_mixture_with_the_data_set_has_state_too():
 # ---- schedules ----
 
 
-def test_a_linear_share_goes_from_its_start_to_its_end():
-    share = Linear(0.2, 1.0)
-    found = [share(at(step, num_steps=5)) for step in range(5)]
-    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert share(at(9, num_steps=5)) == 1.0
-    assert share(at(0, num_steps=1)) == 0.2
-
-
-@pytest.mark.parametrize(
-    ("losses", "expected"),
-    [
-        ([], 0.1),
-        ([2.0], 0.1),
-        ([2.0, 2.05], 0.1),  # within the tolerance
-        ([2.0, 2.1], 0.3),
-        ([2.0, 1.5, 1.7], 0.1),  # compared with the first, not with the best
-        ([2.0, 2.2, 2.25], 0.3),  # compared with the last rise
-        ([2.0, 2.2, 2.4, 2.6], 0.7),
-        ([0.0, *range(1, 9)], 1.0),  # no more than all
-    ],
-)
-def test_an_adaptive_share_rises_with_the_held_out_loss(losses, expected):
-    share = Adaptive(start=0.1, rise=0.2, tolerance=0.1)
-    assert share(at(eval_losses=tuple(losses))) == pytest.approx(expected)
-
-
 def test_a_mixture_follows_its_schedule(scribes):
     student, _ = scribes
     rollout = MixedRollout(SampledRollout("student"), FixedRollout(), share=Linear(0.0, 1.0))

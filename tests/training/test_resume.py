@@ -7,6 +7,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from transformers import EarlyStoppingCallback
 
 from llmdistill.data.collate import PromptStream
 from llmdistill.data.validate import Rules
@@ -20,7 +21,7 @@ from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.sampling import Sampling
 from tests import toy
 from tests.support.objectives import Projected
-from tests.training.helpers import trainer, weights
+from tests.training.helpers import dataset, trainer, weights
 
 ROLLOUTS = {
     "fixed": FixedRollout,
@@ -198,3 +199,56 @@ def test_a_stream_resumes_where_it_was(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
     assert torch.equal(weights(resumed.model.student), weights(straight.model.student))
     assert losses(resumed) == losses(straight)
+
+
+# ---- a run that is over ----
+
+
+def finished(folder, steps=5, resume=None, **options):
+    """10 rows in batches of 4 are three steps per epoch, so step 5 ends in the middle of one."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": steps} | options
+    made = trainer(folder, rows=dataset(10), **options)
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+@pytest.mark.parametrize("how", ["by path", "the last one"])
+def test_a_finished_run_is_not_trained_further(tmp_path, how):
+    straight = finished(tmp_path)
+    last = str(tmp_path / "checkpoint-5")
+    again = finished(tmp_path, resume=last if how == "by path" else True)
+    assert again.state.global_step == 5
+    assert torch.equal(weights(again.model.student), weights(straight.model.student))
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-2", "checkpoint-4", "checkpoint-5",
+    ]  # fmt: skip
+
+
+def test_a_finished_run_goes_further_if_it_is_given_more_steps(tmp_path):
+    finished(tmp_path)
+    longer = finished(tmp_path, steps=7, resume=str(tmp_path / "checkpoint-5"))
+    straight = finished(tmp_path / "straight", steps=7)
+    assert longer.state.global_step == 7
+    assert torch.equal(weights(longer.model.student), weights(straight.model.student))
+
+
+def test_a_finished_run_of_whole_epochs_is_not_trained_further(tmp_path):
+    options = {"max_steps": -1, "num_train_epochs": 2, "save_steps": 3}
+    straight = finished(tmp_path, **options)
+    again = finished(tmp_path, resume=str(tmp_path / "checkpoint-6"), **options)
+    assert again.state.global_step == 6
+    assert torch.equal(weights(again.model.student), weights(straight.model.student))
+
+
+def test_a_run_that_stopped_early_stays_stopped_with_its_best_student(tmp_path):
+    options = {
+        "steps": 20, "eval_dataset": dataset(4, seed=3), "eval_strategy": "steps", "eval_steps": 2,
+        "load_best_model_at_end": True, "learning_rate": 20.0,
+    }  # fmt: skip
+    straight = finished(tmp_path, callbacks=[EarlyStoppingCallback(2)], **options)
+    steps = straight.state.global_step
+    assert steps < 20
+    assert straight.state.best_model_checkpoint != str(tmp_path / f"checkpoint-{steps}")
+    again = finished(tmp_path, callbacks=[EarlyStoppingCallback(2)], resume=True, **options)
+    assert again.state.global_step == steps
+    assert torch.equal(weights(again.model.student), weights(straight.model.student))

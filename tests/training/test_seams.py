@@ -1,0 +1,420 @@
+"""What a user can put in: objectives on hidden states, functions for names, weights that change,
+teachers of their own and teachers that train along.
+
+K = terms of the loss.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from llmdistill.batch import Dense, LossSum, TeacherSignal
+from llmdistill.distributions import Dense as SameDense
+from llmdistill.errors import RecipeError, TrainingError, VocabularyError
+from llmdistill.forward import read
+from llmdistill.models.taps import Need
+from llmdistill.models.vocabulary import num_tokens
+from llmdistill.objectives.base import Objective
+from llmdistill.objectives.divergences import forward_kl
+from llmdistill.objectives.features import HiddenObjective
+from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
+from llmdistill.rollouts.interleaved import InterleavedRollout
+from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.schedules import CriticalPeriod, Linear
+from llmdistill.teachers.local import LocalTeacher
+from tests import toy
+from tests.support.teachers import Learner
+from tests.training.helpers import dataset, gradient, trainer, weights
+
+# ---- divisors ----
+
+
+def first_loss(folder, rows, **options):
+    made = trainer(folder, rows=type(dataset())(rows), **options)
+    made.train()
+    return made.state.log_history[0]["loss"]
+
+
+def test_a_sequence_mean_counts_every_response_once(tmp_path):
+    """It is the mean of the responses' own means, whatever their lengths; of one alone, its mean."""
+    rows = sorted(dataset(12).rows, key=lambda row: len(row.response_ids))[:6]
+    lengths = [len(row.response_ids) for row in rows]
+    assert len(set(lengths)) > 3
+    options = {"per_device_train_batch_size": 6}
+    means = [first_loss(tmp_path / "one", [row], **options) for row in rows]
+    mean = [ResponseObjective(token_weight="sequence_mean")]
+    found = first_loss(tmp_path / "all", rows, objectives=mean, **options)
+    assert found == pytest.approx(sum(means) / 6, rel=1e-5)
+    uniform = first_loss(tmp_path / "uniform", rows, **options)
+    by_token = sum(m * n for m, n in zip(means, lengths, strict=True)) / sum(lengths)
+    assert uniform == pytest.approx(by_token, rel=1e-5)
+    assert abs(found - uniform) > 1e-3
+    assert first_loss(tmp_path / "alone", [rows[-1]], objectives=mean, **options) == pytest.approx(
+        means[-1], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("accumulation", [2, 8])
+def test_every_divisor_is_that_of_the_whole_step(tmp_path, accumulation):
+    """Two objectives with two divisors, and a third one over all tokens: 8 rows however cut."""
+    objectives = [
+        lambda: ResponseObjective(token_weight="sequence_mean", weight=0.5),
+        lambda: ResponseObjective("jsd"),
+        lambda: HiddenObjective(tokens="all", weight=0.1),
+    ]
+    expected, found = (
+        gradient(
+            tmp_path,
+            objectives=[made() for made in objectives],
+            per_device_train_batch_size=8 // steps,
+            gradient_accumulation_steps=steps,
+        )
+        for steps in (1, accumulation)
+    )
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_each_term_is_logged_as_its_own_mean(tmp_path):
+    objectives = [ResponseObjective(token_weight="sequence_mean"), CrossEntropyObjective()]
+    made = trainer(tmp_path, objectives=objectives, gradient_accumulation_steps=2)
+    made.train()
+    logs = made.state.log_history[0]
+    assert logs["loss"] == pytest.approx(logs["forward_kl"] + logs["cross_entropy"], rel=1e-5)
+
+
+# ---- hidden states in a step ----
+
+
+def test_a_projector_is_trained_along_and_left_out_of_the_export(tmp_path):
+    made = trainer(tmp_path, objectives=[HiddenObjective(student_layer=2, teacher_layer=3)])
+    projector = made.model.objectives[0].projector
+    before = projector.weight.detach().clone()
+    made.train()
+    assert not torch.equal(projector.weight, before)
+    made.export_student(tmp_path / "student")
+    assert not any(
+        "projector" in name for name in load_file(tmp_path / "student/model.safetensors")
+    )
+
+
+def test_the_teacher_runs_once_for_all_that_is_needed(tmp_path):
+    teacher, passes = LocalTeacher(toy.teacher_model(), toy.tokenizer()), []
+    teacher.model.model.register_forward_hook(lambda *_: passes.append(1))
+    objectives = [ResponseObjective(), HiddenObjective(), HiddenObjective(teacher_layer=1)]
+    made = trainer(tmp_path, teacher=teacher, objectives=objectives, max_steps=3)
+    passes.clear()
+    made.train()
+    assert len(passes) == 3
+
+
+def test_what_was_judged_while_writing_is_judged_again_for_hidden_states(tmp_path):
+    """The writer kept the distribution alone."""
+    rollout = InterleavedRollout(top_k=120, block_size=2, max_new_tokens=5)
+    judged = []
+    teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
+    judge = teacher.judge
+    teacher.judge = lambda *a: judged.append(1) or judge(*a)
+    trainer(tmp_path, teacher=teacher, rollout=rollout).train()
+    assert judged == []
+    trainer(tmp_path, teacher=teacher, rollout=rollout, objectives=[HiddenObjective()]).train()
+    assert judged == [1]
+
+
+@pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"bf16": True}])
+def test_hidden_states_under_checkpointing_and_autocast(tmp_path, options):
+    objectives = lambda: [ResponseObjective(), HiddenObjective(student_layer=1)]  # noqa: E731
+    plain = gradient(tmp_path, objectives=objectives())
+    found = gradient(tmp_path, objectives=objectives(), **options)
+    bound = 0.05 if "bf16" in options else 1e-6
+    assert (found - plain).norm() < bound * plain.norm()
+
+
+def test_reentrant_checkpointing_is_refused_where_it_would_lose_gradients(tmp_path):
+    class Keys(HiddenObjective):
+        def __init__(self):
+            super().__init__()
+            self.student_needs = frozenset({Need.KEYS.after(1)})
+
+    options = {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": True},
+    }
+    trainer(tmp_path, objectives=[HiddenObjective()], **options)
+    with pytest.raises(TrainingError, match="the student's keys would have no gradient"):
+        trainer(tmp_path, objectives=[Keys()], **options)
+
+
+def test_ddp_looks_for_unused_parameters_only_below_hidden_states(tmp_path):
+    both = [ResponseObjective(), HiddenObjective()]
+    assert trainer(tmp_path, objectives=both).args.ddp_find_unused_parameters is False
+    alone = trainer(tmp_path, objectives=[HiddenObjective(student_layer=1)])
+    assert alone.args.ddp_find_unused_parameters is True
+
+
+# ---- functions where names go ----
+
+
+def scaled_kl(student_NV, teacher_NV, *, factor=1.0):
+    return factor * forward_kl(student_NV, teacher_NV)
+
+
+def later(sequences, *, start=0):
+    """Only tokens from the `start`th on count."""
+    place = torch.cat([torch.arange(int(n)) for n in sequences.num_predicted])
+    return (place >= start).float()
+
+
+def test_functions_are_taken_for_divergence_target_and_token_weight(tmp_path):
+    plain = gradient(tmp_path)
+    same = ResponseObjective(
+        scaled_kl, target=lambda student_nV, teacher_nV: teacher_nV, token_weight=later, factor=2.0
+    )
+    assert same.name == "scaled_kl"
+    torch.testing.assert_close(gradient(tmp_path, objectives=[same]), 2 * plain)
+    later_ones = ResponseObjective(scaled_kl, token_weight=later, start=3)
+    assert not torch.allclose(gradient(tmp_path, objectives=[later_ones]), plain, atol=1e-4)
+
+
+def test_an_option_that_nothing_takes_is_named():
+    with pytest.raises(RecipeError, match="'scaled_kl' has no option 'beta'; it has factor, start"):
+        ResponseObjective(scaled_kl, token_weight=later, beta=0.5)
+    with pytest.raises(RecipeError, match="unknown target 'mine'; choose one of teacher, or give"):
+        ResponseObjective(target="mine")
+
+
+# ---- weights that change ----
+
+
+def test_a_scheduled_weight_is_that_of_the_step_and_is_logged(tmp_path):
+    def losses(weight, steps=4):
+        made = trainer(
+            tmp_path, objectives=[ResponseObjective(weight=weight), CrossEntropyObjective(weight=0)],
+            learning_rate=0.0, max_steps=steps, rows=dataset(4), per_device_train_batch_size=4,
+        )  # fmt: skip
+        made.train()
+        return made.state.log_history[:steps]
+
+    constant = losses(1.0)
+    falling = losses(Linear(2.0, 0.5))
+    assert [entry["weight_forward_kl"] for entry in falling] == [2.0, 1.5, 1.0, 0.5]
+    assert "weight_cross_entropy" not in falling[0]
+    assert "weight_forward_kl" not in constant[0]
+    for entry, plain in zip(falling, constant, strict=True):
+        expected = entry["weight_forward_kl"] * plain["loss"]
+        assert entry["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_held_out_losses_count_with_the_weights_of_the_end(tmp_path):
+    """So that they can be compared while a weight changes."""
+    options = {"eval_dataset": dataset(4, seed=3), "learning_rate": 0.0, "max_steps": 2}
+    made = trainer(tmp_path, objectives=[ResponseObjective(weight=Linear(5.0, 1.0))], **options)
+    made.state.max_steps = 2
+    plain = trainer(tmp_path, objectives=[ResponseObjective()], **options)
+    assert made.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])
+
+
+def test_a_resumed_run_has_the_weights_of_a_straight_one(tmp_path):
+    """R1, with a projector and a schedule."""
+
+    def run(folder, steps, resume=None):
+        made = trainer(
+            folder, objectives=[ResponseObjective(), HiddenObjective(weight=CriticalPeriod(3.0, periods=4))],
+            max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-3,
+        )  # fmt: skip
+        made.train(resume_from_checkpoint=resume)
+        return torch.cat(
+            [weights(made.model.student), made.model.objectives[1].projector.weight.flatten()]
+        )
+
+    straight = run(tmp_path / "straight", 4)
+    resumed = run(tmp_path / "resumed", 4, resume=str(tmp_path / "straight/checkpoint-2"))
+    assert torch.equal(straight, resumed)
+
+
+# ---- a teacher of the user's own ----
+
+
+class Uniform:
+    """Finds every token equally likely.  It has no model and cannot write."""
+
+    provides = frozenset({Need.DISTRIBUTION})
+
+    def __init__(self):
+        self.tokenizer = toy.tokenizer()
+
+    def judge(self, sequences, needs):
+        number = len(sequences.targets_N)
+        head = read(toy.model(), sequences, toy.NUM_TOKENS).head.detach()
+        return TeacherSignal(Dense(torch.zeros(number, 32), head))
+
+
+def test_a_teacher_needs_three_things_only(tmp_path):
+    found = gradient(tmp_path, teacher=Uniform())
+    assert found.abs().max() > 1e-3
+    made = trainer(tmp_path, teacher=Uniform(), eval_dataset=dataset(4))
+    assert made.evaluate()["eval_loss"] > 0
+    made.train()
+    assert Dense is SameDense
+
+
+def test_a_teacher_that_scores_more_ids_than_are_shared_is_narrowed(tmp_path):
+    """As a local one is: its padding rows are in no softmax."""
+
+    class Wide:
+        provides = frozenset({Need.DISTRIBUTION})
+        tokenizer = toy.tokenizer()
+        model = toy.teacher_model()
+
+        def judge(self, sequences, needs):
+            with torch.no_grad():
+                rows = self.model.get_output_embeddings().weight.shape[0]
+                seen = read(self.model, sequences, rows)
+            return TeacherSignal(Dense(seen.hidden_NH, seen.head))
+
+    assert Wide.model.get_output_embeddings().weight.shape[0] > num_tokens(Wide.tokenizer)
+    torch.testing.assert_close(gradient(tmp_path, teacher=Wide()), gradient(tmp_path))
+
+
+def test_needs_that_a_teacher_does_not_provide_are_named(tmp_path):
+    with pytest.raises(
+        RecipeError,
+        match="objective 'hidden' needs hidden states from the teacher, but Uniform provides the dist",
+    ):
+        trainer(tmp_path, teacher=Uniform(), objectives=[HiddenObjective()])
+
+
+@pytest.mark.parametrize("rollout", [SampledRollout("teacher"), InterleavedRollout()])
+def test_a_rollout_says_if_the_teacher_cannot_write(tmp_path, rollout):
+    with pytest.raises(RecipeError, match="a Uniform cannot (write|be stepped)"):
+        trainer(tmp_path, teacher=Uniform(), rollout=rollout).train()
+
+
+def test_a_tokenizer_with_more_ids_than_the_head_is_refused():
+    with pytest.raises(VocabularyError, match="has 259 ids, but the head of its model scores 200"):
+        LocalTeacher(toy.teacher_model(rows=200), toy.tokenizer())
+
+
+# ---- a teacher that trains along ----
+
+
+def test_a_teacher_trains_along_with_its_own_group_and_loss(tmp_path):
+    made = trainer(tmp_path, teacher=Learner(), max_steps=3, max_grad_norm=1.0)
+    groups = [group["name"] for group in made.create_optimizer().param_groups]
+    assert [name for name in groups if name == "teacher"]
+    trained = dict(made.model.parameter_groups())["teacher"]
+    assert list(trained) == ["trained_teacher.shift"]
+    made.train()
+    logs = made.state.log_history[:3]
+    assert logs[0]["teacher"] > 0
+    assert logs[0]["loss"] == pytest.approx(logs[0]["forward_kl"] + logs[0]["teacher"], rel=1e-5)
+    assert made.model.trained_teacher.shift.abs().max() > 0
+
+
+def test_gradients_of_student_and_teacher_never_cross(tmp_path):
+    """The student's is that of a frozen teacher; the teacher's base and the student's weights get
+    nothing from the teacher's loss.
+    """
+    frozen = LocalTeacher(toy.teacher_model(), toy.tokenizer())
+    torch.testing.assert_close(
+        gradient(tmp_path, teacher=Learner()), gradient(tmp_path, teacher=frozen)
+    )
+    teacher = Learner()
+    base = weights(teacher.base)
+    made = trainer(tmp_path, teacher=teacher, learning_rate=0.5, max_steps=2)
+    made.train()
+    assert torch.equal(weights(teacher.base), base)
+    silent = Learner()
+    silent.weight = 0.0
+    made = trainer(tmp_path, teacher=silent, learning_rate=0.5, max_steps=2)
+    made.train()
+    assert silent.shift.abs().max() == 0  # the student's loss does not reach it
+
+
+def test_the_teacher_is_clipped_on_its_own(tmp_path):
+    """A loud teacher does not shrink the student's step."""
+
+    class Loud(Learner):
+        weight = 1e4
+
+    options = {"max_grad_norm": 0.5, "learning_rate": 1.0}
+    quiet = gradient_of(trainer(tmp_path, teacher=Learner(), **options))
+    loud = gradient_of(trainer(tmp_path, teacher=Loud(), **options))
+    assert quiet.norm() == pytest.approx(0.5, rel=1e-3)
+    torch.testing.assert_close(loud, quiet)
+
+
+def gradient_of(made):
+    before = weights(made.model.student)
+    made.train()
+    return before - weights(made.model.student)
+
+
+def test_a_trained_teacher_is_saved_and_resumed_and_not_exported(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.3}
+    straight = trainer(tmp_path / "run", teacher=Learner(), **options)
+    straight.train()
+    saved = load_file(tmp_path / "run/checkpoint-2/teacher.safetensors")
+    assert list(saved) == ["shift"]  # the base is not copied
+    again = trainer(tmp_path / "again", teacher=Learner(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert torch.equal(again.model.trained_teacher.shift, straight.model.trained_teacher.shift)
+    assert torch.equal(weights(again.model.student), weights(straight.model.student))
+    straight.export_student(tmp_path / "student")
+    assert not list((tmp_path / "student").glob("teacher*"))
+    kept = load_file(tmp_path / "student/model.safetensors")
+    assert not any("teacher" in name for name in kept)
+
+
+def test_a_frozen_teacher_that_is_a_module_is_no_part_of_what_is_trained(tmp_path):
+    class Module(nn.Module):
+        provides = frozenset({Need.DISTRIBUTION})
+        tokenizer = toy.tokenizer()
+
+        def __init__(self):
+            super().__init__()
+            self.inner = LocalTeacher(toy.teacher_model(), self.tokenizer)
+            self.unused = nn.Parameter(torch.ones(3))
+
+        def judge(self, sequences, needs):
+            return self.inner.judge(sequences, needs)
+
+    made = trainer(tmp_path, teacher=Module())
+    assert not [name for name, _ in made.model.named_parameters() if "unused" in name]
+
+
+# ---- an objective of the user's own ----
+
+
+def test_an_objective_sees_just_what_it_needs(tmp_path):
+    seen = []
+
+    class Look(Objective):
+        name = "look"
+        student_needs = frozenset({Need.HIDDEN.after(1)})
+
+        def forward(self, student, signal, sequences):
+            seen.append((set(student.states), signal))
+            return LossSum(
+                student.states[Need.HIDDEN.after(1)].sum(), sequences.num_predicted.sum()
+            )
+
+    trainer(tmp_path, objectives=[Look()]).train()
+    assert seen == [({Need.HIDDEN.after(1)}, None)]  # the teacher was not asked at all
+
+
+def test_projectors_start_alike_and_leave_the_global_randomness_alone(tmp_path):
+    state = torch.random.get_rng_state()
+    first = trainer(tmp_path, objectives=[HiddenObjective()]).model.objectives[0].projector.weight
+    torch.random.set_rng_state(state)
+    torch.rand(7)
+    second = trainer(tmp_path, objectives=[HiddenObjective()]).model.objectives[0].projector.weight
+    assert torch.equal(first, second)
+    other = trainer(tmp_path, objectives=[HiddenObjective()], seed=5).model.objectives[0]
+    assert not torch.equal(first, other.projector.weight)
+    assert copy.deepcopy(first) is not first
