@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 def build_rows(
-    answer: recipe.DataRecipe,
+    section: recipe.DataRecipe,
     tokenizer: PreTrainedTokenizerBase,
     *,
     needs_response: bool,
     seed: int,
 ) -> tuple[EncodedRows, PromptDataset | None]:
     """Rows to train on and rows to measure on (None where the recipe asks for none)."""
-    rules = _rules(answer, needs_response=needs_response)
-    if answer.streaming:
-        train: EncodedRows = _stream(answer.train, tokenizer, rules)
+    rules = _rules(section, needs_response=needs_response)
+    if section.streaming:
+        train: EncodedRows = _stream(section.train, tokenizer, rules)
     else:
-        parts = _load(answer.train, tokenizer, rules)
-        if answer.hold_back:
-            return _hold_back(parts, answer.hold_back, seed)
+        parts = _load(section.train, tokenizer, rules)
+        if section.hold_back:
+            return _hold_back(parts, section.hold_back, seed)
         train = PromptDataset.join(parts, seed=seed)
-    if not answer.eval:
+    if not section.eval:
         return train, None
-    parts = _load(answer.eval, tokenizer, replace(rules, needs_response=False))
+    parts = _load(section.eval, tokenizer, replace(rules, needs_response=False))
     return train, PromptDataset.join(parts, seed=seed)
 
 
@@ -76,14 +76,14 @@ def _stream(
     return PromptStream(rows, tokenizer, replace(rules, form=sources[0].format))
 
 
-def _rules(answer: recipe.DataRecipe, *, needs_response: bool) -> Rules:
+def _rules(section: recipe.DataRecipe, *, needs_response: bool) -> Rules:
     return Rules(
-        every_turn=answer.turns == "all",
-        template_options=answer.chat_template_kwargs,
+        every_turn=section.turns == "all",
+        template_options=section.chat_template_kwargs,
         needs_response=needs_response,
-        max_prompt_tokens=answer.max_prompt_tokens,
-        max_response_tokens=answer.max_response_tokens,
-        long_prompts=answer.long_prompts,
-        long_responses=answer.long_responses,
-        skip_bad=answer.on_bad_row == "skip",
+        max_prompt_tokens=section.max_prompt_tokens,
+        max_response_tokens=section.max_response_tokens,
+        long_prompts=section.long_prompts,
+        long_responses=section.long_responses,
+        skip_bad=section.on_bad_row == "skip",
     )

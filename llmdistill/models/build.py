@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def build_student(
-    answer: recipe.StudentRecipe,
+    section: recipe.StudentRecipe,
     *,
     base: PreTrainedModel | None,
     sample: tuple[Tensor, Tensor],
@@ -29,31 +29,31 @@ def build_student(
     `base` is its model where that is loaded already; only a carved student, which copies what it
     keeps, can use it.  `sample` is text to carve by: ids and mask, (B, T) each.
     """
-    if base is None or answer.carve is None:
+    if base is None or section.carve is None:
         base = load_model(
-            answer.model,
-            revision=answer.revision,
-            dtype=answer.dtype,
+            section.model,
+            revision=section.revision,
+            dtype=section.dtype,
             device=device,
-            quantization=answer.quantization,
+            quantization=section.quantization,
         )
-    if answer.carve is not None:
-        plan = Plan(**answer.carve.model_dump())
+    if section.carve is not None:
+        plan = Plan(**section.carve.model_dump())
         ids_BT, mask_BT = (part.to(base.device) for part in sample)
         base = carve(base, plan, ids_BT, mask_BT)
-    alone = answer.peft is not None and answer.peft.save == "adapter"
+    alone = section.peft is not None and section.peft.save == "adapter"
     if getattr(base, "is_quantized", False) and not alone:
         raise RecipeError(
-            f"student.model: '{answer.model}' is quantised, and such weights can be neither "
+            f"student.model: '{section.model}' is quantised, and such weights can be neither "
             "trained nor merged into; train an adapter on it (student.peft with save: adapter)"
         )
-    if answer.peft is None:
+    if section.peft is None:
         return base.requires_grad_(True)
     return add_adapter(
         base,
-        rank=answer.peft.r,
-        alpha=answer.peft.alpha,
-        targets=answer.peft.targets,
-        dropout=answer.peft.dropout,
+        rank=section.peft.r,
+        alpha=section.peft.alpha,
+        targets=section.peft.targets,
+        dropout=section.peft.dropout,
         seed=seed,
     )

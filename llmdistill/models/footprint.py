@@ -15,11 +15,11 @@ from llmdistill.models import widths
 from llmdistill.models.carve import Plan, evenly_spaced, keep_layers
 from llmdistill.models.chunks import CHUNK_NUMBERS, CHUNK_ROWS
 from llmdistill.models.layers import decoder_layers
+from llmdistill.models.quantization import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-QUANTIZED_BYTES = {"bnb_4bit": 0.55, "bnb_8bit": 1.03, "torchao_int8": 1.02}  # scales included
 ADAM_BYTES = 8.0  # two moments of four bytes
 OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.0, "adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0}
 CHUNK_BUFFERS = 3  # chunks of logits in float32: of both sides, and what is made of them
@@ -86,7 +86,8 @@ def weight_bytes(
     others = sum(p.numel() for p in model.parameters()) - in_layers
     if resident_layers is not None:
         in_layers = in_layers * resident_layers // len(decoder_layers(model))
-    return others * size + in_layers * QUANTIZED_BYTES.get(quantization or "", size)
+    in_layer = size if quantization is None else QUANTIZATIONS[quantization].bytes_per_weight
+    return others * size + in_layers * in_layer
 
 
 def footprint(student: PreTrainedModel, load: Load) -> dict[str, float]:

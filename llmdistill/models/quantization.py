@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,10 +38,20 @@ def _torchao_int8(dtype: torch.dtype) -> Any:
     return TorchAoConfig(quant_type=Int8WeightOnlyConfig())
 
 
-QUANTIZATIONS: dict[str, tuple[str, Callable[[torch.dtype], Any]]] = {
-    "bnb_4bit": ("bitsandbytes", _bnb_4bit),
-    "bnb_8bit": ("bitsandbytes", _bnb_8bit),
-    "torchao_int8": ("torchao", _torchao_int8),
+class Quantization(NamedTuple):
+    """The package that it needs, what `from_pretrained` takes for a dtype, and the bytes that a
+    weight then takes, scales included.
+    """
+
+    package: str
+    config: Callable[[torch.dtype], Any]
+    bytes_per_weight: float
+
+
+QUANTIZATIONS: dict[str, Quantization] = {
+    "bnb_4bit": Quantization("bitsandbytes", _bnb_4bit, 0.55),
+    "bnb_8bit": Quantization("bitsandbytes", _bnb_8bit, 1.03),
+    "torchao_int8": Quantization("torchao", _torchao_int8, 1.02),
 }
 
 
@@ -52,10 +62,10 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     """
     if kind not in QUANTIZATIONS:
         raise ModelError(f"unknown quantization '{kind}'; choose one of {', '.join(QUANTIZATIONS)}")
-    package, config = QUANTIZATIONS[kind]
+    package = QUANTIZATIONS[kind].package
     if importlib.util.find_spec(package) is None:
         raise ModelError(
             f"quantization '{kind}' needs {package}. Install it with: "
             "pip install 'llmdistill[quantization]'"
         )
-    return config(dtype)
+    return QUANTIZATIONS[kind].config(dtype)

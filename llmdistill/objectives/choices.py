@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from llmdistill.errors import RecipeError
-from llmdistill.recipe.options import Bounds, wrong_option
+from llmdistill.recipe.options import wrong_option
+from llmdistill.recipe.tables import Bounds
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

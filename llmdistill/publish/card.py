@@ -131,14 +131,14 @@ def made_with() -> str:
     return ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
 
 
-def _describe(answer: recipes.Strict) -> str:
-    """One answer of a recipe in a line: its kind, then what differs from the defaults."""
-    kind, options = str(getattr(answer, "kind", "")), _options(answer)
+def _describe(section: recipes.Strict) -> str:
+    """One section of a recipe in a line: its kind, then what differs from the defaults."""
+    kind, options = str(getattr(section, "kind", "")), _options(section)
     return f"{shown(kind)} ({options})" if options else shown(kind)
 
 
-def _options(answer: recipes.Strict) -> str:
-    given = answer.model_dump(exclude_defaults=True, exclude={"kind"})
+def _options(section: recipes.Strict) -> str:
+    given = section.model_dump(exclude_defaults=True, exclude={"kind"})
     return shown(", ".join(f"{key} {value}" for key, value in given.items()))
 
 

@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
+from llmdistill.recipe.tables import Table, one_of
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["bnb_4bit", "bnb_8bit", "torchao_int8"]
+Quantization = one_of(Table("models/quantization.py", "QUANTIZATIONS"))
 
 
 class Strict(BaseModel):

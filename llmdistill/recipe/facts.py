@@ -68,10 +68,10 @@ def check_training_argument(key: str, value: Any) -> None:
         raise PydanticCustomError("type", f"'{key}' should be {names}, got {got}")
 
 
-def close_to(name: str, known: Sequence[str]) -> str:
-    """' Did you mean ...?', or '' where nothing is close."""
+def close_to(name: str, known: Sequence[str], *, start: str = "") -> str:
+    """' Did you mean ...?' after `start`, or '' if nothing is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    return f"{start} Did you mean '{close[0]}'?" if close else ""
 
 
 @functools.cache

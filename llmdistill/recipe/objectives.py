@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmdistill.recipe.base import Strict
-from llmdistill.recipe.options import Table, TakesOptions, one_of
+from llmdistill.recipe.options import TakesOptions
 from llmdistill.recipe.schedules import Weight
-from llmdistill.recipe.tables import defaults
+from llmdistill.recipe.tables import Table, defaults, one_of
 
 DIVERGENCES = Table("objectives/divergences.py", "DIVERGENCES")
 TARGETS = Table("objectives/targets.py", "TARGETS")

@@ -7,59 +7,20 @@ of the function that DIVERGENCES names 'jsd', and is read from there, with its d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-from pydantic import AfterValidator, ConfigDict, model_validator
+from pydantic import ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe import tables
 from llmdistill.recipe.base import Strict
-from llmdistill.recipe.facts import close_to
+from llmdistill.recipe.tables import Bounds, Table
 
-Bounds = Mapping[tuple[str, str], tuple[float | None, float | None]]
 TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "int": (int,),
     "bool": (bool,),
     "str": (str,),
 }
-
-
-class Table(NamedTuple):
-    """A dict of this package by its file and name; its entries are functions or classes.
-
-    A dict BOUNDS in the same file may say which numbers an option may be:
-    (entry, option) -> (lowest, highest), None for no bound.
-    """
-
-    path: str
-    name: str
-
-    @property
-    def entries(self) -> tuple[str, ...]:
-        return tables.names(self.path, self.name)
-
-    def options(self, entry: str) -> Mapping[str, tables.Parameter]:
-        return tables.options(self.path, self.name, entry)
-
-    @property
-    def bounds(self) -> Bounds:
-        return tables.constant(self.path, "BOUNDS") or {}
-
-
-def one_of(table: Table) -> Any:
-    """The type of a field that names an entry of a table."""
-
-    def check(name: str) -> str:
-        if name not in table.entries:
-            raise PydanticCustomError(
-                "entry",
-                "should be one of {names}.{close}",
-                {"names": ", ".join(table.entries), "close": close_to(name, table.entries)},
-            )
-        return name
-
-    return Annotated[str, AfterValidator(check)]
 
 
 class TakesOptions(Strict):

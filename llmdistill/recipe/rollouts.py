@@ -12,10 +12,10 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Strict
-from llmdistill.recipe.options import Table, TakesOptions, one_of
+from llmdistill.recipe.options import TakesOptions
 from llmdistill.recipe.sampling import SamplingRecipe, WarpRecipe
 from llmdistill.recipe.schedules import ConstantShareRecipe, Share
-from llmdistill.recipe.tables import defaults
+from llmdistill.recipe.tables import Table, defaults, one_of
 
 ACCEPT = Table("rollouts/acceptance.py", "ACCEPT")
 _sampled = defaults("rollouts/sampled.py", "SampledRollout")

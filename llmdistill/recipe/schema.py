@@ -17,7 +17,11 @@ from llmdistill.recipe.generation import GenerationRecipe
 from llmdistill.recipe.objectives import ObjectiveRecipe, ResponseRecipe
 from llmdistill.recipe.rollouts import FixedRecipe, RolloutRecipe
 from llmdistill.recipe.sources import Sources
+from llmdistill.recipe.tables import defaults
 from llmdistill.recipe.teachers import TeacherRecipe
+
+_plan = defaults("models/carve.py", "Plan")
+_rules = defaults("data/validate.py", "Rules")
 
 
 class CarveRecipe(Strict):
@@ -25,7 +29,7 @@ class CarveRecipe(Strict):
 
     layers: int | list[int] | None = None
     """How many to keep, or which ones."""
-    by: Literal["influence", "even"] = "influence"
+    by: Literal["influence", "even"] = _plan.by
     """influence: those that change the hidden states most; even: evenly spaced."""
     mlp_width: int | None = Field(None, gt=0)
     """Neurons to keep in each MLP: the most active ones."""
@@ -94,9 +98,9 @@ class DataRecipe(Strict):
     """Handed to the chat template: {enable_thinking: false}."""
     max_prompt_tokens: int = Field(512, gt=0)
     max_response_tokens: int = Field(1024, gt=0)
-    long_prompts: Literal["drop", "stop"] = "drop"
+    long_prompts: Literal["drop", "stop"] = _rules.long_prompts
     """Rows with a longer prompt are dropped and counted, or stop the run."""
-    long_responses: Literal["cut", "drop", "stop"] = "cut"
+    long_responses: Literal["cut", "drop", "stop"] = _rules.long_responses
     """Longer responses of the data set are cut, or their rows dropped, and counted; or they stop
     the run.
     """

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from llmdistill.recipe.base import Strict
+from llmdistill.recipe.tables import Table, one_of
+
+FORMATS = Table("data/formats.py", "FORMATS")
 
 
 class SourceRecipe(Strict):
@@ -16,9 +19,8 @@ class SourceRecipe(Strict):
     """A .jsonl, .json, .csv, .tsv or .parquet file, a folder of such files, a data set of the Hub
     (org/name or org/name:split), or `seed_tasks`.
     """
-    format: Literal["auto", "messages", "conversations", "prompt_completion", "alpaca", "text"] = (
-        "auto"
-    )
+    format: one_of(FORMATS, "auto") = "auto"  # type: ignore[valid-type]
+    """How a row is laid out; auto: told by its fields."""
     columns: dict[str, str] = {}
     """Fields by other names: {instruction: question, output: answer}."""
     weight: float = Field(1.0, gt=0)

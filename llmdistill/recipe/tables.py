@@ -11,7 +11,12 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from llmdistill.recipe.facts import close_to
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -24,6 +29,45 @@ class Parameter(NamedTuple):
 
 
 REQUIRED = object()
+Bounds = Mapping[tuple[str, str], tuple[float | None, float | None]]
+
+
+class Table(NamedTuple):
+    """A dict of this package by its file and name; its entries are functions or classes.
+
+    A dict BOUNDS in the same file may say which numbers an option may be:
+    (entry, option) -> (lowest, highest), None for no bound.
+    """
+
+    path: str
+    name: str
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return names(self.path, self.name)
+
+    def options(self, entry: str) -> Mapping[str, Parameter]:
+        return options(self.path, self.name, entry)
+
+    @property
+    def bounds(self) -> Bounds:
+        return constant(self.path, "BOUNDS") or {}
+
+
+def one_of(table: Table, *others: str) -> Any:
+    """The type of a field that names an entry of a table, or one of `others`."""
+
+    def check(name: str) -> str:
+        known = (*others, *table.entries)
+        if name not in known:
+            raise PydanticCustomError(
+                "entry",
+                "should be one of {names}{close}",
+                {"names": ", ".join(known), "close": close_to(name, known, start=".")},
+            )
+        return name
+
+    return Annotated[str, AfterValidator(check)]
 
 
 @functools.cache
@@ -142,8 +186,18 @@ def _keywords(path: str, function: ast.FunctionDef) -> dict[str, Parameter]:
     }
 
 
+FACTORIES = {"dict": {}, "list": []}
+
+
 def _default(path: str, node: ast.expr | None) -> Any:
-    return REQUIRED if node is None else _value(path, node)
+    if node is None:
+        return REQUIRED
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "field":  # of a dataclass
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        if "default_factory" in given:
+            return FACTORIES[ast.unparse(given["default_factory"])]
+        return _default(path, given.get("default"))
+    return _value(path, node)
 
 
 def _value(path: str, node: ast.expr) -> Any:

@@ -16,7 +16,7 @@ from llmdistill.objectives.features import HiddenObjective
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from tests import toy
-from tests.distributed.worker import SEAMS
+from tests.distributed.worker import SEAMS, every_entry
 from tests.support.files import write_jsonl
 from tests.support.machine import with_python_path
 from tests.support.recipes import build_generation
@@ -148,6 +148,20 @@ def test_hidden_states_alone_on_two_ranks(tmp_path):
     expected = one_rank(tmp_path / "one", objectives=[HiddenObjective(student_layer=1)], **options)
     found = two_ranks("hidden_alone", tmp_path)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_every_objective_and_rollout_is_the_same_on_two_ranks(tmp_path):
+    """D2, for all that a recipe can ask for."""
+    two_ranks("conformance", tmp_path)
+    names = []
+    for name, options in every_entry():
+        made = trainer(tmp_path, rows=dataset(8), per_device_train_batch_size=8, **options())
+        made.train()
+        found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        torch.testing.assert_close(found, trained(made), rtol=0, atol=1e-5, msg=name)
+        names.append(name)
+    assert names
+    assert len(names) == len(set(names))
 
 
 def test_inner_states_of_a_sharded_student(tmp_path):

@@ -17,14 +17,17 @@ from llmdistill.errors import NonFiniteLossError
 from llmdistill.generate import generate
 from llmdistill.instruct.writers import LocalWriter, RemoteWriter
 from llmdistill.models.layers import decoder_layers
+from llmdistill.objectives.build import build_objective
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import ResponseObjective
+from llmdistill.rollouts.build import build_rollout
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.step import Distillation
 from tests import toy
+from tests.conformance import entries
 from tests.support.spies import spy
 from tests.support.teachers import Learner, seam_objectives, trained
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
@@ -220,6 +223,25 @@ def sharded(folder: Path) -> None:
     assert module.objectives[1].projector.weight.grad.full_tensor().abs().max() > 0
 
 
+def conformance(folder: Path) -> None:
+    """Every objective and every rollout that a recipe can ask for."""
+    for name, options in every_entry():
+        made = trainer(folder / "run", rows=dataset(8), per_device_train_batch_size=4, **options())
+        made.train()
+        if dist.get_rank() == 0:
+            torch.save(trained(made), folder / f"{name}.pt")
+
+
+def every_entry():
+    """(name, what makes trainer's arguments) of each objective and rollout."""
+    for name, one in entries.objectives().items():
+        section = entries.recipe(objectives=[one]).objectives[0]
+        yield name, lambda section=section: {"objectives": [build_objective(section)]}
+    for name, one in entries.rollouts().items():
+        section = entries.recipe(rollout=one).rollout
+        yield name, lambda section=section: {"rollout": build_rollout(section)}
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -237,6 +259,7 @@ CASES = {
         seams,
         hidden_alone,
         sharded,
+        conformance,
     )
 }
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from llmdistill.batch import LossSum, Prompts, Sequences
+from llmdistill.batch import LossSum, Sequences
 from llmdistill.data.collate import collate
 from llmdistill.errors import NonFiniteLossError, TrainingError, VocabularyError
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
@@ -28,6 +28,7 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.arguments import check_sharding
 from tests import toy
 from tests.support.objectives import Projected
+from tests.support.rollouts import Repadded
 from tests.support.spies import spy
 from tests.training.helpers import INTERLEAVED, arguments, dataset, gradient, trainer, weights
 
@@ -72,22 +73,6 @@ def dense_gradient(rows, reduce):
     kl = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
     reduce((kl * mask).sum(), mask.sum()).backward()
     return torch.cat([p.grad.flatten() for p in student.parameters()])
-
-
-class Repadded:
-    """A fixed rollout whose sequences stand elsewhere in a wider rectangle."""
-
-    def __init__(self, left: int, right: int) -> None:
-        self.left, self.right = left, right
-
-    def write(self, prompts: Prompts, *others) -> Sequences:
-        plain = FixedRollout().write(prompts, *others)
-        pad = (self.left, self.right)
-        columns = {
-            name: nn.functional.pad(getattr(plain, name), pad)
-            for name in ("input_ids_BT", "attention_mask_BT", "response_mask_BT", "writer_BT")
-        }
-        return Sequences(**columns, row_ids_B=plain.row_ids_B)
 
 
 @pytest.mark.parametrize(("left", "right"), [(7, 0), (0, 7), (3, 11)])

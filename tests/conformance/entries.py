@@ -1,0 +1,79 @@
+"""Every entry of every table, found in the table: a new one is tested without being listed here.
+
+An entry is a part of a recipe as a user would write it.  What a section cannot do without is filled
+in by its name from FIELDS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llmdistill import recipe as recipes
+from llmdistill.objectives.build import _BUILDERS as OBJECTIVES
+from llmdistill.objectives.divergences import DIVERGENCES
+from llmdistill.objectives.features import DISTANCES
+from llmdistill.objectives.targets import TARGETS
+from llmdistill.objectives.weights import TOKEN_WEIGHTS
+from llmdistill.rollouts.acceptance import ACCEPT
+from llmdistill.rollouts.build import _BUILDERS as ROLLOUTS
+from llmdistill.teachers.build import _BUILDERS as TEACHERS
+
+# The choices of a section that are tables, each with its entries.
+CHOICES = {
+    "response": {"divergence": DIVERGENCES, "target": TARGETS, "token_weight": TOKEN_WEIGHTS},
+    "hidden": {"distance": DISTANCES},
+    "interleaved": {"accept": ACCEPT},
+}
+NEW_TOKENS = 5
+
+
+def _variants(sections: dict[type, Any]) -> Iterator[dict[str, Any]]:
+    """Each section with its defaults, and with each entry of its tables in turn."""
+    for section in sections:
+        kind = section.model_fields["kind"].default
+        yield {"kind": kind}
+        for field, table in CHOICES.get(kind, {}).items():
+            default = section.model_fields[field].default
+            yield from ({"kind": kind, field: name} for name in table if name != default)
+
+
+def objectives() -> dict[str, dict[str, Any]]:
+    return {_label(one): one for one in _variants(OBJECTIVES)}
+
+
+def rollouts() -> dict[str, dict[str, Any]]:
+    return {_label(one): shorter(one) for one in _variants(ROLLOUTS)}
+
+
+def teachers() -> dict[str, dict[str, Any]]:
+    return {_label(one): one for one in _variants(TEACHERS)}
+
+
+def shorter(section: dict[str, Any]) -> dict[str, Any]:
+    """With every length that it has cut to NEW_TOKENS, in its parts too, and a small memory."""
+    kind = next(one for one in ROLLOUTS if one.model_fields["kind"].default == section["kind"])
+    cut = dict(section)
+    for name, field in kind.model_fields.items():
+        if name == "max_new_tokens":
+            cut[name] = NEW_TOKENS
+        elif name == "capacity":
+            cut[name] = 4
+        elif isinstance(field.default, recipes.RolloutSection):
+            cut[name] = shorter({"kind": field.default.kind})
+    return cut
+
+
+def _label(section: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in section.values())
+
+
+def recipe(**parts: Any) -> recipes.Recipe:
+    """A recipe with these parts."""
+    given = {
+        "output": "run",
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "data": {"train": "train.jsonl"},
+    }
+    return recipes.build(given | parts)
