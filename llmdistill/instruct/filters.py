@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llmdistill.evaluation.text import result_of
 from llmdistill.instruct.similarity import RougePool
 from llmdistill.instruct.tasks import Task
 
@@ -193,20 +194,16 @@ class Language(Filter):
 
 
 class SameResult(Filter):
-    """The result in the answer is the reference's: the last match of a pattern, as for maths."""
+    """The result in the answer is the reference's, as `result_of` finds it (for maths)."""
 
     def __init__(self, pattern: str) -> None:
-        self.pattern = re.compile(pattern)
+        self.pattern = pattern
 
     def reason(self, task: Task) -> str | None:
         if task.reference is None:
             return None
-        found, expected = self._result(task.output), self._result(task.reference)
+        found, expected = (result_of(t, self.pattern) for t in (task.output, task.reference))
         return None if found is not None and found == expected else "another result"
-
-    def _result(self, text: str) -> str | None:
-        matches = self.pattern.findall(text)
-        return matches[-1].replace(",", "").strip(" .$") if matches else None
 
 
 class Perplexity(Filter):
