@@ -22,11 +22,11 @@ from llmdistill.instruct import build_filters, build_generator, read_tasks
 from llmdistill.instruct.dataset import write_splits
 from llmdistill.instruct.generators import TaskGenerator
 from llmdistill.instruct.lion import Pools
-from llmdistill.instruct.pipeline import Counts, Pipeline, Settings
+from llmdistill.instruct.pipeline import Pipeline, Settings, TaskCounts
 from llmdistill.instruct.pools import tell_apart
 from llmdistill.instruct.records import replace_text
 from llmdistill.instruct.requests import Reply, Request
-from llmdistill.instruct.writers import LocalWriter, RemoteWriter
+from llmdistill.instruct.responders import LocalResponder, RemoteResponder
 from llmdistill.models.load import load_tokenizer, revision_of
 from llmdistill.publish.data_card import Outcome, data_card
 from llmdistill.teachers.build import build_teacher
@@ -42,7 +42,7 @@ class Generated:
 
     folder: Path
     sizes: dict[str, int]
-    counts: Counts
+    counts: TaskCounts
 
 
 def generate(
@@ -50,7 +50,7 @@ def generate(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Callable[[Counts, float], None] = lambda counts, seconds: None,
+    progress: Callable[[TaskCounts, float], None] = lambda counts, seconds: None,
 ) -> Generated:
     """Runs a recipe to its target.
 
@@ -63,17 +63,17 @@ def generate(
         if PartialState().is_main_process:
             _prepare(folder, recipe, resume=resume, overwrite=overwrite)
     seeds = read_tasks(recipe.seeds)
-    writer = build_writer(recipe, folder)
+    responder = build_responder(recipe, folder)
     about: dict[str, Any] = {
         "generator": recipe.generator.kind,
         "teacher": recipe.teacher.model,
-        "revision": _revision(recipe, writer),
+        "revision": _revision(recipe, responder),
         "sampling": json.dumps(_samplings(recipe), sort_keys=True),
         "seed": recipe.seed,
     }
     pipeline = Pipeline(
-        build_generator(recipe, seeds, tell_apart(recipe, writer, folder)),
-        writer,
+        build_generator(recipe, seeds, tell_apart(recipe, responder, folder)),
+        responder,
         build_filters(recipe, seeds),
         Settings(folder, recipe.target, recipe.round_size, about),
     )
@@ -84,8 +84,8 @@ def generate(
         counts = pipeline.counts
         card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, about["revision"]))
         replace_text(folder / "README.md", card)
-        if isinstance(writer, RemoteWriter):
-            writer.forget()
+        if isinstance(responder, RemoteResponder):
+            responder.forget()
     PartialState().wait_for_everyone()
     return Generated(folder, sizes, pipeline.counts)
 
@@ -100,9 +100,9 @@ def _ranks() -> None:
         )
 
 
-def build_writer(
+def build_responder(
     recipe: recipes.GenerationRecipe, folder: Path | None = None
-) -> LocalWriter | RemoteWriter:
+) -> LocalResponder | RemoteResponder:
     """Who replies; what a server said is recorded in `folder` as it comes."""
     answer, seed = recipe.teacher, recipe.seed
     common: dict[str, Any] = {
@@ -115,15 +115,15 @@ def build_writer(
             options["per_minute"] = answer.per_minute / PartialState().num_processes
         known = load_tokenizer(answer.tokenizer) if answer.tokenizer else None
         remote = RemoteTeacher(tokenizer=known, **common, **options)
-        return RemoteWriter(remote, seed=seed, record=folder)
-    return LocalWriter(build_teacher(answer), seed=seed, batch_size=recipe.batch_size, **common)
+        return RemoteResponder(remote, seed=seed, record=folder)
+    return LocalResponder(build_teacher(answer), seed=seed, batch_size=recipe.batch_size, **common)
 
 
-def _revision(recipe: recipes.GenerationRecipe, writer: LocalWriter | RemoteWriter) -> str:
+def _revision(recipe: recipes.GenerationRecipe, responder: LocalResponder | RemoteResponder) -> str:
     """The teacher's, as exactly as it is known."""
     found = ""
-    if isinstance(writer, LocalWriter):
-        found = revision_of(writer.teacher.model, recipe.teacher.model)
+    if isinstance(responder, LocalResponder):
+        found = revision_of(responder.teacher.model, recipe.teacher.model)
     return found or recipe.teacher.revision or ""
 
 

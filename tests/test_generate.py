@@ -20,7 +20,7 @@ from llmdistill.data.sources import read
 from llmdistill.errors import CheckpointError, DataError, RecipeError, VocabularyError
 from llmdistill.generate import generate
 from llmdistill.instruct import read_tasks
-from llmdistill.instruct.pipeline import Counts
+from llmdistill.instruct.pipeline import TaskCounts
 from llmdistill.instruct.requests import Reply
 from llmdistill.publish.data_card import Outcome, data_card
 from tests import toy
@@ -239,7 +239,7 @@ def test_a_row_without_an_answer_is_never_kept(teacher, rows, tmp_path, monkeypa
     def silent(self, asked):
         return [Reply(" " if one.call % 2 else "Well.") for one in asked]
 
-    monkeypatch.setattr("llmdistill.instruct.writers.LocalWriter.write", silent)
+    monkeypatch.setattr("llmdistill.instruct.responders.LocalResponder.respond", silent)
     made = generate(
         recipe(
             teacher,
@@ -251,7 +251,7 @@ def test_a_row_without_an_answer_is_never_kept(teacher, rows, tmp_path, monkeypa
             generator={"kind": "answer", "prompts": rows},
         )
     )
-    assert made.counts == Counts(5, Counter({"empty answer": 5}))
+    assert made.counts == TaskCounts(5, Counter({"empty answer": 5}))
 
 
 def test_prompts_without_a_row_are_an_error(teacher, rows, tmp_path):

@@ -8,7 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from llmdistill.instruct.generators import TaskGenerator
-    from llmdistill.instruct.pipeline import Counts
+    from llmdistill.instruct.pipeline import TaskCounts
     from llmdistill.recipe import GenerationRecipe
 
 
@@ -67,7 +67,7 @@ def _run(recipe: GenerationRecipe, *, resume: bool, overwrite: bool, push: str |
     if push and is_main:
         prepare_push(push)  # before hours of writing, not after them
 
-    def progress(counts: Counts, seconds: float) -> None:
+    def progress(counts: TaskCounts, seconds: float) -> None:
         nonlocal spent, there
         spent += seconds
         if not seconds:
@@ -104,7 +104,7 @@ def _estimate(generator: TaskGenerator, target: int | None) -> str:
     )
 
 
-def _line(counts: Counts, target: int | None, new: int, seconds: float) -> str:
+def _line(counts: TaskCounts, target: int | None, new: int, seconds: float) -> str:
     """Rows so far, speed, share kept, time left, and why tasks were dropped; `new` rows took
     `seconds`.
     """

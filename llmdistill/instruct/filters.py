@@ -22,7 +22,7 @@ BLACKLIST = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
     *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
 )
-SHORT = 4  # words; fewer stand in many texts by chance
+MIN_MATCHED_WORDS = 4  # fewer stand in many texts by chance
 
 
 class Filter(ABC):
@@ -166,12 +166,12 @@ class NearDuplicates(Filter):
 
 class Contamination(Filter):
     """Shares a run of `ngram` words with a text of an evaluation set, or holds all of a shorter
-    text of `SHORT` words or more.  Questions and answers are texts of their own.
+    text of `MIN_MATCHED_WORDS` or more.  Questions and answers are texts of their own.
     """
 
     def __init__(self, texts: Iterable[str], ngram: int = 10) -> None:
         runs = {run: run.count(" ") + 1 for text in texts for run in _runs(text, ngram)}
-        self.runs = {run for run, words in runs.items() if words >= min(SHORT, ngram)}
+        self.runs = {run for run, words in runs.items() if words >= min(MIN_MATCHED_WORDS, ngram)}
         self.lengths = sorted({runs[run] for run in self.runs})
 
     def reason(self, task: Task) -> str | None:

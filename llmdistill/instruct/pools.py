@@ -13,28 +13,21 @@ from accelerate.utils import broadcast_object_list
 from llmdistill import recipe as recipes
 from llmdistill.errors import DataError
 from llmdistill.instruct import read_tasks
-from llmdistill.instruct.lion import (
-    GREEDY,
-    Pools,
-    by_divergence,
-    by_referee,
-    divergences,
-    referee_gaps,
-)
-from llmdistill.instruct.pipeline import Asked
+from llmdistill.instruct.lion import Pools, by_divergence, by_referee, divergences, referee_gaps
 from llmdistill.instruct.records import replace_lines
-from llmdistill.instruct.requests import Request, user
+from llmdistill.instruct.requests import Asked, Request, user
+from llmdistill.instruct.responders import LocalResponder, RemoteResponder
 from llmdistill.instruct.tasks import Task
-from llmdistill.instruct.writers import LocalWriter, RemoteWriter
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.models.vocabulary import require_same
+from llmdistill.sampling import GREEDY
 from llmdistill.teachers.local import LocalTeacher
 
 logger = logging.getLogger("llmdistill")
 
 
 def tell_apart(
-    recipe: recipes.GenerationRecipe, writer: LocalWriter | RemoteWriter, folder: Path
+    recipe: recipes.GenerationRecipe, responder: LocalResponder | RemoteResponder, folder: Path
 ) -> Pools | None:
     """The tasks of `generator.pool` in two; None where the generator is not Lion."""
     answer, record = recipe.generator, folder / "gaps.json"
@@ -51,7 +44,7 @@ def tell_apart(
         gaps = found["gaps"]
     else:
         logger.info("telling hard tasks from easy ones")
-        told = [_gaps(recipe, answer, writer, tasks) if PartialState().is_main_process else None]
+        told = [_gaps(recipe, answer, responder, tasks) if PartialState().is_main_process else None]
         gaps = broadcast_object_list(told)[0]
         if PartialState().is_main_process:
             replace_lines(record, [{"pool": pool, "gaps": gaps}])
@@ -64,24 +57,24 @@ def tell_apart(
 def _gaps(
     recipe: recipes.GenerationRecipe,
     answer: recipes.LionRecipe,
-    writer: LocalWriter | RemoteWriter,
+    responder: LocalResponder | RemoteResponder,
     tasks: list[Task],
 ) -> list[float] | list[float | None]:
     student = load_model(answer.student, dtype="auto")
     size = answer.max_compared_tokens
     if answer.by == "divergence":
-        assert isinstance(writer, LocalWriter)
+        assert isinstance(responder, LocalResponder)
         require_same(
-            writer.teacher.tokenizer,
+            responder.teacher.tokenizer,
             load_tokenizer(answer.student),
-            writer.teacher.model.get_output_embeddings().weight.shape[0],
+            responder.teacher.model.get_output_embeddings().weight.shape[0],
             student.get_output_embeddings().weight.shape[0],
         )
         return divergences(
-            writer.teacher, student, tasks, max_new_tokens=size, batch_size=recipe.batch_size,
+            responder.teacher, student, tasks, max_new_tokens=size, batch_size=recipe.batch_size,
             chat_template_kwargs=recipe.chat_template_kwargs,
         )  # fmt: skip
-    other = LocalWriter(
+    other = LocalResponder(
         LocalTeacher(student, load_tokenizer(answer.student)), seed=recipe.seed,
         batch_size=recipe.batch_size, chat_template_kwargs=recipe.chat_template_kwargs,
     )  # fmt: skip
@@ -89,4 +82,4 @@ def _gaps(
         Asked(number, 0, 0, Request(user(task.prompt), GREEDY, size))
         for number, task in enumerate(tasks)
     ]
-    return referee_gaps(writer, tasks, writer.write(asked), other.write(asked))
+    return referee_gaps(responder, tasks, responder.respond(asked), other.respond(asked))

@@ -21,7 +21,12 @@ RECORDS = (
     *("calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json", "spoken-*.jsonl", "*.new"),
     "recipe.yaml",  # holds paths and addresses of whoever made it; the card shows it without
 )
-SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
+SIZE_CATEGORIES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+)
 INTENDED = """## Intended use
 
 Training and distilling language models. What a language model wrote here was not checked by people:
@@ -146,7 +151,7 @@ def _public(recipe: recipes.GenerationRecipe) -> recipes.GenerationRecipe:
 
 def _size(rows: int) -> str:
     """The Hub's name for a number of rows."""
-    return next((name for bound, name in SIZES if rows < bound), "n>1M")
+    return next((name for bound, name in SIZE_CATEGORIES if rows < bound), "n>1M")
 
 
 def _origin(recipe: recipes.GenerationRecipe, terms: str | None, revision: str) -> str:

@@ -274,7 +274,7 @@ class Once:
     def __init__(self, text):
         self.text = text
 
-    def write(self, asked):
+    def respond(self, asked):
         return [Reply(self.text) for _ in asked]
 
 

@@ -18,9 +18,9 @@ from llmdistill import recipe as recipes
 from llmdistill.batch import Prompts
 from llmdistill.errors import RecipeError, TeacherError
 from llmdistill.generate import generate
-from llmdistill.instruct.pipeline import Asked, Counts
-from llmdistill.instruct.requests import Request, user
-from llmdistill.instruct.writers import RemoteWriter
+from llmdistill.instruct.pipeline import TaskCounts
+from llmdistill.instruct.requests import Asked, Request, user
+from llmdistill.instruct.responders import RemoteResponder
 from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
 from tests import toy
@@ -241,7 +241,7 @@ def test_where_all_is_refused_there_is_an_error_and_nothing_is_lost(server, tmp_
     assert caplog.text.count("HTTP 400: ") == 1  # said once
     assert "too long" in caplog.text
     server.faults = []
-    assert generate(recipe, resume=True).counts == Counts(kept=rows)
+    assert generate(recipe, resume=True).counts == TaskCounts(kept=rows)
 
 
 def test_the_last_rows_may_all_be_refused(server, tmp_path):
@@ -251,7 +251,9 @@ def test_the_last_rows_may_all_be_refused(server, tmp_path):
     with pytest.raises(TeacherError):
         generate(recipe)
     server.faults = ["unwanted"] * 4
-    assert generate(recipe, resume=True).counts == Counts(20, Counter({"refused by the server": 4}))
+    assert generate(recipe, resume=True).counts == TaskCounts(
+        20, Counter({"refused by the server": 4})
+    )
 
 
 def test_the_server_says_how_long_to_wait_by_a_date(server):
@@ -384,7 +386,7 @@ def test_writes_for_a_rollout(server):
         teacher(server).write(prompts, Sampling(), max_new_tokens=9, draw=Draw(0))
 
 
-# ---- as the writer of a data set ----
+# ---- as the teacher of a data set ----
 
 
 @pytest.mark.parametrize(
@@ -420,7 +422,7 @@ def test_a_chat_may_say_again_what_it_was_to_begin_with(said, start, text):
             heard(0, Spoken(said))
 
     request = Request(user("q"), Sampling(), 9, start=start)
-    (reply,) = RemoteWriter(Once(), seed=0).write([Asked(0, 0, 0, request)])
+    (reply,) = RemoteResponder(Once(), seed=0).respond([Asked(0, 0, 0, request)])
     assert reply.text == text
 
 

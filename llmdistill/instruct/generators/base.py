@@ -13,9 +13,7 @@ from llmdistill.errors import DataError
 from llmdistill.instruct.parse import Parsed
 from llmdistill.instruct.requests import Call, Reply, Request, user
 from llmdistill.instruct.tasks import Task
-from llmdistill.sampling import Sampling
-
-SURE = Sampling(temperature=0.0)
+from llmdistill.sampling import GREEDY, Sampling
 
 
 class Cost(NamedTuple):
@@ -34,7 +32,7 @@ class Answering:
     not the hint (context distillation, Askell et al. 2021).
     """
 
-    sampling: Sampling = SURE
+    sampling: Sampling = GREEDY
     max_new_tokens: int = 512
     hint: str = ""
 

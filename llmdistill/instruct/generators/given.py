@@ -10,12 +10,12 @@ from dataclasses import replace
 from llmdistill.errors import DataError
 from llmdistill.instruct import prompts
 from llmdistill.instruct.filters import SameResult
-from llmdistill.instruct.generators.base import SURE, Answering, Cost, TaskGenerator, answered
+from llmdistill.instruct.generators.base import Answering, Cost, TaskGenerator, answered
 from llmdistill.instruct.parse import Parsed
 from llmdistill.instruct.requests import Call, Request, user
 from llmdistill.instruct.scorers import best
 from llmdistill.instruct.tasks import Task
-from llmdistill.sampling import Sampling
+from llmdistill.sampling import GREEDY, Sampling
 
 NOT_THE_BEST = "not the best sample"
 # A refusal, or talk about the task instead of an answer to it.
@@ -78,7 +78,7 @@ class Rewrite(TaskGenerator):
     ) -> None:
         self.tasks, self.num_calls = tasks, len(tasks)
         self.same_result = None if result is None else SameResult(result)
-        self.sampling, self.max_new_tokens = sampling or SURE, max_new_tokens
+        self.sampling, self.max_new_tokens = sampling or GREEDY, max_new_tokens
 
     @property
     def at_most(self) -> Cost:

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from llmdistill.instruct import prompts
 from llmdistill.instruct.generators.base import (
-    SURE,
     Answering,
     Cost,
     TaskGenerator,
@@ -29,7 +28,7 @@ from llmdistill.instruct.parse import (
 )
 from llmdistill.instruct.requests import Call, Reply, Request, user
 from llmdistill.instruct.tasks import Task
-from llmdistill.sampling import Sampling
+from llmdistill.sampling import GREEDY, Sampling
 
 KIND_TOKENS = 3  # "yes" or "no"
 SURPLUS = "more than asked for"
@@ -143,7 +142,7 @@ class SelfInstruct(TaskGenerator):
         output_first = [kind.text.strip().lower().startswith("yes") for kind in kinds]
         replies = yield [
             Request(
-                user(prompts.instance(text, output_first=first)), SURE, self.max_instance_tokens
+                user(prompts.instance(text, output_first=first)), GREEDY, self.max_instance_tokens
             )
             for text, first in zip(instructions, output_first, strict=True)
         ]
@@ -166,7 +165,7 @@ class SelfInstruct(TaskGenerator):
         examples = [self.seeds[i] for i in chosen]
         labels = [self.classifies[i] for i in chosen]
         asked = prompts.is_classification(instruction, examples, labels)
-        return Request(user(asked), SURE, KIND_TOKENS)
+        return Request(user(asked), GREEDY, KIND_TOKENS)
 
 
 def _numbered(text: str) -> list[str]:
