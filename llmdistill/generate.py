@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from accelerate import PartialState
 from llmdistill import recipe as recipes
 from llmdistill.data.render import open_user_turn
 from llmdistill.errors import CheckpointError, DataError, RecipeError
-from llmdistill.instruct import build_filters, build_generator, read_tasks
+from llmdistill.instruct.build import build_filters, build_generator, build_responder
 from llmdistill.instruct.dataset import write_splits
 from llmdistill.instruct.generators import TaskGenerator
 from llmdistill.instruct.lion import Pools
@@ -27,13 +28,11 @@ from llmdistill.instruct.pools import tell_apart
 from llmdistill.instruct.records import replace_text
 from llmdistill.instruct.requests import Reply, Request
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
+from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.models.load import load_tokenizer, revision_of
 from llmdistill.publish.data_card import Outcome, data_card
-from llmdistill.teachers.build import build_teacher
-from llmdistill.teachers.remote import RemoteTeacher
 
 RANKS_WAIT = timedelta(hours=6)
-TRANSPORT = ("url", "key_from", "concurrency", "timeout", "retries", "per_minute", "license")
 
 
 @dataclass(frozen=True)
@@ -62,25 +61,25 @@ def generate(
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             _prepare(folder, recipe, resume=resume, overwrite=overwrite)
-    seeds = read_tasks(recipe.seeds)
+    seed_tasks = read_tasks(recipe.seed_tasks)
     responder = build_responder(recipe, folder)
     about: dict[str, Any] = {
         "generator": recipe.generator.kind,
         "teacher": recipe.teacher.model,
         "revision": _revision(recipe, responder),
-        "sampling": json.dumps(_samplings(recipe), sort_keys=True),
+        "sampling": _samplings(recipe),
         "seed": recipe.seed,
     }
     pipeline = Pipeline(
-        build_generator(recipe, seeds, tell_apart(recipe, responder, folder)),
+        build_generator(recipe, seed_tasks, partial(tell_apart, recipe, responder, folder)),
         responder,
-        build_filters(recipe, seeds),
+        build_filters(recipe, seed_tasks),
         Settings(folder, recipe.target, recipe.round_size, about),
     )
     pipeline.run(progress)
     sizes: dict[str, int] = {}
     if PartialState().is_main_process:
-        sizes = write_splits(folder, columns=recipe.columns, held_back=recipe.held_back)
+        sizes = write_splits(folder, format=recipe.format, test_share=recipe.test_share)
         counts = pipeline.counts
         card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, about["revision"]))
         replace_text(folder / "README.md", card)
@@ -100,25 +99,6 @@ def _ranks() -> None:
         )
 
 
-def build_responder(
-    recipe: recipes.GenerationRecipe, folder: Path | None = None
-) -> LocalResponder | RemoteResponder:
-    """Who replies; what a server said is recorded in `folder` as it comes."""
-    answer, seed = recipe.teacher, recipe.seed
-    common: dict[str, Any] = {
-        "scored": recipe.is_scored,
-        "chat_template_kwargs": recipe.chat_template_kwargs,
-    }
-    if isinstance(answer, recipes.RemoteTeacherRecipe):
-        options = answer.model_dump(exclude={"kind", "revision", "tokenizer", "license"})
-        if answer.per_minute is not None:
-            options["per_minute"] = answer.per_minute / PartialState().num_processes
-        known = load_tokenizer(answer.tokenizer) if answer.tokenizer else None
-        remote = RemoteTeacher(tokenizer=known, **common, **options)
-        return RemoteResponder(remote, seed=seed, record=folder)
-    return LocalResponder(build_teacher(answer), seed=seed, batch_size=recipe.batch_size, **common)
-
-
 def _revision(recipe: recipes.GenerationRecipe, responder: LocalResponder | RemoteResponder) -> str:
     """The teacher's, as exactly as it is known."""
     found = ""
@@ -129,10 +109,12 @@ def _revision(recipe: recipes.GenerationRecipe, responder: LocalResponder | Remo
 
 def planned(recipe: recipes.GenerationRecipe) -> TaskGenerator:
     """The generator, before any model is loaded; which tasks are hard is not known yet."""
-    pools = None
-    if isinstance(recipe.generator, recipes.LionRecipe):
-        pools = Pools(*[read_tasks(recipe.generator.pool)] * 2)
-    return build_generator(recipe, read_tasks(recipe.seeds), pools)
+
+    def unsplit(section: recipes.LionRecipe) -> Pools:
+        tasks = read_tasks(section.pool)
+        return Pools(hard=tasks, easy=tasks)
+
+    return build_generator(recipe, read_tasks(recipe.seed_tasks), unsplit)
 
 
 def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> list[str]:
@@ -156,24 +138,21 @@ def _filled(recipe: recipes.GenerationRecipe, request: Request) -> str:
     """
     teacher = recipe.teacher
     if request.turn == "user":
-        if isinstance(teacher, recipes.RemoteTeacherRecipe):
-            assert teacher.tokenizer is not None  # such a recipe is refused without one
-            tokenizer = load_tokenizer(teacher.tokenizer)
-        else:
-            tokenizer = load_tokenizer(teacher.model, revision=teacher.revision)
+        assert teacher.tokenizer_source is not None  # such a recipe is refused without one
+        name, revision = teacher.tokenizer_source
+        tokenizer = load_tokenizer(name, revision=revision)
         ids = open_user_turn(tokenizer, recipe.chat_template_kwargs)
         return f"{tokenizer.decode(ids)}..."
     asked = [f"[{message['role']}]\n{message['content']}" for message in request.messages]
-    start = "" if isinstance(teacher, recipes.RemoteTeacherRecipe) else request.start
+    start = "" if teacher.is_remote else request.start
     return "\n".join([*asked, f"[{request.turn}]\n{start}..."])
 
 
-def _samplings(recipe: recipes.GenerationRecipe) -> dict[str, object]:
-    """How replies are drawn: the sampling of what is asked first, and how it is answered."""
-    given = recipe.generator.model_dump(mode="json")
-    drawn = {"sampling": given.get("sampling")}
-    drawn["answer"] = (given.get("answer") or {}).get("sampling")
-    return {name: how for name, how in drawn.items() if how is not None}
+def _samplings(recipe: recipes.GenerationRecipe) -> str:
+    """How replies are drawn, as JSON."""
+    samplings = recipe.generator.samplings
+    drawn = {name: sampling.model_dump(mode="json") for name, sampling in samplings.items()}
+    return json.dumps(drawn, sort_keys=True)
 
 
 def _prepare(
@@ -199,21 +178,14 @@ def _prepare(
         for file in sorted(there, key=lambda file: file == record):  # the record last of all
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     elif used and resume and record.is_file():
-        before, now = _what_counts(recipes.load_generation(record)), _what_counts(recipe)
+        before, now = recipes.load_generation(record).unchanging(), recipe.unchanging()
         if changed := [key for key in now if before.get(key) != now[key]]:
             key = changed[0]
             raise CheckpointError(
                 f"--resume: '{key}' was {before.get(key)} in {record} and is {now[key]} now; only "
-                "'target', 'columns', 'held_back' and how a server is reached may change"
+                "'target', 'format', 'test_share' and how a server is reached may change"
             )
     elif resume and used:
         raise CheckpointError(f"--resume: {folder} holds no data set")
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(record, recipes.dump(recipe))
-
-
-def _what_counts(recipe: recipes.GenerationRecipe) -> dict[str, object]:
-    """What the rows depend on."""
-    given = recipe.model_dump(exclude={"target", "columns", "held_back", "output"})
-    given["teacher"] = {k: v for k, v in given["teacher"].items() if k not in TRANSPORT}
-    return given

@@ -19,13 +19,13 @@ from llmdistill.data.collate import PromptDataset
 from llmdistill.data.sources import read
 from llmdistill.errors import CheckpointError, DataError, RecipeError, VocabularyError
 from llmdistill.generate import generate
-from llmdistill.instruct import read_tasks
 from llmdistill.instruct.pipeline import TaskCounts
 from llmdistill.instruct.requests import Reply
+from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.publish.data_card import Outcome, data_card
 from tests import toy
 
-SHORT = {"answer": {"max_new_tokens": 12}}
+SHORT = {"answering": {"max_new_tokens": 12}}
 GENERATORS = {
     "magpie": SHORT | {"max_instruction_tokens": 12},
     "evolve": SHORT | {"max_instruction_tokens": 12},
@@ -60,17 +60,17 @@ def recipe(teacher, rows, output, kind="magpie", teacher_of=None, **changes):
     if kind == "lion":
         generator |= {"pool": rows, "student": teacher}
     given = {
-        "output": str(output), "teacher": teacher_of or {"model": teacher}, "generator": generator, "seeds": rows,
+        "output": str(output), "teacher": teacher_of or {"model": teacher}, "generator": generator, "seed_tasks": rows,
         "filters": [{"kind": "empty_or_echo"}], "target": 9, "round_size": 8, "batch_size": 4,
     }  # fmt: skip
     return recipes.build_part(recipes.GenerationRecipe, given | changes, "recipe")
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
-@pytest.mark.parametrize("columns", ["messages", "alpaca"])
-def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, columns):
+@pytest.mark.parametrize("format", ["messages", "alpaca"])
+def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, format):
     out = tmp_path / "set"
-    made = generate(recipe(teacher, rows, out, kind, columns=columns, held_back=0.3))
+    made = generate(recipe(teacher, rows, out, kind, format=format, test_share=0.3))
     assert sum(made.sizes.values()) == made.counts.kept == 9
     for split, size in made.sizes.items():
         loaded = datasets.load_dataset(str(out), split=split, cache_dir=str(tmp_path / "cache"))
@@ -113,7 +113,7 @@ def test_rows_may_join_and_leave_the_batch_as_they_end(teacher, rows, tmp_path):
     """`continuous` (generate_batch): all calls of a round are one batch."""
     drawn = {"temperature": 1.0, "continuous": True}
     made = generate(recipe(teacher, rows, tmp_path / "set", "answer", target=None, filters=[],
-        generator={"kind": "answer", "prompts": rows, "answer": {"max_new_tokens": 6, "sampling": drawn}}))  # fmt: skip
+        generator={"kind": "answer", "prompts": rows, "answering": {"max_new_tokens": 6, "sampling": drawn}}))  # fmt: skip
     assert made.counts.kept == 10
 
 
@@ -127,9 +127,9 @@ def test_rows_may_join_and_leave_the_batch_as_they_end(teacher, rows, tmp_path):
 def test_continuous_batches_have_no_log_probabilities_and_no_server(
     teacher, rows, tmp_path, changes
 ):
-    drawn = {"kind": "answer", "prompts": rows, "answer": {"sampling": {"continuous": True}}}
+    drawn = {"kind": "answer", "prompts": rows, "answering": {"sampling": {"continuous": True}}}
     given = recipe(teacher, rows, tmp_path, "answer").model_dump(exclude_none=True)
-    with pytest.raises(RecipeError, match="generator.answer.sampling.continuous"):
+    with pytest.raises(RecipeError, match="generator.answering.sampling.continuous"):
         recipes.build_part(
             recipes.GenerationRecipe, given | {"generator": drawn} | changes, "recipe"
         )
@@ -230,8 +230,8 @@ def test_what_the_page_on_recipes_shows_is_valid():
 
 
 def test_the_folder_of_a_data_set_is_its_rows_to_train_on(teacher, rows, tmp_path):
-    made = generate(recipe(teacher, rows, tmp_path / "set", held_back=0.4))
-    assert made.sizes["held"] > 0
+    made = generate(recipe(teacher, rows, tmp_path / "set", test_share=0.4))
+    assert made.sizes["test"] > 0
     assert len(list(read(str(made.folder)))) == made.sizes["train"]
 
 
@@ -306,18 +306,18 @@ def test_the_hub_is_asked_before_anything_is_written(teacher, rows, tmp_path, mo
 
 
 def test_an_unknown_key_is_named_where_it_stands(teacher, rows, tmp_path):
-    given = {"kind": "answer", "prompts": rows, "sample": 2, "answer": {}}
+    given = {"kind": "answer", "prompts": rows, "sample": 2, "answering": {}}
     with pytest.raises(RecipeError, match=r"unknown key 'generator\.sample'"):
         recipe(teacher, rows, tmp_path, generator=given)
-    given = {"kind": "answer", "prompts": rows, "answer": {"hnit": 2}}
-    with pytest.raises(RecipeError, match=r"unknown key 'generator\.answer\.hnit'"):
+    given = {"kind": "answer", "prompts": rows, "answering": {"hnit": 2}}
+    with pytest.raises(RecipeError, match=r"unknown key 'generator\.answering\.hnit'"):
         recipe(teacher, rows, tmp_path, generator=given)
 
 
 def test_a_weight_is_refused_where_it_does_nothing(teacher, rows, tmp_path):
     weighted = [{"source": rows, "weight": 2}]
     with pytest.raises(RecipeError, match="weights are for training"):
-        generate(recipe(teacher, rows, tmp_path / "set", seeds=weighted))
+        generate(recipe(teacher, rows, tmp_path / "set", seed_tasks=weighted))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_a_data_set_goes_on_and_is_not_overwritten_by_chance(teacher, rows, tmp_
     with pytest.raises(CheckpointError, match="is not empty"):
         generate(recipe(teacher, rows, parts))
     with pytest.raises(
-        CheckpointError, match="'seed' was 0 in .* and is 1 now; only 'target', 'columns'"
+        CheckpointError, match="'seed' was 0 in .* and is 1 now; only 'target', 'format'"
     ):
         generate(recipe(teacher, rows, parts, seed=1), resume=True)
     generate(recipe(teacher, rows, parts), resume=True)
@@ -408,7 +408,10 @@ def test_a_student_of_another_vocabulary_is_refused(teacher, rows, tmp_path):
         ({"filters": [{"kind": "same_result", "pattern": "("}]}, "'filters[0].pattern'"),
         ({"generator": {"kind": "answer", "prompts": []}}, "'generator.prompts'"),
         ({"generator": {"kind": "self_instruct", "examples": 1}}, "'machine_examples' are some of"),
-        ({"generator": {"kind": "alpaca", "answer": {}}}, "'answer' is for 'tasks_per_call: 1'"),
+        (
+            {"generator": {"kind": "alpaca", "answering": {}}},
+            "'answering' is for 'tasks_per_call: 1'",
+        ),
         (
             {"generator": {"kind": "answer", "prompts": "x", "best_by": "consensus"}},
             "chooses among 'samples'",
@@ -419,7 +422,7 @@ def test_a_student_of_another_vocabulary_is_refused(teacher, rows, tmp_path):
                     "kind": "answer",
                     "prompts": "x",
                     "samples": 2,
-                    "answer": {"sampling": {"temperature": 0}},
+                    "answering": {"sampling": {"temperature": 0}},
                 }
             },
             "are all the same",

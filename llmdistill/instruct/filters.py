@@ -56,10 +56,11 @@ class Truncated(Filter):
 
 
 class Blacklist(Filter):
-    """Whole words of the instruction that ask for more than text."""
+    """Whole words of the instruction that ask for more than text, by default `BLACKLIST`."""
 
-    def __init__(self, words: Sequence[str] = BLACKLIST) -> None:
-        self.pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+    def __init__(self, words: Sequence[str] | None = None) -> None:
+        alternatives = "|".join(map(re.escape, words or BLACKLIST))
+        self.pattern = re.compile(rf"\b(?:{alternatives})\b", re.IGNORECASE)
 
     def reason(self, task: Task) -> str | None:
         return "blacklisted word" if self.pattern.search(task.instruction) else None

@@ -12,11 +12,11 @@ from accelerate.utils import broadcast_object_list
 
 from llmdistill import recipe as recipes
 from llmdistill.errors import DataError
-from llmdistill.instruct import read_tasks
 from llmdistill.instruct.lion import Pools, by_divergence, by_referee, divergences, referee_gaps
 from llmdistill.instruct.records import replace_lines
 from llmdistill.instruct.requests import Asked, Request, user
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
+from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.instruct.tasks import Task
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.models.vocabulary import require_same
@@ -27,13 +27,14 @@ logger = logging.getLogger("llmdistill")
 
 
 def tell_apart(
-    recipe: recipes.GenerationRecipe, responder: LocalResponder | RemoteResponder, folder: Path
-) -> Pools | None:
-    """The tasks of `generator.pool` in two; None where the generator is not Lion."""
-    answer, record = recipe.generator, folder / "gaps.json"
-    if not isinstance(answer, recipes.LionRecipe):
-        return None
-    tasks = read_tasks(answer.pool)
+    recipe: recipes.GenerationRecipe,
+    responder: LocalResponder | RemoteResponder,
+    folder: Path,
+    section: recipes.LionRecipe,
+) -> Pools:
+    """The tasks of a section's pool in two, as gaps.json in `folder` has it, or by comparing."""
+    record = folder / "gaps.json"
+    tasks = read_tasks(section.pool)
     pool = hashlib.sha256(repr(tasks).encode()).hexdigest()[:16]
     if record.is_file():
         found = json.loads(record.read_text(encoding="utf-8"))
@@ -44,39 +45,43 @@ def tell_apart(
         gaps = found["gaps"]
     else:
         logger.info("telling hard tasks from easy ones")
-        told = [_gaps(recipe, answer, responder, tasks) if PartialState().is_main_process else None]
-        gaps = broadcast_object_list(told)[0]
-        if PartialState().is_main_process:
+        is_main = PartialState().is_main_process
+        found = [_gaps(recipe, section, responder, tasks) if is_main else None]
+        gaps = broadcast_object_list(found)[0]
+        if is_main:
             replace_lines(record, [{"pool": pool, "gaps": gaps}])
         PartialState().wait_for_everyone()
-    if answer.by == "referee":
+    if section.compare_by == "referee":
         return by_referee(gaps, tasks)
-    return by_divergence(gaps, tasks, answer.hard_share)
+    return by_divergence(gaps, tasks, section.hard_share)
 
 
 def _gaps(
     recipe: recipes.GenerationRecipe,
-    answer: recipes.LionRecipe,
+    section: recipes.LionRecipe,
     responder: LocalResponder | RemoteResponder,
     tasks: list[Task],
 ) -> list[float] | list[float | None]:
-    student = load_model(answer.student, dtype="auto")
-    size = answer.max_compared_tokens
-    if answer.by == "divergence":
-        assert isinstance(responder, LocalResponder)
+    student = LocalTeacher(
+        load_model(section.student, dtype="auto"), load_tokenizer(section.student)
+    )
+    size = section.max_compared_tokens
+    if section.compare_by == "divergence":
+        assert isinstance(responder, LocalResponder)  # such a recipe is refused with a remote one
+        teacher = responder.teacher
         require_same(
-            responder.teacher.tokenizer,
-            load_tokenizer(answer.student),
-            responder.teacher.model.get_output_embeddings().weight.shape[0],
-            student.get_output_embeddings().weight.shape[0],
+            teacher.tokenizer,
+            student.tokenizer,
+            teacher.model.get_output_embeddings().weight.shape[0],
+            student.model.get_output_embeddings().weight.shape[0],
         )
         return divergences(
-            responder.teacher, student, tasks, max_new_tokens=size, batch_size=recipe.batch_size,
+            teacher, student.model, tasks, max_new_tokens=size, batch_size=recipe.batch_size,
             chat_template_kwargs=recipe.chat_template_kwargs,
         )  # fmt: skip
     other = LocalResponder(
-        LocalTeacher(student, load_tokenizer(answer.student)), seed=recipe.seed,
-        batch_size=recipe.batch_size, chat_template_kwargs=recipe.chat_template_kwargs,
+        student, seed=recipe.seed, batch_size=recipe.batch_size,
+        chat_template_kwargs=recipe.chat_template_kwargs,
     )  # fmt: skip
     asked = [
         Asked(number, 0, 0, Request(user(task.prompt), GREEDY, size))

@@ -4,7 +4,8 @@ Reading one imports neither torch nor transformers, so a typo is found in well u
 """
 
 from llmdistill.recipe.base import Strict
-from llmdistill.recipe.generation import GenerationRecipe, LionRecipe, RemoteTeacherRecipe
+from llmdistill.recipe.generation import GenerationRecipe
+from llmdistill.recipe.generators import LionRecipe
 from llmdistill.recipe.questions import (
     ACCEPT_OPTIONS,
     AdapterOffTeacherRecipe,
@@ -26,6 +27,7 @@ from llmdistill.recipe.questions import (
     TeacherRecipe,
 )
 from llmdistill.recipe.reading import build, build_part, dump, load, load_generation, parse_yaml
+from llmdistill.recipe.remote import RemoteTeacherRecipe
 from llmdistill.recipe.schema import (
     CarveRecipe,
     DataRecipe,

@@ -7,7 +7,7 @@ builds it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -38,6 +38,12 @@ class SamplingRecipe(WarpRecipe):
 class LocalTeacherRecipe(Strict):
     """Who judges: a model on this machine."""
 
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
+    """Keys that a resumed `generate` may give anew."""
+    is_remote: ClassVar[bool] = False
+    stated_license: ClassVar[str | None] = None
+    """Its model card states the licence."""
+
     kind: Literal["local"] = "local"
     model: str
     """A Hub id, a folder, a .gguf file, or `smollm2-135m-instruct` (embedded)."""
@@ -50,6 +56,15 @@ class LocalTeacherRecipe(Strict):
     """Quantise the weights while they are read; needs the extra `quantization`."""
     offload: bool = False
     """Keep the blocks in the CPU's memory; each visits the GPU for its own pass."""
+
+    @property
+    def tokenizer_source(self) -> tuple[str, str | None]:
+        """Name and revision of its tokenizer."""
+        return self.model, self.revision
+
+    def public(self) -> LocalTeacherRecipe:
+        """The same for a card: it holds no address."""
+        return self
 
 
 class AdapterOffTeacherRecipe(Strict):

@@ -119,7 +119,7 @@ def test_two_ranks_make_the_same_data_set(tmp_path, pair, server, where):
             recipes.GenerationRecipe,
             {
                 "output": str(folder), "teacher": teacher, "target": 12,
-                "generator": {"kind": "answer", "prompts": f"{tmp_path}/rows.jsonl", "answer": {"max_new_tokens": 6}},
+                "generator": {"kind": "answer", "prompts": f"{tmp_path}/rows.jsonl", "answering": {"max_new_tokens": 6}},
                 "filters": [], "round_size": 4,
             },
             "recipe",

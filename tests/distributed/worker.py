@@ -100,8 +100,7 @@ def generating(folder: Path) -> None:
     """Calls are shared out; one rank writes."""
     loaded = recipes.load_generation(folder / "recipe.yaml")
     asked = []
-    remote = isinstance(loaded.teacher, recipes.RemoteTeacherRecipe)
-    responder = RemoteResponder if remote else LocalResponder
+    responder = RemoteResponder if loaded.teacher.is_remote else LocalResponder
     answer = responder.respond
     responder.respond = lambda self, some: asked.extend(some) or answer(self, some)
     made = generate(loaded)

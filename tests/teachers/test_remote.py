@@ -432,7 +432,7 @@ def generation(server, tmp_path, name="set", **changes):
         "\n".join(json.dumps({"instruction": f"tell of {i}", "output": "x"}) for i in range(24))
     )
     given = {
-        "output": str(tmp_path / name), "seeds": str(rows), "filters": [], "round_size": 8,
+        "output": str(tmp_path / name), "seed_tasks": str(rows), "filters": [], "round_size": 8,
         "teacher": {"kind": "remote", "model": "m", "url": server.url, "timeout": 0.5, "retries": 4},
         "generator": {"kind": "answer", "prompts": str(rows)},
     }  # fmt: skip
@@ -566,8 +566,8 @@ def test_lists_of_a_server_become_rows(server, tmp_path, kind):
             generator={"kind": kind, "tasks_per_call": 2},
             target=8,
             round_size=2,
-            columns="alpaca",
-            held_back=0,
+            format="alpaca",
+            test_share=0,
         )
     )
     rows = [json.loads(line) for line in (made.folder / "train.jsonl").read_text().splitlines()]
