@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from llmdistill import recipe as recipes
+from llmdistill import run_folder
 from llmdistill.data.render import open_user_turn
 from llmdistill.errors import CheckpointError, DataError, RecipeError
 from llmdistill.instruct.build import build_filters, build_generator, build_responder
-from llmdistill.instruct.dataset import write_splits
+from llmdistill.instruct.dataset import SPLITS, write_splits
 from llmdistill.instruct.generators import TaskGenerator
 from llmdistill.instruct.lion import Pools
 from llmdistill.instruct.pipeline import Pipeline, Settings, TaskCounts
@@ -54,39 +53,53 @@ def generate(
     """Runs a recipe to its target.
 
     A folder that is there already is only used with `resume` (go on where it stopped) or
-    `overwrite` (delete it first); else CheckpointError.
+    `overwrite` (replace it); else CheckpointError.  Nothing is written before recipe, rows and
+    teacher are loaded.  A data set that is replaced is kept as `<output>.old` until the splits of
+    the new one are written: before that, the filters may still drop every row.
     """
     folder = Path(recipe.output)
     _ranks()
     with PartialState().main_process_first():
         if PartialState().is_main_process:
-            _prepare(folder, recipe, resume=resume, overwrite=overwrite)
+            _check(folder, recipe, resume=resume, overwrite=overwrite)
+    begin = functools.cache(functools.partial(_begin, folder, recipe, overwrite=overwrite))
+    pipeline, responder = _load(recipe, folder, begin=begin, is_new=overwrite)
+    begin()
+    PartialState().wait_for_everyone()
+    pipeline.run(progress)
+    sizes: dict[str, int] = {}
+    if PartialState().is_main_process:
+        sizes = write_splits(folder, format=recipe.format, test_share=recipe.test_share)
+        counts, revision = pipeline.counts, pipeline.settings.about["revision"]
+        card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, revision))
+        replace_text(folder / "README.md", card)
+        run_folder.discard_old(folder)
+        if isinstance(responder, RemoteResponder):
+            responder.forget()
+    PartialState().wait_for_everyone()
+    return Generated(folder, sizes, pipeline.counts)
+
+
+def _load(
+    recipe: recipes.GenerationRecipe, folder: Path, *, begin: Callable[[], None], is_new: bool
+) -> tuple[Pipeline, LocalResponder | RemoteResponder]:
+    """Rows, filters, teacher and generator; only Lion's comparison begins to write in `folder`."""
     seed_tasks = read_tasks(recipe.seed_tasks)
+    filters = build_filters(recipe, seed_tasks)
     responder = build_responder(recipe, folder)
-    about: dict[str, Any] = {
+    split = functools.partial(
+        tell_apart, recipe, responder, folder=folder, begin=begin, is_new=is_new
+    )
+    generator = build_generator(recipe, seed_tasks, split)
+    about = {
         "generator": recipe.generator.kind,
         "teacher": recipe.teacher.model,
         "revision": _revision(recipe, responder),
         "sampling": _samplings(recipe),
         "seed": recipe.seed,
     }
-    pipeline = Pipeline(
-        build_generator(recipe, seed_tasks, partial(tell_apart, recipe, responder, folder)),
-        responder,
-        build_filters(recipe, seed_tasks),
-        Settings(folder, recipe.target, recipe.round_size, about),
-    )
-    pipeline.run(progress)
-    sizes: dict[str, int] = {}
-    if PartialState().is_main_process:
-        sizes = write_splits(folder, format=recipe.format, test_share=recipe.test_share)
-        counts = pipeline.counts
-        card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, about["revision"]))
-        replace_text(folder / "README.md", card)
-        if isinstance(responder, RemoteResponder):
-            responder.forget()
-    PartialState().wait_for_everyone()
-    return Generated(folder, sizes, pipeline.counts)
+    settings = Settings(folder, recipe.target, recipe.round_size, about)
+    return Pipeline(generator, responder, filters, settings), responder
 
 
 def _ranks() -> None:
@@ -155,37 +168,27 @@ def _samplings(recipe: recipes.GenerationRecipe) -> str:
     return json.dumps(drawn, sort_keys=True)
 
 
-def _prepare(
+def _check(
     folder: Path, recipe: recipes.GenerationRecipe, *, resume: bool, overwrite: bool
 ) -> None:
-    """Makes the folder, or raises CheckpointError: nothing is overwritten without being asked to,
-    and a run goes on as it was begun.
-    """
-    record = folder / "recipe.yaml"
-    # A file that was being written when the run was killed is nothing yet.
-    there = [file for file in folder.iterdir() if file.suffix != ".new"] if folder.is_dir() else []
-    if there == [record]:  # a start that failed before a word was said
-        there = []
-    used = bool(there) or (folder.exists() and not folder.is_dir())
-    if used and overwrite and not record.is_file():
-        raise CheckpointError(f"--overwrite: {folder} holds no data set, and is left alone")
-    if used and not (resume or overwrite):
+    """Raises CheckpointError if the folder may not be used like this, or its recipe changed."""
+    is_going_on = resume and run_folder.is_used(folder)
+    run_folder.check(folder, resume=is_going_on, overwrite=overwrite, noun="data set")
+    if not is_going_on:
+        return
+    record = folder / run_folder.RECORD
+    before, now = recipes.load_generation(record).unchanging(), recipe.unchanging()
+    if changed := [key for key in now if before.get(key) != now[key]]:
+        key = changed[0]
+        may_change = ", ".join(f"'{name}'" for name in recipe.MAY_CHANGE)
         raise CheckpointError(
-            f"{folder} is not empty. Go on with it (--resume), replace it (--overwrite), or choose "
-            "another folder (output=...)."
+            f"'{key}' was {before.get(key)} in {record} and is {now[key]} now; of a run that is "
+            f"resumed only {may_change} and how a server is reached may change"
         )
-    if used and overwrite:
-        for file in sorted(there, key=lambda file: file == record):  # the record last of all
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
-    elif used and resume and record.is_file():
-        before, now = recipes.load_generation(record).unchanging(), recipe.unchanging()
-        if changed := [key for key in now if before.get(key) != now[key]]:
-            key = changed[0]
-            raise CheckpointError(
-                f"--resume: '{key}' was {before.get(key)} in {record} and is {now[key]} now; only "
-                "'target', 'format', 'test_share' and how a server is reached may change"
-            )
-    elif resume and used:
-        raise CheckpointError(f"--resume: {folder} holds no data set")
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(record, recipes.dump(recipe))
+
+
+def _begin(folder: Path, recipe: recipes.GenerationRecipe, *, overwrite: bool) -> None:
+    """The run begins to write: the first rank claims the folder and records the recipe there."""
+    if PartialState().is_main_process:
+        run_folder.claim(folder, overwrite=overwrite, results=[f"{name}.jsonl" for name in SPLITS])
+        replace_text(folder / run_folder.RECORD, recipes.dump(recipe))

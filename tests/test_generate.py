@@ -17,7 +17,13 @@ from llmdistill import recipe as recipes
 from llmdistill.cli import main
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.sources import read
-from llmdistill.errors import CheckpointError, DataError, RecipeError, VocabularyError
+from llmdistill.errors import (
+    CheckpointError,
+    DataError,
+    LlmDistillError,
+    RecipeError,
+    VocabularyError,
+)
 from llmdistill.generate import generate
 from llmdistill.instruct.pipeline import TaskCounts
 from llmdistill.instruct.requests import Reply
@@ -90,23 +96,69 @@ def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, format
     assert all(json.loads(line["sampling"]) for line in lines)
 
 
-def test_an_overwriting_that_was_killed_can_be_made_again(teacher, rows, tmp_path, monkeypatch):
-    out, deleted = tmp_path / "set", []
-    generate(recipe(teacher, rows, out, target=3))
-    unlink = Path.unlink
+def files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
-    def killed(self, **options):
-        deleted.append(self.name)
-        if len(deleted) == 3:
-            raise KeyboardInterrupt
-        unlink(self, **options)
 
-    monkeypatch.setattr(Path, "unlink", killed)
-    with pytest.raises(KeyboardInterrupt):
-        generate(recipe(teacher, rows, out, target=3), overwrite=True)
-    monkeypatch.undo()
-    assert "recipe.yaml" not in deleted
-    assert generate(recipe(teacher, rows, out, target=3), overwrite=True).counts.kept == 3
+@pytest.mark.parametrize(
+    ("kind", "changes", "error"),
+    [
+        ("magpie", {"seed_tasks": "none.jsonl"}, "no such file: none.jsonl"),
+        ("magpie", {"filters": [{"kind": "contamination", "sources": "none.jsonl"}]}, "no such file: none.jsonl"),
+        ("magpie", {"teacher_of": {"model": "none/at/all"}}, "none/at/all"),
+        ("answer", {"generator": {"kind": "answer", "prompts": "none.jsonl"}}, "no such file: none.jsonl"),
+        ("answer", {"generator": {"kind": "answer", "prompts": "empty.jsonl"}}, "holds no row"),
+        ("lion", {"generator": {"kind": "lion", "pool": "none.jsonl", "student": "s"}}, "no such file: none.jsonl"),
+        ("lion", {"generator": {"kind": "lion", "pool": "seeds.jsonl", "student": "none/at/all"}}, "none/at/all"),
+    ],
+)  # fmt: skip
+def test_a_start_that_fails_leaves_the_old_data_set(
+    teacher, rows, tmp_path, monkeypatch, kind, changes, error
+):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").touch()
+    made = generate(recipe(teacher, rows, "set", target=3))
+    before = files(made.folder)
+    with pytest.raises(LlmDistillError, match=error):
+        generate(recipe(teacher, rows, "set", kind, **changes), overwrite=True)
+    assert files(made.folder) == before
+    assert not Path("set.old").exists()
+
+
+@pytest.mark.parametrize("kind", ["answer", "lion"])
+def test_the_old_data_set_is_kept_until_the_new_one_has_its_splits(
+    teacher, rows, tmp_path, monkeypatch, kind
+):
+    out, old = tmp_path / "set", tmp_path / "set.old"
+    generate(recipe(teacher, rows, out, kind, target=3))
+    before = files(out)
+    with monkeypatch.context() as patch:
+        patch.setattr("llmdistill.generate.write_splits", killed)
+        with pytest.raises(KeyboardInterrupt):
+            generate(recipe(teacher, rows, out, kind, target=4), overwrite=True)
+        with pytest.raises(KeyboardInterrupt):  # and again: the older one is worth more
+            generate(recipe(teacher, rows, out, kind, target=5), overwrite=True)
+    assert {name: files(old).get(name) for name in before} == before
+    assert "train.jsonl" not in files(out)
+    assert generate(recipe(teacher, rows, out, kind, target=5), resume=True).counts.kept == 5
+    assert not old.exists()
+    assert files(out)["train.jsonl"]
+
+
+def killed(*args, **options):
+    raise KeyboardInterrupt
+
+
+def test_what_was_told_apart_before_does_not_count_when_it_is_overwritten(
+    teacher, rows, tmp_path, monkeypatch
+):
+    """Lion's gaps.json is of the old data set, whose pool is another one."""
+    out = tmp_path / "set"
+    generate(recipe(teacher, rows, out, "lion", target=2))
+    with open(rows, "a") as file:
+        file.write('\n{"instruction": "Name a new bird.", "output": "A wren."}')
+    generate(recipe(teacher, rows, out, "lion", target=2), overwrite=True)
+    assert len(json.loads((out / "gaps.json").read_text())["gaps"]) == 11
 
 
 def test_rows_may_join_and_leave_the_batch_as_they_end(teacher, rows, tmp_path):
@@ -337,7 +389,7 @@ def test_a_data_set_goes_on_and_is_not_overwritten_by_chance(teacher, rows, tmp_
     with pytest.raises(CheckpointError, match="is not empty"):
         generate(recipe(teacher, rows, parts))
     with pytest.raises(
-        CheckpointError, match="'seed' was 0 in .* and is 1 now; only 'target', 'format'"
+        CheckpointError, match="'seed' was 0 in .* and is 1 now; .* only 'target', 'format'"
     ):
         generate(recipe(teacher, rows, parts, seed=1), resume=True)
     generate(recipe(teacher, rows, parts), resume=True)

@@ -19,7 +19,11 @@ def generate(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the data set first.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace the data set when the new one is complete.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the teacher is asked; load no model.")

@@ -83,6 +83,8 @@ class Pipeline:
         filters: Sequence[Filter],
         settings: Settings,
     ) -> None:
+        if generator.num_calls == 0:
+            raise DataError("there is nothing to ask: 'generator.prompts' holds no row")
         self.generator, self.responder, self.filters = generator, responder, filters
         self.settings = settings
         self.counts = TaskCounts()
@@ -97,8 +99,6 @@ class Pipeline:
 
         `progress` hears of each round and its seconds, and first of what was there already.
         """
-        if self.generator.num_calls == 0:
-            raise DataError("there is nothing to ask: 'generator.prompts' holds no row")
         self._take_up()
         progress(self.counts, 0.0)
         barren = 0
@@ -127,7 +127,7 @@ class Pipeline:
         if not self._is_answered:
             raise TeacherError(
                 f"the teacher answered none of {len(replies)} requests: {dict(refused)}. The first "
-                "refusals are said above. Mend what it refuses, and go on with --resume."
+                "refusals are said above. Mend what it refuses, and pass resume to go on."
             )
 
     def _is_done(self) -> bool:

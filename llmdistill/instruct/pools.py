@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import PartialState
@@ -29,14 +30,20 @@ logger = logging.getLogger("llmdistill")
 def tell_apart(
     recipe: recipes.GenerationRecipe,
     responder: LocalResponder | RemoteResponder,
-    folder: Path,
     section: recipes.LionRecipe,
+    *,
+    folder: Path,
+    begin: Callable[[], None] = lambda: None,
+    is_new: bool = False,
 ) -> Pools:
-    """The tasks of a section's pool in two, as gaps.json in `folder` has it, or by comparing."""
+    """The tasks of a section's pool in two, as gaps.json in `folder` has it, or by comparing.
+
+    A comparison calls `begin` before it asks or writes anything.  With `is_new` it is always made.
+    """
     record = folder / "gaps.json"
     tasks = read_tasks(section.pool)
     pool = hashlib.sha256(repr(tasks).encode()).hexdigest()[:16]
-    if record.is_file():
+    if record.is_file() and not is_new:
         found = json.loads(record.read_text(encoding="utf-8"))
         if found["pool"] != pool:
             raise DataError(
@@ -46,7 +53,7 @@ def tell_apart(
     else:
         logger.info("telling hard tasks from easy ones")
         is_main = PartialState().is_main_process
-        found = [_gaps(recipe, section, responder, tasks) if is_main else None]
+        found = [_gaps(recipe, section, responder, tasks, begin) if is_main else None]
         gaps = broadcast_object_list(found)[0]
         if is_main:
             replace_lines(record, [{"pool": pool, "gaps": gaps}])
@@ -61,6 +68,7 @@ def _gaps(
     section: recipes.LionRecipe,
     responder: LocalResponder | RemoteResponder,
     tasks: list[Task],
+    begin: Callable[[], None],
 ) -> list[float] | list[float | None]:
     student = LocalTeacher(
         load_model(section.student, dtype="auto"), load_tokenizer(section.student)
@@ -75,6 +83,7 @@ def _gaps(
             teacher.model.get_output_embeddings().weight.shape[0],
             student.model.get_output_embeddings().weight.shape[0],
         )
+        begin()
         return divergences(
             teacher, student.model, tasks, max_new_tokens=size, batch_size=recipe.batch_size,
             chat_template_kwargs=recipe.chat_template_kwargs,
@@ -83,6 +92,7 @@ def _gaps(
         student, seed=recipe.seed, batch_size=recipe.batch_size,
         chat_template_kwargs=recipe.chat_template_kwargs,
     )  # fmt: skip
+    begin()
     asked = [
         Asked(number, 0, 0, Request(user(task.prompt), GREEDY, size))
         for number, task in enumerate(tasks)

@@ -66,8 +66,8 @@ def prepare_push(name: str) -> HfApi:
         private = api.dataset_info(name).private
     if not private:
         raise CheckpointError(
-            f"--push: {name} is a public data set, and nothing is published by chance. Make it "
-            "private first, or take another name."
+            f"{name} is a public data set on the Hub, and nothing is published by chance. Make it "
+            "private first, or push to another name."
         )
     return api
 
@@ -78,9 +78,9 @@ def _clear_errors(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # no network, not logged in, no right to write there
         raise CheckpointError(
-            f"--push: cannot use {name} on the Hub: {type(error).__name__}: {error}. Log in with "
-            "'hf auth login', or leave --push out: what is made stays in its folder, and "
-            "--resume --push uploads it."
+            f"cannot use {name} on the Hub: {type(error).__name__}: {error}. Log in with 'hf auth "
+            "login', or do not push: what is made stays in its folder. Later, pass resume and pass "
+            "push to upload it."
         ) from error
 
 

@@ -236,8 +236,8 @@ class RemoteTeacher:
                 await asyncio.sleep(max(wait, pause * random.uniform(0.5, 1.0)))
         raise TeacherError(
             f"{self.url} gave no usable reply in {self.retries + 1} attempts; the last: "
-            f"{wrong[:500]} Does it run, and is its address right? What was recorded is kept: go "
-            "on with --resume once it is well."
+            f"{wrong[:500]} Does it run, and is its address right? What was recorded is kept: pass "
+            "resume to go on once it is well."
         )
 
     async def _ask(self, client: Any, question: Question) -> Any:
