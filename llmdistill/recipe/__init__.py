@@ -26,7 +26,15 @@ from llmdistill.recipe.questions import (
     Schedule,
     TeacherRecipe,
 )
-from llmdistill.recipe.reading import build, build_part, dump, load, load_generation, parse_yaml
+from llmdistill.recipe.reading import (
+    build,
+    build_part,
+    command_of,
+    dump,
+    load,
+    load_generation,
+    parse_yaml,
+)
 from llmdistill.recipe.remote import RemoteTeacherRecipe
 from llmdistill.recipe.schema import (
     CarveRecipe,
@@ -70,6 +78,7 @@ __all__ = [
     "TeacherRecipe",
     "build",
     "build_part",
+    "command_of",
     "dump",
     "load",
     "load_generation",
