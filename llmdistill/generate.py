@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from llmdistill import recipe as recipes
+from llmdistill import run_folder
 from llmdistill.data.render import open_user_turn
 from llmdistill.errors import CheckpointError, DataError, RecipeError
-from llmdistill.instruct import build_filters, build_generator, read_tasks
-from llmdistill.instruct.dataset import write_splits
+from llmdistill.instruct.build import build_filters, build_generator, build_responder
+from llmdistill.instruct.dataset import SPLITS, write_splits
 from llmdistill.instruct.generators import TaskGenerator
 from llmdistill.instruct.lion import Pools
-from llmdistill.instruct.pipeline import Counts, Pipeline, Settings
+from llmdistill.instruct.pipeline import Pipeline, Settings, TaskCounts
 from llmdistill.instruct.pools import tell_apart
 from llmdistill.instruct.records import replace_text
 from llmdistill.instruct.requests import Reply, Request
-from llmdistill.instruct.writers import LocalWriter, RemoteWriter
+from llmdistill.instruct.responders import LocalResponder, RemoteResponder
+from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.models.load import load_tokenizer, revision_of
 from llmdistill.publish.data_card import Outcome, data_card
-from llmdistill.teachers.build import load_teacher
-from llmdistill.teachers.remote import RemoteTeacher
 
 RANKS_WAIT = timedelta(hours=6)
-TRANSPORT = ("url", "key_from", "concurrency", "timeout", "retries", "per_minute", "license")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Generated:
 
     folder: Path
     sizes: dict[str, int]
-    counts: Counts
+    counts: TaskCounts
 
 
 def generate(
@@ -50,44 +48,58 @@ def generate(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Callable[[Counts, float], None] = lambda counts, seconds: None,
+    progress: Callable[[TaskCounts, float], None] = lambda counts, seconds: None,
 ) -> Generated:
     """Runs a recipe to its target.
 
     A folder that is there already is only used with `resume` (go on where it stopped) or
-    `overwrite` (delete it first); else CheckpointError.
+    `overwrite` (replace it); else CheckpointError.  Nothing is written before recipe, rows and
+    teacher are loaded.  A data set that is replaced is kept as `<output>.old` until the splits of
+    the new one are written: before that, the filters may still drop every row.
     """
     folder = Path(recipe.output)
     _ranks()
     with PartialState().main_process_first():
         if PartialState().is_main_process:
-            _prepare(folder, recipe, resume=resume, overwrite=overwrite)
-    seeds = read_tasks(recipe.seeds)
-    writer = build_writer(recipe, folder)
-    about: dict[str, Any] = {
-        "generator": recipe.generator.kind,
-        "teacher": recipe.teacher.model,
-        "revision": _revision(recipe, writer),
-        "sampling": json.dumps(_samplings(recipe), sort_keys=True),
-        "seed": recipe.seed,
-    }
-    pipeline = Pipeline(
-        build_generator(recipe, seeds, tell_apart(recipe, writer, folder)),
-        writer,
-        build_filters(recipe, seeds),
-        Settings(folder, recipe.target, recipe.round_size, about),
-    )
+            _check(folder, recipe, resume=resume, overwrite=overwrite)
+    begin = functools.cache(functools.partial(_begin, folder, recipe, overwrite=overwrite))
+    pipeline, responder = _load(recipe, folder, begin=begin, is_new=overwrite)
+    begin()
+    PartialState().wait_for_everyone()
     pipeline.run(progress)
     sizes: dict[str, int] = {}
     if PartialState().is_main_process:
-        sizes = write_splits(folder, columns=recipe.columns, held_back=recipe.held_back)
-        counts = pipeline.counts
-        card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, about["revision"]))
+        sizes = write_splits(folder, format=recipe.format, test_share=recipe.test_share)
+        counts, revision = pipeline.counts, pipeline.settings.about["revision"]
+        card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, revision))
         replace_text(folder / "README.md", card)
-        if isinstance(writer, RemoteWriter):
-            writer.forget()
+        run_folder.discard_old(folder)
+        if isinstance(responder, RemoteResponder):
+            responder.forget()
     PartialState().wait_for_everyone()
     return Generated(folder, sizes, pipeline.counts)
+
+
+def _load(
+    recipe: recipes.GenerationRecipe, folder: Path, *, begin: Callable[[], None], is_new: bool
+) -> tuple[Pipeline, LocalResponder | RemoteResponder]:
+    """Rows, filters, teacher and generator; only Lion's comparison begins to write in `folder`."""
+    seed_tasks = read_tasks(recipe.seed_tasks)
+    filters = build_filters(recipe, seed_tasks)
+    responder = build_responder(recipe, folder)
+    split = functools.partial(
+        tell_apart, recipe, responder, folder=folder, begin=begin, is_new=is_new
+    )
+    generator = build_generator(recipe, seed_tasks, split)
+    about = {
+        "generator": recipe.generator.kind,
+        "teacher": recipe.teacher.model,
+        "revision": _revision(recipe, responder),
+        "sampling": _samplings(recipe),
+        "seed": recipe.seed,
+    }
+    settings = Settings(folder, recipe.target, recipe.round_size, about)
+    return Pipeline(generator, responder, filters, settings), responder
 
 
 def _ranks() -> None:
@@ -100,39 +112,22 @@ def _ranks() -> None:
         )
 
 
-def build_writer(
-    recipe: recipes.GenerationRecipe, folder: Path | None = None
-) -> LocalWriter | RemoteWriter:
-    """Who replies; what a server said is recorded in `folder` as it comes."""
-    answer, seed = recipe.teacher, recipe.seed
-    common: dict[str, Any] = {
-        "scored": recipe.is_scored,
-        "chat_template_kwargs": recipe.chat_template_kwargs,
-    }
-    if isinstance(answer, recipes.RemoteTeacherRecipe):
-        options = answer.model_dump(exclude={"kind", "revision", "tokenizer", "license"})
-        if answer.per_minute is not None:
-            options["per_minute"] = answer.per_minute / PartialState().num_processes
-        known = load_tokenizer(answer.tokenizer) if answer.tokenizer else None
-        remote = RemoteTeacher(tokenizer=known, **common, **options)
-        return RemoteWriter(remote, seed=seed, record=folder)
-    return LocalWriter(load_teacher(answer), seed=seed, batch_size=recipe.batch_size, **common)
-
-
-def _revision(recipe: recipes.GenerationRecipe, writer: LocalWriter | RemoteWriter) -> str:
+def _revision(recipe: recipes.GenerationRecipe, responder: LocalResponder | RemoteResponder) -> str:
     """The teacher's, as exactly as it is known."""
     found = ""
-    if isinstance(writer, LocalWriter):
-        found = revision_of(writer.teacher.model, recipe.teacher.model)
+    if isinstance(responder, LocalResponder):
+        found = revision_of(responder.teacher.model, recipe.teacher.model)
     return found or recipe.teacher.revision or ""
 
 
 def planned(recipe: recipes.GenerationRecipe) -> TaskGenerator:
     """The generator, before any model is loaded; which tasks are hard is not known yet."""
-    pools = None
-    if isinstance(recipe.generator, recipes.LionRecipe):
-        pools = Pools(*[read_tasks(recipe.generator.pool)] * 2)
-    return build_generator(recipe, read_tasks(recipe.seeds), pools)
+
+    def unsplit(section: recipes.LionRecipe) -> Pools:
+        tasks = read_tasks(section.pool)
+        return Pools(hard=tasks, easy=tasks)
+
+    return build_generator(recipe, read_tasks(recipe.seed_tasks), unsplit)
 
 
 def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> list[str]:
@@ -156,64 +151,44 @@ def _filled(recipe: recipes.GenerationRecipe, request: Request) -> str:
     """
     teacher = recipe.teacher
     if request.turn == "user":
-        if isinstance(teacher, recipes.RemoteTeacherRecipe):
-            assert teacher.tokenizer is not None  # such a recipe is refused without one
-            tokenizer = load_tokenizer(teacher.tokenizer)
-        else:
-            tokenizer = load_tokenizer(teacher.model, revision=teacher.revision)
+        assert teacher.tokenizer_source is not None  # such a recipe is refused without one
+        name, revision = teacher.tokenizer_source
+        tokenizer = load_tokenizer(name, revision=revision)
         ids = open_user_turn(tokenizer, recipe.chat_template_kwargs)
         return f"{tokenizer.decode(ids)}..."
     asked = [f"[{message['role']}]\n{message['content']}" for message in request.messages]
-    start = "" if isinstance(teacher, recipes.RemoteTeacherRecipe) else request.start
+    start = "" if teacher.is_remote else request.start
     return "\n".join([*asked, f"[{request.turn}]\n{start}..."])
 
 
-def _samplings(recipe: recipes.GenerationRecipe) -> dict[str, object]:
-    """How replies are drawn: the sampling of what is asked first, and how it is answered."""
-    given = recipe.generator.model_dump(mode="json")
-    drawn = {"sampling": given.get("sampling")}
-    drawn["answer"] = (given.get("answer") or {}).get("sampling")
-    return {name: how for name, how in drawn.items() if how is not None}
+def _samplings(recipe: recipes.GenerationRecipe) -> str:
+    """How replies are drawn, as JSON."""
+    samplings = recipe.generator.samplings
+    drawn = {name: sampling.model_dump(mode="json") for name, sampling in samplings.items()}
+    return json.dumps(drawn, sort_keys=True)
 
 
-def _prepare(
+def _check(
     folder: Path, recipe: recipes.GenerationRecipe, *, resume: bool, overwrite: bool
 ) -> None:
-    """Makes the folder, or raises CheckpointError: nothing is overwritten without being asked to,
-    and a run goes on as it was begun.
-    """
-    record = folder / "recipe.yaml"
-    # A file that was being written when the run was killed is nothing yet.
-    there = [file for file in folder.iterdir() if file.suffix != ".new"] if folder.is_dir() else []
-    if there == [record]:  # a start that failed before a word was said
-        there = []
-    used = bool(there) or (folder.exists() and not folder.is_dir())
-    if used and overwrite and not record.is_file():
-        raise CheckpointError(f"--overwrite: {folder} holds no data set, and is left alone")
-    if used and not (resume or overwrite):
+    """Raises CheckpointError if the folder may not be used like this, or its recipe changed."""
+    is_going_on = resume and run_folder.is_used(folder)
+    run_folder.check(folder, resume=is_going_on, overwrite=overwrite, noun="data set")
+    if not is_going_on:
+        return
+    record = folder / run_folder.RECORD
+    before, now = recipes.load_generation(record).unchanging(), recipe.unchanging()
+    if changed := [key for key in now if before.get(key) != now[key]]:
+        key = changed[0]
+        may_change = ", ".join(f"'{name}'" for name in recipe.MAY_CHANGE)
         raise CheckpointError(
-            f"{folder} is not empty. Go on with it (--resume), replace it (--overwrite), or choose "
-            "another folder (output=...)."
+            f"'{key}' was {before.get(key)} in {record} and is {now[key]} now; of a run that is "
+            f"resumed only {may_change} and how a server is reached may change"
         )
-    if used and overwrite:
-        for file in sorted(there, key=lambda file: file == record):  # the record last of all
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
-    elif used and resume and record.is_file():
-        before, now = _what_counts(recipes.load_generation(record)), _what_counts(recipe)
-        if changed := [key for key in now if before.get(key) != now[key]]:
-            key = changed[0]
-            raise CheckpointError(
-                f"--resume: '{key}' was {before.get(key)} in {record} and is {now[key]} now; only "
-                "'target', 'columns', 'held_back' and how a server is reached may change"
-            )
-    elif resume and used:
-        raise CheckpointError(f"--resume: {folder} holds no data set")
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(record, recipes.dump(recipe))
 
 
-def _what_counts(recipe: recipes.GenerationRecipe) -> dict[str, object]:
-    """What the rows depend on."""
-    given = recipe.model_dump(exclude={"target", "columns", "held_back", "output"})
-    given["teacher"] = {k: v for k, v in given["teacher"].items() if k not in TRANSPORT}
-    return given
+def _begin(folder: Path, recipe: recipes.GenerationRecipe, *, overwrite: bool) -> None:
+    """The run begins to write: the first rank claims the folder and records the recipe there."""
+    if PartialState().is_main_process:
+        run_folder.claim(folder, overwrite=overwrite, results=[f"{name}.jsonl" for name in SPLITS])
+        replace_text(folder / run_folder.RECORD, recipes.dump(recipe))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from llmdistill import recipe as recipes
+from llmdistill import run_folder
 from llmdistill.data.build import build_rows
 from llmdistill.data.collate import EncodedRows, PromptDataset, collate, sample_text
 from llmdistill.data.render import same_template
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llmdistill")
 
 RANKS_WAIT = 6 * 3600  # seconds: the first rank measures while the others wait
+RESULTS = ("student", "checkpoints/checkpoint-*")  # what makes a run worth keeping
 CARVE_ROWS = 48  # rows of training text on which the layers' influence is measured
 
 
@@ -80,15 +81,16 @@ class Result:
 def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Result:
     """Runs a recipe to its end.
 
-    A folder that is there already is only used with `resume` (go on from its newest checkpoint) or
-    `overwrite` (delete it first); else CheckpointError.
+    A folder that is there already is only used with `resume` (continue from its newest checkpoint)
+    or `overwrite` (replace it); else CheckpointError.  What the recipe names is loaded before the
+    folder is touched, and an old run is deleted when the new one has a checkpoint or a student.
     """
     folder = Path(recipe.output)
     arguments = training_arguments(recipe, folder, resume=resume)
     with PartialState().main_process_first():
         if PartialState().is_main_process:
-            _prepare_folder(folder, resume=resume, overwrite=overwrite)
-            (folder / "recipe.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
+            run_folder.check(folder, resume=resume, overwrite=overwrite)
+    checkpoint = _newest_checkpoint(folder) if resume else None
     tokenizer = load_student_tokenizer(recipe)
     if recipe.generate is not None:
         logger.info("making the data set %s", recipe.generate.output)
@@ -96,29 +98,39 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     train, held = load_data(recipe, tokenizer)
     teacher, student = load_pair(recipe, tokenizer, train)
     evaluation = _evaluation(recipe, teacher, held)
-
     before: Measurement | None = None
     reference: PromptDataset | None = None
     if evaluation is not None:
         logger.info("measuring the student before training")
         before, reference = evaluation.measure(student), evaluation.teacher_text()
     trainer = build_trainer(recipe, arguments, teacher, student, tokenizer, train, reference)
+    _begin(recipe, folder, overwrite=overwrite)
     for callback in _callbacks(recipe, folder):
         trainer.add_callback(callback)
     if isinstance(train, PromptDataset):
         logger.info("training on %d rows (of the data: %s)", len(train), train.counts)
-    trainer.train(resume_from_checkpoint=_newest_checkpoint(folder) if resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.export_student(folder / "student")
     result = Result(folder)
     if PartialState().is_main_process:
         if evaluation is not None and before is not None:
             result = _write_evaluation(folder, evaluation, before, evaluation.measure(student))
+        run_folder.discard_old(folder)
         trainer.model_card = model_card(recipe, result.evaluation)
         (result.student / "README.md").write_text(trainer.model_card, encoding="utf-8")
     PartialState().wait_for_everyone()
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return result
+
+
+def _begin(recipe: Recipe, folder: Path, *, overwrite: bool) -> None:
+    """Makes the run folder, on the first rank while the others wait."""
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            run_folder.claim(folder, overwrite=overwrite, results=RESULTS)
+            record = folder / run_folder.RECORD
+            record.write_text(recipes.dump(recipe), encoding="utf-8")
 
 
 def _write_evaluation(
@@ -258,30 +270,21 @@ def build_trainer(
 
 
 def _callbacks(recipe: Recipe, folder: Path) -> list[TrainerCallback]:
-    callbacks = [MetricsFile(folder / "metrics.jsonl"), ProgressBar()]
+    callbacks = [MetricsFile(folder / "metrics.jsonl"), ProgressBar(), OldRun(folder)]
     if recipe.evaluate.patience is not None:
         callbacks.append(EarlyStoppingCallback(recipe.evaluate.patience))
     return callbacks
 
 
-def _prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes the run folder, or raises CheckpointError: no run is overwritten without being asked
-    to.
-    """
-    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if resume:
-        if not (folder / "recipe.yaml").is_file():
-            raise CheckpointError(f"--resume: {folder} holds no run")
-    elif used and not overwrite:
-        raise CheckpointError(
-            f"{folder} is not empty. Go on with it (--resume), replace it (--overwrite), or choose "
-            "another folder (output=...)."
-        )
-    elif used:
-        if not (folder / "recipe.yaml").is_file():
-            raise CheckpointError(f"--overwrite: {folder} holds no run, and is left alone")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+class OldRun(TrainerCallback):
+    """Deletes the run that was overwritten once there is a checkpoint of the new one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            run_folder.discard_old(self.folder)
 
 
 def _newest_checkpoint(folder: Path) -> str:
@@ -291,6 +294,6 @@ def _newest_checkpoint(folder: Path) -> str:
     newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if newest is None:
         raise CheckpointError(
-            f"--resume: no checkpoint in {checkpoints}; start anew with --overwrite"
+            f"there is no checkpoint in {checkpoints} to resume from; pass overwrite to start again"
         )
     return newest

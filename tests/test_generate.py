@@ -17,15 +17,21 @@ from llmdistill import recipe as recipes
 from llmdistill.cli import main
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.sources import read
-from llmdistill.errors import CheckpointError, DataError, RecipeError, VocabularyError
+from llmdistill.errors import (
+    CheckpointError,
+    DataError,
+    LlmDistillError,
+    RecipeError,
+    VocabularyError,
+)
 from llmdistill.generate import generate
-from llmdistill.instruct import read_tasks
-from llmdistill.instruct.pipeline import Counts
+from llmdistill.instruct.pipeline import TaskCounts
 from llmdistill.instruct.requests import Reply
+from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.publish.data_card import Outcome, data_card
 from tests import toy
 
-SHORT = {"answer": {"max_new_tokens": 12}}
+SHORT = {"answering": {"max_new_tokens": 12}}
 GENERATORS = {
     "magpie": SHORT | {"max_instruction_tokens": 12},
     "evolve": SHORT | {"max_instruction_tokens": 12},
@@ -60,17 +66,17 @@ def recipe(teacher, rows, output, kind="magpie", teacher_of=None, **changes):
     if kind == "lion":
         generator |= {"pool": rows, "student": teacher}
     given = {
-        "output": str(output), "teacher": teacher_of or {"model": teacher}, "generator": generator, "seeds": rows,
+        "output": str(output), "teacher": teacher_of or {"model": teacher}, "generator": generator, "seed_tasks": rows,
         "filters": [{"kind": "empty_or_echo"}], "target": 9, "round_size": 8, "batch_size": 4,
     }  # fmt: skip
     return recipes.build_part(recipes.GenerationRecipe, given | changes, "recipe")
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
-@pytest.mark.parametrize("columns", ["messages", "alpaca"])
-def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, columns):
+@pytest.mark.parametrize("format", ["messages", "alpaca"])
+def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, format):
     out = tmp_path / "set"
-    made = generate(recipe(teacher, rows, out, kind, columns=columns, held_back=0.3))
+    made = generate(recipe(teacher, rows, out, kind, format=format, test_share=0.3))
     assert sum(made.sizes.values()) == made.counts.kept == 9
     for split, size in made.sizes.items():
         loaded = datasets.load_dataset(str(out), split=split, cache_dir=str(tmp_path / "cache"))
@@ -90,30 +96,76 @@ def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, column
     assert all(json.loads(line["sampling"]) for line in lines)
 
 
-def test_an_overwriting_that_was_killed_can_be_made_again(teacher, rows, tmp_path, monkeypatch):
-    out, deleted = tmp_path / "set", []
-    generate(recipe(teacher, rows, out, target=3))
-    unlink = Path.unlink
+def files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
-    def killed(self, **options):
-        deleted.append(self.name)
-        if len(deleted) == 3:
-            raise KeyboardInterrupt
-        unlink(self, **options)
 
-    monkeypatch.setattr(Path, "unlink", killed)
-    with pytest.raises(KeyboardInterrupt):
-        generate(recipe(teacher, rows, out, target=3), overwrite=True)
-    monkeypatch.undo()
-    assert "recipe.yaml" not in deleted
-    assert generate(recipe(teacher, rows, out, target=3), overwrite=True).counts.kept == 3
+@pytest.mark.parametrize(
+    ("kind", "changes", "error"),
+    [
+        ("magpie", {"seed_tasks": "none.jsonl"}, "no such file: none.jsonl"),
+        ("magpie", {"filters": [{"kind": "contamination", "sources": "none.jsonl"}]}, "no such file: none.jsonl"),
+        ("magpie", {"teacher_of": {"model": "none/at/all"}}, "none/at/all"),
+        ("answer", {"generator": {"kind": "answer", "prompts": "none.jsonl"}}, "no such file: none.jsonl"),
+        ("answer", {"generator": {"kind": "answer", "prompts": "empty.jsonl"}}, "holds no row"),
+        ("lion", {"generator": {"kind": "lion", "pool": "none.jsonl", "student": "s"}}, "no such file: none.jsonl"),
+        ("lion", {"generator": {"kind": "lion", "pool": "seeds.jsonl", "student": "none/at/all"}}, "none/at/all"),
+    ],
+)  # fmt: skip
+def test_a_start_that_fails_leaves_the_old_data_set(
+    teacher, rows, tmp_path, monkeypatch, kind, changes, error
+):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").touch()
+    made = generate(recipe(teacher, rows, "set", target=3))
+    before = files(made.folder)
+    with pytest.raises(LlmDistillError, match=error):
+        generate(recipe(teacher, rows, "set", kind, **changes), overwrite=True)
+    assert files(made.folder) == before
+    assert not Path("set.old").exists()
+
+
+@pytest.mark.parametrize("kind", ["answer", "lion"])
+def test_the_old_data_set_is_kept_until_the_new_one_has_its_splits(
+    teacher, rows, tmp_path, monkeypatch, kind
+):
+    out, old = tmp_path / "set", tmp_path / "set.old"
+    generate(recipe(teacher, rows, out, kind, target=3))
+    before = files(out)
+    with monkeypatch.context() as patch:
+        patch.setattr("llmdistill.generate.write_splits", killed)
+        with pytest.raises(KeyboardInterrupt):
+            generate(recipe(teacher, rows, out, kind, target=4), overwrite=True)
+        with pytest.raises(KeyboardInterrupt):  # and again: the older one is worth more
+            generate(recipe(teacher, rows, out, kind, target=5), overwrite=True)
+    assert {name: files(old).get(name) for name in before} == before
+    assert "train.jsonl" not in files(out)
+    assert generate(recipe(teacher, rows, out, kind, target=5), resume=True).counts.kept == 5
+    assert not old.exists()
+    assert files(out)["train.jsonl"]
+
+
+def killed(*args, **options):
+    raise KeyboardInterrupt
+
+
+def test_what_was_told_apart_before_does_not_count_when_it_is_overwritten(
+    teacher, rows, tmp_path, monkeypatch
+):
+    """Lion's gaps.json is of the old data set, whose pool is another one."""
+    out = tmp_path / "set"
+    generate(recipe(teacher, rows, out, "lion", target=2))
+    with open(rows, "a") as file:
+        file.write('\n{"instruction": "Name a new bird.", "output": "A wren."}')
+    generate(recipe(teacher, rows, out, "lion", target=2), overwrite=True)
+    assert len(json.loads((out / "gaps.json").read_text())["gaps"]) == 11
 
 
 def test_rows_may_join_and_leave_the_batch_as_they_end(teacher, rows, tmp_path):
     """`continuous` (generate_batch): all calls of a round are one batch."""
     drawn = {"temperature": 1.0, "continuous": True}
     made = generate(recipe(teacher, rows, tmp_path / "set", "answer", target=None, filters=[],
-        generator={"kind": "answer", "prompts": rows, "answer": {"max_new_tokens": 6, "sampling": drawn}}))  # fmt: skip
+        generator={"kind": "answer", "prompts": rows, "answering": {"max_new_tokens": 6, "sampling": drawn}}))  # fmt: skip
     assert made.counts.kept == 10
 
 
@@ -127,9 +179,9 @@ def test_rows_may_join_and_leave_the_batch_as_they_end(teacher, rows, tmp_path):
 def test_continuous_batches_have_no_log_probabilities_and_no_server(
     teacher, rows, tmp_path, changes
 ):
-    drawn = {"kind": "answer", "prompts": rows, "answer": {"sampling": {"continuous": True}}}
+    drawn = {"kind": "answer", "prompts": rows, "answering": {"sampling": {"continuous": True}}}
     given = recipe(teacher, rows, tmp_path, "answer").model_dump(exclude_none=True)
-    with pytest.raises(RecipeError, match="generator.answer.sampling.continuous"):
+    with pytest.raises(RecipeError, match="generator.answering.sampling.continuous"):
         recipes.build_part(
             recipes.GenerationRecipe, given | {"generator": drawn} | changes, "recipe"
         )
@@ -230,8 +282,8 @@ def test_what_the_page_on_recipes_shows_is_valid():
 
 
 def test_the_folder_of_a_data_set_is_its_rows_to_train_on(teacher, rows, tmp_path):
-    made = generate(recipe(teacher, rows, tmp_path / "set", held_back=0.4))
-    assert made.sizes["held"] > 0
+    made = generate(recipe(teacher, rows, tmp_path / "set", test_share=0.4))
+    assert made.sizes["test"] > 0
     assert len(list(read(str(made.folder)))) == made.sizes["train"]
 
 
@@ -239,7 +291,7 @@ def test_a_row_without_an_answer_is_never_kept(teacher, rows, tmp_path, monkeypa
     def silent(self, asked):
         return [Reply(" " if one.call % 2 else "Well.") for one in asked]
 
-    monkeypatch.setattr("llmdistill.instruct.writers.LocalWriter.write", silent)
+    monkeypatch.setattr("llmdistill.instruct.responders.LocalResponder.respond", silent)
     made = generate(
         recipe(
             teacher,
@@ -251,7 +303,7 @@ def test_a_row_without_an_answer_is_never_kept(teacher, rows, tmp_path, monkeypa
             generator={"kind": "answer", "prompts": rows},
         )
     )
-    assert made.counts == Counts(5, Counter({"empty answer": 5}))
+    assert made.counts == TaskCounts(5, Counter({"empty answer": 5}))
 
 
 def test_prompts_without_a_row_are_an_error(teacher, rows, tmp_path):
@@ -306,18 +358,18 @@ def test_the_hub_is_asked_before_anything_is_written(teacher, rows, tmp_path, mo
 
 
 def test_an_unknown_key_is_named_where_it_stands(teacher, rows, tmp_path):
-    given = {"kind": "answer", "prompts": rows, "sample": 2, "answer": {}}
+    given = {"kind": "answer", "prompts": rows, "sample": 2, "answering": {}}
     with pytest.raises(RecipeError, match=r"unknown key 'generator\.sample'"):
         recipe(teacher, rows, tmp_path, generator=given)
-    given = {"kind": "answer", "prompts": rows, "answer": {"hnit": 2}}
-    with pytest.raises(RecipeError, match=r"unknown key 'generator\.answer\.hnit'"):
+    given = {"kind": "answer", "prompts": rows, "answering": {"hnit": 2}}
+    with pytest.raises(RecipeError, match=r"unknown key 'generator\.answering\.hnit'"):
         recipe(teacher, rows, tmp_path, generator=given)
 
 
 def test_a_weight_is_refused_where_it_does_nothing(teacher, rows, tmp_path):
     weighted = [{"source": rows, "weight": 2}]
     with pytest.raises(RecipeError, match="weights are for training"):
-        generate(recipe(teacher, rows, tmp_path / "set", seeds=weighted))
+        generate(recipe(teacher, rows, tmp_path / "set", seed_tasks=weighted))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +389,7 @@ def test_a_data_set_goes_on_and_is_not_overwritten_by_chance(teacher, rows, tmp_
     with pytest.raises(CheckpointError, match="is not empty"):
         generate(recipe(teacher, rows, parts))
     with pytest.raises(
-        CheckpointError, match="'seed' was 0 in .* and is 1 now; only 'target', 'columns'"
+        CheckpointError, match="'seed' was 0 in .* and is 1 now; .* only 'target', 'format'"
     ):
         generate(recipe(teacher, rows, parts, seed=1), resume=True)
     generate(recipe(teacher, rows, parts), resume=True)
@@ -408,7 +460,10 @@ def test_a_student_of_another_vocabulary_is_refused(teacher, rows, tmp_path):
         ({"filters": [{"kind": "same_result", "pattern": "("}]}, "'filters[0].pattern'"),
         ({"generator": {"kind": "answer", "prompts": []}}, "'generator.prompts'"),
         ({"generator": {"kind": "self_instruct", "examples": 1}}, "'machine_examples' are some of"),
-        ({"generator": {"kind": "alpaca", "answer": {}}}, "'answer' is for 'tasks_per_call: 1'"),
+        (
+            {"generator": {"kind": "alpaca", "answering": {}}},
+            "'answering' is for 'tasks_per_call: 1'",
+        ),
         (
             {"generator": {"kind": "answer", "prompts": "x", "best_by": "consensus"}},
             "chooses among 'samples'",
@@ -419,7 +474,7 @@ def test_a_student_of_another_vocabulary_is_refused(teacher, rows, tmp_path):
                     "kind": "answer",
                     "prompts": "x",
                     "samples": 2,
-                    "answer": {"sampling": {"temperature": 0}},
+                    "answering": {"sampling": {"temperature": 0}},
                 }
             },
             "are all the same",

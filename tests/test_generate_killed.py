@@ -23,13 +23,13 @@ RECIPE = {
         "kind": "answer",
         "prompts": "seeds.jsonl",
         "samples": 2,
-        "answer": {"max_new_tokens": 8},
+        "answering": {"max_new_tokens": 8},
     },
-    "seeds": "seeds.jsonl",
+    "seed_tasks": "seeds.jsonl",
     "filters": [{"kind": "empty_or_echo"}, {"kind": "near_duplicates"}],
     "round_size": 4,
     "batch_size": 8,
-    "held_back": 0.2,
+    "test_share": 0.2,
 }
 
 
@@ -76,7 +76,7 @@ def test_a_data_set_is_the_same_after_twenty_kills(tmp_path):
     assert in_child(whole)
     seconds = time.perf_counter() - start
     expected = contents(whole)
-    assert {"README.md", "recipe.yaml", "train.jsonl", "train.parquet", "held.parquet"} <= set(
+    assert {"README.md", "recipe.yaml", "train.jsonl", "train.parquet", "test.parquet"} <= set(
         expected
     )
     draw, kills, runs = random.Random(0), 0, 0

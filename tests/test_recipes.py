@@ -61,7 +61,7 @@ def test_all_recipes_that_generate_are_found():
 def test_makes_two_rows_with_a_toy_teacher(path, pair, data):
     """Toys write no words and no lists: filters are left out, and what Alpaca asks is answered."""
     if path.stem in ("alpaca", "alpaca_cpu"):
-        kind = f"generator={{kind: answer, prompts: {data}/train.jsonl, answer: {{max_new_tokens: 6}}}}"
+        kind = f"generator={{kind: answer, prompts: {data}/train.jsonl, answering: {{max_new_tokens: 6}}}}"
         overrides = [f"teacher={{model: {pair[0]}}}", kind]
         given = recipes.load_generation(path)
         more = "17 more tasks" if path.stem == "alpaca" else "one more task"
@@ -69,12 +69,12 @@ def test_makes_two_rows_with_a_toy_teacher(path, pair, data):
     elif path.stem == "answers":
         overrides = [
             f"teacher.model={pair[0]}",
-            "generator.answer.max_new_tokens=6",
+            "generator.answering.max_new_tokens=6",
             "teacher.dtype=float32",
         ]
         overrides.append(f"generator.prompts={data}/train.jsonl")
     else:
-        overrides = [f"teacher.model={pair[0]}", "generator.answer.max_new_tokens=6"]
+        overrides = [f"teacher.model={pair[0]}", "generator.answering.max_new_tokens=6"]
         overrides += ["generator.max_instruction_tokens=400", "teacher.dtype=float32"]
     if path.stem == "lion":
         overrides += [f"generator.student={pair[1]}", "generator.max_compared_tokens=4"]
@@ -122,10 +122,10 @@ def test_runs_two_steps_on_a_toy_pair(path, pair, data):
 
 
 def made_by_a_toy(teacher: str, data: Path) -> str:
-    generator = f"{{kind: answer, prompts: {data}/train.jsonl, answer: {{max_new_tokens: 6}}}}"
+    generator = f"{{kind: answer, prompts: {data}/train.jsonl, answering: {{max_new_tokens: 6}}}}"
     return (
         f"{{output: {data}/set, teacher: {{model: {teacher}}}, generator: {generator}, "
-        "filters: [], target: 8, held_back: 0.0}"
+        "filters: [], target: 8, test_share: 0.0}"
     )
 
 

@@ -26,6 +26,9 @@ for command in (train, generate, evaluate, carve, check, env):
     app.command()(command)
 app.add_typer(recipes, name="recipes")
 
+# How options are spelled here.  The library says "pass resume", which is right for Python, too.
+FLAGS = {"resume": "--resume", "overwrite": "--overwrite", "push": "--push"}
+
 
 def main() -> None:
     """Runs a command.  What a user can mend ends with exit code 2, a broken run with 1; no
@@ -34,5 +37,11 @@ def main() -> None:
     try:
         app()
     except LlmDistillError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {error}{_flags(str(error))}", file=sys.stderr)
         sys.exit(1 if isinstance(error, TrainingError) else 2)
+
+
+def _flags(message: str) -> str:
+    """A line with the flags of the options that a message says to pass; "" if it names none."""
+    named = [flag for option, flag in FLAGS.items() if f"pass {option}" in message.lower()]
+    return f"\n(On the command line: {', '.join(named)}.)" if named else ""

@@ -8,7 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from llmdistill.instruct.generators import TaskGenerator
-    from llmdistill.instruct.pipeline import Counts
+    from llmdistill.instruct.pipeline import TaskCounts
     from llmdistill.recipe import GenerationRecipe
 
 
@@ -19,7 +19,11 @@ def generate(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the data set first.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace the data set when the new one is complete.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the teacher is asked; load no model.")
@@ -67,7 +71,7 @@ def _run(recipe: GenerationRecipe, *, resume: bool, overwrite: bool, push: str |
     if push and is_main:
         prepare_push(push)  # before hours of writing, not after them
 
-    def progress(counts: Counts, seconds: float) -> None:
+    def progress(counts: TaskCounts, seconds: float) -> None:
         nonlocal spent, there
         spent += seconds
         if not seconds:
@@ -104,7 +108,7 @@ def _estimate(generator: TaskGenerator, target: int | None) -> str:
     )
 
 
-def _line(counts: Counts, target: int | None, new: int, seconds: float) -> str:
+def _line(counts: TaskCounts, target: int | None, new: int, seconds: float) -> str:
     """Rows so far, speed, share kept, time left, and why tasks were dropped; `new` rows took
     `seconds`.
     """

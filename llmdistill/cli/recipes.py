@@ -30,6 +30,7 @@ def copy_recipe(
     ] = None,
 ) -> None:
     """Copy a recipe, to change it."""
+    from llmdistill import recipe
     from llmdistill.errors import RecipeError
     from llmdistill.recipe.facts import close_to
 
@@ -41,7 +42,8 @@ def copy_recipe(
         raise RecipeError(f"{path} is there already; name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(shipped[name].read_bytes())
-    print(f"{path}: train with `llmdistill train {path}`")
+    command = recipe.command_of(recipe.parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+    print(f"{path}: run it with `llmdistill {command} {path}`")
 
 
 def _shipped() -> dict[str, Path]:

@@ -32,26 +32,30 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str], pattern: str) -> float:
-    r"""Share of answers whose result is the reference's, in [0, 1].
+    """Share of answers whose result is the reference's, in [0, 1]; `result_of` finds it.
 
-    The result is the last match of `pattern`, its first group where it has one, without thousands
-    commas and a closing full stop: `#### (-?[\d,.]+)` is GSM8K's.  Raises DataError for a
-    reference that has none.
+    Raises DataError for a reference that has none.
     """
-    expected = [_result(reference, pattern) for reference in references]
+    expected = [result_of(reference, pattern) for reference in references]
     if None in expected:
         row = expected.index(None)
         raise DataError(
             f"evaluate.answer_pattern: nothing in the reference of evaluation row {row} matches "
             f"{pattern!r}: {references[row][-80:]!r}"
         )
-    found = [_result(answer, pattern) for answer in answers]
+    found = [result_of(answer, pattern) for answer in answers]
     return sum(a == b for a, b in zip(found, expected, strict=True)) / max(len(expected), 1)
 
 
-def _result(text: str, pattern: str) -> str | None:
+def result_of(text: str, pattern: str) -> str | None:
+    r"""The result that a text states: the last match of `pattern`, by its group if it has one.
+
+    Commas and a closing full stop are removed: `#### (-?[\d,.]+)` reads GSM8K's numbers.  None if
+    nothing matches.
+    """
     matches = list(re.finditer(pattern, text))
     if not matches:
         return None
     last = matches[-1]
-    return (last[1] if last.re.groups else last[0]).replace(",", "").rstrip(".").strip()
+    found = last[1] if last.re.groups else last[0]
+    return None if found is None else found.replace(",", "").strip().rstrip(".").rstrip()

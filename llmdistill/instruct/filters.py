@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llmdistill.evaluation.text import result_of
 from llmdistill.instruct.similarity import RougePool
 from llmdistill.instruct.tasks import Task
 
@@ -21,7 +22,7 @@ BLACKLIST = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
     *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
 )
-SHORT = 4  # words; fewer stand in many texts by chance
+MIN_MATCHED_WORDS = 4  # fewer stand in many texts by chance
 
 
 class Filter(ABC):
@@ -55,10 +56,11 @@ class Truncated(Filter):
 
 
 class Blacklist(Filter):
-    """Whole words of the instruction that ask for more than text."""
+    """Whole words of the instruction that ask for more than text, by default `BLACKLIST`."""
 
-    def __init__(self, words: Sequence[str] = BLACKLIST) -> None:
-        self.pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+    def __init__(self, words: Sequence[str] | None = None) -> None:
+        alternatives = "|".join(map(re.escape, words or BLACKLIST))
+        self.pattern = re.compile(rf"\b(?:{alternatives})\b", re.IGNORECASE)
 
     def reason(self, task: Task) -> str | None:
         return "blacklisted word" if self.pattern.search(task.instruction) else None
@@ -165,12 +167,12 @@ class NearDuplicates(Filter):
 
 class Contamination(Filter):
     """Shares a run of `ngram` words with a text of an evaluation set, or holds all of a shorter
-    text of `SHORT` words or more.  Questions and answers are texts of their own.
+    text of `MIN_MATCHED_WORDS` or more.  Questions and answers are texts of their own.
     """
 
     def __init__(self, texts: Iterable[str], ngram: int = 10) -> None:
         runs = {run: run.count(" ") + 1 for text in texts for run in _runs(text, ngram)}
-        self.runs = {run for run, words in runs.items() if words >= min(SHORT, ngram)}
+        self.runs = {run for run, words in runs.items() if words >= min(MIN_MATCHED_WORDS, ngram)}
         self.lengths = sorted({runs[run] for run in self.runs})
 
     def reason(self, task: Task) -> str | None:
@@ -193,20 +195,16 @@ class Language(Filter):
 
 
 class SameResult(Filter):
-    """The result in the answer is the reference's: the last match of a pattern, as for maths."""
+    """The result in the answer is the reference's, as `result_of` finds it (for maths)."""
 
     def __init__(self, pattern: str) -> None:
-        self.pattern = re.compile(pattern)
+        self.pattern = pattern
 
     def reason(self, task: Task) -> str | None:
         if task.reference is None:
             return None
-        found, expected = self._result(task.output), self._result(task.reference)
+        found, expected = (result_of(t, self.pattern) for t in (task.output, task.reference))
         return None if found is not None and found == expected else "another result"
-
-    def _result(self, text: str) -> str | None:
-        matches = self.pattern.findall(text)
-        return matches[-1].replace(",", "").strip(" .$") if matches else None
 
 
 class Perplexity(Filter):

@@ -20,12 +20,12 @@ from llmdistill.data.formats import Example
 from llmdistill.data.render import render
 from llmdistill.evaluation.agreement import judge, row_kl
 from llmdistill.instruct import prompts
-from llmdistill.instruct.pipeline import Asked, Writer
-from llmdistill.instruct.requests import Reply, Request, user
+from llmdistill.instruct.requests import Asked, Reply, Request, user
+from llmdistill.instruct.responders import Responder
 from llmdistill.instruct.tasks import Task
 from llmdistill.models.heads import eval_mode
 from llmdistill.models.vocabulary import num_tokens
-from llmdistill.sampling import Draw, Sampling
+from llmdistill.sampling import GREEDY, Draw, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 HARD_BY = 1.0  # points of the referee
 REFEREE = Sampling(temperature=0.2)
-GREEDY = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,10 @@ def divergences(
 
 
 def referee_gaps(
-    writer: Writer, tasks: Sequence[Task], teachers: Sequence[Reply], students: Sequence[Reply]
+    responder: Responder,
+    tasks: Sequence[Task],
+    teachers: Sequence[Reply],
+    students: Sequence[Reply],
 ) -> list[float | None]:
     """The teacher's mean score less the student's; None where one did not answer, or the referee
     gave no two numbers.
@@ -98,7 +100,7 @@ def referee_gaps(
         for number, (task, pair) in enumerate(zip(tasks, pairs, strict=True))
         for place, (first, second) in enumerate((pair, pair[::-1]))
     ]
-    scores = [_scores(reply.text) for reply in writer.write(asked)]
+    scores = [_scores(reply.text) for reply in responder.respond(asked)]
     gaps: list[float | None] = []
     for pair, first, swapped in zip(pairs, scores[::2], scores[1::2], strict=True):
         if first is None or swapped is None or any(reply.refused for reply in pair):

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -32,27 +32,12 @@ from llmdistill.instruct.records import (
     read_whole_lines,
     replace_lines,
 )
-from llmdistill.instruct.requests import Reply, Request
+from llmdistill.instruct.requests import Asked, Reply, Request
+from llmdistill.instruct.responders import Responder
 from llmdistill.instruct.tasks import Task
 
 ALWAYS = (EmptyAnswer(),)  # no data set takes such a row
 BARREN_ROUNDS = 20  # after so many without a row a run without an end stops
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request with what its randomness is keyed by: the call, its stage, the place there."""
-
-    call: int
-    stage: int
-    place: int
-    request: Request
-
-
-class Writer(Protocol):
-    """Who replies: `writers.py`."""
-
-    def write(self, asked: Sequence[Asked]) -> list[Reply]: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +51,7 @@ class Made:
 
 
 @dataclass
-class Counts:
+class TaskCounts:
     """What became of the tasks so far; `variants` counts the kept ones by how they were made."""
 
     kept: int = 0
@@ -89,29 +74,31 @@ class Settings:
 
 
 class Pipeline:
-    """Runs a generator against a writer; filters decide in the order of the calls."""
+    """Runs a generator against a responder; filters decide in the order of the calls."""
 
     def __init__(
         self,
         generator: TaskGenerator,
-        writer: Writer,
+        responder: Responder,
         filters: Sequence[Filter],
         settings: Settings,
     ) -> None:
-        self.generator, self.writer, self.filters = generator, writer, filters
+        if generator.num_calls == 0:
+            raise DataError("there is nothing to ask: 'generator.prompts' holds no row")
+        self.generator, self.responder, self.filters = generator, responder, filters
         self.settings = settings
-        self.counts = Counts()
+        self.counts = TaskCounts()
         self._kept: list[Task] = []
         self._next_call = 0
         self._is_answered = False
 
-    def run(self, progress: Callable[[Counts, float], None] = lambda counts, seconds: None) -> None:
+    def run(
+        self, progress: Callable[[TaskCounts, float], None] = lambda counts, seconds: None
+    ) -> None:
         """Until the target is met or the generator is done.
 
         `progress` hears of each round and its seconds, and first of what was there already.
         """
-        if self.generator.num_calls == 0:
-            raise DataError("there is nothing to ask: 'generator.prompts' holds no row")
         self._take_up()
         progress(self.counts, 0.0)
         barren = 0
@@ -140,7 +127,7 @@ class Pipeline:
         if not self._is_answered:
             raise TeacherError(
                 f"the teacher answered none of {len(replies)} requests: {dict(refused)}. The first "
-                "refusals are said above. Mend what it refuses, and go on with --resume."
+                "refusals are said above. Mend what it refuses, and pass resume to go on."
             )
 
     def _is_done(self) -> bool:
@@ -161,7 +148,7 @@ class Pipeline:
         state = PartialState()
         share = -(-len(numbers) // state.num_processes)
         own = numbers[state.process_index * share : (state.process_index + 1) * share]
-        made = exchange(self.generator, self.writer, own, self._kept)
+        made = exchange(self.generator, self.responder, own, self._kept)
         return gather_object(made) if state.num_processes > 1 else made
 
     def _keep(self, made: Sequence[Made]) -> None:
@@ -286,12 +273,15 @@ class Recorded:
     def __init__(self, said: Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
         self.said = said
 
-    def write(self, asked: Sequence[Asked]) -> list[Reply]:
+    def respond(self, asked: Sequence[Asked]) -> list[Reply]:
         return [Reply(**self.said[one.call][one.stage][one.place]) for one in asked]
 
 
 def exchange(
-    generator: TaskGenerator, writer: Writer, numbers: Sequence[int], machine: Sequence[Task]
+    generator: TaskGenerator,
+    responder: Responder,
+    numbers: Sequence[int],
+    machine: Sequence[Task],
 ) -> list[Made]:
     """Makes these calls side by side: what they ask at the same stage is written together."""
     calls = {number: generator.call(number, machine) for number in numbers}
@@ -315,7 +305,7 @@ def exchange(
             for number, requests in asking.items()
             for place, request in enumerate(requests)
         ]
-        replies = iter(writer.write(asked))
+        replies = iter(responder.respond(asked))
         for number, requests in list(asking.items()):
             asked_text[number] += map(repr, requests)
             said[number].append([next(replies) for _ in requests])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import PartialState
@@ -12,38 +13,38 @@ from accelerate.utils import broadcast_object_list
 
 from llmdistill import recipe as recipes
 from llmdistill.errors import DataError
-from llmdistill.instruct import read_tasks
-from llmdistill.instruct.lion import (
-    GREEDY,
-    Pools,
-    by_divergence,
-    by_referee,
-    divergences,
-    referee_gaps,
-)
-from llmdistill.instruct.pipeline import Asked
+from llmdistill.instruct.lion import Pools, by_divergence, by_referee, divergences, referee_gaps
 from llmdistill.instruct.records import replace_lines
-from llmdistill.instruct.requests import Request, user
+from llmdistill.instruct.requests import Asked, Request, user
+from llmdistill.instruct.responders import LocalResponder, RemoteResponder
+from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.instruct.tasks import Task
-from llmdistill.instruct.writers import LocalWriter, RemoteWriter
 from llmdistill.models.heads import num_rows
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.models.vocabulary import require_same
+from llmdistill.sampling import GREEDY
 from llmdistill.teachers.local import LocalTeacher
 
 logger = logging.getLogger("llmdistill")
 
 
 def tell_apart(
-    recipe: recipes.GenerationRecipe, writer: LocalWriter | RemoteWriter, folder: Path
-) -> Pools | None:
-    """The tasks of `generator.pool` in two; None where the generator is not Lion."""
-    answer, record = recipe.generator, folder / "gaps.json"
-    if not isinstance(answer, recipes.LionRecipe):
-        return None
-    tasks = read_tasks(answer.pool)
+    recipe: recipes.GenerationRecipe,
+    responder: LocalResponder | RemoteResponder,
+    section: recipes.LionRecipe,
+    *,
+    folder: Path,
+    begin: Callable[[], None] = lambda: None,
+    is_new: bool = False,
+) -> Pools:
+    """The tasks of a section's pool in two, as gaps.json in `folder` has it, or by comparing.
+
+    A comparison calls `begin` before it asks or writes anything.  With `is_new` it is always made.
+    """
+    record = folder / "gaps.json"
+    tasks = read_tasks(section.pool)
     pool = hashlib.sha256(repr(tasks).encode()).hexdigest()[:16]
-    if record.is_file():
+    if record.is_file() and not is_new:
         found = json.loads(record.read_text(encoding="utf-8"))
         if found["pool"] != pool:
             raise DataError(
@@ -52,42 +53,49 @@ def tell_apart(
         gaps = found["gaps"]
     else:
         logger.info("telling hard tasks from easy ones")
-        told = [_gaps(recipe, answer, writer, tasks) if PartialState().is_main_process else None]
-        gaps = broadcast_object_list(told)[0]
-        if PartialState().is_main_process:
+        is_main = PartialState().is_main_process
+        found = [_gaps(recipe, section, responder, tasks, begin) if is_main else None]
+        gaps = broadcast_object_list(found)[0]
+        if is_main:
             replace_lines(record, [{"pool": pool, "gaps": gaps}])
         PartialState().wait_for_everyone()
-    if answer.by == "referee":
+    if section.compare_by == "referee":
         return by_referee(gaps, tasks)
-    return by_divergence(gaps, tasks, answer.hard_share)
+    return by_divergence(gaps, tasks, section.hard_share)
 
 
 def _gaps(
     recipe: recipes.GenerationRecipe,
-    answer: recipes.LionRecipe,
-    writer: LocalWriter | RemoteWriter,
+    section: recipes.LionRecipe,
+    responder: LocalResponder | RemoteResponder,
     tasks: list[Task],
+    begin: Callable[[], None],
 ) -> list[float] | list[float | None]:
-    student = load_model(answer.student, dtype="auto")
-    size = answer.max_compared_tokens
-    if answer.by == "divergence":
-        assert isinstance(writer, LocalWriter)
+    student = LocalTeacher(
+        load_model(section.student, dtype="auto"), load_tokenizer(section.student)
+    )
+    size = section.max_compared_tokens
+    if section.compare_by == "divergence":
+        assert isinstance(responder, LocalResponder)  # such a recipe is refused with a remote one
+        teacher = responder.teacher
         require_same(
-            writer.teacher.tokenizer,
-            load_tokenizer(answer.student),
-            num_rows(writer.teacher.model),
-            num_rows(student),
+            teacher.tokenizer,
+            student.tokenizer,
+            num_rows(teacher.model),
+            num_rows(student.model),
         )
+        begin()
         return divergences(
-            writer.teacher, student, tasks, max_new_tokens=size, batch_size=recipe.batch_size,
+            teacher, student.model, tasks, max_new_tokens=size, batch_size=recipe.batch_size,
             chat_template_kwargs=recipe.chat_template_kwargs,
         )  # fmt: skip
-    other = LocalWriter(
-        LocalTeacher(student, load_tokenizer(answer.student)), seed=recipe.seed,
-        batch_size=recipe.batch_size, chat_template_kwargs=recipe.chat_template_kwargs,
+    other = LocalResponder(
+        student, seed=recipe.seed, batch_size=recipe.batch_size,
+        chat_template_kwargs=recipe.chat_template_kwargs,
     )  # fmt: skip
+    begin()
     asked = [
         Asked(number, 0, 0, Request(user(task.prompt), GREEDY, size))
         for number, task in enumerate(tasks)
     ]
-    return referee_gaps(writer, tasks, writer.write(asked), other.write(asked))
+    return referee_gaps(responder, tasks, responder.respond(asked), other.respond(asked))

@@ -29,6 +29,16 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A request with what its randomness is keyed by: the call, its stage, the place there."""
+
+    call: int
+    stage: int
+    place: int
+    request: Request
+
+
+@dataclass(frozen=True)
 class Reply:
     """The text, and whether the limit of new tokens cut it off.
 

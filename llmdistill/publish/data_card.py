@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmdistill import recipe as recipes
 from llmdistill.data.sources import hub_name
@@ -21,7 +21,12 @@ RECORDS = (
     *("calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json", "spoken-*.jsonl", "*.new"),
     "recipe.yaml",  # holds paths and addresses of whoever made it; the card shows it without
 )
-SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
+SIZE_CATEGORIES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+)
 INTENDED = """## Intended use
 
 Training and distilling language models. What a language model wrote here was not checked by people:
@@ -61,8 +66,8 @@ def prepare_push(name: str) -> HfApi:
         private = api.dataset_info(name).private
     if not private:
         raise CheckpointError(
-            f"--push: {name} is a public data set, and nothing is published by chance. Make it "
-            "private first, or take another name."
+            f"{name} is a public data set on the Hub, and nothing is published by chance. Make it "
+            "private first, or push to another name."
         )
     return api
 
@@ -73,9 +78,9 @@ def _clear_errors(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # no network, not logged in, no right to write there
         raise CheckpointError(
-            f"--push: cannot use {name} on the Hub: {type(error).__name__}: {error}. Log in with "
-            "'hf auth login', or leave --push out: what is made stays in its folder, and "
-            "--resume --push uploads it."
+            f"cannot use {name} on the Hub: {type(error).__name__}: {error}. Log in with 'hf auth "
+            "login', or do not push: what is made stays in its folder. Later, pass resume and pass "
+            "push to upload it."
         ) from error
 
 
@@ -85,7 +90,7 @@ def _upload(api: HfApi, folder: Path, name: str) -> None:
         repo_type="dataset",
         folder_path=str(folder),
         ignore_patterns=list(RECORDS),
-        delete_patterns=["train.*", "held.*"],  # a split that is no more
+        delete_patterns=["train.*", "test.*", "held.*"],  # splits that are no more
     )
 
 
@@ -94,8 +99,8 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
     from huggingface_hub import DatasetCardData
 
     terms = _license(recipe)
-    stated = terms if terms and not _given(recipe) else None
-    languages = [code for f in recipe.filters if f.kind == "language" for code in f.languages]
+    stated = terms if terms and not recipe.generator.has_given_prompts else None
+    languages = [code for one in recipe.filters for code in one.kept_languages]
     files = [{"split": name, "path": f"{name}.parquet"} for name in outcome.sizes]
     data = DatasetCardData(
         license=stated or "other",
@@ -123,30 +128,21 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
     )
 
 
-def _given(recipe: recipes.GenerationRecipe) -> bool:
-    """Are the questions somebody else's?"""
-    return recipe.generator.kind in ("answer", "rewrite")
-
-
 def _license(recipe: recipes.GenerationRecipe) -> str | None:
     """The teacher's; the name of a model on a server is no name on the Hub."""
-    if isinstance(recipe.teacher, recipes.RemoteTeacherRecipe):
-        return recipe.teacher.license
-    return license_of(recipe.teacher.model)
+    teacher = recipe.teacher
+    return teacher.stated_license if teacher.is_remote else license_of(teacher.model)
 
 
 def _public(recipe: recipes.GenerationRecipe) -> recipes.GenerationRecipe:
     """Without the folders and addresses of whoever ran it."""
-    changes: dict[str, Any] = {"output": Path(recipe.output).name}
-    if isinstance(recipe.teacher, recipes.RemoteTeacherRecipe):
-        url = recipes.RemoteTeacherRecipe.model_fields["url"].default
-        changes["teacher"] = recipe.teacher.model_copy(update={"url": url})
+    changes = {"output": Path(recipe.output).name, "teacher": recipe.teacher.public()}
     return recipe.model_copy(update=changes)
 
 
 def _size(rows: int) -> str:
     """The Hub's name for a number of rows."""
-    return next((name for bound, name in SIZES if rows < bound), "n>1M")
+    return next((name for bound, name in SIZE_CATEGORIES if rows < bound), "n>1M")
 
 
 def _origin(recipe: recipes.GenerationRecipe, terms: str | None, revision: str) -> str:
@@ -155,7 +151,8 @@ def _origin(recipe: recipes.GenerationRecipe, terms: str | None, revision: str) 
         if terms
         else "The teacher's licence could not be read: look it up before you share this."
     )
-    written = "Answers to given prompts" if _given(recipe) else "Instructions and answers"
+    given = recipe.generator.has_given_prompts
+    written = "Answers to given prompts" if given else "Instructions and answers"
     return (
         f"{written}, written by a language model, with "
         f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n"
@@ -168,10 +165,8 @@ def _origin(recipe: recipes.GenerationRecipe, terms: str | None, revision: str) 
 
 def _material(recipe: recipes.GenerationRecipe) -> str:
     """The rows that were shown or asked, with the licences that their cards state."""
-    answer = recipe.generator
-    shown_ones = () if answer.kind == "magpie" else recipe.seeds
-    sources = getattr(answer, "prompts", None) or getattr(answer, "pool", None) or shown_ones
-    listed = [f"`{shown(Path(one.source).name)}`{_terms(one.source)}" for one in sources]
+    names = [one.source for one in recipe.sources]
+    listed = [f"`{shown(Path(name).name)}`{_terms(name)}" for name in names]
     return ", ".join(listed) or "nothing but the teacher's chat template"
 
 
@@ -186,7 +181,7 @@ def _terms(source: str) -> str:
 def _rows(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
     lines = ["| split | rows |", "|---|---|"]
     lines += [f"| {name} | {size} |" for name, size in outcome.sizes.items()]
-    columns = "`messages`" if recipe.columns == "messages" else "`instruction`, `input`, `output`"
+    columns = "`messages`" if recipe.format == "messages" else "`instruction`, `input`, `output`"
     kept, dropped = sum(outcome.sizes.values()), sum(outcome.dropped.values())
     reasons = sorted(outcome.dropped.items(), key=lambda item: -item[1])
     why = ", ".join(f"{reason} {number}" for reason, number in reasons) or "none"
@@ -195,7 +190,7 @@ def _rows(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
         "## Rows\n\n" + "\n".join(lines) + f"\n\nColumns: {columns}, and `id`, `variant`, "
         "`generator`, `teacher`, `revision`, `sampling`, `seed`, `prompt_hash`: where each row "
         "comes from. `id` is the call and the place in it; with `seed` it keys what was drawn. "
-        f"About {recipe.held_back:.0%} of the questions, by a hash of their text, are in `held`."
+        f"About {recipe.test_share:.0%} of the questions, by a hash of their text, are in `test`."
         "\n\n"
         f"Of {kept + dropped} tasks {kept} were kept. Dropped: {shown(why)}."
         + (f" Kept, by variant: {shown(ways)}." if ways else "")

@@ -5,14 +5,24 @@ section answers for itself: code outside this package asks it, and does not look
 """
 
 from llmdistill.recipe.base import Strict
-from llmdistill.recipe.generation import GenerationRecipe, LionRecipe, RemoteTeacherRecipe
+from llmdistill.recipe.generation import GenerationRecipe
+from llmdistill.recipe.generators import LionRecipe
 from llmdistill.recipe.objectives import (
     CrossEntropyRecipe,
     HiddenRecipe,
     ObjectiveRecipe,
     ResponseRecipe,
 )
-from llmdistill.recipe.reading import build, build_part, dump, load, load_generation, parse_yaml
+from llmdistill.recipe.reading import (
+    build,
+    build_part,
+    command_of,
+    dump,
+    load,
+    load_generation,
+    parse_yaml,
+)
+from llmdistill.recipe.remote import RemoteTeacherRecipe
 from llmdistill.recipe.rollouts import (
     FixedRecipe,
     InterleavedRecipe,
@@ -65,6 +75,7 @@ __all__ = [
     "TeacherRecipe",
     "build",
     "build_part",
+    "command_of",
     "dump",
     "load",
     "load_generation",

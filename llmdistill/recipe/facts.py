@@ -32,7 +32,7 @@ OWNED = {
     "remove_unused_columns": "nothing: it is always off",
     "eval_strategy": "evaluate.every_steps",
     "eval_steps": "evaluate.every_steps",
-    "resume_from_checkpoint": "the option --resume",
+    "resume_from_checkpoint": "the option 'resume' of `distill` and of `llmdistill train`",
     "hub_token": "`hf auth login` or HF_TOKEN: keys do not belong into a recipe",
 }
 REFUSED = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,12 +28,25 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with overrides `dotted.path=value`.  RecipeError says what is
     wrong.
     """
-    return build(_read(path, overrides), str(path))
+    data = _read(path, overrides)
+    if command_of(data) == "generate":
+        raise RecipeError(f"{path}: this recipe makes a data set: use llmdistill generate")
+    return build(data, str(path))
 
 
 def load_generation(path: str | Path, overrides: Sequence[str] = ()) -> GenerationRecipe:
     """The same for a recipe of `llmdistill generate`."""
-    return build_part(GenerationRecipe, _read(path, overrides), str(path))
+    data = _read(path, overrides)
+    if command_of(data) == "train":
+        raise RecipeError(f"{path}: this recipe trains a student: use llmdistill train")
+    return build_part(GenerationRecipe, data, str(path))
+
+
+def command_of(data: Mapping[str, Any]) -> str | None:
+    """The command that runs a recipe, generate or train; None if its keys do not tell."""
+    if "generator" in data:
+        return "generate"
+    return "train" if "student" in data else None
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:

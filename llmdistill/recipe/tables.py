@@ -186,7 +186,7 @@ def _keywords(path: str, function: ast.FunctionDef) -> dict[str, Parameter]:
     }
 
 
-FACTORIES = {"dict": {}, "list": []}
+FACTORIES: dict[str, Any] = {"dict": {}, "list": []}
 
 
 def _default(path: str, node: ast.expr | None) -> Any:

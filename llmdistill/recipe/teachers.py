@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Discriminator, Tag
 
@@ -47,6 +47,12 @@ class TeacherSection(Strict):
 class LocalTeacherRecipe(TeacherSection):
     """Who judges: a model on this machine."""
 
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
+    """Keys that a resumed `generate` may give again with other values."""
+    is_remote: ClassVar[bool] = False
+    stated_license: ClassVar[str | None] = None
+    """None: its model card states the licence."""
+
     kind: Literal["local"] = "local"
     model: str
     """A Hub id, a folder, a .gguf file, or `smollm2-135m-instruct` (embedded)."""
@@ -70,6 +76,15 @@ class LocalTeacherRecipe(TeacherSection):
 
     def source(self, student: StudentRecipe) -> tuple[str, str | None]:
         return self.model, self.revision
+
+    @property
+    def tokenizer_source(self) -> tuple[str, str | None]:
+        """Name and revision of its tokenizer."""
+        return self.model, self.revision
+
+    def public(self) -> LocalTeacherRecipe:
+        """The same for a card: it holds no address."""
+        return self
 
 
 class AdapterOffTeacherRecipe(TeacherSection):

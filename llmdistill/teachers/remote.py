@@ -34,8 +34,8 @@ LONGEST_PAUSE = 30.0  # seconds between two attempts
 LONGEST_WAIT = 300.0  # where the server itself asks for it
 NO_KEY = "none"  # the client insists on one; servers of one's own do not
 TRY_AGAIN = (408, 409, 425, 429)  # and all from 500 on
-REFUSED = (400, 413, 422)  # this request, and perhaps no other
-REFUSAL = "refused by the server"
+REFUSED_STATUS = (400, 413, 422)  # this request, and perhaps no other
+REFUSED_BY_SERVER = "refused by the server"
 HINTS = {
     401: ". Name the variable that holds your key in teacher.key_from.",
     403: ". Name the variable that holds your key in teacher.key_from.",
@@ -220,9 +220,9 @@ class RemoteTeacher:
                 wrong = f"{type(error).__name__}: {error}"
             except openai.APIStatusError as error:
                 wrong = f"HTTP {error.status_code}: {error.message}"
-                if error.status_code in REFUSED:
+                if error.status_code in REFUSED_STATUS:
                     self._say_once(f"{self.url} refuses a request: {wrong[:500]}")
-                    return Spoken("", refused=REFUSAL)
+                    return Spoken("", refused=REFUSED_BY_SERVER)
                 if error.status_code not in TRY_AGAIN and error.status_code < 500:
                     hint = HINTS.get(error.status_code, "")
                     raise TeacherError(f"{self.url} refuses: {wrong[:500]}{hint}") from error
@@ -236,8 +236,8 @@ class RemoteTeacher:
                 await asyncio.sleep(max(wait, pause * random.uniform(0.5, 1.0)))
         raise TeacherError(
             f"{self.url} gave no usable reply in {self.retries + 1} attempts; the last: "
-            f"{wrong[:500]} Does it run, and is its address right? What was recorded is kept: go "
-            "on with --resume once it is well."
+            f"{wrong[:500]} Does it run, and is its address right? What was recorded is kept: pass "
+            "resume to go on once it is well."
         )
 
     async def _ask(self, client: Any, question: Question) -> Any:
@@ -308,7 +308,7 @@ def _spoken(reply: Any, *, scored: bool) -> Spoken:
     text = getattr(message, "content", None) if message else getattr(choice, "text", None)
     reason = getattr(choice, "finish_reason", None)
     if reason == "content_filter" or getattr(message, "refusal", None):
-        return Spoken("", refused=REFUSAL)
+        return Spoken("", refused=REFUSED_BY_SERVER)
     if not isinstance(text, str) or reason not in ("stop", "length"):
         raise ValueError(f"text {str(text)[:40]!r}, finish_reason {reason!r}")
     text.encode()  # half a character of two: ValueError

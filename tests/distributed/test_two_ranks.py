@@ -111,7 +111,7 @@ def test_two_ranks_make_the_same_data_set(tmp_path, pair, server, where):
     made = [
         build_generation({
             "output": str(folder), "teacher": teacher, "target": 12,
-            "generator": {"kind": "answer", "prompts": str(rows), "answer": {"max_new_tokens": 6}},
+            "generator": {"kind": "answer", "prompts": str(rows), "answering": {"max_new_tokens": 6}},
             "filters": [], "round_size": 4,
         })
         for folder in folders

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from llmdistill import recipe as recipes
 from llmdistill.errors import NonFiniteLossError
 from llmdistill.generate import generate
-from llmdistill.instruct.writers import LocalWriter, RemoteWriter
+from llmdistill.instruct.responders import LocalResponder, RemoteResponder
 from llmdistill.models.layers import decoder_layers
 from llmdistill.objectives.build import build_objective
 from llmdistill.objectives.features import HiddenObjective
@@ -105,10 +105,9 @@ def generating(folder: Path) -> None:
     """Calls are shared out; one rank writes."""
     loaded = recipes.load_generation(folder / "recipe.yaml")
     asked = []
-    remote = isinstance(loaded.teacher, recipes.RemoteTeacherRecipe)
-    writer = RemoteWriter if remote else LocalWriter
-    answer = writer.write
-    writer.write = lambda self, some: asked.extend(some) or answer(self, some)
+    responder = RemoteResponder if loaded.teacher.is_remote else LocalResponder
+    answer = responder.respond
+    responder.respond = lambda self, some: asked.extend(some) or answer(self, some)
     made = generate(loaded)
     assert made.counts.kept == 12
     assert {one.call % 4 // 2 for one in asked} == {dist.get_rank()}  # rounds of 4, two each

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llmdistill.errors import DataError
-from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
+from llmdistill.evaluation.text import exact_match, repeated_ngrams, result_of, rouge_l
+from tests.evaluation.results import RESULTS
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,11 @@ def test_rouge_l_is_the_mean_over_answers():
 def test_rouge_l_wants_a_reference_for_each():
     with pytest.raises(ValueError, match="shorter"):
         rouge_l(["a", "b"], ["a"])
+
+
+@pytest.mark.parametrize(("text", "pattern", "result"), RESULTS)
+def test_the_result_that_a_text_states(text, pattern, result):
+    assert result_of(text, pattern) == result
 
 
 GSM8K = r"#### (-?[\d,.]+)"

@@ -6,6 +6,7 @@ import pytest
 
 from llmdistill.instruct import filters
 from llmdistill.instruct.tasks import Task
+from tests.evaluation.results import RESULTS
 
 GOOD = Task(
     "Explain why the sea is blue.", "", "Water takes up red light and lets blue light pass."
@@ -132,6 +133,15 @@ def test_near_duplicates_compare_prompts_and_answers_with_what_was_kept():
 
 def test_an_answer_without_a_reference_has_no_result_to_compare():
     assert MAKERS["result"]().reason(task(output="no number")) is None
+
+
+@pytest.mark.parametrize(("text", "pattern", "result"), RESULTS)
+def test_a_result_is_read_as_evaluation_reads_it(text, pattern, result):
+    """Each text against every other one: kept if both state the same result."""
+    same = filters.SameResult(pattern)
+    for other, _, expected in (case for case in RESULTS if case[1] == pattern):
+        is_kept = same.reason(Task("Say it.", "", text, reference=other)) is None
+        assert is_kept is (result is not None and result == expected)
 
 
 @pytest.mark.parametrize("log_prob", [None, -2.99, -0.41])

@@ -75,7 +75,9 @@ def test_alpaca_drops_the_last_of_a_list_that_was_cut_off_and_what_is_too_many()
     ],
 )
 def test_a_small_teacher_is_asked_for_the_answer_as_a_user_would(said, question):
-    alpaca = Alpaca(SEEDS, tasks_per_call=1, answer=Answering(max_new_tokens=9, hint="Be brief."))
+    alpaca = Alpaca(
+        SEEDS, tasks_per_call=1, answering=Answering(max_new_tokens=9, hint="Be brief.")
+    )
     asked, made = exchange(alpaca.call(0, []), [Reply(said)], [Reply("A wren.")])
     assert asked[0][0].stop == "4. Output:"
     assert asked[1][0].messages[0]["content"] == f"{question.prompt}\n\nBe brief."
@@ -87,7 +89,7 @@ def test_a_small_teacher_is_asked_for_the_answer_as_a_user_would(said, question)
     [(Reply(" Name a", truncated=True), "truncated"), (Reply("\n4. Input: x\n"), "unparsable")],
 )
 def test_half_a_question_is_not_answered(reply, reason):
-    alpaca = Alpaca(SEEDS, tasks_per_call=1, answer=Answering())
+    alpaca = Alpaca(SEEDS, tasks_per_call=1, answering=Answering())
     assert exchange(alpaca.call(0, []), [reply])[1] == ([], {reason: 1})
 
 
@@ -182,7 +184,7 @@ def test_what_is_refused_is_counted_and_nothing_else_is_lost():
 
 @pytest.mark.parametrize("made", [Alpaca, lambda seeds: SelfInstruct(seeds, LABELS[:2])])
 def test_too_few_seeds_are_named(made):
-    with pytest.raises(DataError, match="'seeds' holds 2 tasks, but each prompt shows"):
+    with pytest.raises(DataError, match="'seed_tasks' holds 2 tasks, but each prompt shows"):
         made(SEEDS[:2])
 
 
@@ -214,7 +216,7 @@ def test_a_hint_is_for_the_teacher_alone(kind):
     made = {
         "magpie": Magpie, "answer": partial(Answer, SEEDS), "evolve": partial(Evolve, SEEDS),
         "lion": partial(Lion, SEEDS, SEEDS),
-    }[kind](answer=Answering(hint="Be brief."))  # fmt: skip
+    }[kind](answering=Answering(hint="Be brief."))  # fmt: skip
     stages = [[Reply("Because.")]] if kind == "answer" else [[Reply("Why?")], [Reply("Because.")]]
     asked, (tasks, _) = exchange(made.call(0, []), *stages)
     last = asked[-1][0].messages[-1]["content"]
@@ -274,7 +276,7 @@ class Once:
     def __init__(self, text):
         self.text = text
 
-    def write(self, asked):
+    def respond(self, asked):
         return [Reply(self.text) for _ in asked]
 
 

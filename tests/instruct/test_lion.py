@@ -50,7 +50,7 @@ class Referee:
     def __init__(self, replies=None) -> None:
         self.replies, self.asked = replies, []
 
-    def write(self, asked):
+    def respond(self, asked):
         self.asked += asked
         if self.replies is not None:
             return [Reply(text) for text in self.replies]

@@ -16,7 +16,7 @@ from llmdistill.errors import DataError
 from llmdistill.instruct.filters import Length, Rouge
 from llmdistill.instruct.generators import Answer, Cost, TaskGenerator
 from llmdistill.instruct.parse import Parsed
-from llmdistill.instruct.pipeline import Counts, Pipeline, Settings, exchange
+from llmdistill.instruct.pipeline import Pipeline, Settings, TaskCounts, exchange
 from llmdistill.instruct.records import read_whole_lines
 from llmdistill.instruct.requests import Reply, Request, user
 from llmdistill.instruct.tasks import Task
@@ -32,7 +32,7 @@ class Chatter:
     def __init__(self, stop_after: int | None = None) -> None:
         self.stop_after, self.asked = stop_after, []
 
-    def write(self, asked):
+    def respond(self, asked):
         replies = []
         for one in asked:
             if self.stop_after is not None and len(self.asked) >= self.stop_after:
@@ -61,11 +61,11 @@ class Chain(TaskGenerator):
         return Parsed([Task(first.text, "", reply.text, reply.truncated) for reply in both])
 
 
-def made(folder, *, writer=None, target=20, generator=None, rounds=4, filters=None):
+def made(folder, *, responder=None, target=20, generator=None, rounds=4, filters=None):
     folder.mkdir(exist_ok=True)
     settings = Settings(folder, target, rounds, {"generator": "chain", "seed": 0})
     kept_by = [Length(2, 9), Rouge(0.8)] if filters is None else filters
-    return Pipeline(generator or Chain(), writer or Chatter(), kept_by, settings)
+    return Pipeline(generator or Chain(), responder or Chatter(), kept_by, settings)
 
 
 def contents(folder):
@@ -108,7 +108,7 @@ def test_a_run_that_was_stopped_anywhere_ends_the_same(straight, tmp_path):
     for stop in range(0, total, 3):
         here = tmp_path / str(stop)
         with pytest.raises(KeyboardInterrupt):
-            made(here, writer=Chatter(stop)).run()
+            made(here, responder=Chatter(stop)).run()
         made(here).run()
         assert contents(here) == contents(folder)
 
@@ -132,9 +132,9 @@ def test_what_is_done_is_not_asked_again(straight, tmp_path):
     folder, _ = straight
     for name in FILES:
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    writer = Chatter()
-    made(tmp_path, writer=writer).run()
-    assert writer.asked == []
+    responder = Chatter()
+    made(tmp_path, responder=responder).run()
+    assert responder.asked == []
     assert contents(tmp_path) == contents(folder)
 
 
@@ -189,7 +189,7 @@ def test_a_finite_generator_ends_by_itself(tmp_path):
     pipeline = made(tmp_path, generator=Answer(tasks), target=None, filters=[], rounds=4)
     seen: list[int] = []
     pipeline.run(lambda counts, seconds: seen.append(counts.kept))
-    assert pipeline.counts == Counts(kept=len(toy.WORDS))
+    assert pipeline.counts == TaskCounts(kept=len(toy.WORDS))
     assert seen == [0, 4, 8, 12, 16, 19]
 
 
@@ -197,9 +197,9 @@ def test_calls_at_the_same_stage_are_written_together():
     batches = []
 
     class Counting(Chatter):
-        def write(self, asked):
+        def respond(self, asked):
             batches.append([(one.call, one.stage, one.place) for one in asked])
-            return super().write(asked)
+            return super().respond(asked)
 
     exchange(Chain(), Counting(), [3, 4, 5], [])
     assert batches == [
@@ -211,9 +211,9 @@ def test_calls_at_the_same_stage_are_written_together():
 class Slow(Chatter):
     """Takes its time, so that a kill meets it anywhere."""
 
-    def write(self, asked):
+    def respond(self, asked):
         time.sleep(0.004)
-        return super().write(asked)
+        return super().respond(asked)
 
 
 def test_a_run_that_is_killed_anywhere_ends_the_same(straight, tmp_path):
@@ -223,7 +223,7 @@ def test_a_run_that_is_killed_anywhere_ends_the_same(straight, tmp_path):
     while kills < 20:
         here = tmp_path / str(kills)
         while True:
-            child = fork.Process(target=lambda here=here: made(here, writer=Slow()).run())
+            child = fork.Process(target=lambda here=here: made(here, responder=Slow()).run())
             child.start()
             child.join(draw.uniform(0.005, 0.12))
             if child.exitcode is not None:

@@ -96,8 +96,8 @@ def test_magpie_on_a_server(url, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     remote = {"kind": "remote", "model": NAME, "url": url, "tokenizer": str(tmp_path / "tokenizer")}
     given = {
-        "output": str(tmp_path / "set"), "teacher": remote, "filters": [], "held_back": 0,
-        "generator": {"kind": "magpie", "sampling": {"temperature": 0.8}, "max_instruction_tokens": 64, "answer": {"max_new_tokens": 32}},
+        "output": str(tmp_path / "set"), "teacher": remote, "filters": [], "test_share": 0,
+        "generator": {"kind": "magpie", "sampling": {"temperature": 0.8}, "max_instruction_tokens": 64, "answering": {"max_new_tokens": 32}},
         "target": 3, "round_size": 3,
     }  # fmt: skip
     made = generate(build_generation(given))

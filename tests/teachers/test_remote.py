@@ -15,9 +15,9 @@ from llmdistill import recipe as recipes
 from llmdistill.batch import Prompts
 from llmdistill.errors import RecipeError, TeacherError
 from llmdistill.generate import generate
-from llmdistill.instruct.pipeline import Asked, Counts
-from llmdistill.instruct.requests import Request, user
-from llmdistill.instruct.writers import RemoteWriter
+from llmdistill.instruct.pipeline import TaskCounts
+from llmdistill.instruct.requests import Asked, Request, user
+from llmdistill.instruct.responders import RemoteResponder
 from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
 from tests import toy
@@ -56,7 +56,7 @@ def test_what_goes_wrong_once_is_asked_again(server, fault):
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("hang", "drip")])
 def test_what_stays_wrong_ends_with_an_error(server, fault):
     server.faults = [fault] * 99
-    with pytest.raises(TeacherError, match=r"no usable reply in 3 attempts.*--resume"):
+    with pytest.raises(TeacherError, match=r"no usable reply in 3 attempts.*pass resume to go on"):
         teacher(server, retries=2).answer(questions(1))
     assert len(server.asked) == 3
 
@@ -90,7 +90,7 @@ def test_where_all_is_refused_there_is_an_error_and_nothing_is_lost(server, tmp_
     assert caplog.text.count("HTTP 400: ") == 1  # said once
     assert "too long" in caplog.text
     server.faults = []
-    assert generate(recipe, resume=True).counts == Counts(kept=rows)
+    assert generate(recipe, resume=True).counts == TaskCounts(kept=rows)
 
 
 def test_the_last_rows_may_all_be_refused(server, tmp_path):
@@ -100,7 +100,9 @@ def test_the_last_rows_may_all_be_refused(server, tmp_path):
     with pytest.raises(TeacherError):
         generate(recipe)
     server.faults = ["unwanted"] * 4
-    assert generate(recipe, resume=True).counts == Counts(20, Counter({"refused by the server": 4}))
+    assert generate(recipe, resume=True).counts == TaskCounts(
+        20, Counter({"refused by the server": 4})
+    )
 
 
 def test_the_server_says_how_long_to_wait_by_a_date(server):
@@ -242,7 +244,7 @@ def test_writes_for_a_rollout(server):
         teacher(server).write(prompts, Sampling(), max_new_tokens=9, draw=Draw(0))
 
 
-# ---- as the writer of a data set ----
+# ---- as the teacher of a data set ----
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_a_chat_may_say_again_what_it_was_to_begin_with(said, start, text):
             heard(0, Spoken(said))
 
     request = Request(user("q"), Sampling(), 9, start=start)
-    (reply,) = RemoteWriter(Once(), seed=0).write([Asked(0, 0, 0, request)])
+    (reply,) = RemoteResponder(Once(), seed=0).respond([Asked(0, 0, 0, request)])
     assert reply.text == text
 
 
@@ -288,7 +290,7 @@ def generation(server, tmp_path, name="set", **changes):
         "\n".join(json.dumps({"instruction": f"tell of {i}", "output": "x"}) for i in range(24))
     )
     given = {
-        "output": str(tmp_path / name), "seeds": str(rows), "filters": [], "round_size": 8,
+        "output": str(tmp_path / name), "seed_tasks": str(rows), "filters": [], "round_size": 8,
         "teacher": {"kind": "remote", "model": "m", "url": server.url, "timeout": 0.5, "retries": 4},
         "generator": {"kind": "answer", "prompts": str(rows)},
     }  # fmt: skip
@@ -422,8 +424,8 @@ def test_lists_of_a_server_become_rows(server, tmp_path, kind):
             generator={"kind": kind, "tasks_per_call": 2},
             target=8,
             round_size=2,
-            columns="alpaca",
-            held_back=0,
+            format="alpaca",
+            test_share=0,
         )
     )
     rows = [json.loads(line) for line in (made.folder / "train.jsonl").read_text().splitlines()]

@@ -13,9 +13,7 @@ from llmdistill.errors import DataError
 from llmdistill.instruct.parse import Parsed
 from llmdistill.instruct.requests import Call, Reply, Request, user
 from llmdistill.instruct.tasks import Task
-from llmdistill.sampling import Sampling
-
-SURE = Sampling(temperature=0.0)
+from llmdistill.sampling import GREEDY, Sampling
 
 
 class Cost(NamedTuple):
@@ -34,7 +32,7 @@ class Answering:
     not the hint (context distillation, Askell et al. 2021).
     """
 
-    sampling: Sampling = SURE
+    sampling: Sampling = GREEDY
     max_new_tokens: int = 512
     hint: str = ""
 
@@ -58,7 +56,7 @@ class TaskGenerator(ABC):
         """The exchange of this number; `machine` are tasks that were made and kept before."""
 
 
-def varied(request: Request, answer: Answering) -> Call:
+def varied(request: Request, answering: Answering) -> Call:
     """The instruction that the teacher is asked for, and its answer to it."""
     (reply,) = yield [request]
     if reply.refused:
@@ -66,12 +64,12 @@ def varied(request: Request, answer: Answering) -> Call:
     if reply.truncated or not reply.text.strip():
         return Parsed([], {"endless instruction" if reply.truncated else "empty instruction": 1})
     made = Task(reply.text.strip())
-    return (yield from answered([made], answer))
+    return (yield from answered([made], answering))
 
 
-def answered(tasks: list[Task], answer: Answering) -> Call:
+def answered(tasks: list[Task], answering: Answering) -> Call:
     """The tasks with the teacher's answers."""
-    replies: list[Reply] = yield [answer.request(task) for task in tasks]
+    replies: list[Reply] = yield [answering.request(task) for task in tasks]
     made = [
         replace(t, output=r.text.strip(), truncated=r.truncated, log_prob=r.log_prob)
         for t, r in zip(tasks, replies, strict=True)
@@ -81,10 +79,11 @@ def answered(tasks: list[Task], answer: Answering) -> Call:
 
 
 def require(seeds: Sequence[Task], examples: int) -> None:
+    """Raises DataError if there are too few seed tasks for the examples of a prompt."""
     if len(seeds) < examples:
         raise DataError(
-            f"'seeds' holds {len(seeds)} tasks, but each prompt shows {examples}: give more, or a "
-            "smaller generator.examples"
+            f"'seed_tasks' holds {len(seeds)} tasks, but each prompt shows {examples}: give more, "
+            "or a smaller generator.examples"
         )
 
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 from llmdistill.errors import DataError
 from llmdistill.instruct import prompts
 from llmdistill.instruct.filters import SameResult
-from llmdistill.instruct.generators.base import SURE, Answering, Cost, TaskGenerator, answered
+from llmdistill.instruct.generators.base import Answering, Cost, TaskGenerator, answered
 from llmdistill.instruct.parse import Parsed
 from llmdistill.instruct.requests import Call, Request, user
 from llmdistill.instruct.scorers import best
 from llmdistill.instruct.tasks import Task
-from llmdistill.sampling import Sampling
+from llmdistill.sampling import GREEDY, Sampling
 
 NOT_THE_BEST = "not the best sample"
 # A refusal, or talk about the task instead of an answer to it.
@@ -36,7 +36,7 @@ class Answer(TaskGenerator):
         *,
         samples: int = 1,
         best_by: str | None = None,
-        answer: Answering | None = None,
+        answering: Answering = Answering(sampling=Sampling()),
     ) -> None:
         self.tasks, self.samples, self.num_calls = tasks, samples, len(tasks)
         self.best_by = best_by
@@ -45,16 +45,16 @@ class Answer(TaskGenerator):
                 "generator.best_by: reference compares with the answers of 'prompts', and some "
                 "have none; choose likelihood or consensus"
             )
-        self.answer = answer or Answering(Sampling())
+        self.answering = answering
 
     @property
     def at_most(self) -> Cost:
         kept = 1 if self.best_by else self.samples
-        return Cost(kept, self.samples, self.samples * self.answer.max_new_tokens)
+        return Cost(kept, self.samples, self.samples * self.answering.max_new_tokens)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         copies = [self.tasks[number]] * self.samples
-        made = yield from answered(copies, self.answer)
+        made = yield from answered(copies, self.answering)
         if self.best_by is None or not made.tasks:
             return made
         others = Counter({NOT_THE_BEST: len(made.tasks) - 1})
@@ -73,12 +73,12 @@ class Rewrite(TaskGenerator):
         tasks: Sequence[Task],
         *,
         result: str | None = None,
-        sampling: Sampling | None = None,
+        sampling: Sampling = GREEDY,
         max_new_tokens: int = 512,
     ) -> None:
         self.tasks, self.num_calls = tasks, len(tasks)
         self.same_result = None if result is None else SameResult(result)
-        self.sampling, self.max_new_tokens = sampling or SURE, max_new_tokens
+        self.sampling, self.max_new_tokens = sampling, max_new_tokens
 
     @property
     def at_most(self) -> Cost:

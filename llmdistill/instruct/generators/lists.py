@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from llmdistill.instruct import prompts
 from llmdistill.instruct.generators.base import (
-    SURE,
     Answering,
     Cost,
     TaskGenerator,
@@ -29,16 +28,16 @@ from llmdistill.instruct.parse import (
 )
 from llmdistill.instruct.requests import Call, Reply, Request, user
 from llmdistill.instruct.tasks import Task
-from llmdistill.sampling import Sampling
+from llmdistill.sampling import GREEDY, Sampling
 
 KIND_TOKENS = 3  # "yes" or "no"
 SURPLUS = "more than asked for"
 
 
 class Alpaca(TaskGenerator):
-    """Whole tasks, several a call, after three examples (Taori et al. 2023).
+    """Whole tasks, several per call, after three examples (Taori et al. 2023).
 
-    With `answer` one task a call, of which the list gives the question alone, and the teacher
+    With `answering` one task per call, of which the list gives the question alone, and the teacher
     answers it as a user's: for teachers too small to keep to the form of the list.
     """
 
@@ -49,26 +48,26 @@ class Alpaca(TaskGenerator):
         seed: int = 0,
         tasks_per_call: int = 17,
         examples: int = 3,
-        answer: Answering | None = None,
-        sampling: Sampling | None = None,
+        answering: Answering | None = None,
+        sampling: Sampling = Sampling(),
         max_new_tokens: int = 3072,
     ) -> None:
         require(seeds, examples)
-        self.seeds, self.seed, self.answer = seeds, seed, answer
+        self.seeds, self.seed, self.answering = seeds, seed, answering
         self.tasks_per_call, self.examples = tasks_per_call, examples
-        self.sampling, self.max_new_tokens = sampling or Sampling(), max_new_tokens
+        self.sampling, self.max_new_tokens = sampling, max_new_tokens
 
     @property
     def at_most(self) -> Cost:
-        if self.answer is None:
+        if self.answering is None:
             return Cost(self.tasks_per_call, 1, self.max_new_tokens)
-        return Cost(1, 2, self.max_new_tokens + self.answer.max_new_tokens)
+        return Cost(1, 2, self.max_new_tokens + self.answering.max_new_tokens)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         chosen = draw_of(self.seed, number).sample(self.seeds, self.examples)
         last = self.examples + self.tasks_per_call
         start = f"{BETWEEN}\n{self.examples + 1}. Instruction:"
-        stop = f"{BETWEEN}\n{last + 1}." if self.answer is None else f"{last}. Output:"
+        stop = f"{BETWEEN}\n{last + 1}." if self.answering is None else f"{last}. Output:"
         (reply,) = yield [
             Request(
                 user(prompts.task_list(chosen, last)),
@@ -77,12 +76,12 @@ class Alpaca(TaskGenerator):
         ]  # fmt: skip
         if reply.refused:
             return Parsed([], {reply.refused: 1})
-        if self.answer is None:
+        if self.answering is None:
             return self._listed(start, reply)
         question = parse_question(start + reply.text)
         if reply.truncated or question is None:
             return Parsed([], {TRUNCATED if reply.truncated else UNPARSABLE: 1})
-        return (yield from answered([question], self.answer))
+        return (yield from answered([question], self.answering))
 
     def _listed(self, start: str, reply: Reply) -> Parsed:
         found = parse_tasks(start + reply.text, truncated=reply.truncated)
@@ -106,15 +105,14 @@ class SelfInstruct(TaskGenerator):
         examples: int = 8,
         machine_examples: int = 2,
         tasks_per_call: int = 8,
-        sampling: Sampling | None = None,
+        sampling: Sampling = Sampling(temperature=0.7, top_p=0.5),
         max_new_tokens: int = 1024,
         max_instance_tokens: int = 350,
     ) -> None:
         require(seeds, examples)
         self.seeds, self.classifies, self.seed = seeds, classifies, seed
         self.examples, self.machine_examples = examples, machine_examples
-        self.tasks_per_call = tasks_per_call
-        self.sampling = sampling or Sampling(temperature=0.7, top_p=0.5)
+        self.tasks_per_call, self.sampling = tasks_per_call, sampling
         self.max_new_tokens, self.max_instance_tokens = max_new_tokens, max_instance_tokens
 
     @property
@@ -143,7 +141,7 @@ class SelfInstruct(TaskGenerator):
         output_first = [kind.text.strip().lower().startswith("yes") for kind in kinds]
         replies = yield [
             Request(
-                user(prompts.instance(text, output_first=first)), SURE, self.max_instance_tokens
+                user(prompts.instance(text, output_first=first)), GREEDY, self.max_instance_tokens
             )
             for text, first in zip(instructions, output_first, strict=True)
         ]
@@ -166,7 +164,7 @@ class SelfInstruct(TaskGenerator):
         examples = [self.seeds[i] for i in chosen]
         labels = [self.classifies[i] for i in chosen]
         asked = prompts.is_classification(instruction, examples, labels)
-        return Request(user(asked), SURE, KIND_TOKENS)
+        return Request(user(asked), GREEDY, KIND_TOKENS)
 
 
 def _numbered(text: str) -> list[str]:

@@ -30,21 +30,20 @@ class Magpie(TaskGenerator):
     def __init__(
         self,
         *,
-        sampling: Sampling | None = None,
-        answer: Answering | None = None,
+        sampling: Sampling = Sampling(temperature=1.0, top_p=0.99),
+        answering: Answering = Answering(),
         max_instruction_tokens: int = 128,
     ) -> None:
-        self.sampling = sampling or Sampling(temperature=1.0, top_p=0.99)
+        self.sampling, self.answering = sampling, answering
         self.max_instruction_tokens = max_instruction_tokens
-        self.answer = answer or Answering()
 
     @property
     def at_most(self) -> Cost:
-        return Cost(1, 2, self.max_instruction_tokens + self.answer.max_new_tokens)
+        return Cost(1, 2, self.max_instruction_tokens + self.answering.max_new_tokens)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         opening = Request((), self.sampling, self.max_instruction_tokens, turn="user")
-        return (yield from varied(opening, self.answer))
+        return (yield from varied(opening, self.answering))
 
 
 class Variants(TaskGenerator):
@@ -54,21 +53,20 @@ class Variants(TaskGenerator):
         self,
         *,
         seed: int = 0,
-        sampling: Sampling | None = None,
-        answer: Answering | None = None,
+        sampling: Sampling = Sampling(),
+        answering: Answering = Answering(),
         max_instruction_tokens: int = 128,
     ) -> None:
-        self.seed, self.sampling = seed, sampling or Sampling()
+        self.seed, self.sampling, self.answering = seed, sampling, answering
         self.max_instruction_tokens = max_instruction_tokens
-        self.answer = answer or Answering()
 
     @property
     def at_most(self) -> Cost:
-        return Cost(1, 2, self.max_instruction_tokens + self.answer.max_new_tokens)
+        return Cost(1, 2, self.max_instruction_tokens + self.answering.max_new_tokens)
 
     def vary(self, asked: str, variant: str) -> Call:
         request = Request(user(asked), self.sampling, self.max_instruction_tokens)
-        made = yield from varied(request, self.answer)
+        made = yield from varied(request, self.answering)
         return Parsed([replace(task, variant=variant) for task in made.tasks], made.dropped)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import PartialState
@@ -25,9 +25,8 @@ from llmdistill.data.render import close_user_turn, continued, open_user_turn, r
 from llmdistill.decoding.keyed import row_keys
 from llmdistill.evaluation.agreement import token_log_probs
 from llmdistill.instruct.parse import BETWEEN
-from llmdistill.instruct.pipeline import Asked
 from llmdistill.instruct.records import append_lines, drop_half_line, read_whole_lines
-from llmdistill.instruct.requests import Reply, Request
+from llmdistill.instruct.requests import Asked, Reply, Request
 from llmdistill.models.vocabulary import end_ids, num_tokens
 from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
@@ -46,7 +45,13 @@ _CONTROL = re.compile(
 )
 
 
-class LocalWriter:
+class Responder(Protocol):
+    def respond(self, asked: Sequence[Asked]) -> list[Reply]:
+        """A reply to each request, in their order."""
+        ...
+
+
+class LocalResponder:
     """Writes `batch_size` replies at a time, those of similar length together.
 
     With `scored` replies come with their log-probability.
@@ -67,7 +72,7 @@ class LocalWriter:
         special = {number for number, token in known if token.special}
         self._ends = end_ids(teacher.model, teacher.tokenizer) | special
 
-    def write(self, asked: Sequence[Asked]) -> list[Reply]:
+    def respond(self, asked: Sequence[Asked]) -> list[Reply]:
         prompts = [self._prompt(one.request) for one in asked]
         replies: dict[int, Reply] = {}
         groups: dict[tuple[Sampling, int, int, str], list[int]] = {}
@@ -120,7 +125,7 @@ class LocalWriter:
         return replies
 
 
-class RemoteWriter:
+class RemoteResponder:
     """Asks a server: conversations as chats, what a user would say as plain text.
 
     What was said is recorded reply by reply in `record`, a folder, so that a run that stops within
@@ -131,7 +136,7 @@ class RemoteWriter:
     def __init__(self, teacher: RemoteTeacher, *, seed: int, record: Path | None = None) -> None:
         self.teacher, self.seed, self.record = teacher, seed, record
 
-    def write(self, asked: Sequence[Asked]) -> list[Reply]:
+    def respond(self, asked: Sequence[Asked]) -> list[Reply]:
         replies = [self._recorded.get(_key(one)) or self._withheld(one.request) for one in asked]
         missing = [place for place, reply in enumerate(replies) if reply is None]
 

@@ -10,9 +10,8 @@ import torch
 from llmdistill.batch import Sequences
 from llmdistill.data.render import close_user_turn, open_user_turn
 from llmdistill.errors import DataError
-from llmdistill.instruct.pipeline import Asked
-from llmdistill.instruct.requests import Request, user
-from llmdistill.instruct.writers import LocalWriter
+from llmdistill.instruct.requests import Asked, Request, user
+from llmdistill.instruct.responders import LocalResponder
 from llmdistill.sampling import Sampling, Writer
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
@@ -34,27 +33,27 @@ MANY = [asked(call, "Name a bird " * (call % 4), place=call % 3) for call in ran
 
 
 def test_a_reply_does_not_depend_on_the_batch_or_its_order(teacher):
-    whole = LocalWriter(teacher, seed=1).write(MANY)
-    assert LocalWriter(teacher, seed=1, batch_size=2).write(MANY) == whole
-    assert LocalWriter(teacher, seed=1).write(MANY[::-1]) == whole[::-1]
-    assert LocalWriter(teacher, seed=1).write(MANY[4:5]) == whole[4:5]
-    assert LocalWriter(teacher, seed=2).write(MANY) != whole
+    whole = LocalResponder(teacher, seed=1).respond(MANY)
+    assert LocalResponder(teacher, seed=1, batch_size=2).respond(MANY) == whole
+    assert LocalResponder(teacher, seed=1).respond(MANY[::-1]) == whole[::-1]
+    assert LocalResponder(teacher, seed=1).respond(MANY[4:5]) == whole[4:5]
+    assert LocalResponder(teacher, seed=2).respond(MANY) != whole
 
 
 def test_every_call_stage_and_place_is_drawn_anew(teacher):
     some = [asked(0), asked(1), asked(0, stage=1), asked(0, place=1)]
-    assert len({reply.text for reply in LocalWriter(teacher, seed=0).write(some)}) == 4
+    assert len({reply.text for reply in LocalResponder(teacher, seed=0).respond(some)}) == 4
 
 
 def test_a_reply_that_ended_is_not_truncated_and_has_no_end_token(teacher):
-    replies = LocalWriter(teacher, seed=0).write([asked(call) for call in range(30)])
+    replies = LocalResponder(teacher, seed=0).respond([asked(call) for call in range(30)])
     assert {reply.truncated for reply in replies} == {True, False}
     assert not any("<|im_end|>" in reply.text for reply in replies)
 
 
 def test_each_request_has_its_own_sampling_and_limit(teacher):
     greedy = Sampling(temperature=0.0)
-    short, long = LocalWriter(teacher, seed=0).write(
+    short, long = LocalResponder(teacher, seed=0).respond(
         [asked(3, sampling=greedy, max_new_tokens=3), asked(4, sampling=greedy)]
     )
     assert long.text.startswith(short.text)
@@ -71,7 +70,7 @@ def test_the_teacher_goes_on_with_what_the_reply_starts_with(teacher):
 
     teacher.write = record
     try:
-        LocalWriter(teacher, seed=0).write(
+        LocalResponder(teacher, seed=0).respond(
             [
                 asked(0, start="###\n4. Instruction:"),
                 Asked(1, 0, 0, Request((), Sampling(), 4, turn="user")),
@@ -92,7 +91,9 @@ def test_without_a_template_nothing_opens_a_users_turn():
 
 
 def test_a_reply_ends_before_its_stop_text(teacher):
-    texts = LocalWriter(teacher, seed=0).write([asked(n, max_new_tokens=30) for n in range(20)])
+    texts = LocalResponder(teacher, seed=0).respond(
+        [asked(n, max_new_tokens=30) for n in range(20)]
+    )
     found = (re.search(r"[ -~]{2}", reply.text[4:]) for reply in texts)  # two plain characters
     call, match = next((n, match) for n, match in enumerate(found) if match)
     stop = match.group()
@@ -108,7 +109,7 @@ def test_a_reply_ends_before_its_stop_text(teacher):
     teacher.write = record
     try:
         many = [asked(call, max_new_tokens=30, stop=stop), asked(99, max_new_tokens=3, stop=stop)]
-        reply, _ = LocalWriter(teacher, seed=0).write(many)
+        reply, _ = LocalResponder(teacher, seed=0).respond(many)
     finally:
         teacher.write = write
     assert (reply.text, reply.truncated) == (before, False)
@@ -141,7 +142,7 @@ def test_a_users_turn_may_end_in_plain_text():
 
     says = Says()
     request = Request((), Sampling(), 9, turn="user")
-    (reply,) = LocalWriter(says, seed=0).write([Asked(0, 0, 0, request)])
+    (reply,) = LocalResponder(says, seed=0).respond([Asked(0, 0, 0, request)])
     assert (reply.text.strip(), reply.truncated, says.stop) == ("name a sea", False, "red bird")
 
 
@@ -151,7 +152,7 @@ def test_template_options_reach_the_template(teacher):
     tokenizer.chat_template = "{% if loud %}sea {% endif %}" + before
     try:
         plain, loud = (
-            LocalWriter(teacher, seed=0, chat_template_kwargs={"loud": value})
+            LocalResponder(teacher, seed=0, chat_template_kwargs={"loud": value})
             for value in (False, True)
         )
         request = asked(0).request
@@ -167,10 +168,10 @@ def test_a_reply_is_as_likely_as_the_teacher_finds_it(teacher, stops):
     what fills the row until its neighbours are done.
     """
     many = [asked(call, max_new_tokens=20) for call in range(12)]
-    tokenizer, plain = teacher.tokenizer, LocalWriter(teacher, seed=0)
+    tokenizer, plain = teacher.tokenizer, LocalResponder(teacher, seed=0)
     stop = ""
     if stops:
-        found = (re.search(r"[ -~]{2}", reply.text[4:]) for reply in plain.write(many))
+        found = (re.search(r"[ -~]{2}", reply.text[4:]) for reply in plain.respond(many))
         stop = next(match for match in found if match).group()
         many = [asked(call, max_new_tokens=20, stop=stop) for call in range(12)]
     recorded = []
@@ -182,10 +183,10 @@ def test_a_reply_is_as_likely_as_the_teacher_finds_it(teacher, stops):
 
     teacher.write = record
     try:
-        replies = LocalWriter(teacher, seed=0, scored=True).write(many)
+        replies = LocalResponder(teacher, seed=0, scored=True).respond(many)
     finally:
         teacher.write = write
-    assert plain.write(many)[0].log_prob is None
+    assert plain.respond(many)[0].log_prob is None
     (written,) = recorded
     order, prompt, stopped = written.row_ids_B.tolist(), plain._prompt(many[0].request), 0
     for place, ids in enumerate(written.responses()):

@@ -1,0 +1,44 @@
+"""Tasks read from sources of rows: seed tasks, prompts and pools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from llmdistill.data.formats import form_of, to_examples
+from llmdistill.data.sources import read
+from llmdistill.errors import DataError, RecipeError
+from llmdistill.instruct.tasks import Task
+from llmdistill.recipe import SourceRecipe
+
+
+def read_tasks(sources: Iterable[SourceRecipe]) -> list[Task]:
+    """The rows of sources as tasks: the user's turn, and the answer if there is one."""
+    sources = list(sources)
+    if weighted := [source for source in sources if source.weight != 1]:
+        raise RecipeError(
+            f"'{weighted[0].source}' has weight {weighted[0].weight}: weights are for training; "
+            "here each row is read once"
+        )
+    return [
+        _task(row, place, source.format)
+        for source in sources
+        for place, row in read(source.source, columns=source.columns)
+    ]
+
+
+def _task(row: Any, place: str, form: str) -> Task:
+    if isinstance(row, DataError):
+        raise row
+    example = to_examples(row, place, form=form)[0]
+    if len(example.prompt) != 1:
+        raise DataError(f"{place}: a task is one user turn, got {len(example.prompt)} messages")
+    classifies = str(row.get("is_classification", False)).strip().lower() in ("true", "yes", "1")
+    if form_of(row, place, form) == "alpaca":
+        instruction, given, output = (
+            str(row.get(key) or "") for key in ("instruction", "input", "output")
+        )
+        reference = example.response
+        return Task(instruction, given, output, reference=reference, classifies=classifies)
+    text = example.prompt[0]["content"]
+    return Task(text, "", example.response or "", reference=example.response)

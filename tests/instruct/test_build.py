@@ -1,0 +1,170 @@
+"""Every section of a recipe that chooses a generator, a responder or a filter is built."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import get_args
+
+import pytest
+
+from llmdistill import recipe as recipes
+from llmdistill.errors import RecipeError
+from llmdistill.instruct import build, filters
+from llmdistill.instruct.lion import Pools
+from llmdistill.instruct.task_sources import read_tasks
+from llmdistill.recipe.filters import FilterRecipe
+from llmdistill.recipe.generation import GenerationTeacher
+from llmdistill.recipe.generators import GeneratorRecipe
+from tests import toy
+
+GENERATORS = get_args(get_args(GeneratorRecipe)[0])
+FILTERS = get_args(get_args(FilterRecipe)[0])
+TEACHERS = [get_args(one)[0] for one in get_args(get_args(GenerationTeacher)[0])]
+# What a section cannot be without.
+REQUIRED = {"student": "small", "pattern": r"\d+", "at_least": 2.0}
+SOURCES = ("prompts", "pool", "sources")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in toy.rows(20)))
+    return str(path)
+
+
+def section(chosen, rows):
+    """A section with its defaults, as a recipe gives it."""
+    given = {name: rows for name in SOURCES if name in chosen.model_fields}
+    given |= {name: value for name, value in REQUIRED.items() if name in chosen.model_fields}
+    return {"kind": chosen.model_fields["kind"].default, **given}
+
+
+def recipe(rows, **changes):
+    given = {
+        "output": "set", "teacher": {"model": "m"}, "generator": {"kind": "magpie"}, "seed_tasks": rows, "target": 9,
+        "filters": [],
+    }  # fmt: skip
+    return recipes.build_part(recipes.GenerationRecipe, given | changes, "recipe")
+
+
+def split(chosen):
+    tasks = read_tasks(chosen.pool)
+    return Pools(tasks[:2], tasks[2:])
+
+
+@pytest.mark.parametrize("chosen", GENERATORS, ids=lambda one: one.__name__)
+def test_every_generator_is_built_with_its_defaults(chosen, rows):
+    given = recipe(rows, generator=section(chosen, rows), seed=7)
+    built = build.build_generator(given, read_tasks(given.seed_tasks), split)
+    assert type(built).__name__ == chosen.__name__.removesuffix("Recipe")
+    for name, default in class_defaults(type(built)).items():
+        expected = 7 if name == "seed" else default
+        assert getattr(built, name, default) == expected, name
+
+
+def class_defaults(chosen):
+    """The defaults of a class and its bases, as Python itself sees them."""
+    functions = [base.__init__ for base in chosen.__mro__ if "__init__" in vars(base)]
+    found = [p for one in functions for p in inspect.signature(one).parameters.values()]
+    return {p.name: p.default for p in found if p.default is not inspect.Parameter.empty}
+
+
+@pytest.mark.parametrize("chosen", FILTERS, ids=lambda one: one.__name__)
+def test_every_filter_is_built(chosen, rows):
+    (built,) = build.build_filters(recipe(rows, filters=[section(chosen, rows)]), [])
+    assert type(built).__name__ == chosen.__name__.removesuffix("Recipe")
+
+
+def test_options_of_a_recipe_reach_what_is_built(rows):
+    answering = {"sampling": {"temperature": 0.5, "top_k": 3}, "max_new_tokens": 7, "hint": "Go."}
+    options = {"sampling": {"top_p": 0.9}, "max_instruction_tokens": 5, "answering": answering}
+    given = recipe(rows, generator={"kind": "magpie", **options})
+    built = build.build_generator(given, [], split)
+    assert (built.sampling.top_p, built.max_instruction_tokens) == (0.9, 5)
+    how = built.answering
+    assert (how.sampling.temperature, how.sampling.top_k, how.max_new_tokens, how.hint) == (
+        0.5,
+        3,
+        7,
+        "Go.",
+    )
+    given = recipe(
+        rows, filters=[{"kind": "blacklist", "words": ["sea"]}, {"kind": "rouge", "at_most": 0.2}]
+    )
+    blacklist, rouge = build.build_filters(given, read_tasks(given.seed_tasks))
+    assert blacklist.pattern.search("the Sea")
+    assert (rouge.at_most, len(rouge.pool)) == (0.2, 20)
+
+
+def test_lion_is_balanced_and_compared_with_its_pool(rows, tmp_path):
+    lion = section(recipes.LionRecipe, rows)
+    given = recipe(str(tmp_path / "none.jsonl"), generator=lion, filters=[{"kind": "rouge"}])
+    rouge, balanced = build.build_filters(given, [])
+    assert len(rouge.pool) == 20
+    assert isinstance(balanced, filters.Balanced)
+    assert balanced.at_most == 5  # half of nine, rounded up
+
+
+@pytest.mark.parametrize("table", ["_GENERATORS", "_FILTERS", "_RESPONDERS"])
+def test_a_section_that_is_in_no_table_fails_by_name(rows, tmp_path, monkeypatch, table):
+    monkeypatch.setattr(build, table, {})
+    given = recipe(rows, filters=[{"kind": "language"}])
+    call, name = {
+        "_GENERATORS": (lambda: build.build_generator(given, [], split), "MagpieRecipe"),
+        "_FILTERS": (lambda: build.build_filters(given, []), "LanguageRecipe"),
+        "_RESPONDERS": (lambda: build.build_responder(given, tmp_path), "LocalTeacherRecipe"),
+    }[table]
+    with pytest.raises(NotImplementedError, match=f"nothing builds {name}"):
+        call()
+
+
+def test_every_teacher_of_a_generation_has_a_builder():
+    assert set(build._RESPONDERS) == set(TEACHERS)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changes"),
+    [
+        ("seeds", "seed_tasks", {"seeds": "x"}),
+        ("columns", "format", {"columns": "alpaca"}),
+        ("held_back", "test_share", {"held_back": 0.1}),
+        *(
+            (
+                "generator.answer",
+                "answering",
+                {"generator": {"kind": one.model_fields["kind"].default, "answer": {}}},
+            )
+            for one in GENERATORS
+            if "answering" in one.model_fields
+        ),
+        ("generator.by", "compare_by", {"generator": {"kind": "lion", "by": "referee"}}),
+    ],
+)
+def test_a_key_that_was_renamed_says_its_new_name(rows, old, new, changes):
+    with pytest.raises(RecipeError) as error:
+        recipe(rows, **changes)
+    assert f"unknown key '{old}'. It is called '{new}' now." in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": "alpacca"}, "Did you mean 'alpaca'?"),
+        (
+            {
+                "generator": {
+                    "kind": "answer",
+                    "prompts": "x",
+                    "samples": 2,
+                    "best_by": "likelyhood",
+                }
+            },
+            "'generator.best_by': should be one of likelihood, consensus, reference. Did you mean 'likelihood'?",
+        ),
+    ],
+)
+def test_a_name_must_be_one_of_the_table(rows, changes, said):
+    with pytest.raises(RecipeError) as error:
+        recipe(rows, **changes)
+    assert said in str(error.value)
