@@ -17,11 +17,6 @@ PACKAGE = Path(llmdistill.__file__).parent
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if PACKAGE / "cli" not in p.parents)
 FLAG = re.compile(r"(?<![-\w])--[a-z]+(?:-[a-z]+)*(?![-\w])")
 OF_PIP = {"models/load.py": {"--no-deps"}}
-# To be put into neutral words by those who change these files; then they leave this table.
-NOT_YET = {
-    "run.py": {"--resume", "--overwrite"},
-    "recipe/facts.py": {"--resume"},
-}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -30,7 +25,7 @@ def test_the_library_names_no_flags(path):
     texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     named = {flag for text in texts for flag in FLAG.findall(text)}
     name = path.relative_to(PACKAGE).as_posix()
-    assert named <= OF_PIP.get(name, set()) | NOT_YET.get(name, set())
+    assert named <= OF_PIP.get(name, set())
 
 
 @pytest.mark.parametrize(

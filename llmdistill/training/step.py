@@ -88,6 +88,9 @@ class Distillation(nn.Module):
             self.student_needs |= self.trained_teacher.student_needs
             self.teacher_needs |= self.trained_teacher.own_needs
         check_taps(student, self.student_needs)
+        teacher_model = getattr(teacher, "model", None)
+        if isinstance(teacher_model, nn.Module):  # else it is found when it judges
+            check_taps(teacher_model, self.teacher_needs)
         teacher_config = getattr(teacher, "config", None)
         for objective in objectives:
             objective.prepare(student.config.get_text_config(), teacher_config)

@@ -1,0 +1,118 @@
+"""`distill` with an old run in its folder: nothing is lost before the new one has something."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmdistill import recipe as recipes
+from llmdistill.errors import CheckpointError, DataError, LlmDistillError
+from llmdistill.run import distill
+from llmdistill.training.trainer import DistillTrainer
+from tests import toy
+from tests.support.files import read_jsonl, write_jsonl
+
+
+@pytest.fixture
+def given(pair, tmp_path):
+    """A recipe as plain data, on the toy pair."""
+    write_jsonl(tmp_path / "rows.jsonl", toy.rows(10))
+    return {
+        "output": str(tmp_path / "run"),
+        "teacher": {"model": pair[0], "dtype": "float32"},
+        "student": {"model": pair[1]},
+        "data": {"train": str(tmp_path / "rows.jsonl")},
+        "training": {
+            "use_cpu": True, "max_steps": 5, "save_steps": 2, "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2, "dataloader_pin_memory": False,
+        },
+    }  # fmt: skip
+
+
+def run(given, **options):
+    return distill(recipes.build(given), **options)
+
+
+def files(folder):
+    """Every file with its bytes."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"train": "rwos.jsonl"}},
+        {"teacher": {"model": "./no_such_model"}},
+        {"training": {"use_cpu": True, "max_steps": 1, "optim": "no_such_optimiser"}},
+        {"objectives": [{"kind": "hidden", "teacher_layer": 99}]},
+    ],
+    ids=["data", "teacher", "arguments", "objective"],
+)
+def test_a_recipe_that_cannot_start_leaves_the_old_run_as_it_was(given, tmp_path, change):
+    """F5: a typo in a path costs nothing."""
+    run(given)
+    before = files(tmp_path / "run")
+    assert any(path.name == "model.safetensors" for path in before)
+    with pytest.raises(LlmDistillError):
+        run(given | change, overwrite=True)
+    assert files(tmp_path / "run") == before
+    assert not (tmp_path / "run.old").exists()
+
+
+def test_a_run_that_dies_in_its_first_step_leaves_the_old_one_aside(given, tmp_path, monkeypatch):
+    run(given)
+    before = files(tmp_path / "run" / "student")
+
+    def dies(self, *args, **kwargs):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "compute_loss", dies)
+        for _ in range(2):  # and again: what is kept is the run with a student
+            with pytest.raises(RuntimeError, match="killed"):
+                run(given, overwrite=True)
+            assert files(tmp_path / "run.old" / "student") == before
+    run(given, overwrite=True)
+    assert not (tmp_path / "run.old").exists()
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+
+
+def test_the_old_run_is_deleted_at_the_first_checkpoint(given, tmp_path, monkeypatch):
+    run(given)
+    seen = []
+    compute_loss = DistillTrainer.compute_loss
+
+    def look(self, *args, **kwargs):
+        seen.append((tmp_path / "run.old").exists())
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", look)
+    run(given, overwrite=True)
+    assert seen == [True, True, False, False, False]  # it is saved after step 2
+
+
+def test_a_start_that_failed_is_no_run_in_the_way(given, tmp_path):
+    with pytest.raises(LlmDistillError):
+        run(given | {"objectives": [{"kind": "hidden", "teacher_layer": 99}]})
+    run(given)
+
+
+def test_a_used_folder_is_refused_before_anything_is_loaded(given, tmp_path):
+    run(given)
+    wrong = given | {"data": {"train": "rwos.jsonl"}}
+    with pytest.raises(CheckpointError, match="is not empty. Pass resume"):
+        run(wrong)
+    with pytest.raises(DataError):
+        run(wrong, resume=True)
+
+
+def test_a_finished_run_is_exported_again_and_not_trained(given, tmp_path):
+    """F6: the student, the checkpoints and the metrics stay what they are."""
+    run(given)
+    student = (tmp_path / "run/student/model.safetensors").read_bytes()
+    metrics = read_jsonl(tmp_path / "run/metrics.jsonl")
+    names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    (tmp_path / "run/student/model.safetensors").unlink()  # as after a disk that was full
+    run(given, resume=True)
+    assert (tmp_path / "run/student/model.safetensors").read_bytes() == student
+    assert read_jsonl(tmp_path / "run/metrics.jsonl") == metrics
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == names
