@@ -67,7 +67,7 @@ def recipe(teacher, rows, output, kind="magpie", teacher_of=None, **changes):
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
-@pytest.mark.parametrize("columns", ["messages", "alpaca"])
+@pytest.mark.parametrize("columns", ["messages", pytest.param("alpaca", marks=pytest.mark.slow)])
 def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, columns):
     out = tmp_path / "set"
     made = generate(recipe(teacher, rows, out, kind, columns=columns, held_back=0.3))
@@ -135,6 +135,7 @@ def test_continuous_batches_have_no_log_probabilities_and_no_server(
         )
 
 
+@pytest.mark.slow
 def test_lion_keeps_as_many_hard_ones_as_easy_ones(teacher, rows, tmp_path):
     made = generate(recipe(teacher, rows, tmp_path / "set", "lion", target=8))
     assert made.counts.variants == {"hard": 4, "easy": 4}
