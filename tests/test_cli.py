@@ -104,6 +104,7 @@ def test_trains_and_says_where_the_student_is(recipe, monkeypatch, capsys, tmp_p
     assert "100%" in shown.err
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_not_reused_without_being_asked_to(recipe, monkeypatch, capsys, tmp_path):
     """R10."""
     assert run(monkeypatch, "train", str(recipe), "training.max_steps=2") == 0

@@ -187,6 +187,7 @@ def test_continuous_batches_have_no_log_probabilities_and_no_server(
         )
 
 
+@pytest.mark.slow
 def test_lion_keeps_as_many_hard_ones_as_easy_ones(teacher, rows, tmp_path):
     made = generate(recipe(teacher, rows, tmp_path / "set", "lion", target=8))
     assert made.counts.variants == {"hard": 4, "easy": 4}

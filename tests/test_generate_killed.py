@@ -69,6 +69,7 @@ def contents(folder):
     return files
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_data_set_is_the_same_after_twenty_kills(tmp_path):
     whole = prepared(tmp_path / "whole")

@@ -12,12 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import Trainer
 
 import llmdistill
 from llmdistill import errors
+from llmdistill.training.trainer import DistillTrainer
 
 PACKAGE = Path(llmdistill.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+TESTS = Path(__file__).parent
+UPGRADING = (TESTS.parent / "docs" / "upgrading.md").read_text(encoding="utf-8")
 
 
 def test_the_public_names():
@@ -120,3 +124,49 @@ def test_errors_have_two_bases_and_survive_pickling():
         assert issubclass(kind, ValueError | RuntimeError)
         copy = pickle.loads(pickle.dumps(kind("what, where, got, do")))
         assert (type(copy), str(copy)) == (kind, "what, where, got, do")
+
+
+# ---- docs/upgrading.md ----
+
+
+def overrides() -> dict[str, list[str]]:
+    """The table of overrides: method -> (reason, test, function of Trainer)."""
+    table = UPGRADING.split("## Overrides of Trainer")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| `")]
+    return {row[0].strip(" `"): [cell.strip(" `") for cell in row[1:]] for row in rows}
+
+
+def test_every_override_of_trainer_is_in_the_table():
+    kinds = DistillTrainer.__mro__
+    ours = {name for kind in kinds[: kinds.index(Trainer)] for name in vars(kind)}
+    methods = {name for name in ours if not name.startswith("__")} | {"__init__"}
+    assert set(overrides()) == {name for name in methods if hasattr(Trainer, name)}
+
+
+def test_what_the_table_of_overrides_names_exists():
+    tests = {
+        node.name
+        for name in ("test_trainer.py", "test_resume.py")
+        for node in ast.parse((TESTS / "training" / name).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    for method, (_, test, function) in overrides().items():
+        assert test in tests, method
+        assert hasattr(Trainer, function), method
+
+
+def test_every_private_name_of_torch_is_on_that_page():
+    used = {
+        ast.unparse(node)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_")
+    }
+    private = {name for name in used if name.startswith("torch.")}
+    assert len(private) > 3
+    assert not {name for name in private if f"`{name}`" not in UPGRADING}
+
+
+def test_its_types_are_for_others_too():
+    """PEP 561: without this file type checkers ignore our annotations."""
+    assert (PACKAGE / "py.typed").is_file()

@@ -57,6 +57,7 @@ def test_all_recipes_that_generate_are_found():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", GENERATING, ids=lambda path: path.stem)
 def test_makes_two_rows_with_a_toy_teacher(path, pair, data):
     """Toys write no words and no lists: filters are left out, and what Alpaca asks is answered."""
@@ -91,6 +92,7 @@ def test_the_header_says_pair_hardware_and_time(path):
     assert all(word in header for word in ("Pair ", "Hardware ", "Time "))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_runs_two_steps_on_a_toy_pair(path, pair, data):
     teacher, student = pair
@@ -172,6 +174,7 @@ def test_a_recipe_pushes_the_student_with_its_card(pair, data, monkeypatch):
     assert "kl_teacher_text" in pushed[0][1]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_exported_alone_where_asked_for(pair, data):
     """It measures, loaded onto its base, as the student did at the end of its run."""
     teacher, student = pair
@@ -196,6 +199,7 @@ def test_an_adapter_is_exported_alone_where_asked_for(pair, data):
     assert after.kl_teacher_text != pytest.approx(result.evaluation["before"].kl_teacher_text)
 
 
+@pytest.mark.slow
 def test_the_base_under_an_adapter_teaches(pair, data):
     """From a recipe, labels and the base's distribution together; it measures like a copy of it."""
     _, student = pair

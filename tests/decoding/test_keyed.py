@@ -203,6 +203,7 @@ def chi_square(counts, expected):
     return ((counts - expected) ** 2 / expected).sum().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(temperature=0.6), Sampling(top_k=4), Sampling(top_p=0.8)]
 )

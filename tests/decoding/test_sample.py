@@ -12,6 +12,7 @@ from llmdistill.models.heads import eval_mode, split
 from llmdistill.sampling import Draw, Sampling, Writer
 from tests import toy
 
+pytestmark = pytest.mark.upgrade
 END = 2
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6, 7, 8], [200, 3]]
 ROWS = [4, 0, 9, 2, 7]

@@ -23,6 +23,7 @@ from tests.support.recipes import build_generation
 from tests.support.teachers import Learner, seam_objectives, trained
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 

@@ -216,6 +216,7 @@ class Slow(Chatter):
         return super().respond(asked)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_ends_the_same(straight, tmp_path):
     """SIGKILL at 20 random moments, one after the other until the run gets through."""
     folder, draw, kills = straight[0], random.Random(0), 0

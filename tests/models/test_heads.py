@@ -13,6 +13,7 @@ from llmdistill.models.heads import Head, check_split, split, unwrap_adapters
 from tests import toy
 from tests.support.models import FAMILIES, family
 
+pytestmark = pytest.mark.upgrade
 LORA_TARGETS = {"GPT2": ["c_attn"], "Phi3": ["qkv_proj"], "GPTNeoX": ["query_key_value"]}
 LORA_TARGETS["Mixtral"] = ["q_proj", "o_proj"]
 

@@ -68,6 +68,7 @@ def test_the_metadata_is_there():
     assert data["pipeline_tag"] == "text-generation"
 
 
+@pytest.mark.slow
 def test_a_card_is_the_same_each_time():
     """Whatever the hash seed of the process: a set has another order with seed 1."""
     code = "from tests.publish.test_card import parsed; print(parsed().data.to_dict()['tags'])"

@@ -277,6 +277,7 @@ def small_pair():
     return Pair(student, teacher, Vocabulary(SMALL, eos_token_id=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("accept", [TopK(1), TopK(3), TopP(0.7), Mixture(0.4)], ids=str)
 def test_sequences_follow_the_law_slot_by_slot(small_pair, accept, size):
@@ -312,6 +313,7 @@ def test_sequences_follow_the_law_slot_by_slot(small_pair, accept, size):
     assert statistic < chi2.ppf(0.999, len(table) - 1)
 
 
+@pytest.mark.slow
 def test_a_wider_rule_accepts_no_less(small_pair):
     """Expected acceptance is the student's mass inside the teacher's top K."""
     prompts = Prompts.pack([[3, 5]] * 3000, range(3000), pad_id=0)

@@ -22,10 +22,13 @@ from tests import toy
 from tests.support.files import read_jsonl
 from tests.support.recipes import build_generation
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None and "CI" not in os.environ,
-    reason="needs llama-cpp-python[server], which is compiled when it is installed",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llama_cpp") is None and "CI" not in os.environ,
+        reason="needs the extra dev-server: pip install -e .[dev-server]",
+    ),
+]
 NAME = "smollm2-135m-instruct"
 
 

@@ -93,6 +93,7 @@ def test_where_all_is_refused_there_is_an_error_and_nothing_is_lost(server, tmp_
     assert generate(recipe, resume=True).counts == TaskCounts(kept=rows)
 
 
+@pytest.mark.slow
 def test_the_last_rows_may_all_be_refused(server, tmp_path):
     """The server has answered before."""
     recipe = generation(server, tmp_path)

@@ -23,6 +23,7 @@ from tests import toy
 from tests.support.objectives import Projected
 from tests.training.helpers import dataset, trainer, weights
 
+pytestmark = pytest.mark.upgrade
 ROLLOUTS = {
     "fixed": FixedRollout,
     "on_policy": lambda: SampledRollout("student", max_new_tokens=6),
@@ -57,7 +58,9 @@ def losses(trainer):
 
 
 @pytest.mark.parametrize("rollout", ROLLOUTS)
-@pytest.mark.parametrize("step", [1, 3, 4])  # in epoch 1, at the start of epoch 2, in epoch 2
+@pytest.mark.parametrize(  # in epoch 1, at the start of epoch 2, in epoch 2
+    "step", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_ends_like_a_straight_one(tmp_path, rollout, step):
     """10 rows in batches of 4: three steps an epoch, the last one smaller; dropout on."""
     straight = made(tmp_path / "straight", rollout)
@@ -75,6 +78,7 @@ def states(trainer):
     return [tensor for state in values for tensor in state.values() if torch.is_tensor(tensor)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_rows_grouped_by_length_resume_too(tmp_path, step):
     options = {"train_sampling_strategy": "group_by_length"}

@@ -32,6 +32,8 @@ from tests.support.rollouts import Repadded
 from tests.support.spies import spy
 from tests.training.helpers import INTERLEAVED, arguments, dataset, gradient, trainer, weights
 
+pytestmark = pytest.mark.upgrade
+
 # ---- the divisor, and what must not matter ----
 
 
@@ -635,6 +637,7 @@ def _environment(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_environment")
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of its own insides
 def test_a_compiled_step_has_the_same_gradient(tmp_path):
@@ -654,6 +657,7 @@ def test_a_compiled_step_has_the_same_gradient(tmp_path):
     torch.testing.assert_close(before - weights(made.model.student), plain, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_environment")
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of its own insides
 def test_torch_compile_on_this_machine(tmp_path):

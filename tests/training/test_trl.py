@@ -20,6 +20,7 @@ def curves(*launcher: str) -> dict:
     return next(json.loads(line) for line in lines if line.startswith('{"ranks"'))
 
 
+@pytest.mark.slow
 def test_the_same_curve_as_trl_on_one_rank_and_our_own_on_two():
     pytest.importorskip("trl", reason="the oracle: pip install llmdistill[bench]")
     one = curves()

@@ -1,0 +1,67 @@
+"""What the scripts of the project agree on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def upgraded(*wanted: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "upgraded_requirements.py"), *wanted]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("wanted", ["transformers==5.24", "rouge_score>=0.2", "torch @ file:///x"])
+def test_an_upgrade_replaces_one_requirement(wanted):
+    name = re.split(r"[ =>]", wanted)[0].replace("_", "-")
+    lines = upgraded(wanted).stdout.splitlines()
+    kept = [one for one in PROJECT["dependencies"] if re.split(r"[>=]", one)[0] != name]
+    assert len(kept) == len(PROJECT["dependencies"]) - 1
+    assert lines[: len(kept) + 1] == [wanted, *kept]
+    runner = lines[len(kept) + 1 :]
+    assert runner
+    assert all(line.startswith("pytest") for line in runner)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["transformer==5.24"], "'transformer==5.24' is no requirement on a dependency"),
+        ([""], "is no requirement on a dependency"),
+        ([], "give one requirement, such as"),
+    ],
+)
+def test_an_upgrade_of_something_else_is_refused(wanted, message):
+    done = upgraded(*wanted)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not done.stdout
+
+
+def test_a_commit_is_checked_as_scripts_check_does():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]  # nothing to download
+    entries = [hook["entry"] for hook in hooks[0]["hooks"]]
+    lines = (ROOT / "scripts" / "check").read_text().splitlines()
+    checks = [re.sub(r" --check| \.$", "", line) for line in lines if line.startswith(".venv/")]
+    assert entries == [re.sub(r" \.$", "", line) for line in checks]
+
+
+def test_the_whole_suite_installs_what_its_tests_need():
+    """A test that is skipped in CI tests nothing."""
+    (line,) = [
+        line
+        for line in (ROOT / "scripts" / "test").read_text().splitlines()
+        if line.startswith("scripts/install")
+    ]
+    extras = set(line.split()[1:])
+    assert {"dev", "dev-server", "quickstart"} <= extras <= set(PROJECT["optional-dependencies"])
