@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from llmdistill.run import distill
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 from tests.support.files import read_jsonl, write_jsonl
+from tests.support.recipes import build_generation
 
 ALL = sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
 GENERATING = [path for path in ALL if "\ngenerator:" in path.read_text()]
@@ -33,13 +35,6 @@ FIGURES = {
 TRAINING = {"use_cpu": True, "dataloader_pin_memory": False, "save_strategy": "steps"}
 
 
-def test_all_recipes_are_found():
-    assert [path.stem for path in RECIPES] == [
-        "alpaca_to_student", "distillm", "eight_gpus", "gkd", "on_policy", "one_gpu", "peft", "quickstart", "seqkd", "sft",
-        "skd", "skd_cpu", "supervised_kd",
-    ]  # fmt: skip
-
-
 @pytest.fixture
 def data(tmp_path):
     for name, number in (("train", 9), ("heldout", 3)):
@@ -47,43 +42,11 @@ def data(tmp_path):
     return tmp_path
 
 
-def test_all_recipes_that_generate_are_found():
-    assert [path.stem for path in GENERATING] == [
-        "alpaca",
-        "alpaca_cpu",
-        "answers",
-        "lion",
-        "magpie_cpu",
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", GENERATING, ids=lambda path: path.stem)
-def test_makes_two_rows_with_a_toy_teacher(path, pair, data):
-    """Toys write no words and no lists: filters are left out, and what Alpaca asks is answered."""
-    if path.stem in ("alpaca", "alpaca_cpu"):
-        kind = f"generator={{kind: answer, prompts: {data}/train.jsonl, answering: {{max_new_tokens: 6}}}}"
-        overrides = [f"teacher={{model: {pair[0]}}}", kind]
-        given = recipes.load_generation(path)
-        more = "17 more tasks" if path.stem == "alpaca" else "one more task"
-        assert more in filled(given, planned(given))[0]
-    elif path.stem == "answers":
-        overrides = [
-            f"teacher.model={pair[0]}",
-            "generator.answering.max_new_tokens=6",
-            "teacher.dtype=float32",
-        ]
-        overrides.append(f"generator.prompts={data}/train.jsonl")
-    else:
-        overrides = [f"teacher.model={pair[0]}", "generator.answering.max_new_tokens=6"]
-        overrides += ["generator.max_instruction_tokens=400", "teacher.dtype=float32"]
-    if path.stem == "lion":
-        overrides += [f"generator.student={pair[1]}", "generator.max_compared_tokens=4"]
-        overrides.append(f"generator.pool={data}/train.jsonl")
-    overrides += [f"output={data}/set", "target=2", "filters=[]", "round_size=4"]
-    made = generate(recipes.load_generation(path, overrides))
-    assert made.counts.kept == 2
-    assert (made.folder / "README.md").is_file()
+def test_recipes_of_both_kinds_are_found_and_listed_for_readers():
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    assert RECIPES
+    assert GENERATING
+    assert [path.stem for path in ALL if f"`{path.stem}`" not in readme] == []
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -93,24 +56,32 @@ def test_the_header_says_pair_hardware_and_time(path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("path", GENERATING, ids=lambda path: path.stem)
+def test_makes_two_rows_with_a_toy_teacher(path, pair, data):
+    assert recipes.load_generation(path).filters
+    given = generation_on_toys(plain(path), pair, data)
+    made = generate(build_generation(given | {"target": 2, "round_size": 4}))
+    assert made.counts.kept == 2
+    assert (made.folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("alpaca", "17 more tasks"), ("alpaca_cpu", "one more task")]
+)
+def test_what_a_list_of_tasks_is_asked_for(name, asked):
+    """Toys write no lists, so the recipes' own prompts are looked at instead."""
+    recipe = recipes.load_generation(next(path for path in GENERATING if path.stem == name))
+    assert asked in filled(recipe, planned(recipe))[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_runs_two_steps_on_a_toy_pair(path, pair, data):
-    teacher, student = pair
+    recipes.load(path)
     folder = data / "run"
-    overrides = [
-        f"output={folder}", f"teacher.model={teacher}", f"student.model={student}",
-        "training.max_steps=2", "training.save_steps=1", "evaluate.max_new_tokens=6",
-        "training.use_cpu=true", "training.dataloader_pin_memory=false",
-        *([] if path.stem == "quickstart" else [f"data.train={data}/train.jsonl", f"data.eval={data}/heldout.jsonl"]),
-        *shorter(path),
-    ]  # fmt: skip
-    if path.stem == "alpaca_to_student":  # toys write no lists
-        overrides += [
-            f"generate={made_by_a_toy(teacher, data)}",
-            f"data.train={data}/set/train.jsonl",
-        ]
-    result = distill(recipes.load(path, overrides))
-    assert recipes.load(folder / "recipe.yaml") == recipes.load(path, overrides)
+    recipe = recipes.build(on_toys(plain(path), pair, data))
+    result = distill(recipe)
+    assert recipes.load(folder / "recipe.yaml") == recipe
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert set(evaluation) == {"before", "after", "teacher"}
     assert all(set(figures) == FIGURES for figures in evaluation.values())
@@ -123,32 +94,75 @@ def test_runs_two_steps_on_a_toy_pair(path, pair, data):
     assert (folder / "student" / "model.safetensors").is_file()
 
 
-def made_by_a_toy(teacher: str, data: Path) -> str:
-    generator = f"{{kind: answer, prompts: {data}/train.jsonl, answering: {{max_new_tokens: 6}}}}"
-    return (
-        f"{{output: {data}/set, teacher: {{model: {teacher}}}, generator: {generator}, "
-        "filters: [], target: 8, test_share: 0.0}"
-    )
+# ---- a recipe on toys: the same parts, with less of everything ----
 
 
-def shorter(path: Path) -> list[str]:
-    """Overrides that keep a toy run short: the toys have three layers and know one byte a token."""
-    if path.stem == "quickstart":
-        return [
-            "student.carve.layers=2", "rollout.student.max_new_tokens=6", "rollout.other.max_new_tokens=6",
-            "data.max_prompt_tokens=110", "data.hold_back=4",
-        ]  # fmt: skip
-    if path.stem == "skd":
-        return ["rollout.max_new_tokens=6", "training.bf16=false", "evaluate.answer_pattern=null"]
-    if path.stem == "skd_cpu":
-        return ["rollout.max_new_tokens=6", "student.carve.layers=2"]
-    if path.stem in ("gkd", "one_gpu", "alpaca_to_student"):
-        return ["rollout.student.max_new_tokens=6"]
-    if path.stem == "distillm":
-        return ["rollout.student.rollout.max_new_tokens=6", "rollout.share.start=1.0"]
-    if "max_new_tokens" in path.read_text().split("rollout:")[1].split("\n")[0]:
-        return ["rollout.max_new_tokens=6"]
-    return []
+def plain(path: Path) -> dict[str, Any]:
+    return recipes.parse_yaml(path.read_text(), path.stem)
+
+
+LESS = {
+    "max_new_tokens": 6,
+    "max_compared_tokens": 4,
+    "max_instruction_tokens": 400,  # until the toy ends it
+    "layers": 2,
+    "capacity": 4,
+    "hold_back": 4,
+    "max_prompt_tokens": 110,
+    "dtype": "float32",
+}
+LEFT_OUT = ("answer_pattern", "bf16", "adam_beta2")
+
+
+def less(part: Any) -> Any:
+    """A part of a recipe with small numbers where the real one has large ones."""
+    if isinstance(part, list):
+        return [less(one) for one in part]
+    if not isinstance(part, dict):
+        return part
+    cut = {key: LESS.get(key, less(value)) for key, value in part.items() if key not in LEFT_OUT}
+    if cut.get("kind") == "adaptive":
+        cut["start"] = 1.0  # so that the student writes
+    return cut
+
+
+def on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any]:
+    """A training recipe with toy models, and toy rows unless it brings its own."""
+    cut = less(given) | {"output": str(data / "run")}
+    if "model" in cut["teacher"]:
+        cut["teacher"] |= {"model": pair[0]}
+    cut["student"] |= {"model": pair[1]}
+    if "generate" in cut:
+        cut["generate"] = generation_on_toys(cut["generate"], pair, data)
+        cut["data"] |= {"train": f"{data}/set/train.jsonl"}
+    elif "hold_back" not in cut["data"]:
+        cut["data"] |= {"train": f"{data}/train.jsonl"}
+    if "eval" in cut["data"]:
+        cut["data"] |= {"eval": f"{data}/heldout.jsonl"}
+    training = TRAINING | {"max_steps": 2, "save_steps": 1, "num_train_epochs": 1}
+    evaluate = cut.get("evaluate", {}) | {"max_new_tokens": 6}
+    return cut | {"training": cut["training"] | training, "evaluate": evaluate}
+
+
+def generation_on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any]:
+    """A recipe that generates, with a toy on this machine.  It writes no lists and no words: what
+    would ask for a list answers prompts instead, and nothing is filtered out.
+    """
+    cut = less(given)
+    generator = cut["generator"]
+    if generator["kind"] in ("alpaca", "self_instruct"):
+        generator = {"kind": "answer", "prompts": "", "answering": {"max_new_tokens": 6}}
+    rows = {key: f"{data}/train.jsonl" for key in ("prompts", "pool") if key in generator}
+    student = {"student": pair[1]} if "student" in generator else {}
+    answering = {"answering": generator.get("answering", {}) | {"max_new_tokens": 6}}
+    return cut | {
+        "output": f"{data}/set",
+        "teacher": {"model": pair[0], "dtype": "float32"},
+        "generator": generator | rows | student | answering,
+        "filters": [],
+        "target": 8,
+        "test_share": 0.0,
+    }
 
 
 def test_a_recipe_pushes_the_student_with_its_card(pair, data, monkeypatch):
