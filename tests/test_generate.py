@@ -73,7 +73,7 @@ def recipe(teacher, rows, output, kind="magpie", teacher_of=None, **changes):
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
-@pytest.mark.parametrize("format", ["messages", "alpaca"])
+@pytest.mark.parametrize("format", ["messages", pytest.param("alpaca", marks=pytest.mark.slow)])
 def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, format):
     out = tmp_path / "set"
     made = generate(recipe(teacher, rows, out, kind, format=format, test_share=0.3))

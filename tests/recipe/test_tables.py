@@ -6,10 +6,20 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from llmdistill.objectives.divergences import DIVERGENCES
 from llmdistill.recipe import tables
-from llmdistill.recipe.tables import REQUIRED, Parameter, constant, defaults, names, options
+from llmdistill.recipe.tables import (
+    REQUIRED,
+    Parameter,
+    Table,
+    constant,
+    defaults,
+    names,
+    one_of,
+    options,
+)
 
 MODELS = '''
 """Base models of numbers."""
@@ -65,6 +75,15 @@ class Teacher:
     provides = frozenset({Need.DISTRIBUTION, Need.HIDDEN, Other.TEXT})
 
 
+@dataclass
+class Factories:
+    entries: dict = field(default_factory=dict)
+    lines: list = field(default_factory=list)
+    width: int = field(default=SMALL, repr=False)
+    name: str = field(repr=False)
+
+
+BOUNDS = {("one", "third"): (0, None)}
 TABLE = {"one": plain, "two": Derived, "three": Fields}
 SIZES: dict[str, int] = {"s": 1, "l": LARGE}
 SPREAD = {"zero": plain, **TABLE}
@@ -161,6 +180,28 @@ def test_constants_are_literals_here_or_in_the_module_that_they_come_from(shop):
     assert constant(shop, "CHOSEN") == {"rows": (1, 2)}
     assert constant("shop/sizes.py", "LARGE") == 40
     assert constant(shop, "NOWHERE") is None
+
+
+def test_defaults_of_dataclass_fields_are_what_the_field_makes(shop):
+    found = vars(defaults(shop, "Factories"))
+    assert found == {"entries": {}, "lines": [], "width": 3}  # the name is required
+
+
+def test_a_table_knows_its_entries_their_options_and_bounds(shop):
+    table = Table(shop, "TABLE")
+    assert table.entries == ("one", "two", "three")
+    assert table.options("one") is options(shop, "TABLE", "one")
+    assert table.bounds == {("one", "third"): (0, None)}
+    assert Table("shop/sizes.py", "NESTED").bounds == {}
+
+
+def test_a_field_that_names_an_entry_takes_no_other_name(shop):
+    field = TypeAdapter(one_of(Table(shop, "TABLE"), "auto"))
+    assert [field.validate_python(name) for name in ("three", "auto")] == ["three", "auto"]
+    with pytest.raises(
+        ValidationError, match=r"one of auto, one, two, three.*Did you mean 'three'"
+    ):
+        field.validate_python("thre")
 
 
 def test_needs_are_those_that_a_class_provides(shop):
