@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Annotated, Any, NamedTuple
@@ -186,7 +186,7 @@ def _keywords(path: str, function: ast.FunctionDef) -> dict[str, Parameter]:
     }
 
 
-FACTORIES: dict[str, Any] = {"dict": {}, "list": []}
+FACTORIES: dict[str, Callable[[], Any]] = {"dict": dict, "list": list}
 
 
 def _default(path: str, node: ast.expr | None) -> Any:
@@ -195,7 +195,7 @@ def _default(path: str, node: ast.expr | None) -> Any:
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "field":  # of a dataclass
         given = {keyword.arg: keyword.value for keyword in node.keywords}
         if "default_factory" in given:
-            return FACTORIES[ast.unparse(given["default_factory"])]
+            return FACTORIES[ast.unparse(given["default_factory"])]()
         return _default(path, given.get("default"))
     return _value(path, node)
 
@@ -205,7 +205,9 @@ def _value(path: str, node: ast.expr) -> Any:
     if isinstance(node, ast.Name):
         if node.id in _assigned(path):
             return _value(path, _assigned(path)[node.id])
-        return constant(_imported_from(path, node.id), node.id)
+        source = _imported_from(path, node.id)
+        assert node.id in _assigned(source), f"{source} assigns no {node.id}"
+        return constant(source, node.id)
     if isinstance(node, ast.Call):
         return {k.arg: _value(path, k.value) for k in node.keywords if k.arg is not None}
     return ast.literal_eval(node)
