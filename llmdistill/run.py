@@ -1,5 +1,7 @@
 """`distill(recipe)`: load, measure, train, measure, publish.
 
+B = sequences, P = prompt tokens.
+
 A run folder holds
 
     recipe.yaml       the resolved recipe

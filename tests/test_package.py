@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,29 @@ def test_files_functions_and_classes_stay_small(path):
             limit = 200 if isinstance(node, ast.ClassDef) else 50
             size = node.end_lineno - node.lineno + 1
             assert size <= limit, f"{node.name}: {size} lines"
+
+
+SUFFIX = re.compile(r"[a-z]\w*_([A-Z][A-Z0-9]{0,4})")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_shape_suffix_is_in_the_legend_of_its_file(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [n for node in ast.walk(tree) for n in _names(node)]
+    found = [match[1] for name in names if (match := SUFFIX.fullmatch(name))]
+    used = {letter for suffix in found for letter in suffix if letter.isalpha()}
+    legend = ast.get_docstring(tree) or ""
+    assert {
+        one for one in used if not re.search(rf"\b{one}(, [A-Z])*( and [A-Z])? = ", legend)
+    } == set()
+
+
+def _names(node: ast.AST) -> list[str]:
+    return [
+        getattr(node, field)
+        for field in ("id", "arg", "attr")
+        if isinstance(getattr(node, field, None), str)
+    ]
 
 
 def test_only_the_trainer_imports_trainer():

@@ -560,3 +560,28 @@ def test_the_result_of_a_sentence_is_its_last_number():
     ):
         assert re.findall(pattern, text)[-1] == "18"
     assert re.findall(pattern, "It is 1,250.5 in all.") == ["1,250.5"]
+
+
+def test_a_recipe_with_every_documented_key_is_valid():
+    """Every key that users have been shown."""
+    given = recipes.parse_yaml(
+        """
+        seed: 0
+        output: runs/skd_cpu
+        teacher: {kind: local, model: smollm2-135m-instruct, dtype: bfloat16}
+        student: {model: smollm2-135m-instruct, carve: {layers: 20, by: influence}}
+        data: {train: train.jsonl, eval: heldout.jsonl, format: alpaca, max_prompt_tokens: 256}
+        rollout:
+          kind: interleaved
+          top_k: 25
+          block_size: auto
+          max_new_tokens: 128
+          student_sampling: {temperature: 0.5, top_p: 0.5}
+          teacher_sampling: {temperature: 0.2, top_p: 0.5}
+        objectives: [{kind: response, divergence: forward_kl, temperature: 1.0, weight: 1.0}]
+        training: {learning_rate: 1.0e-4, per_device_train_batch_size: 8, max_steps: 200, bf16: true}
+        evaluate: {max_new_tokens: 96, every_steps: 50}
+        """,
+        "x",
+    )
+    assert recipes.build(given).data.format == "alpaca"

@@ -1,4 +1,7 @@
-"""`llmdistill carve`: cut a smaller model out of a model, and save it."""
+"""`llmdistill carve`: cut a smaller model out of a model, and save it.
+
+B = sequences, P = prompt tokens.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def _load(
     parts = []
     for source in sources:
         rows = read(source.source, columns=source.columns)
-        part = PromptDataset.encode(rows, tokenizer, replace(rules, form=source.format))
+        part = PromptDataset.encode(rows, tokenizer, _of_source(rules, source))
         parts.append((part, source.weight))
     return parts
 
@@ -66,18 +66,24 @@ def _load(
 def _stream(
     sources: Sequence[recipe.SourceRecipe], tokenizer: PreTrainedTokenizerBase, rules: Rules
 ) -> PromptStream:
-    if len({source.format for source in sources}) > 1:
+    if len({_of_source(rules, source).form for source in sources}) > 1:
         raise RecipeError("data.train: the sources of one stream are read in one format")
 
     def rows() -> Iterator[tuple[str, Any]]:
         for source in sources:
             yield from read(source.source, columns=source.columns, streaming=True)
 
-    return PromptStream(rows, tokenizer, replace(rules, form=sources[0].format))
+    return PromptStream(rows, tokenizer, _of_source(rules, sources[0]))
+
+
+def _of_source(rules: Rules, source: recipe.SourceRecipe) -> Rules:
+    """The rules for one source: in its own format, if it says one."""
+    return rules if source.format == "auto" else replace(rules, form=source.format)
 
 
 def _rules(section: recipe.DataRecipe, *, needs_response: bool) -> Rules:
     return Rules(
+        form=section.format,
         every_turn=section.turns == "all",
         template_options=section.chat_template_kwargs,
         needs_response=needs_response,

@@ -1,5 +1,7 @@
 """One model writes by continuous batching: transformers' `generate_batch`.
 
+B = sequences, P = prompt tokens.
+
 Rows join and leave the batch as they end, so that none waits for the longest: made for GPUs.  It
 takes no logits processor of ours, hence its draws are its own: the same seed gives the same answers
 on the same machine in the same batch, and nothing more.

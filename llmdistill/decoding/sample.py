@@ -1,10 +1,10 @@
 """One model writes: `transformers`' own `generate`, with our randomness in its last logits
 processor.
 
-B = sequences, P = prompt tokens, G = new tokens, H = hidden size, V = vocabulary.
-`generate` runs greedily over scores that already hold the noise, so its own warpers are never
-reached; every sampling field is set by hand, because an unset one would be taken from the model's
-own `generation_config`.
+N = predicted tokens, T = tokens, B = sequences, P = prompt tokens, G = new tokens, H = hidden size,
+V = vocabulary. `generate` runs greedily over scores that already hold the noise, so its own warpers
+are never reached; every sampling field is set by hand, because an unset one would be taken from the
+model's own `generation_config`.
 """
 
 from __future__ import annotations

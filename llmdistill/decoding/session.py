@@ -1,10 +1,10 @@
 """One model, one batch, and a cache that can take tokens back.
 
-B = sequences, C = cached columns, G = new tokens a row, H = hidden size, V = vocabulary.  Rows that
-keep different numbers of tokens stay in one rectangular cache: every row appends the same columns,
-and those that a row gives back become holes, masked by the 2-D attention mask.  Positions count a
-row's own tokens.  Columns that no row uses any more are cut off the end, and where too many are
-holes the rows move together.
+D = heads of the cache, P = prompt tokens, B = sequences, C = cached columns, G = new tokens a row,
+H = hidden size, V = vocabulary.  Rows that keep different numbers of tokens stay in one rectangular
+cache: every row appends the same columns, and those that a row gives back become holes, masked by
+the 2-D attention mask.  Positions count a row's own tokens.  Columns that no row uses any more are
+cut off the end, and where too many are holes the rows move together.
 """
 
 from __future__ import annotations

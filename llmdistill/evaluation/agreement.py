@@ -1,6 +1,6 @@
 """How close a student's distributions are to its teacher's, and to the text, on given sequences.
 
-B = sequences, N = predicted tokens, n = those of one block, V = vocabulary.
+H = hidden size, B = sequences, N = predicted tokens, n = those of one block, V = vocabulary.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """How close, how good, how fast: the figures of `evaluation.json`.
 
+B = sequences.
+
 The reference is made once: the teacher's greedy answers to the evaluation prompts.  Each model is
 then measured against it with the same prompts, lengths and random draws.
 """
@@ -38,9 +40,9 @@ BATCH_SIZE = 32  # of the rest
 
 @dataclass(frozen=True)
 class Figures:
-    """One model's figures; README.md says what each one means.
+    """One model's figures; MEANING says what each one is.
 
-    None where the rows have no references (`perplexity`, `rouge_l_references`) or no answer pattern
+    None if the rows have no references (`perplexity`, `rouge_l_references`) or no answer pattern
     was given (`exact_match`).
     """
 
@@ -56,6 +58,22 @@ class Figures:
     num_parameters: int
     num_bytes: int
     tokens_per_second: float
+
+
+MEANING = {
+    "kl_teacher_text": "forward KL per token on the teacher's greedy answers, nats",
+    "kl_own_text": "forward KL per token on the model's own samples, nats",
+    "top1_agreement": "share of tokens where both put the same one first",
+    "draft_acceptance": "share of drafts that speculative decoding would accept",
+    "rouge_l_teacher": "ROUGE-L of greedy answers against the teacher's",
+    "rouge_l_references": "ROUGE-L of greedy answers against the data set's",
+    "exact_match": "share of greedy answers with the reference's result",
+    "perplexity": "perplexity on the data set's responses",
+    "repeated_4grams": "share of repeated 4-grams in greedy answers",
+    "num_parameters": "parameters",
+    "num_bytes": "bytes of the weights, as measured",
+    "tokens_per_second": "tokens per second at batch 8, on the training machine",
+}
 
 
 @dataclass(frozen=True)

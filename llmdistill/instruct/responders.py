@@ -1,5 +1,7 @@
 """Who replies to a generator: a teacher on this machine, or one behind a server.
 
+N = predicted tokens.
+
 Randomness is keyed by the request.  On this machine a reply does not depend on those beside it, up
 to the rounding of the teacher, and requests of a round come in the same batches each time; a server
 is asked with a seed of the same making, and does with it what it does.
@@ -23,11 +25,11 @@ from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.formats import Example
 from llmdistill.data.render import close_user_turn, continued, open_user_turn, render
 from llmdistill.decoding.keyed import row_keys
-from llmdistill.evaluation.agreement import token_log_probs
+from llmdistill.evaluation.agreement import judge, token_log_probs
 from llmdistill.instruct.parse import BETWEEN
 from llmdistill.instruct.records import append_lines, drop_half_line, read_whole_lines
 from llmdistill.instruct.requests import Asked, Reply, Request
-from llmdistill.models.vocabulary import end_ids, num_tokens
+from llmdistill.models.vocabulary import end_ids
 from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
 
@@ -111,7 +113,7 @@ class LocalResponder:
         `stop`.
         """
         tokenizer, replies = self.teacher.tokenizer, []
-        each = written_log_probs(written, num_tokens(tokenizer)) if self.scored else None
+        each = written_log_probs(self.teacher, written) if self.scored else None
         for row, ids in enumerate(written.responses()):
             end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
             text = tokenizer.decode(ids[:end])
@@ -197,16 +199,15 @@ class RemoteResponder:
         return Question(prompt, request.sampling, request.max_new_tokens, seed, stop)
 
 
-def written_log_probs(written: Sequences, num_tokens: int) -> list[Tensor]:
-    """The writer's log-probability of each token that it wrote, in nats: one (G,) a row.
+def written_log_probs(teacher: LocalTeacher, written: Sequences) -> list[Tensor]:
+    """The teacher's log-probability of each token that it wrote, in nats: one (G,) per row.
 
     At temperature 1, whatever it was drawn with.
     """
-    assert written.signal is not None
-    assert written.signal.distribution is not None
     responses = written.responses()
+    (judged,) = judge(teacher, [written])
     tokens = torch.tensor([token for ids in responses for token in ids])
-    each_N = token_log_probs(written.signal.distribution.narrow(num_tokens), tokens)
+    each_N = token_log_probs(judged.distribution, tokens)
     return list(each_N.split([len(ids) for ids in responses]))
 
 

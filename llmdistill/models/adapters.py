@@ -1,6 +1,7 @@
 """A student that trains a small adapter beside frozen weights (LoRA), alone or merged at the end.
 
-A, B = the two factors of a layer's change, W' = W + scaling * B A (Hu et al. 2021, eq. 3).
+A, B = the two factors of a layer's change, I = inputs, O = outputs, R = rank:
+W' = W + scaling * B A (Hu et al. 2021, eq. 3).
 """
 
 from __future__ import annotations

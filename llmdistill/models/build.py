@@ -1,4 +1,7 @@
-"""Builds the student that a recipe asks for."""
+"""Builds the student that a recipe asks for.
+
+B = sequences, T = tokens.
+"""
 
 from __future__ import annotations
 

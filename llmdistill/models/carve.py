@@ -1,8 +1,8 @@
 """A student cut out of a teacher: fewer layers, narrower MLPs, fewer attention heads.
 
-B = sequences, T = tokens, H = hidden size, L = layers.  A block's influence is 1 - cos(its input,
-its output), averaged over the tokens of a sample text: a block that hardly turns the residual
-stream is hardly missed (Men et al. 2024, "ShortGPT", eq. 1).
+A = attention heads, I = MLP neurons, B = sequences, T = tokens, H = hidden size, L = layers.  A
+block's influence is 1 - cos(its input, its output), averaged over the tokens of a sample text: a
+block that hardly turns the residual stream is hardly missed (Men et al. 2024, "ShortGPT", eq. 1).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How much memory a run will hold, by part: from configurations alone, nothing is loaded.
 
-H = hidden size, I = MLP neurons, L = layers, V = vocabulary.  An estimate of what lies on one
-device without sharding; the test compares its activations with those that autograd keeps.
+A = attention heads, H = hidden size, I = MLP neurons, L = layers, V = vocabulary.  An estimate of
+what lies on one device without sharding; the test compares its activations with those that autograd
+keeps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Objectives on hidden states: the student's inner states match the teacher's.
 
-N = predicted tokens, M = all tokens that are not padding, H = hidden size, S and T = sizes of
-student and teacher.
+B = sequences, T = tokens, N = predicted tokens or all that are not padding, H = hidden size.
 """
 
 from __future__ import annotations

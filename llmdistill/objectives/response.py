@@ -1,8 +1,8 @@
 """Objectives on the predicted tokens: match the teacher's distribution, or the tokens themselves.
 
-N = predicted tokens, n = those of one block, V = vocabulary.  The response objective is
-sum_t weight_t * D(target_t, student_t): a divergence, a target builder and a token weight.  Each is
-a name of its table or a function with the same parameters.
+H = hidden size, N = predicted tokens, n = those of one block, V = vocabulary.  The response
+objective is sum_t weight_t * D(target_t, student_t): a divergence, a target builder and a token
+weight.  Each is a name of its table or a function with the same parameters.
 """
 
 from __future__ import annotations

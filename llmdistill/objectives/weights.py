@@ -1,8 +1,9 @@
 """How much each predicted token counts.
 
-B = sequences, N = predicted tokens.  Weights multiply the losses and are never renormalised.  The
-sum is divided by the number of predicted tokens of the step, unless DIVISORS names another count.
-To add one: a function of (sequences, *, options) here and its name in TOKEN_WEIGHTS.
+T = tokens, B = sequences, N = predicted tokens.  Weights multiply the losses and are never
+renormalised.  The sum is divided by the number of predicted tokens of the step, unless DIVISORS
+names another count. To add one: a function of (sequences, *, options) here and its name in
+TOKEN_WEIGHTS.
 """
 
 from __future__ import annotations

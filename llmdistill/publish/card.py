@@ -12,26 +12,12 @@ from typing import TYPE_CHECKING, Literal
 
 from llmdistill import recipe as recipes
 from llmdistill.data.sources import hub_name
-from llmdistill.evaluation.measure import Figures
+from llmdistill.evaluation.measure import MEANING, Figures
 from llmdistill.models.load import EMBEDDED
 
 if TYPE_CHECKING:
     from llmdistill.recipe import Recipe, SourceRecipe
 
-MEANING = {
-    "kl_teacher_text": "forward KL per token on the teacher's greedy answers, nats",
-    "kl_own_text": "forward KL per token on the model's own samples, nats",
-    "top1_agreement": "share of tokens where both put the same one first",
-    "draft_acceptance": "share of drafts that speculative decoding would accept",
-    "rouge_l_teacher": "ROUGE-L of greedy answers against the teacher's",
-    "rouge_l_references": "ROUGE-L of greedy answers against the data set's",
-    "exact_match": "share of greedy answers with the reference's result",
-    "perplexity": "perplexity on the data set's responses",
-    "repeated_4grams": "share of repeated 4-grams in greedy answers",
-    "num_parameters": "parameters",
-    "num_bytes": "bytes of the weights, as measured",
-    "tokens_per_second": "tokens per second at batch 8, on the training machine",
-}
 PACKAGES = ("llmdistill", "torch", "transformers", "accelerate")
 
 
@@ -131,10 +117,10 @@ def made_with() -> str:
     return ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
 
 
-def _describe(section: recipes.Strict) -> str:
+def _describe(section: recipes.RolloutRecipe | recipes.ObjectiveRecipe) -> str:
     """One section of a recipe in a line: its kind, then what differs from the defaults."""
-    kind, options = str(getattr(section, "kind", "")), _options(section)
-    return f"{shown(kind)} ({options})" if options else shown(kind)
+    options = _options(section)
+    return f"{shown(section.kind)} ({options})" if options else shown(section.kind)
 
 
 def _options(section: recipes.Strict) -> str:

@@ -16,8 +16,8 @@ from llmdistill.recipe.facts import check_training_argument, wrong_pattern
 from llmdistill.recipe.generation import GenerationRecipe
 from llmdistill.recipe.objectives import ObjectiveRecipe, ResponseRecipe
 from llmdistill.recipe.rollouts import FixedRecipe, RolloutRecipe
-from llmdistill.recipe.sources import Sources
-from llmdistill.recipe.tables import defaults
+from llmdistill.recipe.sources import FORMATS, Sources
+from llmdistill.recipe.tables import defaults, one_of
 from llmdistill.recipe.teachers import TeacherRecipe
 
 _plan = defaults("models/carve.py", "Plan")
@@ -92,6 +92,8 @@ class DataRecipe(Strict):
     """The same, for rows that are only measured on."""
     hold_back: int = Field(0, ge=0)
     """Instead of `eval`: this many evenly spaced rows of `train` are only measured on."""
+    format: one_of(FORMATS, "auto") = "auto"  # type: ignore[valid-type]
+    """How rows are laid out if a source does not say it itself; auto: told by their fields."""
     turns: Literal["last", "all"] = "last"
     """all: every answer of a conversation is a row, after the turns before it."""
     chat_template_kwargs: dict[str, Any] = {}

@@ -1,9 +1,9 @@
 """Which drafted tokens stay: the rules by which a teacher takes or replaces what a student drafts.
 
-A = active rows, G = drafted tokens, V = vocabulary, S = slots of a response.  A rule is asked once
-for each block and decides about every drafted token by itself; the writer cuts the block at the
-first refusal.  To add one: a class (or a function of a Block) here and its name in ACCEPT; a recipe
-then takes its fields as options.
+B = sequences, N = predicted tokens, A = active rows, G = drafted tokens, V = vocabulary, S = slots
+of a response.  A rule is asked once for each block and decides about every drafted token by itself;
+the writer cuts the block at the first refusal.  To add one: a class (or a function of a Block) here
+and its name in ACCEPT; a recipe then takes its fields as options.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The data set writes: its own responses, as they are."""
+"""The data set writes: its own responses, as they are.
+
+B = sequences.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Both write: the student drafts a block, the teacher judges it in one pass and replaces the first
 token that it refuses; the rest of the draft is dropped, and both go on from there.
 
-A = open rows, G = drafted tokens, n = those of them at hand, V = vocabulary.  Xu et al. 2025 (SKD),
-algorithm 1; where the released code departs from it, the algorithm is followed.  Each token is
-drawn by the randomness of its own row and slot, so the answers are the same with any block size and
-beside any rows, up to the rounding of the models.
+A = active rows, B = sequences, G = drafted tokens, n = those at hand, H = hidden size,
+V = vocabulary.  Xu et al. 2025 (SKD), algorithm 1; where the released code departs from it, the
+algorithm is followed.  Each token is drawn by the randomness of its own row and slot, so the
+answers are the same with any block size and beside any rows, up to the rounding of the models.
 
     both models read    last token on the page, draft_1 .. draft_G-1
     the teacher judges  draft_1 .. draft_G, each by the state before it

@@ -1,5 +1,7 @@
 """A replay buffer: what the student wrote some time ago is trained on again.
 
+B = sequences.
+
 Writing is the slow part of an on-policy step.  Early in training, and until the buffer is full,
 every step is written anew; then the share of steps that come out of the buffer grows with the steps
 done (Ko et al. 2024, DistiLLM, section 3.2, the decreasing schedule).

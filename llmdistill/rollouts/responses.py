@@ -1,7 +1,7 @@
 """What two writers have written so far: the active rows, and the tokens that stay.
 
-A = active rows, B = all rows, G = tokens of a block, n = tokens of it that stay, N = all that
-stayed, H = hidden size.
+P = prompt tokens, T = tokens, A = active rows, B = all rows, G = tokens of a block, n = tokens of
+it that stay, N = all that stayed, H = hidden size.
 """
 
 from __future__ import annotations

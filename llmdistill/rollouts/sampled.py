@@ -1,5 +1,7 @@
 """One model writes: the student its own samples (on-policy), or the teacher its answers (SeqKD).
 
+B = sequences.
+
 The student writes anew each time.  What the teacher writes never changes, so each of its `samples`
 answers to a prompt is written once, when its turn comes, and kept; epoch e trains on answer e mod
 samples.  Ids are kept, never decoded and tokenised again.

@@ -1,4 +1,7 @@
-"""A teacher on this machine: frozen, in eval mode, in its own dtype and on its own device."""
+"""A teacher on this machine: frozen, in eval mode, in its own dtype and on its own device.
+
+H = hidden size, N = predicted tokens.
+"""
 
 from __future__ import annotations
 

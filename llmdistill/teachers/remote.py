@@ -1,5 +1,7 @@
 """A teacher behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, or a hosted model.
 
+B = sequences.
+
 It writes; it is not asked for distributions yet.  Requests run side by side up to a limit, and are
 made again with growing pauses where the server was busy, broke off, or said nothing that can be
 used.  What cannot be mended by asking again ends with an error.

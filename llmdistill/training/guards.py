@@ -1,4 +1,7 @@
-"""What stops a run before it does harm."""
+"""What stops a run before it does harm.
+
+R = ranks.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a log line says of the steps since the one before: sums on each rank, figures over all.
 
-Q = quarters of an answer.
+B = sequences, N = predicted tokens, Q = quarters of an answer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """`DistillTrainer`: transformers' Trainer around `Distillation`.
 
+B = sequences, K = terms of the loss, T = tokens.
+
 Trainer expects one model that is trained, saved and pushed; here the trained module is more than
 the student.  Each override below is one place where that difference shows, and each has a test that
 fails without it.  Everything else (arguments, callbacks, trackers, wrapping, resuming) is

@@ -180,3 +180,18 @@ def test_no_copy_of_a_held_row_is_trained_on(weight, tmp_path, tokenizer):
     assert len({row.row_id for row in train.rows} | {row.row_id for row in held.rows}) == len(
         train
     ) + len(held)
+
+
+def test_a_format_for_all_sources_is_that_of_those_which_say_none(tokenizer, tmp_path):
+    rows = [{"text": "plain", "instruction": "a", "output": "b"}]
+    for name in ("one", "two"):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    sources = [
+        str(tmp_path / "one.jsonl"),
+        {"source": str(tmp_path / "two.jsonl"), "format": "alpaca"},
+    ]
+    section = DataRecipe(train=sources, format="text")
+    train, _ = build_rows(section, tokenizer, needs_response=True, seed=0)
+    responses = [tokenizer.decode(row.response_ids) for row in train.rows]
+    assert responses[0].startswith("lain")  # the first token of a text is its prompt
+    assert responses[1].startswith("b")
