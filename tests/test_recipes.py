@@ -93,6 +93,7 @@ def test_the_header_says_pair_hardware_and_time(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_runs_two_steps_on_a_toy_pair(path, pair, data):
+    """S10: with `HF_HUB_OFFLINE=1` (conftest.py), from local files alone."""
     teacher, student = pair
     folder = data / "run"
     overrides = [
