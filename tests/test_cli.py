@@ -77,7 +77,7 @@ def test_a_mistake_ends_with_2_a_path_and_no_traceback(recipe, overrides, messag
 
 
 def test_help_is_quick():
-    """The best of three; 0.5 s, twice that while the suite's other worker takes its share."""
+    """P5: the best of three; 0.5 s, twice that while the suite's other worker takes its share."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

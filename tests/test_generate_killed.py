@@ -1,4 +1,4 @@
-"""`llmdistill generate` under SIGKILL: the files that it leaves are those of a run left alone."""
+"""R11: `llmdistill generate` under SIGKILL: the files that it leaves are those of a run left alone."""
 
 from __future__ import annotations
 

@@ -52,6 +52,7 @@ SIGNATURES = {
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_the_public_signatures(name):
+    """P3."""
     assert list(inspect.signature(getattr(llmdistill, name)).parameters) == SIGNATURES[name].split()
 
 
@@ -134,6 +135,7 @@ def test_only_the_trainer_imports_trainer():
 
 
 def test_importing_the_package_imports_nothing_heavy():
+    """P5."""
     code = "import sys, llmdistill.recipe; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -77,6 +77,7 @@ def test_what_a_list_of_tasks_is_asked_for(name, asked):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_runs_two_steps_on_a_toy_pair(path, pair, data):
+    """S10: with `HF_HUB_OFFLINE=1` (conftest.py), from local files alone."""
     recipes.load(path)
     folder = data / "run"
     recipe = recipes.build(on_toys(plain(path), pair, data))

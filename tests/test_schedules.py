@@ -39,7 +39,7 @@ def test_from_the_first_step_to_the_last(schedule, values):
 
 
 def test_a_critical_period_falls_by_the_same_factor_after_each_part():
-    """METHODS 7.8: 100, 70, ..., 2.82 after ten periods, one period being 2% of the run."""
+    """100, 70, ..., 2.82 after ten periods, one period being 2% of the run."""
     schedule = CriticalPeriod(100.0)
     values = [schedule(at(step, 1000)) for step in (0, 19, 20, 39, 200)]
     assert values == pytest.approx([100.0, 100.0, 70.0, 70.0, 100 * 0.7**10])

@@ -1,4 +1,4 @@
-"""D1 to D3, D5: two gloo ranks equal one."""
+"""D1, D2, D3, D4, D5: two gloo ranks equal one."""
 
 from __future__ import annotations
 
@@ -133,6 +133,7 @@ def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):
 
 @pytest.mark.parametrize("case", ["gradients", "empty_rank", "bad_rank", "kept_answers"])
 def test_on_two_ranks(tmp_path, case):
+    """D3, D5, N6, S1: what `worker.py` asserts on both ranks."""
     two_ranks(case, tmp_path)
 
 

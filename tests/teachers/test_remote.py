@@ -1,4 +1,4 @@
-"""A teacher behind a server that misbehaves in every way: asked again, or a clear end."""
+"""S11: a teacher behind a server that misbehaves in every way: asked again, or a clear end."""
 
 from __future__ import annotations
 
@@ -299,6 +299,7 @@ def generation(server, tmp_path, name="set", **changes):
 
 
 def test_no_row_is_lost_and_none_comes_twice(server, tmp_path, monkeypatch):
+    """S9: and the key is in no file."""
     monkeypatch.setattr("llmdistill.teachers.remote.LONGEST_PAUSE", 0.02)
     monkeypatch.setenv("MY_KEY", "secret-2")
     plain = generate(generation(server, tmp_path, "plain"))
@@ -310,7 +311,7 @@ def test_no_row_is_lost_and_none_comes_twice(server, tmp_path, monkeypatch):
     assert (made.folder / "rows.jsonl").read_bytes() == (plain.folder / "rows.jsonl").read_bytes()
     assert made.counts.kept == 24
     for file in made.folder.rglob("*"):
-        assert b"secret-2" not in file.read_bytes()  # S9
+        assert b"secret-2" not in file.read_bytes()
 
 
 def test_a_server_that_dies_ends_clearly_and_the_run_goes_on(server, tmp_path, monkeypatch):

@@ -168,6 +168,7 @@ def test_what_the_teacher_wrote_is_not_written_again(tmp_path):
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, harm, message):
+    """R5."""
     made(tmp_path / "first", "seqkd").train()
     folder = tmp_path / "first" / "checkpoint-2"
     harm(folder)

@@ -61,7 +61,7 @@ def test_a_sequence_mean_counts_every_response_once(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [2, 8])
 def test_every_divisor_is_that_of_the_whole_step(tmp_path, accumulation):
-    """Two objectives with two divisors, and a third one over all tokens: 8 rows however cut."""
+    """N4: two objectives with two divisors, and a third one over all tokens: 8 rows however cut."""
     objectives = [
         lambda: ResponseObjective(token_weight="sequence_mean", weight=0.5),
         lambda: ResponseObjective("jsd"),
