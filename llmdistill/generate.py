@@ -20,7 +20,7 @@ from llmdistill.data.render import open_user_turn
 from llmdistill.errors import CheckpointError, DataError, RecipeError
 from llmdistill.instruct.build import build_filters, build_generator, build_responder
 from llmdistill.instruct.dataset import SPLITS, write_splits
-from llmdistill.instruct.generators import TaskGenerator
+from llmdistill.instruct.generators.base import TaskGenerator
 from llmdistill.instruct.lion import Pools
 from llmdistill.instruct.pipeline import Pipeline, Settings, TaskCounts
 from llmdistill.instruct.pools import tell_apart
@@ -30,6 +30,7 @@ from llmdistill.instruct.responders import LocalResponder, RemoteResponder
 from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.models.load import load_tokenizer, revision_of
 from llmdistill.publish.data_card import Outcome, data_card
+from llmdistill.recipe.generators import LionRecipe
 
 RANKS_WAIT = timedelta(hours=6)
 
@@ -123,7 +124,7 @@ def _revision(recipe: recipes.GenerationRecipe, responder: LocalResponder | Remo
 def planned(recipe: recipes.GenerationRecipe) -> TaskGenerator:
     """The generator, before any model is loaded; which tasks are hard is not known yet."""
 
-    def unsplit(section: recipes.LionRecipe) -> Pools:
+    def unsplit(section: LionRecipe) -> Pools:
         tasks = read_tasks(section.pool)
         return Pools(hard=tasks, easy=tasks)
 

@@ -6,34 +6,16 @@ import ast
 import itertools
 import re
 import tomllib
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
-from pydantic import BaseModel
 
-from llmdistill import recipe as recipes
-from llmdistill.data.formats import FORMATS
-from llmdistill.evaluation.measure import Figures
-from llmdistill.models.footprint import QUANTIZED_BYTES
-from llmdistill.models.quantization import QUANTIZATIONS
-from llmdistill.objectives import build as objective_builders
-from llmdistill.objectives.divergences import DIVERGENCES
-from llmdistill.objectives.features import DISTANCES, HiddenObjective
+from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import ResponseObjective
-from llmdistill.objectives.targets import TARGETS
-from llmdistill.objectives.weights import TOKEN_WEIGHTS
-from llmdistill.publish.card import MEANING
-from llmdistill.recipe.base import Quantization
-from llmdistill.recipe.schedules import Share, Weight
-from llmdistill.rollouts import build as rollout_builders
-from llmdistill.rollouts.acceptance import ACCEPT
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.sampling import Writer
-from llmdistill.schedules import SCHEDULES
-from llmdistill.teachers import build as teacher_builders
 from tests import toy
 from tests.support.spies import spy
 from tests.training.helpers import arguments, gradient, weights
@@ -281,89 +263,3 @@ def test_the_layers_are_those_of_pyproject():
 
 def test_the_architecture_is_short():
     assert (ROOT / "docs/architecture.md").read_text(encoding="utf-8").count("\n") <= 150
-
-
-# ---- places that CONTRIBUTING.md says to touch ----
-
-RECIPE = {
-    "output": "x",
-    "teacher": {"model": "t"},
-    "student": {"model": "s"},
-    "data": {"train": "r"},
-}
-
-
-def members(union: Any) -> set[type]:
-    """The classes of an annotated union of recipe sections."""
-    if isinstance(union, type):
-        return {union} if issubclass(union, BaseModel) else set()
-    return {found for part in get_args(union) for found in members(part)}
-
-
-def kinds(union: Any) -> set[str]:
-    return {section.model_fields["kind"].default for section in members(union)}
-
-
-@pytest.mark.parametrize(
-    ("union", "module"),
-    [
-        (recipes.ObjectiveRecipe, objective_builders),
-        (recipes.RolloutRecipe, rollout_builders),
-        (recipes.TeacherRecipe, teacher_builders),
-    ],
-    ids=["objectives", "rollouts", "teachers"],
-)
-def test_every_section_has_a_builder(union, module):
-    assert len(members(union)) > 1
-    assert members(union) == set(module._BUILDERS)
-
-
-SECTIONS = {  # (key of the recipe, the section without the entry, the table, the key that names one)
-    "divergence": ({"kind": "response"}, DIVERGENCES),
-    "target": ({"kind": "response"}, TARGETS),
-    "token_weight": ({"kind": "response"}, TOKEN_WEIGHTS),
-    "distance": ({"kind": "hidden"}, DISTANCES),
-    "accept": ({"kind": "interleaved"}, ACCEPT),
-}
-
-
-@pytest.mark.parametrize(
-    ("field", "entry"), [(field, name) for field, (_, table) in SECTIONS.items() for name in table]
-)
-def test_every_entry_is_built_from_a_recipe(field, entry):
-    """With the defaults of its options."""
-    section = SECTIONS[field][0] | {field: entry}
-    if field == "accept":
-        rollout = recipes.build(RECIPE | {"rollout": section}).rollout
-        assert isinstance(rollout_builders.build_rollout(rollout).accept, ACCEPT[entry])
-    else:
-        (objective,) = recipes.build(RECIPE | {"objectives": [section]}).objectives
-        built = getattr(objective_builders.build_objective(objective), field)
-        assert getattr(built, "func", built) is SECTIONS[field][1][entry]
-
-
-@pytest.mark.parametrize("path", ["objectives/divergences.py", "rollouts/acceptance.py"])
-def test_bounds_belong_to_options(path):
-    table = {"objectives/divergences.py": "DIVERGENCES", "rollouts/acceptance.py": "ACCEPT"}[path]
-    bounds = recipes.tables.constant(path, "BOUNDS")
-    assert bounds
-    for entry, option in bounds:
-        assert option in recipes.tables.options(path, table, entry), (entry, option)
-
-
-def test_every_schedule_has_a_section():
-    assert kinds(Weight) | kinds(Share) == {*SCHEDULES, "constant"}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_can_be_asked_for(name):
-    source = {"source": "r", "format": name}
-    assert recipes.build(RECIPE | {"data": {"train": source}}).data.train[0].format == name
-
-
-def test_every_quantization_is_known_everywhere():
-    assert set(QUANTIZATIONS) == set(QUANTIZED_BYTES) == set(get_args(Quantization))
-
-
-def test_every_figure_has_a_meaning():
-    assert {field.name for field in fields(Figures)} == set(MEANING)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from llmdistill import recipe as recipes
 from llmdistill.errors import RecipeError
 from llmdistill.objectives.divergences import DIVERGENCES
-from llmdistill.recipe import facts, objectives
+from llmdistill.recipe import facts, objectives, rollouts
 
 MINIMAL = {
     "output": "runs/a",
@@ -290,7 +290,7 @@ def test_a_file_is_read(file):
     recipe = recipes.load(file)
     assert recipe.training == {"learning_rate": 1e-4}
     assert [o.kind for o in recipe.objectives] == ["response", "cross_entropy"]
-    assert recipe.rollout == recipes.FixedRecipe()
+    assert recipe.rollout == rollouts.FixedRecipe()
 
 
 @pytest.mark.parametrize(("text", "said"), [("- 1", "list"), ("", "NoneType"), ("hello", "str")])

@@ -72,7 +72,7 @@ def _measure(
     from llmdistill.models.heads import num_rows
     from llmdistill.models.load import load_config, load_model, load_tokenizer
     from llmdistill.models.vocabulary import require_same
-    from llmdistill.recipe import LocalTeacherRecipe
+    from llmdistill.recipe.teachers import LocalTeacherRecipe
     from llmdistill.teachers.build import load_teacher
 
     judge = load_teacher(LocalTeacherRecipe(model=teacher))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from llmdistill.instruct.generators import TaskGenerator
+    from llmdistill.instruct.generators.base import TaskGenerator
     from llmdistill.instruct.pipeline import TaskCounts
     from llmdistill.recipe import GenerationRecipe
 

@@ -10,9 +10,10 @@ from typing import Any
 from accelerate import PartialState
 
 from llmdistill import recipe as recipes
-from llmdistill.instruct import filters, generators
+from llmdistill.instruct import filters
 from llmdistill.instruct.filters import Filter
-from llmdistill.instruct.generators import Answering, TaskGenerator
+from llmdistill.instruct.generators import given, lists, variants
+from llmdistill.instruct.generators.base import Answering, TaskGenerator
 from llmdistill.instruct.lion import Pools
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
 from llmdistill.instruct.task_sources import read_tasks
@@ -21,6 +22,9 @@ from llmdistill.models.load import load_tokenizer
 from llmdistill.recipe import filters as filter_sections
 from llmdistill.recipe import generators as generator_sections
 from llmdistill.recipe.generators import AnsweringRecipe, GeneratorSection
+from llmdistill.recipe.remote import RemoteTeacherRecipe
+from llmdistill.recipe.sampling import SamplingRecipe
+from llmdistill.recipe.teachers import LocalTeacherRecipe
 from llmdistill.sampling import Sampling
 from llmdistill.teachers.build import load_teacher
 from llmdistill.teachers.remote import RemoteTeacher
@@ -85,7 +89,7 @@ def _options(section: GeneratorSection, *inputs: str) -> dict[str, Any]:
     return options
 
 
-def _sampling(section: recipes.SamplingRecipe) -> Sampling:
+def _sampling(section: SamplingRecipe) -> Sampling:
     return Sampling(**section.model_dump())
 
 
@@ -94,40 +98,40 @@ def _answering(section: AnsweringRecipe) -> Answering:
 
 
 def _alpaca(section: generator_sections.AlpacaRecipe, inputs: Inputs) -> TaskGenerator:
-    return generators.Alpaca(inputs.seed_tasks, seed=inputs.seed, **_options(section))
+    return lists.Alpaca(inputs.seed_tasks, seed=inputs.seed, **_options(section))
 
 
 def _self_instruct(section: generator_sections.SelfInstructRecipe, inputs: Inputs) -> TaskGenerator:
     classifies = [task.classifies for task in inputs.seed_tasks]
     options = _options(section)
-    return generators.SelfInstruct(inputs.seed_tasks, classifies, seed=inputs.seed, **options)
+    return lists.SelfInstruct(inputs.seed_tasks, classifies, seed=inputs.seed, **options)
 
 
 def _magpie(section: generator_sections.MagpieRecipe, inputs: Inputs) -> TaskGenerator:
-    return generators.Magpie(**_options(section))
+    return variants.Magpie(**_options(section))
 
 
 def _answer(section: generator_sections.AnswerRecipe, inputs: Inputs) -> TaskGenerator:
-    return generators.Answer(read_tasks(section.prompts), **_options(section, "prompts"))
+    return given.Answer(read_tasks(section.prompts), **_options(section, "prompts"))
 
 
 def _rewrite(section: generator_sections.RewriteRecipe, inputs: Inputs) -> TaskGenerator:
-    return generators.Rewrite(read_tasks(section.prompts), **_options(section, "prompts"))
+    return given.Rewrite(read_tasks(section.prompts), **_options(section, "prompts"))
 
 
 def _evolve(section: generator_sections.EvolveRecipe, inputs: Inputs) -> TaskGenerator:
-    return generators.Evolve(inputs.seed_tasks, seed=inputs.seed, **_options(section))
+    return variants.Evolve(inputs.seed_tasks, seed=inputs.seed, **_options(section))
 
 
 def _lion(section: generator_sections.LionRecipe, inputs: Inputs) -> TaskGenerator:
     pools = inputs.split(section)
     used = ("student", "pool", "compare_by", "hard_share", "max_compared_tokens")
-    return generators.Lion(pools.hard, pools.easy, seed=inputs.seed, **_options(section, *used))
+    return variants.Lion(pools.hard, pools.easy, seed=inputs.seed, **_options(section, *used))
 
 
 def _local(
     recipe: recipes.GenerationRecipe,
-    section: recipes.LocalTeacherRecipe,
+    section: LocalTeacherRecipe,
     folder: Path,
     common: Mapping[str, Any],
 ) -> LocalResponder:
@@ -137,7 +141,7 @@ def _local(
 
 def _remote(
     recipe: recipes.GenerationRecipe,
-    section: recipes.RemoteTeacherRecipe,
+    section: RemoteTeacherRecipe,
     folder: Path,
     common: Mapping[str, Any],
 ) -> RemoteResponder:
@@ -173,8 +177,8 @@ _GENERATORS: dict[type, Callable[[Any, Inputs], TaskGenerator]] = {
     generator_sections.LionRecipe: _lion,
 }
 _RESPONDERS: dict[type, Callable[..., LocalResponder | RemoteResponder]] = {
-    recipes.LocalTeacherRecipe: _local,
-    recipes.RemoteTeacherRecipe: _remote,
+    LocalTeacherRecipe: _local,
+    RemoteTeacherRecipe: _remote,
 }
 _FILTERS: dict[type, Callable[[Any, Sequence[Task]], Filter]] = {
     filter_sections.LengthRecipe: _plain(filters.Length),

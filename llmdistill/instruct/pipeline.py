@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 
 from llmdistill.errors import DataError, TeacherError
 from llmdistill.instruct.filters import EmptyAnswer, Filter
-from llmdistill.instruct.generators import TaskGenerator
+from llmdistill.instruct.generators.base import TaskGenerator
 from llmdistill.instruct.parse import Parsed
 from llmdistill.instruct.records import (
     append_lines,

@@ -22,6 +22,7 @@ from llmdistill.instruct.tasks import Task
 from llmdistill.models.heads import num_rows
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.models.vocabulary import require_same
+from llmdistill.recipe.generators import LionRecipe
 from llmdistill.sampling import GREEDY
 from llmdistill.teachers.local import LocalTeacher
 
@@ -31,7 +32,7 @@ logger = logging.getLogger("llmdistill")
 def tell_apart(
     recipe: recipes.GenerationRecipe,
     responder: LocalResponder | RemoteResponder,
-    section: recipes.LionRecipe,
+    section: LionRecipe,
     *,
     folder: Path,
     begin: Callable[[], None] = lambda: None,
@@ -66,7 +67,7 @@ def tell_apart(
 
 def _gaps(
     recipe: recipes.GenerationRecipe,
-    section: recipes.LionRecipe,
+    section: LionRecipe,
     responder: LocalResponder | RemoteResponder,
     tasks: list[Task],
     begin: Callable[[], None],

@@ -1,18 +1,14 @@
 """What a run is: one YAML file that answers three questions, and what else a run needs.
 
 Reading one imports neither torch nor transformers, so a typo is found in well under a second.  A
-section answers for itself: code outside this package asks it, and does not look at its class.
+section answers for itself: code outside this package asks it, and does not look at its class.  The
+kinds of a section are in the module of its question: `teachers`, `rollouts`, `objectives`,
+`generators`, `filters`.
 """
 
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.generation import GenerationRecipe
-from llmdistill.recipe.generators import LionRecipe
-from llmdistill.recipe.objectives import (
-    CrossEntropyRecipe,
-    HiddenRecipe,
-    ObjectiveRecipe,
-    ResponseRecipe,
-)
+from llmdistill.recipe.objectives import ObjectiveRecipe
 from llmdistill.recipe.reading import (
     build,
     build_part,
@@ -22,18 +18,7 @@ from llmdistill.recipe.reading import (
     load_generation,
     parse_yaml,
 )
-from llmdistill.recipe.remote import RemoteTeacherRecipe
-from llmdistill.recipe.rollouts import (
-    FixedRecipe,
-    InterleavedRecipe,
-    MixedRecipe,
-    ReplayRecipe,
-    RolloutRecipe,
-    RolloutSection,
-    SampledRecipe,
-)
-from llmdistill.recipe.sampling import SamplingRecipe
-from llmdistill.recipe.schedules import ScheduleSection
+from llmdistill.recipe.rollouts import RolloutRecipe
 from llmdistill.recipe.schema import (
     CarveRecipe,
     DataRecipe,
@@ -43,32 +28,17 @@ from llmdistill.recipe.schema import (
     StudentRecipe,
 )
 from llmdistill.recipe.sources import SourceRecipe
-from llmdistill.recipe.teachers import AdapterOffTeacherRecipe, LocalTeacherRecipe, TeacherRecipe
+from llmdistill.recipe.teachers import TeacherRecipe
 
 __all__ = [
-    "AdapterOffTeacherRecipe",
     "CarveRecipe",
-    "CrossEntropyRecipe",
     "DataRecipe",
     "EvaluateRecipe",
-    "FixedRecipe",
     "GenerationRecipe",
-    "HiddenRecipe",
-    "InterleavedRecipe",
-    "LionRecipe",
-    "LocalTeacherRecipe",
-    "MixedRecipe",
     "ObjectiveRecipe",
     "PeftRecipe",
     "Recipe",
-    "RemoteTeacherRecipe",
-    "ReplayRecipe",
-    "ResponseRecipe",
     "RolloutRecipe",
-    "RolloutSection",
-    "SampledRecipe",
-    "SamplingRecipe",
-    "ScheduleSection",
     "SourceRecipe",
     "Strict",
     "StudentRecipe",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llmdistill import recipe
 from llmdistill.protocols import Rollout
+from llmdistill.recipe import rollouts as sections
+from llmdistill.recipe.sampling import WarpRecipe
 from llmdistill.rollouts.acceptance import acceptance
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
@@ -17,21 +18,21 @@ from llmdistill.sampling import Sampling
 from llmdistill.schedules import build_schedule
 
 
-def build_rollout(section: recipe.RolloutRecipe) -> Rollout:
+def build_rollout(section: sections.RolloutRecipe) -> Rollout:
     """The rollout that a recipe asks for."""
     return _BUILDERS[type(section)](section)
 
 
-def _fixed(section: recipe.FixedRecipe) -> Rollout:
+def _fixed(section: sections.FixedRecipe) -> Rollout:
     return FixedRollout()
 
 
-def _sampled(section: recipe.SampledRecipe) -> Rollout:
+def _sampled(section: sections.SampledRecipe) -> Rollout:
     fields = section.model_dump(exclude={"kind", "sampling"})
     return SampledRollout(**fields, sampling=_sampling(section.sampling))
 
 
-def _interleaved(section: recipe.InterleavedRecipe) -> Rollout:
+def _interleaved(section: sections.InterleavedRecipe) -> Rollout:
     return InterleavedRollout(
         accept=acceptance(section.accept, **section.options()),
         block_size=section.block_size,
@@ -41,7 +42,7 @@ def _interleaved(section: recipe.InterleavedRecipe) -> Rollout:
     )
 
 
-def _mixed(section: recipe.MixedRecipe) -> Rollout:
+def _mixed(section: sections.MixedRecipe) -> Rollout:
     return MixedRollout(
         build_rollout(section.student),
         build_rollout(section.other),
@@ -49,18 +50,18 @@ def _mixed(section: recipe.MixedRecipe) -> Rollout:
     )
 
 
-def _replay(section: recipe.ReplayRecipe) -> Rollout:
+def _replay(section: sections.ReplayRecipe) -> Rollout:
     return ReplayRollout(build_rollout(section.rollout), capacity=section.capacity)
 
 
-def _sampling(section: recipe.Strict) -> Sampling:
+def _sampling(section: WarpRecipe) -> Sampling:
     return Sampling(**section.model_dump())
 
 
 _BUILDERS: dict[type, Callable[[Any], Rollout]] = {
-    recipe.FixedRecipe: _fixed,
-    recipe.SampledRecipe: _sampled,
-    recipe.InterleavedRecipe: _interleaved,
-    recipe.MixedRecipe: _mixed,
-    recipe.ReplayRecipe: _replay,
+    sections.FixedRecipe: _fixed,
+    sections.SampledRecipe: _sampled,
+    sections.InterleavedRecipe: _interleaved,
+    sections.MixedRecipe: _mixed,
+    sections.ReplayRecipe: _replay,
 }

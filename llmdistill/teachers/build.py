@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from llmdistill import recipe
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.protocols import Teacher
+from llmdistill.recipe import teachers as sections
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
 from llmdistill.teachers.local import LocalTeacher
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def build_teacher(
-    section: recipe.TeacherRecipe,
+    section: sections.TeacherRecipe,
     student: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Teacher:
@@ -28,7 +28,7 @@ def build_teacher(
     return _BUILDERS[type(section)](section, student, tokenizer)
 
 
-def load_teacher(section: recipe.LocalTeacherRecipe) -> LocalTeacher:
+def load_teacher(section: sections.LocalTeacherRecipe) -> LocalTeacher:
     """A model on this machine, in the form that the section asks for."""
     model = load_model(
         section.model,
@@ -41,15 +41,15 @@ def load_teacher(section: recipe.LocalTeacherRecipe) -> LocalTeacher:
     return LocalTeacher(model, load_tokenizer(section.model, revision=section.revision))
 
 
-def _local(section: recipe.LocalTeacherRecipe, *_: Any) -> Teacher:
+def _local(section: sections.LocalTeacherRecipe, *_: Any) -> Teacher:
     return load_teacher(section)
 
 
-def _adapter_off(_: recipe.AdapterOffTeacherRecipe, student: Any, tokenizer: Any) -> Teacher:
+def _adapter_off(_: sections.AdapterOffTeacherRecipe, student: Any, tokenizer: Any) -> Teacher:
     return AdapterOffTeacher(student, tokenizer)
 
 
 _BUILDERS: dict[type, Callable[[Any, Any, Any], Teacher]] = {
-    recipe.LocalTeacherRecipe: _local,
-    recipe.AdapterOffTeacherRecipe: _adapter_off,
+    sections.LocalTeacherRecipe: _local,
+    sections.AdapterOffTeacherRecipe: _adapter_off,
 }

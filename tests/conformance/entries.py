@@ -15,6 +15,7 @@ from llmdistill.objectives.divergences import DIVERGENCES
 from llmdistill.objectives.features import DISTANCES
 from llmdistill.objectives.targets import TARGETS
 from llmdistill.objectives.weights import TOKEN_WEIGHTS
+from llmdistill.recipe.rollouts import RolloutSection
 from llmdistill.rollouts.acceptance import ACCEPT
 from llmdistill.rollouts.build import _BUILDERS as ROLLOUTS
 from llmdistill.teachers.build import _BUILDERS as TEACHERS
@@ -59,7 +60,7 @@ def shorter(section: dict[str, Any]) -> dict[str, Any]:
             cut[name] = NEW_TOKENS
         elif name == "capacity":
             cut[name] = 4
-        elif isinstance(field.default, recipes.RolloutSection):
+        elif isinstance(field.default, RolloutSection):
             cut[name] = shorter({"kind": field.default.kind})
     return cut
 

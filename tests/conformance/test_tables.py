@@ -1,50 +1,86 @@
-"""What a recipe may say is what the tables hold."""
+"""What a recipe may say is what the tables hold, and every section has its builder."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any, get_args
+
 import pytest
-from pydantic import TypeAdapter
+from pydantic import BaseModel
 
 from llmdistill import recipe as recipes
 from llmdistill.data.formats import FORMATS, to_examples
 from llmdistill.errors import RecipeError
+from llmdistill.evaluation.measure import MEANING, Figures
 from llmdistill.models.quantization import QUANTIZATIONS
-from llmdistill.objectives.build import _BUILDERS as OBJECTIVES
+from llmdistill.objectives import build as objective_builders
+from llmdistill.recipe import tables
 from llmdistill.recipe.schedules import Share, Weight
-from llmdistill.rollouts.build import _BUILDERS as ROLLOUTS
+from llmdistill.rollouts import build as rollout_builders
 from llmdistill.schedules import SCHEDULES
-from llmdistill.teachers.build import _BUILDERS as TEACHERS
+from llmdistill.teachers import build as teacher_builders
 from tests.conformance import entries
 
-UNIONS = {
-    "teachers": (recipes.TeacherRecipe, TEACHERS),
-    "rollouts": (recipes.RolloutRecipe, ROLLOUTS),
-    "objectives": (recipes.ObjectiveRecipe, OBJECTIVES),
-}
+
+def members(union: Any) -> set[type]:
+    """The classes of an annotated union of recipe sections."""
+    if isinstance(union, type):
+        return {union} if issubclass(union, BaseModel) else set()
+    return {found for part in get_args(union) for found in members(part)}
 
 
-def members(union) -> set[str]:
-    """The kinds of a union of sections."""
-    schema = TypeAdapter(union).json_schema()
-    return {
-        one["properties"]["kind"]["const"]
-        for one in schema["$defs"].values()
-        if "kind" in one["properties"]
-    }
+def kinds(union: Any) -> set[str]:
+    return {section.model_fields["kind"].default for section in members(union)}
 
 
-@pytest.mark.parametrize("name", UNIONS)
-def test_every_kind_that_may_be_said_is_built(name):
-    union, builders = UNIONS[name]
-    kinds = {one.model_fields["kind"].default for one in builders}
-    assert {one for one in members(union) if one in kinds} == kinds
-    for builder in builders:
-        kind = builder.model_fields["kind"].default
-        assert kind in members(union)
+@pytest.mark.parametrize(
+    ("union", "module"),
+    [
+        (recipes.ObjectiveRecipe, objective_builders),
+        (recipes.RolloutRecipe, rollout_builders),
+        (recipes.TeacherRecipe, teacher_builders),
+    ],
+    ids=["objectives", "rollouts", "teachers"],
+)
+def test_every_section_has_a_builder(union, module):
+    assert len(members(union)) > 1
+    assert members(union) == set(module._BUILDERS)
 
 
-def test_every_schedule_may_be_said():
-    assert members(Weight) | members(Share) == {*SCHEDULES, "constant"}
+CHOICES = [
+    (kind, field, name)
+    for kind, choices in entries.CHOICES.items()
+    for field, table in choices.items()
+    for name in table
+]
+
+
+@pytest.mark.parametrize(("kind", "field", "entry"), CHOICES)
+def test_every_entry_of_a_table_is_built_from_a_recipe(kind, field, entry):
+    """With the defaults of its options."""
+    section, table = {"kind": kind, field: entry}, entries.CHOICES[kind][field]
+    if kind == "interleaved":
+        rollout = entries.recipe(rollout=section).rollout
+        assert isinstance(rollout_builders.build_rollout(rollout).accept, table[entry])
+    else:
+        (objective,) = entries.recipe(objectives=[section]).objectives
+        built = getattr(objective_builders.build_objective(objective), field)
+        assert getattr(built, "func", built) is table[entry]
+
+
+@pytest.mark.parametrize(
+    ("path", "table"),
+    [("objectives/divergences.py", "DIVERGENCES"), ("rollouts/acceptance.py", "ACCEPT")],
+)
+def test_bounds_belong_to_options(path, table):
+    bounds = tables.constant(path, "BOUNDS")
+    assert bounds
+    for entry, option in bounds:
+        assert option in tables.options(path, table, entry), (entry, option)
+
+
+def test_every_schedule_has_a_section():
+    assert kinds(Weight) | kinds(Share) == {*SCHEDULES, "constant"}
 
 
 ROWS = [  # of any format; a new format adds one here
@@ -69,9 +105,7 @@ def test_every_format_may_be_said_and_is_read_and_recognised(form):
 
 def test_an_unknown_format_is_named_with_a_suggestion():
     data = {"train": {"source": "x.jsonl", "format": "alpacca"}}
-    with pytest.raises(
-        RecipeError, match="'data.train.format': should be one of auto, mess.*'alpaca'"
-    ):
+    with pytest.raises(RecipeError, match="'data.train.format': should be one of auto, .*'alpaca'"):
         entries.recipe(data=data)
 
 
@@ -80,3 +114,7 @@ def test_every_quantization_may_be_said_and_has_a_size(kind):
     teacher = {"model": "t", "quantization": kind}
     assert entries.recipe(teacher=teacher).teacher.weights.quantization == kind
     assert 0 < QUANTIZATIONS[kind].bytes_per_weight < 2
+
+
+def test_every_figure_has_a_meaning():
+    assert {field.name for field in fields(Figures)} == set(MEANING)

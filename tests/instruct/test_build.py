@@ -15,7 +15,7 @@ from llmdistill.instruct.lion import Pools
 from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.recipe.filters import FilterRecipe
 from llmdistill.recipe.generation import GenerationTeacher
-from llmdistill.recipe.generators import GeneratorRecipe
+from llmdistill.recipe.generators import GeneratorRecipe, LionRecipe
 from tests import toy
 
 GENERATORS = get_args(get_args(GeneratorRecipe)[0])
@@ -98,7 +98,7 @@ def test_options_of_a_recipe_reach_what_is_built(rows):
 
 
 def test_lion_is_balanced_and_compared_with_its_pool(rows, tmp_path):
-    lion = section(recipes.LionRecipe, rows)
+    lion = section(LionRecipe, rows)
     given = recipe(str(tmp_path / "none.jsonl"), generator=lion, filters=[{"kind": "rouge"}])
     rouge, balanced = build.build_filters(given, [])
     assert len(rouge.pool) == 20

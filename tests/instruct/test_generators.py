@@ -8,16 +8,10 @@ from functools import partial
 import pytest
 
 from llmdistill.errors import DataError
-from llmdistill.instruct.generators import (
-    Alpaca,
-    Answer,
-    Answering,
-    Evolve,
-    Lion,
-    Magpie,
-    Rewrite,
-    SelfInstruct,
-)
+from llmdistill.instruct.generators.base import Answering
+from llmdistill.instruct.generators.given import Answer, Rewrite
+from llmdistill.instruct.generators.lists import Alpaca, SelfInstruct
+from llmdistill.instruct.generators.variants import Evolve, Lion, Magpie
 from llmdistill.instruct.parse import write_task
 from llmdistill.instruct.pipeline import exchange as run_calls
 from llmdistill.instruct.requests import Reply

@@ -7,7 +7,7 @@ import pytest
 from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.errors import DataError
 from llmdistill.evaluation.agreement import agreement, judge
-from llmdistill.instruct.generators import Lion
+from llmdistill.instruct.generators.variants import Lion
 from llmdistill.instruct.lion import by_divergence, by_referee, divergences, referee_gaps
 from llmdistill.instruct.requests import Reply
 from llmdistill.instruct.tasks import Task

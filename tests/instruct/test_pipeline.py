@@ -14,7 +14,8 @@ import pytest
 
 from llmdistill.errors import DataError
 from llmdistill.instruct.filters import Length, Rouge
-from llmdistill.instruct.generators import Answer, Cost, TaskGenerator
+from llmdistill.instruct.generators.base import Cost, TaskGenerator
+from llmdistill.instruct.generators.given import Answer
 from llmdistill.instruct.parse import Parsed
 from llmdistill.instruct.pipeline import Pipeline, Settings, TaskCounts, exchange
 from llmdistill.instruct.records import read_whole_lines

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
-from llmdistill import recipe
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.sample import sample
 from llmdistill.errors import DataError, RecipeError
 from llmdistill.protocols import Progress, Stateful
+from llmdistill.recipe import rollouts as sections
+from llmdistill.recipe.sampling import SamplingRecipe
 from llmdistill.rollouts.acceptance import Mixture, Switch, TopK, TopP
 from llmdistill.rollouts.build import build_rollout
 from llmdistill.rollouts.fixed import FixedRollout
@@ -361,30 +362,30 @@ def test_the_buffer_survives_as_json(scribes):
 
 
 def test_a_recipe_builds_its_rollout():
-    sampling = recipe.SamplingRecipe(temperature=0.5, top_p=0.9, top_k=7)
-    student = recipe.SampledRecipe(sampling=sampling, max_new_tokens=33)
-    other = recipe.SampledRecipe(by="teacher", samples=4)
+    sampling = SamplingRecipe(temperature=0.5, top_p=0.9, top_k=7)
+    student = sections.SampledRecipe(sampling=sampling, max_new_tokens=33)
+    other = sections.SampledRecipe(by="teacher", samples=4)
     built = build_rollout(
-        recipe.MixedRecipe.model_validate({"share": 0.3, "student": student, "other": other})
+        sections.MixedRecipe.model_validate({"share": 0.3, "student": student, "other": other})
     )
     assert isinstance(built, MixedRollout)
     assert built.share == 0.3
     assert (built.student.by, built.student.max_new_tokens) == ("student", 33)
     assert built.student.sampling == Sampling(temperature=0.5, top_p=0.9, top_k=7)
     assert (built.other.by, built.other.samples) == ("teacher", 4)
-    assert isinstance(build_rollout(recipe.FixedRecipe()), FixedRollout)
+    assert isinstance(build_rollout(sections.FixedRecipe()), FixedRollout)
 
 
 def test_a_recipe_builds_schedules_and_replay():
     schedule = {"kind": "adaptive", "start": 0.2, "rise": 0.3, "tolerance": 0.05}
     student = {"kind": "replay", "capacity": 7, "rollout": {"kind": "sampled"}}
-    mixed = recipe.MixedRecipe.model_validate({"share": schedule, "student": student})
+    mixed = sections.MixedRecipe.model_validate({"share": schedule, "student": student})
     built = build_rollout(mixed)
     assert built.share == Adaptive(start=0.2, rise=0.3, tolerance=0.05)
     assert isinstance(built.student, ReplayRollout)
     assert built.student.capacity == 7
     linear = {"share": {"kind": "linear", "start": 1.0, "end": 0.0}}
-    assert build_rollout(recipe.MixedRecipe.model_validate(linear)).share == Linear(1.0, 0.0)
+    assert build_rollout(sections.MixedRecipe.model_validate(linear)).share == Linear(1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +400,7 @@ def test_a_recipe_builds_schedules_and_replay():
     ],
 )
 def test_a_recipe_builds_an_interleaved_rollout(given, accept):
-    built = build_rollout(recipe.InterleavedRecipe.model_validate(given))
+    built = build_rollout(sections.InterleavedRecipe.model_validate(given))
     assert isinstance(built, InterleavedRollout)
     assert built.accept == accept
     assert (built.block_size, built.max_new_tokens) == ("auto", 256)
@@ -408,11 +409,11 @@ def test_a_recipe_builds_an_interleaved_rollout(given, accept):
 
 
 def test_a_recipe_gives_an_interleaved_rollout_its_options():
-    answer = recipe.InterleavedRecipe.model_validate(
+    answer = sections.InterleavedRecipe.model_validate(
         {"block_size": 5, "max_new_tokens": 9, "student_sampling": {"temperature": 1.0},
          "teacher_sampling": {"top_k": 4}}
     )  # fmt: skip
-    built = build_rollout(recipe.MixedRecipe(student=answer)).student
+    built = build_rollout(sections.MixedRecipe(student=answer)).student
     assert (built.block_size, built.max_new_tokens) == (5, 9)
     assert built.student_sampling == Sampling(1.0, 0.5)
     assert built.teacher_sampling == Sampling(0.2, 0.5, top_k=4)
