@@ -10,6 +10,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from llmdistill import recipe as recipes
 from llmdistill.generate import generate
@@ -38,6 +39,9 @@ def in_child(folder, *, kill_after=None) -> bool:
 
     def run() -> None:
         os.chdir(folder)
+        # The thread pool of the parent is of no use after a fork: do without one, and say so before
+        # the threads that load a model race to replace it.
+        torch.set_num_threads(1)
         given = recipes.build_part(recipes.GenerationRecipe, RECIPE, "recipe")
         generate(given, resume=(folder / "set").exists())
 

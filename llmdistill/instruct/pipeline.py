@@ -1,6 +1,6 @@
 """Call after call until enough rows are kept, in a folder that survives being killed anywhere.
 
-    calls.jsonl    what the teacher said, one line a call: the only thing that cannot be made again
+    calls.jsonl    what the teacher said, one line per call: the only thing that cannot be made again
     rows.jsonl     the rows that were kept, one line a row
     log.jsonl      when, how fast and why not: the only file with times
 

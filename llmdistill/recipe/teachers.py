@@ -48,7 +48,7 @@ class LocalTeacherRecipe(TeacherSection):
     """Who judges: a model on this machine."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
-    """Keys that a resumed `generate` may give again with other values."""
+    """Keys that a resumed `generate` may change."""
     is_remote: ClassVar[bool] = False
     stated_license: ClassVar[str | None] = None
     """None: its model card states the licence."""
