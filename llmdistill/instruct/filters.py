@@ -208,7 +208,7 @@ class SameResult(Filter):
 
 
 class Perplexity(Filter):
-    """How likely the teacher found what it wrote: exp of the mean negative log-probability per token.
+    """exp of the mean negative log-probability per token: how likely the teacher found its text.
 
     High where it rambled, very low where it recites or repeats.
     """
