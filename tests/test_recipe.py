@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from llmdistill import recipe as recipes
 from llmdistill.errors import RecipeError
 from llmdistill.objectives.divergences import DIVERGENCES
-from llmdistill.recipe import facts, objectives, rollouts
+from llmdistill.recipe import facts, objectives, rollouts, teachers
 
 MINIMAL = {
     "output": "runs/a",
@@ -585,3 +585,13 @@ def test_a_recipe_with_every_documented_key_is_valid():
         "x",
     )
     assert recipes.build(given).data.format == "alpaca"
+
+
+def test_an_objective_that_the_teacher_cannot_serve_is_refused_when_it_is_read(monkeypatch):
+    """Both are named, before any model is loaded."""
+    provides = property(lambda self: frozenset({"distribution"}))
+    monkeypatch.setattr(teachers.LocalTeacherRecipe, "provides", provides)
+    assert recipes.build(MINIMAL | {"objectives": [{"kind": "response"}]})
+    said = message(MINIMAL | {"objectives": [{"kind": "response"}, {"kind": "hidden"}]})
+    assert "objectives[1] of kind hidden needs hidden from the teacher" in said
+    assert "a teacher of kind local provides distribution" in said
