@@ -68,8 +68,8 @@ class Question:
 class Spoken:
     """An answer, and whether the limit of new tokens cut it off.
 
-    `refused` says why there is none; `log_prob` is its mean log-probability in nats per token, if it
-    was asked for.
+    `refused` says why there is none; `log_prob` is its mean log-probability in nats per token, or
+    None if nobody asked for it.
     """
 
     text: str
