@@ -150,6 +150,14 @@ class Sequences:
         return shifted
 
     @property
+    def trained_mask_BT(self) -> Tensor:
+        """True for all tokens, prompts included, of the rows that predict something.
+
+        Filler rows predict nothing, so they count in no objective.
+        """
+        return self.attention_mask_BT.bool() & (self.num_predicted > 0)[:, None]
+
+    @property
     def targets_N(self) -> Tensor:
         """The predicted tokens, row by row: (N,)."""
         return self.input_ids_BT[:, 1:][self.response_mask_BT[:, 1:]]
@@ -208,7 +216,7 @@ class StudentView:
 
     `hidden_NH` are the final hidden states that predict the N tokens, `head` what turns them into
     logits of the shared ids, and `states` what its `student_needs` asked for: (N, ...) for
-    predicted tokens, (M, ...) for all M tokens that are not padding, row by row.
+    predicted tokens, (M, ...) for all M tokens of the rows that predict something, row by row.
     """
 
     hidden_NH: Tensor

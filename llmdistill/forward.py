@@ -64,6 +64,6 @@ def _kept(found: Mapping[Need, Tensor], sequences: Sequences) -> dict[Need, Tens
     """Each state at the tokens that its need names, row by row."""
     masks = {
         "predicted": sequences.predictor_mask_BT,
-        "all": sequences.attention_mask_BT.bool(),
+        "all": sequences.trained_mask_BT,
     }
     return {need: state[masks[need.tokens].to(state.device)] for need, state in found.items()}

@@ -72,7 +72,7 @@ class HiddenObjective(Objective):
 
     def divisor(self, sequences: Sequences) -> Tensor:
         if self.tokens == "all":
-            return sequences.attention_mask_BT.sum()
+            return sequences.trained_mask_BT.sum()
         return super().divisor(sequences)
 
     def forward(

@@ -113,6 +113,19 @@ def test_a_batch_without_predicted_tokens_is_zero():
     assert found.total.requires_grad
 
 
+def test_rows_that_only_fill_a_batch_count_in_nothing():
+    """Accelerate repeats rows to make the last batch even; their prompts weigh nothing, either."""
+    student, teacher = toy.model(), LocalTeacher(toy.teacher_model(), toy.tokenizer())
+    objective = prepared(HiddenObjective(tokens="all"), student, teacher)
+    sequences = toy.sequences()
+    filler_B = torch.tensor([False, True, False, False, True])
+    silenced = sequences.without_loss(filler_B)
+    real = sequences.select((~filler_B).nonzero()[:, 0])
+    found, expected = (loss(objective, student, teacher, some) for some in (silenced, real))
+    torch.testing.assert_close(found.total, expected.total)
+    assert found.num_tokens == expected.num_tokens < sequences.attention_mask_BT.sum()
+
+
 def test_an_unknown_distance_and_a_layer_that_is_not_there_are_named():
     with pytest.raises(RecipeError, match="unknown distance 'l1'; choose one of mse, cosine"):
         HiddenObjective("l1")
