@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from pydantic import BaseModel
 
+import llmdistill
 from llmdistill import recipe as recipes
 from llmdistill.data.formats import FORMATS
 from llmdistill.evaluation.measure import Figures
@@ -37,6 +39,7 @@ from llmdistill.teachers import build as teacher_builders
 from tests import toy
 from tests.support.spies import spy
 from tests.training.helpers import arguments, gradient, weights
+from tests.training.helpers import trainer as make_trainer
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -258,15 +261,31 @@ def trace() -> list[tuple[str, str]]:
     return re.findall(r"^([a-z_/]+\.py) +([\w.]+)", text, flags=re.MULTILINE)
 
 
-def test_every_call_of_the_trace_exists():
-    assert len(trace()) > 25
-    for file, name in trace():
-        tree: Any = ast.parse((ROOT / "llmdistill" / file).read_text(encoding="utf-8"))
-        for part in name.split("."):
-            kinds = (ast.FunctionDef, ast.ClassDef)
-            found = [node for node in tree.body if isinstance(node, kinds) and node.name == part]
-            assert found, f"{file} has no {name}"
-            tree = found[0]
+def test_a_batch_makes_the_calls_of_the_trace_in_their_order(tmp_path):
+    """An on-policy step with a checkpoint and an export; `distill` itself is the line before."""
+    (first, *expected), package = trace(), Path(llmdistill.__file__).parent
+    assert first == ("run.py", "distill")
+    made = make_trainer(
+        tmp_path, rollout=SampledRollout("student", max_new_tokens=4), max_grad_norm=1.0,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    calls = []
+
+    def record(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(package):
+            calls.append((path.relative_to(package).as_posix(), frame.f_code.co_qualname))
+
+    sys.setprofile(record)
+    try:
+        made.train()
+        made.export_student(tmp_path / "student")
+    finally:
+        sys.setprofile(None)
+    following = iter(calls)
+    missing = [call for call in expected if call not in following]
+    assert len(expected) > 25
+    assert missing == []
 
 
 def test_the_layers_are_those_of_pyproject():
@@ -318,7 +337,7 @@ def test_every_section_has_a_builder(union, module):
     assert members(union) == set(module._BUILDERS)
 
 
-SECTIONS = {  # (key of the recipe, the section without the entry, the table, the key that names one)
+SECTIONS = {  # by the key that names an entry: the section without it, and the table
     "divergence": ({"kind": "response"}, DIVERGENCES),
     "target": ({"kind": "response"}, TARGETS),
     "token_weight": ({"kind": "response"}, TOKEN_WEIGHTS),
