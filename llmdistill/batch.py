@@ -233,7 +233,8 @@ class StudentView:
 class TeacherSignal:
     """What a teacher says of the N predicted tokens; a part that nobody asked for is missing.
 
-    `states` are as in `StudentView`, in the teacher's widths and on its device.
+    `states` are as in `StudentView`, in the teacher's widths; objectives get them on the student's
+    device.
     """
 
     distribution: Distribution | None = None
@@ -252,6 +253,11 @@ class TeacherSignal:
             return self
         return replace(self, distribution=self.distribution.narrow(num_tokens))
 
+    def states_on(self, device: torch.device | str) -> TeacherSignal:
+        """With the states on this device; the distribution stays where it is."""
+        states = {need: state.to(device) for need, state in self.states.items()}
+        return replace(self, states=states)
+
     def select(self, places: Tensor) -> TeacherSignal:
         """The signal at some of the N tokens: by number, or by a mask (N,)."""
         states = {need: state[places.to(state.device)] for need, state in self.states.items()}
@@ -260,9 +266,9 @@ class TeacherSignal:
 
     def to(self, device: torch.device | str) -> TeacherSignal:
         """With what is kept per token on this device; a head stays where its model is."""
-        states = {need: state.to(device) for need, state in self.states.items()}
         found = self.distribution
-        return TeacherSignal(None if found is None else found.to(device), states)
+        moved = None if found is None else found.to(device)
+        return replace(self.states_on(device), distribution=moved)
 
     def detach(self) -> TeacherSignal:
         """The same numbers without a way back for gradients."""

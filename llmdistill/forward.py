@@ -33,7 +33,8 @@ def read(
 def teacher_signal(
     teacher: Teacher, sequences: Sequences, num_tokens: int, needs: frozenset[Need]
 ) -> TeacherSignal | None:
-    """What the teacher says of the tokens, over the shared ids; None if nothing is needed.
+    """What the teacher says of the tokens, over the shared ids and with states on the sequences'
+    device; None if nothing is needed.
 
     A signal that was made while the sequences were written is used if it holds all of it.
     """
@@ -42,7 +43,7 @@ def teacher_signal(
     signal = sequences.signal
     if signal is None or not signal.covers(needs):
         signal = teacher.judge(sequences, needs)
-    return signal.narrow(num_tokens)
+    return signal.narrow(num_tokens).states_on(sequences.input_ids_BT.device)
 
 
 def _final_hidden(backbone: Any, sequences: Sequences) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import llmdistill
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.sampled import SampledRollout
@@ -19,6 +21,7 @@ from llmdistill.sampling import Writer
 from tests import toy
 from tests.support.spies import spy
 from tests.training.helpers import arguments, gradient, weights
+from tests.training.helpers import trainer as make_trainer
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -221,7 +224,6 @@ def test_the_tests_of_a_code_exist_and_name_it(code):
 # ---- names in the documents ----
 
 # Files that are still to be merged; what is listed here may be missing.
-COMING = {"instruct/build.py", "recipe/generators.py", "tests/instruct/test_build.py"}
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
@@ -229,9 +231,9 @@ def test_files_and_tests_that_a_document_names_exist(path):
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"`([\w/]+/[\w/]*(?:\.(?:py|md|toml))?)`", text):
         found = (ROOT / name).exists() or (ROOT / "llmdistill" / name).exists()
-        assert found or name in COMING, f"{path.name}: {name}"
+        assert found, f"{path.name}: {name}"
     for file, name in named_tests(text):
-        assert file in COMING or name in cited()[file], f"{path.name}: {file}::{name}"
+        assert name in cited()[file], f"{path.name}: {file}::{name}"
 
 
 def trace() -> list[tuple[str, str]]:
@@ -240,15 +242,31 @@ def trace() -> list[tuple[str, str]]:
     return re.findall(r"^([a-z_/]+\.py) +([\w.]+)", text, flags=re.MULTILINE)
 
 
-def test_every_call_of_the_trace_exists():
-    assert len(trace()) > 25
-    for file, name in trace():
-        tree: Any = ast.parse((ROOT / "llmdistill" / file).read_text(encoding="utf-8"))
-        for part in name.split("."):
-            kinds = (ast.FunctionDef, ast.ClassDef)
-            found = [node for node in tree.body if isinstance(node, kinds) and node.name == part]
-            assert found, f"{file} has no {name}"
-            tree = found[0]
+def test_a_batch_makes_the_calls_of_the_trace_in_their_order(tmp_path):
+    """An on-policy step with a checkpoint and an export; `distill` itself is the line before."""
+    (first, *expected), package = trace(), Path(llmdistill.__file__).parent
+    assert first == ("run.py", "distill")
+    made = make_trainer(
+        tmp_path, rollout=SampledRollout("student", max_new_tokens=4), max_grad_norm=1.0,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    calls = []
+
+    def record(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(package):
+            calls.append((path.relative_to(package).as_posix(), frame.f_code.co_qualname))
+
+    sys.setprofile(record)
+    try:
+        made.train()
+        made.export_student(tmp_path / "student")
+    finally:
+        sys.setprofile(None)
+    following = iter(calls)
+    missing = [call for call in expected if call not in following]
+    assert len(expected) > 25
+    assert missing == []
 
 
 def test_the_layers_are_those_of_pyproject():

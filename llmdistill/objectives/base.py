@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
-from llmdistill.models.taps import Need
+from llmdistill.batch import LossSum as LossSum
+from llmdistill.batch import Sequences, StudentView, TeacherSignal
+from llmdistill.models.taps import Need as Need
 from llmdistill.schedules import Schedule
 
 if TYPE_CHECKING:

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.recipe import objectives as sections
-from llmdistill.schedules import build_schedule
+from llmdistill.schedules import Schedule, build_schedule
 
 
 def build_objective(section: sections.ObjectiveRecipe) -> Objective:
     """The objective that a recipe asks for."""
-    fields = section.model_dump(exclude={"kind", "weight"})
-    return _BUILDERS[type(section)](weight=build_schedule(section.weight), **fields)
+    return _BUILDERS[type(section)](section, build_schedule(section.weight))
 
 
-# Each takes the fields of its section as keyword arguments.
-_BUILDERS: dict[type, Callable[..., Any]] = {
-    sections.ResponseRecipe: ResponseObjective,
-    sections.CrossEntropyRecipe: CrossEntropyObjective,
-    sections.HiddenRecipe: HiddenObjective,
+def _response(section: sections.ResponseRecipe, weight: float | Schedule) -> Objective:
+    return ResponseObjective(
+        section.divergence,
+        target=section.target,
+        token_weight=section.token_weight,
+        weight=weight,
+        scale_by_t2=section.scale_by_t2,
+        **section.options(),
+    )
+
+
+def _plain(objective: Callable[..., Objective]) -> Callable[..., Objective]:
+    """An objective whose options are all fields of its section."""
+    return lambda section, weight: objective(
+        weight=weight, **section.model_dump(exclude={"kind", "weight"})
+    )
+
+
+_BUILDERS: dict[type, Callable[..., Objective]] = {
+    sections.ResponseRecipe: _response,
+    sections.CrossEntropyRecipe: _plain(CrossEntropyObjective),
+    sections.HiddenRecipe: _plain(HiddenObjective),
 }

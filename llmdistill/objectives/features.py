@@ -80,7 +80,7 @@ class HiddenObjective(Objective):
     ) -> LossSum:
         assert signal is not None
         projected = wide(self.projector(student.states[self.student_need]))
-        wanted = wide(signal.states[self.teacher_need].to(projected.device))
+        wanted = wide(signal.states[self.teacher_need])
         return LossSum(self.distance(projected, wanted).sum(), self.divisor(sequences))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.options import TakesOptions
@@ -61,8 +62,23 @@ class ResponseRecipe(ObjectiveSection, TakesOptions):
     def teacher_needs(self) -> frozenset[str]:
         return frozenset({"distribution"})
 
+    @model_validator(mode="after")
+    def _a_temperature_is_taken(self) -> ResponseRecipe:
+        if self.temperature != 1.0 and not self._takes_temperature:
+            raise PydanticCustomError(
+                "temperature",
+                "divergence '{name}' has no temperature; leave it out",
+                {"name": self.divergence},
+            )
+        return self
+
+    @property
+    def _takes_temperature(self) -> bool:
+        return "temperature" in DIVERGENCES.options(self.divergence)
+
     def options(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, **super().options()}
+        own = {"temperature": self.temperature} if self._takes_temperature else {}
+        return own | super().options()
 
 
 class CrossEntropyRecipe(ObjectiveSection):
