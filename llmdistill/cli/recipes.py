@@ -47,7 +47,7 @@ def copy_recipe(
 
 
 def _shipped() -> dict[str, Path]:
-    """The recipes by name: inside the installed package, or beside it in a clone."""
+    """The recipes by name: inside the installed package, or next to it in a clone."""
     package = Path(__file__).parents[1]
     folders = (package / "recipes", package.parent / "recipes")
     folder = next(folder for folder in folders if folder.is_dir())

@@ -208,7 +208,7 @@ class SameResult(Filter):
 
 
 class Perplexity(Filter):
-    """How likely the teacher found what it wrote: exp of the mean negative log-probability a token.
+    """How likely the teacher found its text: exp of the mean negative log-probability per token.
 
     High where it rambled, very low where it recites or repeats.
     """

@@ -22,7 +22,7 @@ NO_INPUT = "<noinput>"
 UNPARSABLE, TRUNCATED = "unparsable", "truncated"
 FIELDS = ("Instruction", "Input", "Output")
 _FIELD = re.compile(rf"^[ \t]*\d+[.)]?\s*({'|'.join(FIELDS)}):[ \t]*", re.MULTILINE)
-# A line of its own before an item; answers have headings that begin alike.
+# A separate line before an item; answers have headings that begin alike.
 _BETWEEN = re.compile(
     rf"^{BETWEEN}[ \t]*\n?(?=[ \t]*\d+[.)]?\s*(?:{'|'.join(FIELDS)}):)", re.MULTILINE
 )

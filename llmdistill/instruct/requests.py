@@ -43,7 +43,7 @@ class Reply:
     """The text, and whether the limit of new tokens cut it off.
 
     `refused` is why there is no text: a request that was not, or could not be, answered.
-    `log_prob` is the text's mean log-probability in nats a token, where it was asked for.
+    `log_prob` is the text's mean log-probability in nats per token, where it was asked for.
     """
 
     text: str

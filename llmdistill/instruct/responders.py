@@ -1,8 +1,8 @@
 """Who replies to a generator: a teacher on this machine, or one behind a server.
 
-Randomness is keyed by the request.  On this machine a reply does not depend on those beside it, up
-to the rounding of the teacher, and requests of a round come in the same batches each time; a server
-is asked with a seed of the same making, and does with it what it does.
+Randomness is keyed by the request.  On this machine a reply does not depend on the rest of its
+batch, up to the rounding of the teacher, and requests of a round come in the same batches each
+time.  A server is sent a seed that is made in the same way, and may or may not use it.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _after(start: str, text: str) -> str:
     """The reply behind what it was to begin with.
 
     A chat goes on from there (then its first item has a later number), or says it again, perhaps
-    after a greeting, or begins to count anew.
+    after a greeting, or starts counting again.
     """
     last = re.match(r"(\d+)[.)]? ?(.*)", start.rpartition("\n")[2])
     if last is None:

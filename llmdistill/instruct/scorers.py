@@ -11,7 +11,7 @@ from llmdistill.instruct.tasks import Task
 
 
 def likelihood(tasks: Sequence[Task]) -> list[float]:
-    """The teacher's own mean log-probability, in nats a token."""
+    """The teacher's own mean log-probability, in nats per token."""
     if any(task.log_prob is None for task in tasks):
         raise ValueError("the teacher was not asked for log-probabilities")
     return [task.log_prob or 0.0 for task in tasks]

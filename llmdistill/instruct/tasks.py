@@ -10,7 +10,7 @@ class Task:
     """`truncated`: the teacher was cut off by the limit of new tokens.  `reference` is the answer
     that a data set already had, where the task comes from one; `classifies`: its answers are a few
     fixed labels; `variant`: which way of its generator made it; `log_prob`: the teacher's mean
-    log-probability of what it wrote, in nats a token, where it was asked for.
+    log-probability of what it wrote, in nats per token, where it was asked for.
     """
 
     instruction: str

@@ -31,7 +31,7 @@ class GenerationRecipe(Strict):
 
     RENAMED: ClassVar = {"seeds": "seed_tasks", "columns": "format", "held_back": "test_share"}
     MAY_CHANGE: ClassVar = ("target", "format", "test_share")
-    """Keys that a resumed run may give anew, with those of its teacher."""
+    """Keys that a resumed run may change, with those of its teacher."""
 
     seed: int = Field(0, ge=0)
     output: str

@@ -39,7 +39,7 @@ class LocalTeacherRecipe(Strict):
     """Who judges: a model on this machine."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
-    """Keys that a resumed `generate` may give anew."""
+    """Keys that a resumed `generate` may change."""
     is_remote: ClassVar[bool] = False
     stated_license: ClassVar[str | None] = None
     """Its model card states the licence."""

@@ -20,7 +20,7 @@ class RemoteTeacherRecipe(Strict):
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         {"url", "key_from", "concurrency", "timeout", "retries", "per_minute", "license"}
     )
-    """Keys that a resumed run may give anew: how the server is reached, and what is stated."""
+    """Keys that a resumed run may change: how the server is reached, and what is stated."""
     is_remote: ClassVar[bool] = True
 
     kind: Literal["remote"] = "remote"

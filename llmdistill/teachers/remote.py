@@ -66,7 +66,7 @@ class Question:
 class Spoken:
     """An answer, and whether the limit of new tokens cut it off.
 
-    `refused` says why there is none; `log_prob` is its mean log-probability in nats a token, where
+    `refused` says why there is none; `log_prob` is its mean log-probability in nats per token, if
     it was asked for.
     """
 
@@ -285,7 +285,7 @@ def _key(url: str, key_from: str | None) -> str:
 
 
 class _Pace:
-    """Lets requests begin evenly, so many a minute."""
+    """Lets requests begin evenly, so many per minute."""
 
     def __init__(self, per_minute: float | None) -> None:
         self.step = 60.0 / per_minute if per_minute else 0.0
@@ -317,7 +317,7 @@ def _spoken(reply: Any, *, scored: bool) -> Spoken:
 
 
 def _mean_log_prob(choice: Any) -> float:
-    """Nats a token; a chat and a completion give them in two ways."""
+    """Nats per token; a chat and a completion give them in two ways."""
     found = getattr(choice, "logprobs", None)
     tokens = getattr(found, "content", None)
     each = (

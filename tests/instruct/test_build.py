@@ -168,3 +168,30 @@ def test_a_name_must_be_one_of_the_table(rows, changes, said):
     with pytest.raises(RecipeError) as error:
         recipe(rows, **changes)
     assert said in str(error.value)
+
+
+def test_a_resumed_run_may_reach_its_server_in_another_way(rows):
+    remote = {"kind": "remote", "model": "m", "url": "http://one:1/v1"}
+    first = recipe(rows, teacher=remote, generator={"kind": "evolve"})
+    changes = {"target": 99, "format": "alpaca", "test_share": 0.5, "output": "moved"}
+    other = remote | {"url": "http://two:2/v1", "timeout": 9.0, "key_from": "KEY"}
+    assert (
+        recipe(rows, **{"teacher": other, "generator": {"kind": "evolve"}} | changes).unchanging()
+        == first.unchanging()
+    )
+    for part in ({"teacher": remote | {"model": "n"}}, {"seed": 1}, {"batch_size": 8}):
+        changed = recipe(rows, **{"teacher": remote, "generator": {"kind": "evolve"}} | part)
+        assert changed.unchanging() != first.unchanging()
+
+
+@pytest.mark.parametrize(
+    ("generator", "expected"),
+    [
+        ({"kind": "magpie"}, []),
+        ({"kind": "evolve"}, ["seeds"]),
+        ({"kind": "answer", "prompts": "mine"}, ["mine"]),
+        ({"kind": "lion", "student": "s", "pool": ["a", "b"]}, ["a", "b"]),
+    ],
+)
+def test_a_recipe_knows_what_its_teacher_is_shown_or_asked(generator, expected):
+    assert [one.source for one in recipe("seeds", generator=generator).sources] == expected
