@@ -32,7 +32,7 @@ from llmdistill.models.load import load_tokenizer, revision_of
 from llmdistill.publish.data_card import Outcome, data_card
 from llmdistill.recipe.generators import LionRecipe
 
-RANKS_WAIT = timedelta(hours=6)
+RANKS_WAIT = timedelta(hours=6)  # while one rank measures, or a server answers
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from llmdistill.data.collate import EncodedRows, PromptDataset, collate, sample_
 from llmdistill.data.render import same_template
 from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
 from llmdistill.evaluation.measure import Evaluation, Figures, Measurement
-from llmdistill.generate import generate
+from llmdistill.generate import RANKS_WAIT, generate
 from llmdistill.models.build import build_student
 from llmdistill.models.load import default_device, load_tokenizer, native_bfloat16
 from llmdistill.objectives.build import build_objective
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmdistill")
 
-RANKS_WAIT = 6 * 3600  # seconds: the first rank measures while the others wait
 RESULTS = ("student", "checkpoints/checkpoint-*")  # what makes a run worth keeping
 CARVE_ROWS = 48  # rows of training text on which the layers' influence is measured
 
@@ -239,7 +238,7 @@ def training_arguments(recipe: Recipe, folder: Path, *, resume: bool = False) ->
         given["restore_callback_states_from_checkpoint"] = True
     if resume:
         given["eval_on_start"] = False  # it was measured when it started
-    given.setdefault("ddp_timeout", RANKS_WAIT)
+    given.setdefault("ddp_timeout", int(RANKS_WAIT.total_seconds()))
     given |= {"output_dir": str(folder / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
     try:
         return TrainingArguments(**given)

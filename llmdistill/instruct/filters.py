@@ -208,7 +208,7 @@ class SameResult(Filter):
 
 
 class Perplexity(Filter):
-    """exp of the mean negative log-probability per token: how likely the teacher found its text.
+    """How likely the teacher found its text: exp of the mean negative log-probability per token.
 
     High where it rambled, very low where it recites or repeats.
     """

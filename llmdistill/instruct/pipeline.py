@@ -1,7 +1,7 @@
 """Call after call until enough rows are kept, in a folder that survives being killed anywhere.
 
     calls.jsonl    what the teacher said, one line per call: all that cannot be made again
-    rows.jsonl     the rows that were kept, one line per row
+    rows.jsonl     the rows that were kept, one per line
     log.jsonl      when, how fast and why not: the only file with times
 
 Calls are made in rounds of a fixed size.  What a round asks depends on the rounds before it alone,

@@ -4,7 +4,7 @@ N = predicted tokens.
 
 Randomness is keyed by the request.  On this machine a reply does not depend on the rest of its
 batch, up to the rounding of the teacher, and requests of a round come in the same batches each
-time; a server is asked with a seed of the same making, and does with it what it does.
+time.  A server is sent a seed that is made in the same way, and may or may not use it.
 """
 
 from __future__ import annotations
