@@ -595,3 +595,11 @@ def test_an_objective_that_the_teacher_cannot_serve_is_refused_when_it_is_read(m
     said = message(MINIMAL | {"objectives": [{"kind": "response"}, {"kind": "hidden"}]})
     assert "objectives[1] of kind hidden needs hidden from the teacher" in said
     assert "a teacher of kind local provides distribution" in said
+
+
+def test_a_temperature_goes_only_to_a_divergence_that_takes_one(monkeypatch):
+    assert objectives.ResponseRecipe(temperature=2.0).options() == {"temperature": 2.0}
+    monkeypatch.setattr(objectives.ResponseRecipe, "_takes_temperature", False)
+    assert objectives.ResponseRecipe().options() == {}
+    said = message(MINIMAL | {"objectives": [{"kind": "response", "temperature": 2.0}]})
+    assert "divergence 'forward_kl' has no temperature" in said

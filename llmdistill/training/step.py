@@ -27,7 +27,7 @@ from llmdistill.models.vocabulary import num_tokens
 from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Progress, Teacher
 from llmdistill.sampling import Draw, Sampling, Writer
-from llmdistill.schedules import value
+from llmdistill.schedules import Schedule, value
 from llmdistill.teachers.base import TrainableTeacher
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ class Distillation(nn.Module):
         _check_needs(objectives, teacher)
         self.student = student
         self.objectives = nn.ModuleList(objectives)
-        self._weights = [objective.weight for objective in objectives]
         self.trained_teacher = teacher if isinstance(teacher, TrainableTeacher) else None
         self._teacher = [teacher]  # in a list: a module in an attribute would become a part of this
         self.tokenizer = tokenizer
@@ -137,14 +136,19 @@ class Distillation(nn.Module):
 
     def weights(self, progress: Progress) -> dict[str, float]:
         """Each objective's weight now."""
-        pairs = zip(self.term_names, self._weights, strict=True)
-        return {name: value(weight, progress) for name, weight in pairs}
+        return {name: value(weight, progress) for name, weight in self._weights()}
 
     @property
     def scheduled(self) -> list[str]:
         """The objectives whose weight changes."""
-        pairs = zip(self.term_names, self._weights, strict=True)
-        return [name for name, weight in pairs if callable(weight)]
+        return [name for name, weight in self._weights() if callable(weight)]
+
+    def _weights(self) -> list[tuple[str, float | Schedule]]:
+        objectives: list[Any] = [*self.objectives]
+        return [
+            (name, objective.weight)
+            for name, objective in zip(self.term_names, objectives, strict=True)
+        ]
 
     def scales(self, divisors_K: Tensor, progress: Progress) -> Tensor:
         """Each term's weight over its divisor, the teacher's own last: (K,), on their device."""

@@ -29,7 +29,7 @@ class Tally:
         self._sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
         self._terms: dict[str, tuple[Tensor | float, Tensor | float]] = {}
 
-    def add_terms(self, terms: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def add_terms(self, terms: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
         """Each term's sum over one micro-batch, and what it adds to the term's divisor."""
         for name, (total, divisor) in terms.items():
             totals, divisors = self._terms.get(name, (0.0, 0.0))

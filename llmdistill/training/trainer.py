@@ -80,8 +80,8 @@ class DistillTrainer(GroupedTrainer):
         self._step_loss: Tensor | float = 0.0
         list_end_ids(unwrap_adapters(student), processing_class)
         use_cache = student.config.use_cache
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed)  # projectors start alike on all ranks
+        with torch.random.fork_rng(devices=[]):  # projectors are made on the CPU
+            torch.manual_seed(args.seed)  # and start alike on all ranks
             distillation = Distillation(student, teacher, objectives, processing_class)
         super().__init__(
             model=distillation,
@@ -187,6 +187,7 @@ class DistillTrainer(GroupedTrainer):
         Objectives count with the weights that they end with, so that losses can be compared.
         """
         self._eval_tally = Tally()
+        self._eval_tally.add_terms(dict.fromkeys(self.model.term_names, (0.0, 0.0)))  # on all ranks
         result = super().evaluation_loop(*args, **kwargs)
         means = self._eval_tally.term_means(self.accelerator)
         weights = self.model.weights(replace(self._progress(), step=self.state.max_steps))
