@@ -16,8 +16,8 @@ from llmdistill.models.chunks import CHUNK_ROWS, HeadLogits
 from llmdistill.models.heads import Head
 
 
-class Blocks(Protocol):
-    """`blocks[rows]` are the logits of these positions: (n, V), without gradients, on the
+class ServedLogits(Protocol):
+    """`served[rows]` are the logits of these positions: (n, V), without gradients, on the
     teacher's device, valid until other rows are asked for.
     """
 
@@ -42,7 +42,7 @@ class Distribution(Protocol):
     def detach(self) -> Distribution:
         """The same numbers without a way back for gradients."""
 
-    def serve(self, chunk_size: int = CHUNK_ROWS) -> Blocks:
+    def serve(self, chunk_size: int = CHUNK_ROWS) -> ServedLogits:
         """The logits in blocks; at most `chunk_size` positions are held at a time."""
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmdistill.batch import Sequences, StudentView, TeacherSignal
+from llmdistill.errors import TrainingError
 from llmdistill.models.heads import split
 from llmdistill.models.taps import Need, taps
 from llmdistill.protocols import Teacher
@@ -36,13 +37,19 @@ def teacher_signal(
     """What the teacher says of the tokens, over the shared ids and with states on the sequences'
     device; None if nothing is needed.
 
-    A signal that was made while the sequences were written is used if it holds all of it.
+    A signal that was made while the sequences were written is used if it holds all of it.  It was
+    made without gradients and of the plain embeddings, so a teacher that trains, and changed
+    embeddings, are judged in a pass of their own.  Raises TrainingError if something is missing.
     """
     if not needs:
         return None
     signal = sequences.signal
-    if signal is None or not signal.covers(needs):
+    as_written = sequences.embedding_change is None and not isinstance(teacher, nn.Module)
+    if signal is None or not as_written or not signal.covers(needs):
         signal = teacher.judge(sequences, needs)
+    if not signal.covers(needs):
+        asked = ", ".join(sorted(map(str, needs)))
+        raise TrainingError(f"{type(teacher).__name__}.judge left something out of: {asked}")
     return signal.narrow(num_tokens).states_on(sequences.input_ids_BT.device)
 
 

@@ -70,8 +70,8 @@ class Teacher(Protocol):
     `tokenizer` must hold the student's vocabulary.  `provides` lists what can be asked for:
     `Need.DISTRIBUTION`, `Need.HIDDEN` and so on.  A teacher that provides states also has `config`,
     the transformers configuration of the model that they come from.  One that can also write has
-    `write` (`Writes`) and perhaps `session` (`Steps`).  One that trains along is a
-    `teachers.base.TrainableTeacher`.
+    `write` (`Writes`), perhaps `session` (`Steps`), and `ends`, the ids that end what it writes.
+    One that trains along is a `teachers.base.TrainableTeacher`.
     """
 
     @property
@@ -81,7 +81,7 @@ class Teacher(Protocol):
     def provides(self) -> frozenset[Need]: ...
 
     def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
-        """What it says of the N predicted tokens, row by row, for all `needs` and no others.
+        """What it says of the N predicted tokens, row by row: all that `needs` asks for.
 
         `sequences` may be on any device.  The signal stays on the teacher's.  Called once per
         micro-batch, unless the sequences bring a signal that covers the needs.

@@ -296,5 +296,6 @@ def _newest_checkpoint(folder: Path) -> str:
     if newest is None:
         raise CheckpointError(
             f"there is no checkpoint in {checkpoints} to resume from; pass overwrite to start again"
+            f"{run_folder.hint(folder)}"
         )
     return newest

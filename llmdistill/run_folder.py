@@ -95,6 +95,12 @@ def discard_old(folder: Path) -> None:
         _delete(old, last=REPLACED)
 
 
+def hint(folder: Path) -> str:
+    """Where the folder is that was moved aside, as the end of a message; "" if there is none."""
+    old = old_folder(folder)
+    return f". What was there before is kept in {old}." if old.is_dir() else ""
+
+
 def old_folder(folder: Path) -> Path:
     """Where a folder that is overwritten is kept: next to it, as `<name>.old`."""
     place = folder.resolve()

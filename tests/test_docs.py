@@ -1,4 +1,4 @@
-"""The documents are true: examples run, named tests and files exist, every table entry is built."""
+"""The documents are true: examples run, and the tests, files and calls that they name exist."""
 
 from __future__ import annotations
 

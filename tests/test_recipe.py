@@ -603,3 +603,16 @@ def test_a_temperature_goes_only_to_a_divergence_that_takes_one(monkeypatch):
     assert objectives.ResponseRecipe().options() == {}
     said = message(MINIMAL | {"objectives": [{"kind": "response", "temperature": 2.0}]})
     assert "divergence 'forward_kl' has no temperature" in said
+
+
+def test_weights_are_not_negative_and_do_not_all_end_at_zero():
+    fading = {"kind": "response", "weight": {"kind": "linear", "start": 1, "end": 0}}
+    measured = MINIMAL | {"data": HELD, "evaluate": {"every_steps": 5}}
+    assert recipes.build(MINIMAL | {"objectives": [fading]})
+    assert recipes.build(measured | {"objectives": [fading, {"kind": "cross_entropy"}]})
+    assert "these are all 0: let one end above 0" in message(measured | {"objectives": [fading]})
+    assert "'objectives[0].weight'" in message(
+        MINIMAL | {"objectives": [fading | {"weight": -1.0}]}
+    )
+    said = message(MINIMAL | {"objectives": [fading | {"weight": {"start": 1, "end": 0}}]})
+    assert "'objectives[0].weight.kind' should be one of 'linear', 'cosine'" in said

@@ -90,6 +90,20 @@ def test_the_old_run_is_deleted_at_the_first_checkpoint(given, tmp_path, monkeyp
     assert seen == [True, True, False, False, False]  # it is saved after step 2
 
 
+def test_a_resume_after_a_killed_overwrite_says_where_the_old_run_is(given, tmp_path, monkeypatch):
+    run(given)
+
+    def dies(self, *args, **kwargs):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "compute_loss", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(given, overwrite=True)
+    with pytest.raises(CheckpointError, match="What was there before is kept in .*run.old"):
+        run(given, resume=True)
+
+
 def test_a_start_that_failed_is_no_run_in_the_way(given, tmp_path):
     with pytest.raises(LlmDistillError):
         run(given | {"objectives": [{"kind": "hidden", "teacher_layer": 99}]})

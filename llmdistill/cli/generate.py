@@ -38,7 +38,7 @@ def generate(
 
     loaded = recipes.load_generation(recipe, overrides or [])
     if resume and overwrite:
-        raise RecipeError("--resume goes on with a data set, --overwrite deletes it: choose one")
+        raise RecipeError("--resume continues a data set, --overwrite replaces it: choose one")
     if dry_run:
         _show_request(loaded)
     else:

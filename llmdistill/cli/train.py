@@ -17,7 +17,11 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run folder first.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace the run folder; the old one stays until there is a checkpoint.",
+        ),
     ] = False,
 ) -> None:
     """Distil a student as a recipe says: measure, train, measure, save."""

@@ -25,6 +25,7 @@ from llmdistill.evaluation.agreement import Judged, agreement, judge, perplexity
 from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
 from llmdistill.models.footprint import num_bytes
 from llmdistill.models.heads import eval_mode
+from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.protocols import Teacher, Writes
 from llmdistill.sampling import GREEDY, Draw, Sampling, Writer
@@ -120,6 +121,11 @@ class Evaluation:
             raise RecipeError(
                 f"evaluation compares with what the teacher writes, and a {type(teacher).__name__} "
                 "cannot write; leave out the evaluation rows"
+            )
+        if Need.DISTRIBUTION not in teacher.provides:
+            raise RecipeError(
+                f"evaluation compares distributions, and a {type(teacher).__name__} provides none; "
+                "leave out the evaluation rows"
             )
         self.reference = self._greedy(teacher.write)
         self._judged = judge(teacher, self.reference.batches)

@@ -59,10 +59,13 @@ def _flat(states: Tensor, heads_first: bool) -> Tensor:
 
 
 class Concatenated:
-    """One linear layer: all queries, then all keys, then all values (Phi-3, GPT-2)."""
+    """One linear layer: all queries, then all keys, then all values (Phi-3, GPT-2).
+
+    Other families cut a layer of the same name in other ways.
+    """
 
     def fits(self, config: Any) -> bool:
-        return True
+        return config.model_type in ("phi3", "gpt2")
 
     def part(self, config: Any, part: str) -> Callable[[Tensor, bool], Tensor]:
         heads = config.num_attention_heads

@@ -38,7 +38,7 @@ def _torchao_int8(dtype: torch.dtype) -> Any:
     return TorchAoConfig(quant_type=Int8WeightOnlyConfig())
 
 
-class Quantization(NamedTuple):
+class QuantizationKind(NamedTuple):
     """The package that it needs, what `from_pretrained` takes for a dtype, and the bytes that a
     weight then takes, scales included.
     """
@@ -48,10 +48,10 @@ class Quantization(NamedTuple):
     bytes_per_weight: float
 
 
-QUANTIZATIONS: dict[str, Quantization] = {
-    "bnb_4bit": Quantization("bitsandbytes", _bnb_4bit, 0.55),
-    "bnb_8bit": Quantization("bitsandbytes", _bnb_8bit, 1.03),
-    "torchao_int8": Quantization("torchao", _torchao_int8, 1.02),
+QUANTIZATIONS: dict[str, QuantizationKind] = {
+    "bnb_4bit": QuantizationKind("bitsandbytes", _bnb_4bit, 0.55),
+    "bnb_8bit": QuantizationKind("bitsandbytes", _bnb_8bit, 1.03),
+    "torchao_int8": QuantizationKind("torchao", _torchao_int8, 1.02),
 }
 
 

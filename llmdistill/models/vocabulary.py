@@ -8,6 +8,7 @@ differ and are cut off before the softmax.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -113,14 +114,16 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
     return frozenset(i for i in (tokenizer.eos_token_id, *configured) if i is not None)
 
 
-def list_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes `end_ids` into the model's generation config, so that its export ends there too.
+def list_end_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, others: Iterable[int] = ()
+) -> None:
+    """Writes `end_ids` and `others` into the model's generation config.
 
     Plain transformers ends a response at the tokens that the generation config lists, and at no
-    others.
+    others, so an exported student then ends where it ended in training.
     """
     config = model.generation_config
-    if config is not None and (ends := sorted(end_ids(model, tokenizer))):
+    if config is not None and (ends := sorted(end_ids(model, tokenizer) | set(others))):
         config.eos_token_id = ends[0] if len(ends) == 1 else ends
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id

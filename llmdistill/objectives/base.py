@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llmdistill.batch import LossSum as LossSum
 from llmdistill.batch import Sequences, StudentView, TeacherSignal
 from llmdistill.models.taps import Need as Need
+from llmdistill.objectives.weights import predicted_tokens
 from llmdistill.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Objective(nn.Module, abc.ABC):
 
         By default its predicted tokens.  The trainer sums it over micro-batches and ranks.
         """
-        return sequences.num_predicted.sum()
+        return predicted_tokens(sequences)
 
     @abc.abstractmethod
     def forward(

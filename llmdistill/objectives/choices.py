@@ -37,18 +37,29 @@ def option_names(function: Callable[..., Any]) -> list[str]:
 
 
 def bind(
-    what: str,
-    given: str | Function,
-    table: Mapping[str, Function],
-    options: dict[str, Any],
-    bounds: Bounds | None = None,
-) -> Function:
-    """The chosen function with those of the options that it takes, which leave the dict.
+    chosen: Mapping[str, tuple[Any, Mapping[str, Callable[..., Any]], Bounds]],
+    options: Mapping[str, Any],
+) -> list[Callable[..., Any]]:
+    """The chosen functions, each with those of the options that it takes.
 
-    RecipeError for a name that the table does not have, or a value out of bounds.
+    `chosen` maps what is chosen to the choice, its table and the bounds of its options.
+    RecipeError for an unknown name, for an option that none of the functions takes or two of them
+    take, and for a value out of bounds.
     """
-    function = choose(what, given, table)
-    own = {name: options.pop(name) for name in option_names(function) if name in options}
-    if wrong := wrong_option(what, name_of(given), own, list(own), bounds or {}):
-        raise RecipeError(wrong)
-    return functools.partial(function, **own) if own else function  # type: ignore[return-value]
+    functions = {what: choose(what, *one[:2]) for what, one in chosen.items()}
+    for option in options:
+        takers = [what for what, function in functions.items() if option in option_names(function)]
+        if len(takers) > 1:
+            raise RecipeError(f"option '{option}' is taken by {' and '.join(takers)}: rename one")
+        if not takers:
+            (what, (given, *_)), *_ = chosen.items()
+            known = [name for function in functions.values() for name in option_names(function)]
+            raise RecipeError(wrong_option(what, name_of(given), {option: None}, known, {}))
+    bound: list[Callable[..., Any]] = []
+    for what, (given, _, bounds) in chosen.items():
+        names = option_names(functions[what])
+        own = {name: value for name, value in options.items() if name in names}
+        if wrong := wrong_option(what, name_of(given), own, names, bounds):
+            raise RecipeError(wrong)
+        bound.append(functools.partial(functions[what], **own) if own else functions[what])
+    return bound

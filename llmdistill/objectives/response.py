@@ -7,20 +7,25 @@ weight.  Each is a name of its table or a function with the same parameters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
-from llmdistill.errors import RecipeError
 from llmdistill.models.chunks import CHUNK_ROWS
 from llmdistill.models.taps import Need
 from llmdistill.objectives.base import Objective
-from llmdistill.objectives.choices import bind, choose, name_of, option_names
+from llmdistill.objectives.choices import bind, choose, name_of
 from llmdistill.objectives.chunked import chunked_sum
 from llmdistill.objectives.divergences import BOUNDS, DIVERGENCES, Divergence, log_probs
 from llmdistill.objectives.targets import TARGETS, TargetBuilder
-from llmdistill.objectives.weights import DIVISORS, TOKEN_WEIGHTS, TokenWeight, num_tokens
-from llmdistill.recipe.options import wrong_option
+from llmdistill.objectives.weights import (
+    TOKEN_WEIGHTS,
+    TokenWeight,
+    divisor_of,
+    predicted_tokens,
+)
 from llmdistill.sampling import Writer
 from llmdistill.schedules import Schedule
 
@@ -29,9 +34,11 @@ class ResponseObjective(Objective):
     """A divergence from the teacher's next-token distribution (or a target built from it).
 
     `options` belong to the divergence, the target or the token weight: `temperature` to every
-    divergence of the table, `beta` to `jsd` and so on.  `scale_by_t2` multiplies by temperature^2,
-    as Hinton et al. 2015 (section 2) do next to a cross-entropy.  RecipeError for a name, an option
-    or a value that there is not.
+    divergence of the table, `beta` to `jsd` and so on.  `divisor` counts what a batch adds to the
+    number that the step's sum is divided by: by default what `weights.DIVISORS` has for the token
+    weight, or predicted tokens.  `scale_by_t2` multiplies by temperature^2, as Hinton et al. 2015
+    (section 2) do next to a cross-entropy.  RecipeError for a name, an option or a value that there
+    is not.
     """
 
     student_needs = frozenset({Need.DISTRIBUTION})
@@ -44,6 +51,7 @@ class ResponseObjective(Objective):
         target: str | TargetBuilder = "teacher",
         token_weight: str | TokenWeight = "uniform",
         weight: float | Schedule = 1.0,
+        divisor: Callable[[Sequences], Tensor] | None = None,
         scale_by_t2: bool = False,
         chunk_size: int = CHUNK_ROWS,
         **options: float,
@@ -51,15 +59,15 @@ class ResponseObjective(Objective):
         super().__init__(weight=weight)
         self.name = name_of(divergence)
         self.scale = options.get("temperature", 1.0) ** 2 if scale_by_t2 else 1.0
-        rest = dict(options)
-        self.divergence = bind("divergence", divergence, DIVERGENCES, rest, BOUNDS)
-        self.target = bind("target", target, TARGETS, rest)
-        self.token_weight = bind("token_weight", token_weight, TOKEN_WEIGHTS, rest)
-        chosen = (self.divergence, self.target, self.token_weight)
-        known = [name for function in chosen for name in option_names(function)]
-        if wrong := wrong_option("divergence", self.name, rest, known, {}):
-            raise RecipeError(wrong)
-        self.count = DIVISORS.get(choose("token_weight", token_weight, TOKEN_WEIGHTS), num_tokens)
+        self.divergence, self.target, self.token_weight = bind(
+            {
+                "divergence": (divergence, DIVERGENCES, BOUNDS),
+                "target": (target, TARGETS, {}),
+                "token_weight": (token_weight, TOKEN_WEIGHTS, {}),
+            },
+            options,
+        )
+        self.count = divisor or divisor_of(choose("token_weight", token_weight, TOKEN_WEIGHTS))
         self.chunk_size = chunk_size
 
     def divisor(self, sequences: Sequences) -> Tensor:
@@ -80,7 +88,7 @@ class ResponseObjective(Objective):
         total, _ = chunked_sum(
             student.hidden_NH, student.head, position_loss, weight_N, chunk_size=self.chunk_size
         )
-        return LossSum(self.scale * total, num_tokens(sequences))
+        return LossSum(self.scale * total, predicted_tokens(sequences))
 
 
 class CrossEntropyObjective(Objective):
@@ -109,4 +117,4 @@ class CrossEntropyObjective(Objective):
         total, _ = chunked_sum(
             student.hidden_NH, student.head, position_loss, weight_N, chunk_size=self.chunk_size
         )
-        return LossSum(total, num_tokens(sequences))
+        return LossSum(total, predicted_tokens(sequences))

@@ -8,6 +8,7 @@ TOKEN_WEIGHTS.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -35,15 +36,21 @@ def sequence_mean(sequences: Sequences) -> Tensor:
 TOKEN_WEIGHTS: dict[str, TokenWeight] = {"uniform": uniform, "sequence_mean": sequence_mean}
 
 
-def num_tokens(sequences: Sequences) -> Tensor:
+def predicted_tokens(sequences: Sequences) -> Tensor:
     """Predicted tokens of a batch: ()."""
     return sequences.num_predicted.sum()
 
 
-def num_responses(sequences: Sequences) -> Tensor:
+def responses(sequences: Sequences) -> Tensor:
     """Responses with at least one predicted token: ()."""
     return (sequences.num_predicted > 0).sum()
 
 
 # What a weighted sum is divided by over a step, where that is not the number of tokens.
-DIVISORS: dict[TokenWeight, Callable[[Sequences], Tensor]] = {sequence_mean: num_responses}
+DIVISORS: dict[TokenWeight, Callable[[Sequences], Tensor]] = {sequence_mean: responses}
+
+
+def divisor_of(weight: TokenWeight) -> Callable[[Sequences], Tensor]:
+    """The count that belongs to a token weight, its options bound or not."""
+    plain = weight.func if isinstance(weight, functools.partial) else weight
+    return next((count for one, count in DIVISORS.items() if one is plain), predicted_tokens)

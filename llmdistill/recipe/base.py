@@ -23,6 +23,8 @@ class Strict(BaseModel):
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Keys that had another name before: the old name, and the key of today."""
+    CHOICES: ClassVar[Mapping[str, Table]] = {}
+    """Fields that name an entry of a table, and the tables."""
 
     @classmethod
     def known_keys(cls) -> list[str]:

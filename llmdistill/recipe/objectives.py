@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.options import TakesOptions
-from llmdistill.recipe.schedules import Weight
+from llmdistill.recipe.schedules import ScheduleSection, Weight
 from llmdistill.recipe.tables import Table, defaults, one_of
 
 DIVERGENCES = Table("objectives/divergences.py", "DIVERGENCES")
@@ -33,6 +33,11 @@ class ObjectiveSection(Strict):
     def teacher_needs(self) -> frozenset[str]:
         """The kinds of `Need` that it asks of the teacher."""
         return frozenset()
+
+    @property
+    def ends_at_zero(self) -> bool:
+        """Has it no weight at the end of a run?"""
+        return (self.weight.last if isinstance(self.weight, ScheduleSection) else self.weight) == 0
 
 
 class ResponseRecipe(ObjectiveSection, TakesOptions):
@@ -92,6 +97,8 @@ class HiddenRecipe(ObjectiveSection):
 
     Layers count from 1; 0 are the embeddings, -1 is the last layer.
     """
+
+    CHOICES: ClassVar[Mapping[str, Table]] = {"distance": DISTANCES}
 
     kind: Literal["hidden"] = "hidden"
     distance: one_of(DISTANCES) = _hidden.distance  # type: ignore[valid-type]

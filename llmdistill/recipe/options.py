@@ -7,7 +7,7 @@ of the function that DIVERGENCES names 'jsd', and is read from there, with its d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -30,7 +30,6 @@ class TakesOptions(Strict):
     """
 
     model_config = ConfigDict(extra="allow")
-    CHOICES: ClassVar[Mapping[str, Table]] = {}
 
     @classmethod
     def known_keys(cls) -> list[str]:
@@ -64,6 +63,8 @@ class TakesOptions(Strict):
         value = getattr(self, name)
         chosen = [(field, table, getattr(self, field)) for field, table in self.CHOICES.items()]
         takers = [one for one in chosen if name in one[1].options(one[2])]
+        if len(takers) > 1:
+            return f"it is an option of {' and '.join(one[0] for one in takers)}; choose others"
         field, table, entry = takers[0] if takers else self._meant(name, chosen)
         known = table.options(entry)
         if name in known:

@@ -171,7 +171,7 @@ def _describe(error: dict[str, Any], data: Any) -> str:
         path = f"{path}.{context['key']}" if path else context["key"]
     if kind.startswith("union_tag"):
         given = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
-        known = context.get("expected_tags", "the known kinds")
+        known = context.get("expected_tags", "the known kinds").replace("'number', ", "")
         return f"'{path}.kind' should be one of {known}, got {given!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
     if isinstance(error["input"], dict | BaseModel):

@@ -26,6 +26,11 @@ class ScheduleSection(Strict):
         return None
 
     @property
+    def last(self) -> float | None:
+        """Its value at the end of a run; None if that depends on what happens in it."""
+        return None
+
+    @property
     def follows_the_loss(self) -> bool:
         """Does it need held-out losses?"""
         return False
@@ -41,6 +46,10 @@ class _BetweenTwo(ScheduleSection):
     def mean(self) -> float | None:
         return (self.start + self.end) / 2
 
+    @property
+    def last(self) -> float:
+        return self.end
+
 
 class ConstantRecipe(ScheduleSection):
     """The same number throughout."""
@@ -50,6 +59,10 @@ class ConstantRecipe(ScheduleSection):
 
     @property
     def mean(self) -> float:
+        return self.value
+
+    @property
+    def last(self) -> float:
         return self.value
 
 
@@ -138,7 +151,7 @@ def _number_or_kind(given: Any) -> str:
 
 
 Weight = Annotated[
-    Annotated[float, Tag("number")]
+    Annotated[float, Field(ge=0), Tag("number")]
     | Annotated[LinearRecipe, Tag("linear")]
     | Annotated[CosineRecipe, Tag("cosine")]
     | Annotated[ExponentialRecipe, Tag("exponential")]

@@ -200,6 +200,16 @@ class Recipe(Strict):
         return self.teacher.source(self.student)
 
     @model_validator(mode="after")
+    def _a_held_out_loss_is_not_zero(self) -> Recipe:
+        if self.evaluate.every_steps and all(one.ends_at_zero for one in self.objectives):
+            raise PydanticCustomError(
+                "weight",
+                "'evaluate.every_steps' measures objectives with the weights that they end with, "
+                "and these are all 0: let one end above 0",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_teacher_provides_it(self) -> Recipe:
         for place, objective in enumerate(self.objectives):
             if missing := objective.teacher_needs - self.teacher.provides:

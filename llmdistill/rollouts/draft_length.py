@@ -1,6 +1,6 @@
 """How many tokens to draft before they are judged: measured, not guessed.
 
-A = open rows, g = block size.  A block costs g passes of the student over A tokens and one of the
+A = active rows, g = block size.  A block costs g passes of the student over A tokens and one of the
 teacher over A * g; with acceptance a it brings E = (1 - a^g) / (1 - a) tokens a row (Leviathan et
 al. 2023, equation 1, without the bonus token).  The size of least cost per token is 1 where passes
 are bound by arithmetic and 5 or more where they are bound by memory.

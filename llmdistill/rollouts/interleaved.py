@@ -6,9 +6,9 @@ V = vocabulary.  Xu et al. 2025 (SKD), algorithm 1; where the released code depa
 algorithm is followed.  Each token is drawn by the randomness of its own row and slot, so the
 answers are the same with any block size and beside any rows, up to the rounding of the models.
 
-    both models read    last token on the page, draft_1 .. draft_G-1
+    both models read    last token written, draft_1 .. draft_G-1
     the teacher judges  draft_1 .. draft_G, each by the state before it
-    both caches keep    what is on the page now, but its last token
+    both caches keep    what is written now, but its last token
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class _Pair:
         return tokens_AG, writer_AG
 
     def _kept(self, tokens_AG: Tensor, accepted_A: Tensor) -> tuple[Tensor, Tensor]:
-        """How many tokens of each row go on the page, and whether they end its answer: (A,), (A,).
+        """How many tokens of each row are kept, and whether they end its response: (A,), (A,).
 
         Those that stay and the replacement, to the first end token, as far as there is room.
         """
@@ -208,7 +208,7 @@ class _Pair:
         return torch.where(ended_A, ends_AG.long().argmax(1) + 1, count_A), ended_A
 
     def _go_on(self, size: int, after: ActiveRows) -> None:
-        """Sets both models back to the page, and lets rows leave that have ended."""
+        """Sets both models back to what is kept, and lets rows leave that have ended."""
         has_room_A = after.room_A > 0
         ended_n, going_n = (~has_room_A).nonzero()[:, 0], has_room_A.nonzero()[:, 0]
         if len(ended_n) < LEAVE * len(after):

@@ -24,7 +24,7 @@ class ActiveRows:
     """The rows whose answers have not ended."""
 
     row_A: Tensor  # their places in the batch
-    last_A1: Tensor  # the last token on the page, which neither model has read
+    last_A1: Tensor  # the last token written, which neither model has read
     prompt_A: Tensor  # tokens of the prompt
     written_A: Tensor  # tokens of the answer so far
     room_A: Tensor  # tokens that still fit; 0 once it has ended
@@ -53,7 +53,7 @@ class ActiveRows:
         return self.written_A[:, None] + torch.arange(size, device=self.row_A.device)
 
     def after(self, tokens_AG: Tensor, count_A: Tensor, ended_A: Tensor) -> ActiveRows:
-        """With the first `count_A` of these tokens on the page."""
+        """With the first `count_A` of these tokens kept."""
         newest_A1 = tokens_AG.gather(1, (count_A - 1).clamp_min(0)[:, None])
         return replace(
             self,
@@ -69,7 +69,7 @@ class ActiveRows:
 
 
 class Verified(NamedTuple):
-    """A block as it would go on the page: its tokens, their writers, how many of each row's draft
+    """A block as it would be kept: its tokens, their writers, how many of each row's draft
     stay, and the log-probabilities with which they were written where the rule knows.
     """
 

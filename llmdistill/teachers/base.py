@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor, nn
 
 from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
 from llmdistill.models.taps import Need
+from llmdistill.objectives.weights import predicted_tokens
+from llmdistill.schedules import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -30,7 +32,11 @@ class TrainableTeacher(nn.Module, abc.ABC):
     """What its own loss takes from the student."""
     tokenizer: PreTrainedTokenizerBase
     config: PreTrainedConfig | None = None
-    weight: float = 1.0
+    weight: float | Schedule = 1.0
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode, as every teacher does: dropout would make its targets noise."""
+        return super().train(False)
 
     @abc.abstractmethod
     def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
@@ -42,4 +48,4 @@ class TrainableTeacher(nn.Module, abc.ABC):
 
     def divisor(self, sequences: Sequences) -> Tensor:
         """What this batch adds to the number that the step's sum is divided by: (), an integer."""
-        return sequences.num_predicted.sum()
+        return predicted_tokens(sequences)

@@ -20,7 +20,7 @@ from llmdistill.errors import VocabularyError
 from llmdistill.forward import read
 from llmdistill.models.heads import check_split, num_rows
 from llmdistill.models.taps import Need
-from llmdistill.models.vocabulary import num_tokens
+from llmdistill.models.vocabulary import end_ids, num_tokens
 from llmdistill.sampling import Draw, Sampling, Writer
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ class LocalTeacher:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The ids that end what it writes."""
+        return end_ids(self.model, self.tokenizer)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[PreTrainedModel]:

@@ -29,7 +29,10 @@ def compile_layers(trainer: DistillTrainer) -> None:
     args, model = trainer.args, trainer.model
     if args.torch_compile:
         trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        plain = layers_seen_inside(model.student, model.student_needs)
+        needs = model.student_needs
+        if getattr(model.teacher, "model", None) is model.student:  # its base teaches
+            needs = needs | model.teacher_needs
+        plain = layers_seen_inside(model.student, needs)
         for layer in decoder_layers(model.student):
             if not any(layer is other for other in plain):
                 layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -46,7 +49,9 @@ def forced(args: TrainingArguments, distillation: Distillation) -> TrainingArgum
     if args.ddp_find_unused_parameters is None:
         # With a distribution every parameter gets a gradient, be it zero.  Inner states alone leave
         # the layers above them without one.
-        reaches_the_head = Need.DISTRIBUTION in distillation.student_needs
+        # A teacher's own loss sends none to the student.
+        needs = [need for one in distillation.objectives for need in one.student_needs]  # type: ignore[union-attr]
+        reaches_the_head = Need.DISTRIBUTION in needs
         args.ddp_find_unused_parameters = not reaches_the_head
     return args
 

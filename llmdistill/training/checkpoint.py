@@ -74,7 +74,13 @@ def save_parts(
     for part, file in PARTS.items():
         tensors = _under({k: v for k, v in state.items() if k not in frozen}, f"{part}.")
         if tensors:
-            safetensors.torch.save_file(tensors, folder / file)
+            safetensors.torch.save_file(_once(tensors), folder / file)
+
+
+def _once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights under one of their names: a file of safetensors holds no tensor twice."""
+    by_place = {(t.data_ptr(), t.shape, t.stride()): name for name, t in tensors.items()}
+    return {name: tensors[name] for name in by_place.values()}
 
 
 def _frozen_teacher(distillation: Distillation) -> set[str]:
@@ -106,7 +112,10 @@ def load(distillation: Distillation, folder: Path) -> None:
             raise CheckpointError(f"{folder} holds no {file}, but there are weights in it to load")
         found = _read(folder, file)
         module = getattr(distillation, part)
-        missing = [name for name in wanted if name.removeprefix(f"{part}.") not in found]
+        live = module.state_dict(keep_vars=True)
+        loaded = {id(tensor) for name, tensor in live.items() if name in found}
+        names = [name.removeprefix(f"{part}.") for name in wanted]
+        missing = [name for name in names if id(live[name]) not in loaded]  # or tied to one that is
         unexpected = module.load_state_dict(found, strict=False).unexpected_keys
         _refuse_unfit(folder / file, missing, unexpected)
 

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.utils import clip_grad_norm_
 
 from llmdistill.errors import TrainingError
 from llmdistill.training.saving import StudentTrainer
@@ -48,10 +49,11 @@ class GroupedTrainer(StudentTrainer):
         """
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return super()._clip_grad_norm(model)
-        norms = [
-            self.accelerator.clip_grad_norm_(list(named.values()), self.args.max_grad_norm)
-            for _, named in self.model.parameter_groups()
-        ]
+        owners = [list(named.values()) for _, named in self.model.parameter_groups()]
+        if len(owners) == 1:
+            return self.accelerator.clip_grad_norm_(owners[0], self.args.max_grad_norm)
+        self.accelerator.unscale_gradients()  # once: Accelerate's clipping would for each owner
+        norms = [clip_grad_norm_(owned, self.args.max_grad_norm) for owned in owners]
         return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
 
 

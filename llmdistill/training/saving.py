@@ -5,11 +5,12 @@ What the files are is `checkpoint.py`'s matter; here stand the places where Trai
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
@@ -17,6 +18,8 @@ from llmdistill.errors import CheckpointError
 from llmdistill.protocols import Rollout
 from llmdistill.training import checkpoint
 from llmdistill.training.step import Distillation
+
+logger = logging.getLogger("llmdistill")
 
 
 class StudentTrainer(Trainer):
@@ -47,19 +50,31 @@ class StudentTrainer(Trainer):
             )
         self._load_from_checkpoint(folder)
         self.state = TrainerState.load_from_json(_state_file(folder))
+        logger.warning("the run is finished at step %d: not trained", self.state.global_step)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def _is_finished(self, folder: Path) -> bool:
-        """Has this checkpoint made all steps that are asked for, or was it stopped early?"""
+        """Has this checkpoint made all steps that are asked for, or lost its patience for good?
+
+        A run that a signal or a callback stopped is not finished.
+        """
         if not Path(_state_file(folder)).is_file():
             return False
         state = TrainerState.load_from_json(_state_file(folder))
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
-        stopped_early = control.get("should_training_stop") and state.global_step < state.max_steps
-        return bool(stopped_early) or state.global_step >= max_steps
+        return state.global_step >= max_steps or self._has_lost_patience(state)
+
+    def _has_lost_patience(self, state: TrainerState) -> bool:
+        """Would today's early stopping have stopped this run?"""
+        saved = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+        counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        return any(
+            counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
 
     # ---- checkpoints: the student apart from the rest ----
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from llmdistill.batch import LossSum, Prompts, Sequences
 from llmdistill.decoding.sample import sample
 from llmdistill.decoding.session import Session, session
-from llmdistill.errors import RecipeError
+from llmdistill.errors import RecipeError, TrainingError
 from llmdistill.forward import read, teacher_signal
 from llmdistill.models.heads import check_split
-from llmdistill.models.taps import Need, check_taps
+from llmdistill.models.taps import STATES, Need, check_taps
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Progress, Teacher
 from llmdistill.sampling import Draw, Sampling, Writer
-from llmdistill.schedules import Schedule, value
+from llmdistill.schedules import value
 from llmdistill.teachers.base import TrainableTeacher
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ class Distillation(nn.Module):
         for objective in objectives:
             objective.prepare(student.config.get_text_config(), teacher_config)
         names = [objective.name for objective in objectives]
+        names += [TEACHER_TERM] * (self.trained_teacher is not None)
         self.term_names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
+        self.objective_names = self.term_names[: len(objectives)]
 
     @property
     def teacher(self) -> Teacher:
@@ -111,50 +113,44 @@ class Distillation(nn.Module):
         signal = teacher_signal(self.teacher, sequences, self.num_tokens, self.teacher_needs)
         student = read(self.student, sequences, self.num_tokens, self.student_needs)
         seen = None if signal is None else signal.detach()
-        sums = {
-            name: objective(student, seen, sequences)
-            for name, objective in zip(self.term_names, self.objectives, strict=True)
-        }
+        sums: list[LossSum] = [one(student, seen, sequences) for one in self.objectives]
         if self.trained_teacher is not None:
-            sums[TEACHER_TERM] = self.trained_teacher(student.detach(), signal, sequences)
-        return self._output(sums, self.divisors(sequences), scales_K)
-
-    def _output(self, sums: dict[str, LossSum], divisors_K: Tensor, scales_K: Tensor) -> StepOutput:
+            sums.append(self.trained_teacher(student.detach(), signal, sequences))
         loss = torch.zeros((), device=scales_K.device)
-        terms: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, count, scale in zip(sums, divisors_K, scales_K, strict=True):
-            loss = loss + scale * sums[name].total
-            terms[name] = (sums[name].total.detach(), count)
-        return StepOutput(loss, terms)
+        for scale, (total, _) in zip(scales_K, sums, strict=True):
+            loss = loss + scale * total
+        divisors = self.divisors(sequences)
+        columns = zip(self.term_names, sums, divisors, strict=True)
+        return StepOutput(loss, {name: (s.total.detach(), count) for name, s, count in columns})
+
+    @property
+    def _terms(self) -> list[Any]:
+        """The objectives, and the teacher if it has a loss."""
+        teacher = [] if self.trained_teacher is None else [self.trained_teacher]
+        return [*self.objectives, *teacher]
 
     def divisors(self, sequences: Sequences) -> Tensor:
-        """What a batch adds to each term's divisor, the teacher's own last: (K,), integers."""
-        terms: list[Any] = [*self.objectives]
-        if self.trained_teacher is not None:
-            terms.append(self.trained_teacher)
-        return torch.stack([term.divisor(sequences) for term in terms]).long()
+        """What a batch adds to each term's divisor: (K,), integers."""
+        counts = [term.divisor(sequences) for term in self._terms]
+        for name, count in zip(self.term_names, counts, strict=True):
+            if count.is_floating_point():
+                raise TrainingError(f"the divisor of '{name}' is {count:g}: it must be a count")
+        return torch.stack(counts)
 
     def weights(self, progress: Progress) -> dict[str, float]:
-        """Each objective's weight now."""
-        return {name: value(weight, progress) for name, weight in self._weights()}
+        """Each term's weight now."""
+        pairs = zip(self.term_names, self._terms, strict=True)
+        return {name: value(term.weight, progress) for name, term in pairs}
 
     @property
     def scheduled(self) -> list[str]:
-        """The objectives whose weight changes."""
-        return [name for name, weight in self._weights() if callable(weight)]
-
-    def _weights(self) -> list[tuple[str, float | Schedule]]:
-        objectives: list[Any] = [*self.objectives]
-        return [
-            (name, objective.weight)
-            for name, objective in zip(self.term_names, objectives, strict=True)
-        ]
+        """The terms whose weight changes."""
+        pairs = zip(self.term_names, self._terms, strict=True)
+        return [name for name, term in pairs if callable(term.weight)]
 
     def scales(self, divisors_K: Tensor, progress: Progress) -> Tensor:
-        """Each term's weight over its divisor, the teacher's own last: (K,), on their device."""
+        """Each term's weight over its divisor: (K,), on their device."""
         weights = list(self.weights(progress).values())
-        if self.trained_teacher is not None:
-            weights.append(self.trained_teacher.weight)
         return torch.tensor(weights, device=divisors_K.device) / divisors_K.clamp_min(1)
 
     def write(
@@ -200,13 +196,22 @@ class Distillation(nn.Module):
 
 def _check_needs(objectives: Sequence[Objective], teacher: Teacher) -> None:
     """Raises RecipeError that names an objective and a teacher which do not fit."""
+    if not objectives:
+        raise RecipeError("objectives: give one at least; there is nothing to train on")
     for objective in objectives:
-        missing = {need.kind for need in objective.teacher_needs} - teacher.provides
+        kinds = {need.kind for need in objective.teacher_needs}
+        missing = kinds - teacher.provides
         if missing:
             raise RecipeError(
                 f"objective '{objective.name}' needs {_listed(missing)} from the teacher, but "
                 f"{type(teacher).__name__} provides {_listed(teacher.provides)}. Choose another "
                 "objective or another teacher."
+            )
+        if kinds & STATES and getattr(teacher, "config", None) is None:
+            raise RecipeError(
+                f"objective '{objective.name}' needs {_listed(kinds)}, but the "
+                f"{type(teacher).__name__} has no 'config' that says how wide they are; give it "
+                "the configuration of its model"
             )
 
 

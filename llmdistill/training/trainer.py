@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from llmdistill.batch import Prompts
 from llmdistill.data.collate import ByLength, EncodedRows, PromptDataset, collate
+from llmdistill.errors import RecipeError, TrainingError
 from llmdistill.models.heads import num_rows, unwrap_adapters
 from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.base import Objective
@@ -73,12 +74,18 @@ class DistillTrainer(GroupedTrainer):
         model_card: str | None = None,
         merge_adapter: bool = True,
     ) -> None:
+        if teacher.tokenizer is None:
+            raise RecipeError(
+                f"{type(teacher).__name__} has no tokenizer, so its vocabulary cannot be compared "
+                "with the student's; give it one"
+            )
         require_same(teacher.tokenizer, processing_class, None, num_rows(student))
         self.teacher, self.rollout = teacher, rollout
         self.model_card, self.merge_adapter = model_card, merge_adapter
         self._tally = Tally()
         self._step_loss: Tensor | float = 0.0
-        list_end_ids(unwrap_adapters(student), processing_class)
+        ends = getattr(teacher, "ends", ())
+        list_end_ids(unwrap_adapters(student), processing_class, ends)
         use_cache = student.config.use_cache
         with torch.random.fork_rng(devices=[]):  # projectors are made on the CPU
             torch.manual_seed(args.seed)  # and start alike on all ranks
@@ -185,16 +192,32 @@ class DistillTrainer(GroupedTrainer):
         """Trainer averages batch means; the loss reported is that of all rows as one step.
 
         Objectives count with the weights that they end with, so that losses can be compared.
+        Raises TrainingError if these are all 0.
         """
+        weights = self.model.weights(self._end())
+        if not any(weights[name] for name in self.model.objective_names):
+            raise TrainingError(
+                "the held-out loss counts each objective with the weight that it ends with, and "
+                "these are all 0; let a schedule end above 0, or measure no held-out loss"
+            )
         self._eval_tally = Tally()
-        self._eval_tally.add_terms(dict.fromkeys(self.model.term_names, (0.0, 0.0)))  # on all ranks
+        self._eval_tally.add_terms(
+            dict.fromkeys(self.model.objective_names, (0.0, 0.0))
+        )  # on all ranks
         result = super().evaluation_loop(*args, **kwargs)
         means = self._eval_tally.term_means(self.accelerator)
-        weights = self.model.weights(replace(self._progress(), step=self.state.max_steps))
         prefix = kwargs.get("metric_key_prefix", "eval")
-        loss = sum(weight * means.get(name, 0.0) for name, weight in weights.items())
+        loss = sum(weights[name] * means[name] for name in self.model.objective_names)
         result.metrics[f"{prefix}_loss"] = loss
         return result
+
+    def _end(self) -> Progress:
+        """The last step of the run, also before it has begun."""
+        steps = self.state.max_steps or self.args.max_steps
+        if steps <= 0 and self.train_dataset is not None:
+            loader = self.get_train_dataloader()
+            *_, steps = self.set_initial_training_values(self.args, loader)
+        return replace(self._progress(), step=max(steps - 1, 0), num_steps=max(steps, 1))
 
     # ---- what stops a step, and what is logged ----
 

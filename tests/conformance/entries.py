@@ -1,7 +1,7 @@
 """Every entry of every table, found in the table: a new one is tested without being listed here.
 
-An entry is a part of a recipe as a user would write it.  What a section cannot do without is filled
-in by its name from FIELDS.
+An entry is a part of a recipe as a user would write it.  A section that cannot be built from its
+defaults alone says in REQUIRED what else a test gives it.
 """
 
 from __future__ import annotations
@@ -11,32 +11,24 @@ from typing import Any
 
 from llmdistill import recipe as recipes
 from llmdistill.objectives.build import _BUILDERS as OBJECTIVES
-from llmdistill.objectives.divergences import DIVERGENCES
-from llmdistill.objectives.features import DISTANCES
-from llmdistill.objectives.targets import TARGETS
-from llmdistill.objectives.weights import TOKEN_WEIGHTS
 from llmdistill.recipe.rollouts import RolloutSection
-from llmdistill.rollouts.acceptance import ACCEPT
 from llmdistill.rollouts.build import _BUILDERS as ROLLOUTS
 from llmdistill.teachers.build import _BUILDERS as TEACHERS
 
-# The choices of a section that are tables, each with its entries.
-CHOICES = {
-    "response": {"divergence": DIVERGENCES, "target": TARGETS, "token_weight": TOKEN_WEIGHTS},
-    "hidden": {"distance": DISTANCES},
-    "interleaved": {"accept": ACCEPT},
-}
+REQUIRED: dict[str, Any] = {}  # by the name of the field, for example {"of": "response"}
 NEW_TOKENS = 5
 
 
 def _variants(sections: dict[type, Any]) -> Iterator[dict[str, Any]]:
     """Each section with its defaults, and with each entry of its tables in turn."""
     for section in sections:
-        kind = section.model_fields["kind"].default
-        yield {"kind": kind}
-        for field, table in CHOICES.get(kind, {}).items():
-            default = section.model_fields[field].default
-            yield from ({"kind": kind, field: name} for name in table if name != default)
+        fields = section.model_fields
+        given = {"kind": fields["kind"].default}
+        given |= {name: value for name, value in REQUIRED.items() if name in fields}
+        yield given
+        for field, table in section.CHOICES.items():
+            others = (name for name in table.entries if name != fields[field].default)
+            yield from (given | {field: name} for name in others)
 
 
 def objectives() -> dict[str, dict[str, Any]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import fields
 from typing import Any, get_args
 
 import pytest
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
 from llmdistill import recipe as recipes
 from llmdistill.data.formats import FORMATS, to_examples
@@ -48,24 +49,43 @@ def test_every_section_has_a_builder(union, module):
 
 
 CHOICES = [
-    (kind, field, name)
-    for kind, choices in entries.CHOICES.items()
-    for field, table in choices.items()
-    for name in table
+    (section, field, name)
+    for module in (objective_builders, rollout_builders)
+    for section in module._BUILDERS
+    for field, table in section.CHOICES.items()
+    for name in table.entries
 ]
 
 
-@pytest.mark.parametrize(("kind", "field", "entry"), CHOICES)
-def test_every_entry_of_a_table_is_built_from_a_recipe(kind, field, entry):
+@pytest.mark.parametrize(("section", "field", "entry"), CHOICES)
+def test_every_entry_of_a_table_is_built_from_a_recipe(section, field, entry):
     """With the defaults of its options."""
-    section, table = {"kind": kind, field: entry}, entries.CHOICES[kind][field]
-    if kind == "interleaved":
-        rollout = entries.recipe(rollout=section).rollout
-        assert isinstance(rollout_builders.build_rollout(rollout).accept, table[entry])
+    given, table = (
+        {"kind": section.model_fields["kind"].default, field: entry},
+        section.CHOICES[field],
+    )
+    module = importlib.import_module(
+        f"llmdistill.{table.path.removesuffix('.py').replace('/', '.')}"
+    )
+    wanted = getattr(module, table.name)[entry]
+    if section in rollout_builders._BUILDERS:
+        built = getattr(rollout_builders.build_rollout(section(**given)), field)
+        assert isinstance(built, wanted)
     else:
-        (objective,) = entries.recipe(objectives=[section]).objectives
-        built = getattr(objective_builders.build_objective(objective), field)
-        assert getattr(built, "func", built) is table[entry]
+        built = getattr(objective_builders.build_objective(section(**given)), field)
+        assert getattr(built, "func", built) is wanted
+
+
+def test_a_field_that_names_an_entry_is_listed_with_its_table():
+    """So that the tests above find the table: fields of this kind are checked by `one_of`."""
+    for module in (objective_builders, rollout_builders):
+        for section in module._BUILDERS:
+            named = {
+                name
+                for name, field in section.model_fields.items()
+                if any(isinstance(one, AfterValidator) for one in field.metadata)
+            }
+            assert named == set(section.CHOICES)
 
 
 @pytest.mark.parametrize(

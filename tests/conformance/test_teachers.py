@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from llmdistill import recipe as recipes
-from llmdistill.batch import TeacherSignal
 from llmdistill.data.collate import PromptDataset
-from llmdistill.models.heads import unwrap_adapters
 from llmdistill.models.load import load_tokenizer
 from llmdistill.models.taps import STATES, Need
 from llmdistill.run import load_pair
@@ -55,7 +53,6 @@ def test_it_gives_all_that_it_provides_and_nothing_else(name, pair):
         assert (signal.distribution is None) == (need is not Need.DISTRIBUTION)
         assert len(signal.states) == (need in STATES)
         assert not any(state.requires_grad for state in signal.states.values())
-    assert isinstance(signal, TeacherSignal)
 
 
 @each
@@ -73,4 +70,3 @@ def test_a_step_leaves_its_weights_as_they_were(name, pair, tmp_path):
     made.train()
     after = teacher.judge(sequences, needs).distribution.hidden_NH
     torch.testing.assert_close(after, before, rtol=0, atol=0)
-    assert unwrap_adapters(teacher.model) is not None

@@ -153,11 +153,11 @@ def test_hidden_states_alone_on_two_ranks(tmp_path):
 
 
 def test_every_objective_and_rollout_is_the_same_on_two_ranks(tmp_path):
-    """D2, for all that a recipe can ask for."""
+    """D2, D5, for all that a recipe can ask for; the eighth row is filler."""
     two_ranks("conformance", tmp_path)
     names = []
     for name, options in every_entry():
-        made = trainer(tmp_path, rows=dataset(8), per_device_train_batch_size=8, **options())
+        made = trainer(tmp_path, rows=dataset(7), per_device_train_batch_size=8, **options())
         made.train()
         found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         torch.testing.assert_close(found, trained(made), rtol=0, atol=1e-5, msg=name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmdistill.data.collate import PromptDataset, collate
-from llmdistill.errors import DataError
+from llmdistill.errors import DataError, RecipeError
 from llmdistill.evaluation.measure import Evaluation
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
@@ -90,3 +90,33 @@ def test_a_reference_without_a_result_is_found_before_anything_is_written(teache
         evaluation(teacher, prompts(), answer_pattern="####")
     with pytest.raises(DataError, match="have no response"):
         evaluation(teacher, prompts(answers=False), answer_pattern="####")
+
+
+class Judging:
+    """A teacher that is no model on this machine."""
+
+    def __init__(self, inner, provides=None):
+        self.inner, self.tokenizer = inner, inner.tokenizer
+        self.provides = inner.provides if provides is None else provides
+        self.judge = inner.judge
+
+
+class Writing(Judging):
+    def write(self, *args, **options):
+        return self.inner.write(*args, **options)
+
+
+def test_a_teacher_that_is_no_local_model_measures_students_all_the_same(teacher):
+    expected = evaluation(teacher, prompts()).measure(toy.model())
+    made = evaluation(Writing(teacher), prompts())
+    assert made.teacher_figures() == {}
+    found = made.measure(toy.model())
+    assert found.figures.kl_own_text == pytest.approx(expected.figures.kl_own_text)
+    assert found.responses == expected.responses
+
+
+def test_a_teacher_that_cannot_write_or_shows_no_distribution_is_refused(teacher):
+    with pytest.raises(RecipeError, match="a Judging cannot write"):
+        evaluation(Judging(teacher), prompts())
+    with pytest.raises(RecipeError, match="a Writing provides none"):
+        evaluation(Writing(teacher, provides=frozenset()), prompts())

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -117,6 +118,18 @@ def test_an_attention_of_another_form_is_named():
     check_taps(model, [Need.HIDDEN.after(2), Need.QUERIES.after(2)])
     with pytest.raises(ModelError, match="the keys of its LlamaDecoderLayer are made in a way"):
         check_taps(model, [Need.KEYS.after(2)])
+
+
+@pytest.mark.parametrize("name", ["CodeGen", "GPTBigCode", "Bloom"])
+def test_families_that_cut_one_layer_in_another_way_are_refused(name):
+    """Their queries would be taken for keys."""
+    options = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 61, "rotary_dim": 4}
+    config = getattr(transformers, f"{name}Config")(**options, hidden_size=32)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    check_taps(model, [Need.HIDDEN.after(1)])
+    for part in PARTS:
+        with pytest.raises(ModelError, match="are made in a way that is not known here"):
+            check_taps(model, [part.after(1)])
 
 
 # ---- gradients, and what surrounds a pass ----

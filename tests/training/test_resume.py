@@ -7,7 +7,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from llmdistill.data.collate import PromptStream
 from llmdistill.data.validate import Rules
@@ -243,6 +243,35 @@ def test_a_finished_run_of_whole_epochs_is_not_trained_further(tmp_path):
     again = finished(tmp_path, resume=str(tmp_path / "checkpoint-6"), **options)
     assert again.state.global_step == 6
     assert torch.equal(weights(again.model.student), weights(straight.model.student))
+
+
+class StopsAndSaves(TrainerCallback):
+    """As a signal handler does: not because the run is over."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            control.should_save = control.should_training_stop = True
+
+
+def test_a_run_that_was_stopped_from_outside_goes_on(tmp_path):
+    options = {"steps": 6, "save_steps": 100}
+    stopped = finished(tmp_path / "a", callbacks=[StopsAndSaves()], **options)
+    assert stopped.state.global_step == 2
+    again = finished(tmp_path / "a", resume=True, **options)
+    straight = finished(tmp_path / "b", **options)
+    assert again.state.global_step == 6
+    assert torch.equal(weights(again.model.student), weights(straight.model.student))
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path):
+    options = {
+        "steps": 12, "eval_dataset": dataset(4, seed=3), "eval_strategy": "steps", "eval_steps": 2,
+        "load_best_model_at_end": True, "learning_rate": 20.0,
+    }  # fmt: skip
+    early = finished(tmp_path, callbacks=[EarlyStoppingCallback(1)], **options)
+    assert early.state.global_step < 12
+    again = finished(tmp_path, callbacks=[EarlyStoppingCallback(50)], resume=True, **options)
+    assert again.state.global_step == 12
 
 
 def test_a_run_that_stopped_early_stays_stopped_with_its_best_student(tmp_path):

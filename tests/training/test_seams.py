@@ -6,7 +6,8 @@ K = terms of the loss.
 
 from __future__ import annotations
 
-import copy
+import functools
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,21 +15,23 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llmdistill.batch import Dense, LossSum, TeacherSignal
-from llmdistill.distributions import Dense as SameDense
 from llmdistill.errors import RecipeError, TrainingError, VocabularyError
-from llmdistill.forward import read
+from llmdistill.forward import read, teacher_signal
 from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.divergences import forward_kl
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
+from llmdistill.objectives.weights import sequence_mean
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.schedules import CriticalPeriod, Linear
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.training.step import Distillation
 from tests import toy
-from tests.support.teachers import Learner
+from tests.support.spies import spy
+from tests.support.teachers import Learner, trained
 from tests.training.helpers import dataset, gradient, trainer, weights
 
 # ---- divisors ----
@@ -210,15 +213,6 @@ def test_a_scheduled_weight_is_that_of_the_step_and_is_logged(tmp_path):
         assert entry["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_held_out_losses_count_with_the_weights_of_the_end(tmp_path):
-    """So that they can be compared while a weight changes."""
-    options = {"eval_dataset": dataset(4, seed=3), "learning_rate": 0.0, "max_steps": 2}
-    made = trainer(tmp_path, objectives=[ResponseObjective(weight=Linear(5.0, 1.0))], **options)
-    made.state.max_steps = 2
-    plain = trainer(tmp_path, objectives=[ResponseObjective()], **options)
-    assert made.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])
-
-
 def test_a_resumed_run_has_the_weights_of_a_straight_one(tmp_path):
     """R1, with a projector and a schedule."""
 
@@ -260,7 +254,6 @@ def test_a_teacher_needs_three_things_only(tmp_path):
     made = trainer(tmp_path, teacher=Uniform(), eval_dataset=dataset(4))
     assert made.evaluate()["eval_loss"] > 0
     made.train()
-    assert Dense is SameDense
 
 
 def test_a_teacher_that_scores_more_ids_than_are_shared_is_narrowed(tmp_path):
@@ -417,4 +410,204 @@ def test_projectors_start_alike_and_leave_the_global_randomness_alone(tmp_path):
     assert torch.equal(first, second)
     other = trainer(tmp_path, objectives=[HiddenObjective()], seed=5).model.objectives[0]
     assert not torch.equal(first, other.projector.weight)
-    assert copy.deepcopy(first) is not first
+
+
+# ---- what two readings of these seams found ----
+
+
+def test_a_trained_teacher_learns_from_text_that_it_judged_while_writing(tmp_path):
+    """That signal was made without gradients, so the teacher judges again."""
+
+    class Writing(Learner):
+        def session(self, prompts):
+            return LocalTeacher(self.base, self.tokenizer).session(prompts)
+
+    rollout = InterleavedRollout(top_k=120, block_size=2, max_new_tokens=5)
+    teacher = Writing()
+    trainer(tmp_path, teacher=teacher, rollout=rollout, max_steps=2, learning_rate=0.5).train()
+    assert teacher.shift.abs().max() > 1e-4
+
+
+def test_a_trained_teacher_stays_in_eval_mode(tmp_path):
+    teacher = Learner()
+    made = trainer(tmp_path, teacher=teacher)
+    seen = spy(teacher, "judge")
+    made.train()
+    assert seen
+    assert made.model.student.training
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_tied_weights_of_a_trained_teacher_are_saved_once_and_loaded(tmp_path):
+    class Whole(Learner):
+        def __init__(self):
+            super().__init__()
+            self.base.requires_grad_(True)
+
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.1}
+    straight = trainer(tmp_path / "a", teacher=Whole(), **options)
+    straight.train()
+    again = trainer(tmp_path / "b", teacher=Whole(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+    assert torch.equal(trained(again), trained(straight))
+    assert not torch.equal(
+        weights(straight.model.trained_teacher.base), weights(toy.teacher_model())
+    )
+
+
+class Crossing(Learner):
+    """Its hidden state depends on what it trains, and its loss on the student's states."""
+
+    def judge(self, sequences, needs):
+        signal = super().judge(sequences, needs)
+        states = {need: state + self.shift for need, state in signal.states.items()}
+        return TeacherSignal(signal.distribution, states)
+
+    def forward(self, student, signal, sequences):
+        total = (student.hidden_NH.square().mean() * self.shift.square().sum()) + self.shift.sum()
+        return LossSum(total * len(student.hidden_NH), sequences.num_predicted.sum())
+
+
+def test_no_gradient_leads_through_states_from_one_to_the_other(tmp_path):
+    """Where no objective happens to cut it: hidden states, and the student's in the teacher's loss."""
+
+    def parts(weight, teacher_weight):
+        teacher = Crossing()
+        teacher.weight = teacher_weight
+        nn.init.constant_(teacher.shift, 0.5)
+        made = trainer(
+            tmp_path,
+            teacher=teacher,
+            objectives=[HiddenObjective(weight=weight)],
+            learning_rate=1.0,
+        )
+        before = weights(made.model.student), teacher.shift.detach().clone()
+        made.train()
+        return before[0] - weights(made.model.student), before[1] - teacher.shift.detach()
+
+    both = parts(1.0, 1.0)
+    assert both[0].norm() > 1e-3
+    assert both[1].norm() > 1e-3
+    torch.testing.assert_close(parts(1.0, 0.0)[0], both[0])
+    torch.testing.assert_close(parts(0.0, 1.0)[1], both[1])
+    assert parts(1.0, 0.0)[1].norm() == 0
+    assert parts(0.0, 1.0)[0].norm() == 0
+
+
+def test_changed_embeddings_are_judged_in_a_pass_of_their_own():
+    teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
+    sequences, needs = toy.sequences(), frozenset({Need.DISTRIBUTION})
+    written = replace(sequences, signal=teacher.judge(sequences, needs))
+    seen = spy(teacher, "judge")
+    kept = teacher_signal(teacher, written, toy.NUM_TOKENS, needs)
+    assert seen == []
+    changed = replace(written, embedding_change=lambda embedded_BTH: 2 * embedded_BTH)
+    other = teacher_signal(teacher, changed, toy.NUM_TOKENS, needs)
+    assert len(seen) == 1
+    assert not torch.allclose(other.distribution.hidden_NH, kept.distribution.hidden_NH)
+
+
+def test_a_judgement_that_lacks_something_names_the_teacher(tmp_path):
+    class Forgetful(Uniform):
+        def judge(self, sequences, needs):
+            return TeacherSignal()
+
+    with pytest.raises(TrainingError, match="Forgetful.judge left something out of: the distrib"):
+        trainer(tmp_path, teacher=Forgetful()).train()
+
+
+def test_states_without_a_configuration_are_refused_by_name(tmp_path):
+    class Shapeless(Uniform):
+        provides = frozenset({Need.HIDDEN})
+
+    with pytest.raises(RecipeError, match="Shapeless has no 'config' that says how wide they are"):
+        trainer(tmp_path, teacher=Shapeless(), objectives=[HiddenObjective()])
+
+
+def test_what_cannot_be_a_step_is_refused_when_the_trainer_is_built(tmp_path):
+    with pytest.raises(RecipeError, match="give one at least"):
+        Distillation(toy.model(), Uniform(), [], toy.tokenizer())
+    nobody = Uniform()
+    nobody.tokenizer = None
+    with pytest.raises(RecipeError, match="Uniform has no tokenizer"):
+        trainer(tmp_path, teacher=nobody)
+
+
+def test_an_objective_that_is_called_teacher_keeps_its_name_apart(tmp_path):
+    class Named(ResponseObjective):
+        def __init__(self):
+            super().__init__()
+            self.name = "teacher"
+
+    made = trainer(tmp_path, teacher=Learner(), objectives=[Named()])
+    made.train()
+    assert {"teacher_0", "teacher_1"} <= made.state.log_history[0].keys()
+
+
+def test_an_option_that_two_choices_take_is_refused():
+    def of_divergence(student_NV, teacher_NV, *, start=0):
+        return forward_kl(student_NV, teacher_NV)
+
+    with pytest.raises(RecipeError, match="'start' is taken by divergence and token_weight"):
+        ResponseObjective(of_divergence, token_weight=later, start=3)
+
+
+@dataclass
+class Ramp:
+    """A token weight that is no function, and cannot be a key."""
+
+    length: int
+
+    def __call__(self, sequences):
+        return later(sequences, start=self.length)
+
+
+def test_a_token_weight_may_be_any_callable_and_bring_its_own_divisor(tmp_path):
+    gradient(tmp_path, objectives=[ResponseObjective(token_weight=Ramp(2))])
+    plain = gradient(tmp_path, objectives=[ResponseObjective()])
+    twice = ResponseObjective(divisor=lambda sequences: 2 * sequences.num_predicted.sum())
+    torch.testing.assert_close(2 * gradient(tmp_path, objectives=[twice]), plain)
+    bound = ResponseObjective(token_weight=functools.partial(sequence_mean))
+    named = ResponseObjective(token_weight="sequence_mean")
+    expected = gradient(tmp_path, objectives=[named])
+    torch.testing.assert_close(gradient(tmp_path, objectives=[bound]), expected)
+
+
+def test_a_divisor_that_is_no_count_is_refused(tmp_path):
+    half = ResponseObjective(divisor=lambda sequences: sequences.num_predicted.sum() / 2)
+    with pytest.raises(
+        TrainingError, match="the divisor of 'forward_kl' is .*: it must be a count"
+    ):
+        trainer(tmp_path, objectives=[half]).train()
+
+
+def test_held_out_losses_that_would_all_be_zero_are_refused(tmp_path):
+    fading = [ResponseObjective(weight=Linear(1.0, 0.0))]
+    made = trainer(tmp_path, objectives=fading, eval_dataset=dataset(4), max_steps=3)
+    with pytest.raises(TrainingError, match="these are all 0; let a schedule end above 0"):
+        made.evaluate()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_held_out_loss_is_that_of_the_end_whenever_it_is_taken(tmp_path, when):
+    options = {"eval_dataset": dataset(4, seed=3), "learning_rate": 0.0, "max_steps": 2}
+    falling = [ResponseObjective(weight=CriticalPeriod(4.0, decay=0.5, periods=2))]
+    made = trainer(tmp_path, objectives=falling, **options)
+    if when == "after":
+        made.train()
+    plain = trainer(tmp_path, objectives=[ResponseObjective(weight=2.0)], **options)
+    assert made.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("owners", ["one", "two"])
+def test_a_scaler_unscales_once_whoever_is_clipped(tmp_path, owners):
+    """float16's scaler refuses to unscale twice in one step."""
+    objectives = [ResponseObjective()] if owners == "one" else [HiddenObjective()]
+    made = trainer(tmp_path, objectives=objectives, max_grad_norm=1.0)
+    made.create_optimizer()
+    calls = []
+    made.accelerator.unscale_gradients = lambda optimizer=None: calls.append(1)
+    for parameter in made.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    made._clip_grad_norm(made.model)
+    assert calls == [1]
