@@ -41,7 +41,7 @@ SIGNATURES = {
     "DistillTrainer": "student teacher rollout objectives args train_dataset eval_dataset processing_class "
     "callbacks optimizers model_card merge_adapter",
     "LocalTeacher": "model tokenizer",
-    "ResponseObjective": "divergence target token_weight weight scale_by_t2 chunk_size options",
+    "ResponseObjective": "divergence target token_weight weight divisor scale_by_t2 chunk_size options",
     "SampledRollout": "by sampling max_new_tokens samples",
     "InterleavedRollout": "top_k accept block_size max_new_tokens student_sampling teacher_sampling",
     "MixedRollout": "student other share",
