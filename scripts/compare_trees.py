@@ -1,7 +1,7 @@
 """Two checkouts of this repository against each other: did a change cost speed?
 
     git worktree add ../before COMMIT
-    python scripts/compare_trees.py ../before . [--write docs/results/house.md] [--rounds 3]
+    python scripts/compare_trees.py ../before . [--write docs/results/seams.md] [--rounds 3]
 
 Each figure is our own part of `scripts/bench_step.py` or `scripts/bench_loss.py`, run by that
 checkout's own scripts.  The checkouts take turns, each call in a process of its own; medians.
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import benchmark
+import torch
 
 STEPS = 4
 LOSS = """
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--write")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as the scripts that it runs
     table = []
     for name, command in FIGURES.items():
         runs: dict[str, list[dict]] = {"before": [], "after": []}
