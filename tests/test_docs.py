@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import re
 import sys
@@ -187,6 +188,7 @@ def docstrings(tree: ast.Module) -> dict[str, str]:
     return {"": ast.get_docstring(tree) or "", **found}
 
 
+@functools.cache
 def cited() -> dict[str, dict[str, str]]:
     """The docstrings of every file of tests, by its path from the root."""
     return {
