@@ -244,6 +244,7 @@ def trace() -> list[tuple[str, str]]:
     return re.findall(r"^([a-z_/]+\.py) +([\w.]+)", text, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_batch_makes_the_calls_of_the_trace_in_their_order(tmp_path):
     """An on-policy step with a checkpoint and an export; `distill` itself is the line before."""
     (first, *expected), package = trace(), Path(llmdistill.__file__).parent

@@ -31,6 +31,8 @@ from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.publish.data_card import Outcome, data_card
 from tests import toy
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"answering": {"max_new_tokens": 12}}
 GENERATORS = {
     "magpie": SHORT | {"max_instruction_tokens": 12},

@@ -166,6 +166,7 @@ def generation_on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any
     }
 
 
+@pytest.mark.slow
 def test_a_recipe_pushes_the_student_with_its_card(pair, data, monkeypatch):
     teacher, student = pair
     pushed = []
@@ -239,6 +240,7 @@ def test_the_base_under_an_adapter_teaches(pair, data):
     assert f"`{student}`" in (result.student / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_the_held_out_loss_rises_and_keeps_the_best(pair, data):
     teacher, student = pair
     recipe = {
@@ -291,6 +293,7 @@ def test_the_student_loads_in_plain_transformers(pair, data):
     assert loaded.generation_config.eos_token_id == 2
 
 
+@pytest.mark.slow
 def test_trains_on_several_sources_and_on_a_stream_of_them(pair, data):
     teacher, student = pair
     lines = ["question,reply", *(f"{r['instruction']},{r['output']}" for r in toy.rows(5, seed=5))]

@@ -11,6 +11,8 @@ from llmdistill.training.trainer import DistillTrainer
 from tests import toy
 from tests.support.files import read_jsonl, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def given(pair, tmp_path):

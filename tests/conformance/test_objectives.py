@@ -16,6 +16,8 @@ from tests.support.rollouts import Repadded
 from tests.support.teachers import trained
 from tests.training.helpers import dataset, gradient, trainer, weights
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVES = entries.objectives()
 each = pytest.mark.parametrize("name", OBJECTIVES)
 

@@ -12,6 +12,8 @@ from tests.conformance import entries
 from tests.support.spies import spy
 from tests.training.helpers import dataset, gradient, trainer, weights
 
+pytestmark = pytest.mark.slow
+
 ROLLOUTS = entries.rollouts()
 each = pytest.mark.parametrize("name", ROLLOUTS)
 

@@ -13,6 +13,8 @@ from llmdistill.errors import TrainingError
 from llmdistill.sampling import Draw, Sampling, Writer
 from tests import toy
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def prompts():

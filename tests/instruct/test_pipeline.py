@@ -24,6 +24,8 @@ from llmdistill.instruct.tasks import Task
 from llmdistill.sampling import Sampling
 from tests import toy
 
+pytestmark = pytest.mark.slow
+
 FILES = ("rows.jsonl", "calls.jsonl")
 
 

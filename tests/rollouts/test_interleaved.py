@@ -139,6 +139,7 @@ def book(pair):
     return {accept: [by_the_book(pair, row, accept) for row in range(5)] for accept in RULES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("accept", RULES, ids=str)
 def test_every_block_size_writes_what_the_reference_writes(pair, book, accept, size):
@@ -214,6 +215,7 @@ class Vocabulary:
         return {str(i): i for i in range(self.size)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 4])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_beside_itself_writes_what_generate_does(name, size):

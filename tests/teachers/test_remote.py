@@ -23,6 +23,8 @@ from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
 from tests import toy
 from tests.support.servers import Handler
 
+pytestmark = pytest.mark.slow
+
 
 def teacher(server, **options) -> RemoteTeacher:
     return RemoteTeacher(server.url, "m", **{"pause": 0.01, "timeout": 0.5} | options)

@@ -10,6 +10,8 @@ from llmdistill.objectives.response import CrossEntropyObjective
 from tests import toy
 from tests.training.helpers import trainer
 
+pytestmark = pytest.mark.slow
+
 END_OF_TEXT = 7  # what a base model ends with; the chat template ends with 2
 
 

@@ -23,7 +23,7 @@ from tests import toy
 from tests.support.objectives import Projected
 from tests.training.helpers import dataset, trainer, weights
 
-pytestmark = pytest.mark.upgrade
+pytestmark = [pytest.mark.upgrade, pytest.mark.slow]
 ROLLOUTS = {
     "fixed": FixedRollout,
     "on_policy": lambda: SampledRollout("student", max_new_tokens=6),
