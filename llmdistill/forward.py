@@ -38,8 +38,9 @@ def teacher_signal(
     device; None if nothing is needed.
 
     A signal that was made while the sequences were written is used if it holds all of it.  It was
-    made without gradients and of the plain embeddings, so a teacher that trains, and changed
-    embeddings, are judged in a pass of their own.  Raises TrainingError if something is missing.
+    made without gradients and from the plain embeddings.  A teacher that trains therefore judges
+    in a new pass, and so does one that reads changed embeddings.  Raises TrainingError if
+    something is missing.
     """
     if not needs:
         return None

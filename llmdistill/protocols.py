@@ -52,7 +52,7 @@ class Writes(Protocol):
 
 @runtime_checkable
 class Steps(Protocol):
-    """A model that can write token by token beside another one: for interleaved rollouts."""
+    """A model that can write token by token in turn with another one, for interleaved rollouts."""
 
     def session(self, prompts: Prompts) -> AbstractContextManager[Any]:
         """A `decoding.session.Session` over these prompts: a cache that can be extended and can

@@ -19,7 +19,7 @@ class Sampling:
     """How tokens are drawn: temperature 0 is greedy, top_k 0 and top_p 1 keep every token.
 
     With `continuous` rows join and leave the batch while it is written (transformers'
-    `generate_batch`): made for GPUs.  An answer then depends on the rows beside it.
+    `generate_batch`): made for GPUs.  An answer then also depends on the other rows.
     """
 
     temperature: float = 1.0

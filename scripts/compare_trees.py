@@ -4,7 +4,8 @@
     python scripts/compare_trees.py ../before . [--write docs/results/seams.md] [--rounds 3]
 
 Each figure is our own part of `scripts/bench_step.py` or `scripts/bench_loss.py`, run by that
-checkout's own scripts.  The checkouts take turns, each call in a process of its own; medians.
+checkout's own scripts.  The checkouts take turns, and each call starts a new process.  Figures are
+medians.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ M = likeliest tokens, N = numbers drawn, B = sequences, V = vocabulary.  A token
 argmax of warped log-probability plus Gumbel noise (the Gumbel-max trick: an exact sample of the
 distribution).  The noise is a hash of seed, row, sample, epoch, slot, writer and token id, so a row
 gets the same tokens in any batch, on any number of ranks and after a resume.  The uniform numbers
-have 24 bits: a token of probability under 2^-24 is drawn at slightly wrong odds.
+have 24 bits, so a token with a probability below 2^-24 is drawn slightly too often or too rarely.
 """
 
 from __future__ import annotations

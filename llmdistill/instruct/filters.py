@@ -22,7 +22,7 @@ BLACKLIST = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
     *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
 )
-MIN_MATCHED_WORDS = 4  # fewer stand in many texts by chance
+MIN_MATCHED_WORDS = 4  # fewer words can match by chance
 
 
 class Filter(ABC):
@@ -167,7 +167,7 @@ class NearDuplicates(Filter):
 
 class Contamination(Filter):
     """Shares a run of `ngram` words with a text of an evaluation set, or holds all of a shorter
-    text of `MIN_MATCHED_WORDS` or more.  Questions and answers are texts of their own.
+    text of `MIN_MATCHED_WORDS` or more.  A question and its answer count as two texts.
     """
 
     def __init__(self, texts: Iterable[str], ngram: int = 10) -> None:

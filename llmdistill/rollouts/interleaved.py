@@ -3,8 +3,8 @@ token that it refuses; the rest of the draft is dropped, and both go on from the
 
 A = active rows, B = sequences, G = drafted tokens, n = those at hand, H = hidden size,
 V = vocabulary.  Xu et al. 2025 (SKD), algorithm 1; where the released code departs from it, the
-algorithm is followed.  Each token is drawn by the randomness of its own row and slot, so the
-answers are the same with any block size and beside any rows, up to the rounding of the models.
+algorithm is followed.  The random numbers of a token depend only on its row and slot, so the
+block size and the other rows of a batch do not change an answer, up to the rounding of the models.
 
     both models read    last token written, draft_1 .. draft_G-1
     the teacher judges  draft_1 .. draft_G, each by the state before it
