@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -50,9 +51,9 @@ class RolloutSection(Strict):
         return False
 
     @property
+    @abstractmethod
     def who_writes(self) -> str:
         """In words, for a sentence."""
-        raise NotImplementedError
 
     @property
     def branches(self) -> list[tuple[RolloutSection, float | None]]:

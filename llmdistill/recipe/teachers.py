@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -30,18 +31,18 @@ class TeacherSection(Strict):
     kind: str
 
     @property
+    @abstractmethod
     def provides(self) -> frozenset[str]:
         """The kinds of `Need` that the teacher can be asked for."""
-        raise NotImplementedError
 
     @property
     def weights(self) -> Weights | None:
         """The weights that it holds itself; None if they are the student's."""
         return None
 
+    @abstractmethod
     def source(self, student: StudentRecipe) -> tuple[str, str | None]:
         """Name and revision of the model that teaches."""
-        raise NotImplementedError
 
 
 class LocalTeacherRecipe(TeacherSection):
