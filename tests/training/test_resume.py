@@ -263,11 +263,16 @@ def test_a_run_that_was_stopped_from_outside_goes_on(tmp_path):
     assert torch.equal(weights(again.model.student), weights(straight.model.student))
 
 
-def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path):
-    options = {
-        "steps": 12, "eval_dataset": dataset(4, seed=3), "eval_strategy": "steps", "eval_steps": 2,
+def diverging(steps):
+    """Options of a run whose held-out loss soon rises."""
+    return {
+        "steps": steps, "eval_dataset": dataset(4, seed=3), "eval_strategy": "steps", "eval_steps": 2,
         "load_best_model_at_end": True, "learning_rate": 20.0,
     }  # fmt: skip
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path):
+    options = diverging(steps=12)
     early = finished(tmp_path, callbacks=[EarlyStoppingCallback(1)], **options)
     assert early.state.global_step < 12
     again = finished(tmp_path, callbacks=[EarlyStoppingCallback(50)], resume=True, **options)
@@ -275,10 +280,7 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(tmp_path):
 
 
 def test_a_run_that_stopped_early_stays_stopped_with_its_best_student(tmp_path):
-    options = {
-        "steps": 20, "eval_dataset": dataset(4, seed=3), "eval_strategy": "steps", "eval_steps": 2,
-        "load_best_model_at_end": True, "learning_rate": 20.0,
-    }  # fmt: skip
+    options = diverging(steps=20)
     straight = finished(tmp_path, callbacks=[EarlyStoppingCallback(2)], **options)
     steps = straight.state.global_step
     assert steps < 20
