@@ -42,7 +42,7 @@ def overrides(name: str, options: argparse.Namespace) -> list[str]:
     }
     return [
         f"output={Path(options.runs) / name}", *written[name],
-        f"data.train={options.train}", f"data.eval={options.eval}",
+        f"data.train={options.train}", f"data.eval={options.eval}", "data.hold_back=0",
         f"data.max_response_tokens={options.new_tokens}", "data.max_prompt_tokens=80",
         f"training.max_steps={options.steps}", "training.eval_on_start=true",
         f"evaluate.max_new_tokens={options.new_tokens}", f"evaluate.every_steps={EVERY}",

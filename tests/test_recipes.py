@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from tests import toy
 from tests.support.files import read_jsonl, write_jsonl
 from tests.support.recipes import build_generation
 
-ALL = sorted(Path(__file__).parents[1].joinpath("recipes").rglob("*.yaml"))
-GENERATING = [path for path in ALL if "\ngenerator:" in path.read_text()]
-RECIPES = [path for path in ALL if path not in GENERATING]
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
+GENERATING = sorted(ROOT.glob("recipes/generate/*.yaml"))
+ALL = RECIPES + GENERATING
 FIGURES = {
     "kl_teacher_text", "kl_own_text", "top1_agreement", "draft_acceptance", "rouge_l_teacher",
     "rouge_l_references", "exact_match", "perplexity", "repeated_4grams", "num_parameters", "num_bytes",
@@ -43,16 +45,46 @@ def data(tmp_path):
 
 
 def test_recipes_of_both_kinds_are_found_and_listed_for_readers():
-    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     assert RECIPES
     assert GENERATING
-    assert [path.stem for path in ALL if path.name not in readme] == []
+    assert [path.stem for path in ALL if f"`{path.stem}`" not in readme] == []
+    assert sorted(ROOT.glob("recipes/**/*.yaml")) == sorted(ALL)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_the_header_says_pair_hardware_and_time(path):
-    header = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    assert all(word in header for word in ("Pair ", "Hardware ", "Time "))
+def test_a_recipe_is_in_the_folder_of_its_command(path):
+    expected = "generate" if path in GENERATING else "train"
+    assert recipes.command_of(plain(path)) == expected
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_the_header_says_pair_hardware_data_and_time(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Pair", "Hardware", "Data", "Time"):
+        assert any(line.startswith(f"# {word:9} ") for line in header), word
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_a_recipe_reads_no_file_that_a_user_does_not_have(path):
+    """Rows of the package, a public dataset (org/name:split), or what the recipe itself writes."""
+    made = plain(path).get("generate", {}).get("output", "nothing")
+    sources = [source for source in sources_in(plain(path)) if source != "seed_tasks"]
+    own = [source for source in sources if source.startswith(f"{made}/")]
+    public = [source for source in sources if re.match(r"[\w-]+/[\w-]+:[\w:\[\]-]+$", source)]
+    assert sorted(own + public) == sorted(sources)
+    if "cpu" in path.stem or "smollm2-135m-instruct" in str(plain(path)["teacher"]):
+        assert sources == []
+
+
+def sources_in(part: Any, key: str = "") -> list[str]:
+    """The names of all sources of rows in a recipe."""
+    if isinstance(part, dict):
+        return [name for key, value in part.items() for name in sources_in(value, key)]
+    if isinstance(part, list):
+        return [name for one in part for name in sources_in(one, key)]
+    is_source = key in ("train", "eval", "source", "sources", "prompts", "pool", "seed_tasks")
+    return [part] if is_source and isinstance(part, str) else []
 
 
 @pytest.mark.slow
@@ -136,7 +168,7 @@ def on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any]:
     if "generate" in cut:
         cut["generate"] = generation_on_toys(cut["generate"], pair, data)
         cut["data"] |= {"train": f"{data}/set/train.jsonl"}
-    elif "hold_back" not in cut["data"]:
+    elif cut["data"]["train"] != "seed_tasks":
         cut["data"] |= {"train": f"{data}/train.jsonl"}
     if "eval" in cut["data"]:
         cut["data"] |= {"eval": f"{data}/heldout.jsonl"}
@@ -181,7 +213,7 @@ def test_a_recipe_pushes_the_student_with_its_card(pair, data, monkeypatch):
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", init_hf_repo)
     overrides = [
         f"output={data}/run", f"teacher.model={teacher}", f"student.model={student}",
-        f"data.train={data}/train.jsonl", f"data.eval={data}/heldout.jsonl", "training.max_steps=1",
+        f"data.train={data}/train.jsonl", "data.hold_back=3", "training.max_steps=1",
         "training.use_cpu=true", "training.dataloader_pin_memory=false", "evaluate.max_new_tokens=4",
         "training.push_to_hub=true", "training.save_strategy=no",
     ]  # fmt: skip
@@ -196,7 +228,7 @@ def test_an_adapter_is_exported_alone_where_asked_for(pair, data):
     teacher, student = pair
     overrides = [
         f"output={data}/run", f"teacher.model={teacher}", f"student.model={student}",
-        f"data.train={data}/train.jsonl", f"data.eval={data}/heldout.jsonl", "training.max_steps=3",
+        f"data.train={data}/train.jsonl", "data.hold_back=0", f"data.eval={data}/heldout.jsonl", "training.max_steps=3",
         "training.use_cpu=true", "training.dataloader_pin_memory=false", "evaluate.max_new_tokens=4",
         "rollout.max_new_tokens=6", "student.peft.save=adapter", "student.dtype=float32",
         "teacher.dtype=float32", "training.learning_rate=0.01",
