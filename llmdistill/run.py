@@ -1,14 +1,14 @@
-"""`distill(recipe)`: load, measure, train, measure, publish.
+"""`distill(recipe)`: load, measure, train, measure, export.
 
 B = sequences, P = prompt tokens.
 
 A run folder holds
 
-    recipe.yaml       the resolved recipe
-    metrics.jsonl     what was logged, one line a time
-    checkpoints/      to resume from
+    recipe.yaml       the recipe with all defaults written out
+    metrics.jsonl     the logged figures, one line per log
+    checkpoints/      the states that a run can resume from
     student/          the student, its tokenizer and its model card
-    evaluation.json   the figures of the student before and after, and of the teacher
+    evaluation.json   the figures of the student before and after training, and of the teacher
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llmdistill import recipe as recipes
 from llmdistill import run_folder
 from llmdistill.data.build import build_rows
 from llmdistill.data.collate import EncodedRows, PromptDataset, collate, sample_text
-from llmdistill.data.render import same_template
+from llmdistill.data.render import last_messages, same_template
 from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
 from llmdistill.evaluation.measure import Evaluation, Figures, Measurement
 from llmdistill.generate import RANKS_WAIT, generate
@@ -50,15 +50,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmdistill")
 
-RESULTS = ("student", "checkpoints/checkpoint-*")  # what makes a run worth keeping
-CARVE_ROWS = 48  # rows of training text on which the layers' influence is measured
+RESULTS = ("student", "checkpoints/checkpoint-*")  # a folder with one of these is worth keeping
+CARVE_ROWS = 48  # rows of training text on which the influence of layers is measured
 
 
 @dataclass(frozen=True)
 class Answers:
-    """One evaluation prompt with what teacher, student before and student after answer."""
+    """One held-out prompt with the responses of the teacher and of the student before and after."""
 
     prompt: str
+    """The user's last message, without the template's control tokens."""
     teacher: str
     before: str
     after: str
@@ -66,8 +67,10 @@ class Answers:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left behind.
-    `evaluation` is empty without evaluation rows, and on other ranks.
+    """The results of a run.
+
+    `evaluation` has the figures of `before`, `after` and `teacher`.  It is empty without held-out
+    rows, and on all ranks but the first.
     """
 
     folder: Path
@@ -79,12 +82,20 @@ class Result:
         return self.folder / "student"
 
 
-def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Result:
-    """Runs a recipe to its end.
+def distill(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show_progress: bool = True
+) -> Result:
+    """Run a recipe: load, measure, train, measure, export.
 
-    A folder that is there already is only used with `resume` (continue from its newest checkpoint)
-    or `overwrite` (replace it); else CheckpointError.  What the recipe names is loaded before the
-    folder is touched, and an old run is deleted when the new one has a checkpoint or a student.
+    Args:
+        recipe: A recipe from `load_recipe`.
+        resume: Continue from the newest checkpoint in the run folder.
+        overwrite: Replace the run in the run folder.  Data and models are loaded first.  The old
+            run is deleted when the new one has a checkpoint or a student.
+        show_progress: Show a progress bar of the training steps on stderr.
+
+    Raises:
+        CheckpointError: The run folder is not empty, and neither `resume` nor `overwrite` is set.
     """
     folder = Path(recipe.output)
     arguments = training_arguments(recipe, folder, resume=resume)
@@ -94,9 +105,12 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     checkpoint = _newest_checkpoint(folder) if resume else None
     tokenizer = load_student_tokenizer(recipe)
     if recipe.generate is not None:
-        logger.info("making the data set %s", recipe.generate.output)
+        logger.info("generating the dataset %s", recipe.generate.output)
         generate(recipe.generate, resume=True)
+    logger.info("reading %s", ", ".join(source.source for source in recipe.data.train))
     train, held = load_data(recipe, tokenizer)
+    if isinstance(train, PromptDataset):
+        logger.info("%d rows to train on (%s)", len(train), train.counts)
     teacher, student = load_pair(recipe, tokenizer, train)
     evaluation = _evaluation(recipe, teacher, held)
     before: Measurement | None = None
@@ -106,15 +120,15 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         before, reference = evaluation.measure(student), evaluation.teacher_text()
     trainer = build_trainer(recipe, arguments, teacher, student, tokenizer, train, reference)
     _begin(recipe, folder, overwrite=overwrite)
-    for callback in _callbacks(recipe, folder):
+    for callback in _callbacks(recipe, folder, show_progress=show_progress):
         trainer.add_callback(callback)
-    if isinstance(train, PromptDataset):
-        logger.info("training on %d rows (of the data: %s)", len(train), train.counts)
+    logger.info("training: %s writes the responses", recipe.rollout.who_writes)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.export_student(folder / "student")
     result = Result(folder)
     if PartialState().is_main_process:
         if evaluation is not None and before is not None:
+            logger.info("measuring the student after training")
             result = _write_evaluation(folder, evaluation, before, evaluation.measure(student))
         run_folder.discard_old(folder)
         trainer.model_card = model_card(recipe, result.evaluation)
@@ -126,7 +140,7 @@ def distill(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
 
 
 def _begin(recipe: Recipe, folder: Path, *, overwrite: bool) -> None:
-    """Makes the run folder, on the first rank while the others wait."""
+    """Make the run folder on the first rank, while the other ranks wait."""
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             run_folder.claim(folder, overwrite=overwrite, results=RESULTS)
@@ -137,12 +151,11 @@ def _begin(recipe: Recipe, folder: Path, *, overwrite: bool) -> None:
 def _write_evaluation(
     folder: Path, evaluation: Evaluation, before: Measurement, after: Measurement
 ) -> Result:
-    """Writes evaluation.json; the result holds its figures and the responses side by side."""
+    """Write evaluation.json, and return the figures and the responses side by side."""
     figures = {"before": before.figures, "after": after.figures, **evaluation.teacher_figures()}
     text = json.dumps({name: asdict(value) for name, value in figures.items()}, indent=2)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    tokenizer = evaluation.teacher.tokenizer
-    prompts = [tokenizer.decode(ids) for ids in evaluation.prompts.ids()]
+    prompts = last_messages(evaluation.teacher.tokenizer, evaluation.prompts.ids())
     columns = (prompts, evaluation.reference.texts, before.responses, after.responses)
     return Result(folder, figures, [Answers(*row) for row in zip(*columns, strict=True)])
 
@@ -150,7 +163,7 @@ def _write_evaluation(
 def load_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[EncodedRows, PromptDataset | None]:
-    """Rows to train on and rows to measure on (None where the recipe asks for none)."""
+    """Return the rows to train on, and the held-out rows (None if the recipe has none)."""
     needed = recipe.rollout.takes_data
     return build_rows(recipe.data, tokenizer, needs_response=needed, seed=recipe.seed)
 
@@ -158,19 +171,21 @@ def load_data(
 def load_pair(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: EncodedRows
 ) -> tuple[Teacher, PreTrainedModel]:
-    """Teacher and student, the student as it is trained."""
-    if recipe.teacher.weights is None:  # it teaches with the student's own
+    """Load the teacher and the student, carved or with its adapter as the recipe asks."""
+    if recipe.teacher.weights is None:  # the teacher is the base model under the student's adapter
         student = _student(recipe, None, train)
         return build_teacher(recipe.teacher, student, tokenizer), student
+    logger.info("loading the teacher %s", recipe.teacher_source[0])
     teacher = build_teacher(recipe.teacher)
     return teacher, _student(recipe, teacher, train)
 
 
 def _student(recipe: Recipe, teacher: Teacher | None, train: EncodedRows) -> Any:
-    """The student.  If it is cut out of the very teacher, the teacher's weights are copied instead
-    of loaded again.
+    """Build the student.  If it is carved out of the loaded teacher, copy the teacher's weights
+    instead of loading them again.
     """
     section, base = recipe.student, None
+    logger.info("loading the student %s%s", section.model, ", to be carved" * bool(section.carve))
     same = (section.model, section.revision) == recipe.teacher_source
     if isinstance(teacher, LocalTeacher) and same:
         model = teacher.model
@@ -189,7 +204,10 @@ def _student(recipe: Recipe, teacher: Teacher | None, train: EncodedRows) -> Any
 
 
 def load_student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The student's tokenizer; it must render a conversation as the teacher's does."""
+    """Load the student's tokenizer.
+
+    Raises VocabularyError if it does not render a conversation as the teacher's tokenizer does.
+    """
     student = (recipe.student.model, recipe.student.revision)
     tokenizer = load_tokenizer(student[0], revision=student[1])
     if student == recipe.teacher_source:
@@ -197,18 +215,20 @@ def load_student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     base, revision = recipe.teacher_source
     if not same_template(load_tokenizer(base, revision=revision), tokenizer):
         raise VocabularyError(
-            f"the chat templates of teacher '{base}' and student '{student[0]}' render a "
-            "conversation in different tokens; the teacher would judge text that it does not "
+            f"the chat templates of teacher '{base}' and student '{student[0]}' render the same "
+            "conversation as different tokens, so the teacher would score text that it does not "
             "expect. Give the student the teacher's template, or choose another pair."
         )
     return tokenizer
 
 
 def _evaluation(recipe: Recipe, teacher: Teacher, held: PromptDataset | None) -> Evaluation | None:
-    """On the first rank; on the others only if the held-out loss is followed during training."""
+    """Prepare the measurements on the first rank, and on all ranks if the run follows the held-out
+    loss.  Returns None if there is nothing to measure.
+    """
     if held is None or not (PartialState().is_main_process or recipe.evaluate.every_steps):
         return None
-    logger.info("the teacher answers the evaluation prompts")
+    logger.info("the teacher answers %d held-out prompts", len(held))
     return Evaluation(
         teacher,
         collate(held.rows),
@@ -219,8 +239,10 @@ def _evaluation(recipe: Recipe, teacher: Teacher, held: PromptDataset | None) ->
 
 
 def training_arguments(recipe: Recipe, folder: Path, *, resume: bool = False) -> TrainingArguments:
-    """TrainingArguments with a run's own folder and seed; bfloat16 where the device has it, if not
-    said.
+    """Make TrainingArguments from a recipe.  Without `bf16` or `fp16`, bf16 is on if the device
+    multiplies bfloat16 natively.
+
+    Raises RecipeError if transformers refuses an argument.
     """
     from transformers import TrainingArguments
 
@@ -230,14 +252,16 @@ def training_arguments(recipe: Recipe, folder: Path, *, resume: bool = False) ->
         given["bf16"] = native_bfloat16(device)
     given.setdefault("use_cpu", device.type == "cpu")
     if recipe.data.streaming:
-        given.setdefault("dataloader_drop_last", True)  # its last batch would be filled up
+        given.setdefault(
+            "dataloader_drop_last", True
+        )  # Accelerate would repeat rows in the last batch
     if recipe.evaluate.every_steps:
         given |= {"eval_strategy": "steps", "eval_steps": recipe.evaluate.every_steps}
     if recipe.evaluate.patience is not None:
         given |= {"load_best_model_at_end": True, "save_steps": recipe.evaluate.every_steps}
         given["restore_callback_states_from_checkpoint"] = True
     if resume:
-        given["eval_on_start"] = False  # it was measured when it started
+        given["eval_on_start"] = False  # the first start measured it
     given.setdefault("ddp_timeout", int(RANKS_WAIT.total_seconds()))
     given |= {"output_dir": str(folder / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
     try:
@@ -255,6 +279,7 @@ def build_trainer(
     train: EncodedRows,
     reference: PromptDataset | None = None,
 ) -> DistillTrainer:
+    """Make the trainer of a recipe.  `reference` are the rows for the held-out loss."""
     trainer = DistillTrainer(
         student=student,
         teacher=teacher,
@@ -266,19 +291,21 @@ def build_trainer(
         processing_class=tokenizer,
         merge_adapter=recipe.student.peft is None or recipe.student.peft.save == "merged",
     )
-    trainer.remove_callback(PrinterCallback)  # a run shows one bar of its own
+    trainer.remove_callback(PrinterCallback)  # it would print each log as a dict under the bar
     return trainer
 
 
-def _callbacks(recipe: Recipe, folder: Path) -> list[TrainerCallback]:
-    callbacks = [MetricsFile(folder / "metrics.jsonl"), ProgressBar(), OldRun(folder)]
+def _callbacks(recipe: Recipe, folder: Path, *, show_progress: bool) -> list[TrainerCallback]:
+    callbacks = [MetricsFile(folder / "metrics.jsonl"), OldRun(folder)]
+    if show_progress:
+        callbacks.append(ProgressBar())
     if recipe.evaluate.patience is not None:
         callbacks.append(EarlyStoppingCallback(recipe.evaluate.patience))
     return callbacks
 
 
 class OldRun(TrainerCallback):
-    """Deletes the run that was overwritten once there is a checkpoint of the new one."""
+    """Deletes the overwritten run when the new one has its first checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -295,7 +322,7 @@ def _newest_checkpoint(folder: Path) -> str:
     newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if newest is None:
         raise CheckpointError(
-            f"there is no checkpoint in {checkpoints} to resume from; pass overwrite to start again"
+            f"{checkpoints} has no checkpoint to resume from; pass overwrite to start again"
             f"{run_folder.hint(folder)}"
         )
     return newest

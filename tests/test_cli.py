@@ -104,6 +104,37 @@ def test_trains_and_says_where_the_student_is(recipe, monkeypatch, capsys, tmp_p
     assert "100%" in shown.err
 
 
+def test_a_run_ends_with_its_files_and_what_to_do_next(recipe, monkeypatch, capsys, tmp_path):
+    """Prompts without control tokens, responses, a table, the files and two commands."""
+    assert run(monkeypatch, "train", str(recipe)) == 0
+    shown = capsys.readouterr().out
+    assert "<|im_start|>" not in shown
+    assert "Prompt: " in shown
+    for name in ("student", "evaluation.json", "metrics.jsonl", "recipe.yaml"):
+        assert re.search(rf"^  {re.escape(name)} ", shown, flags=re.MULTILINE)
+        assert (tmp_path / "run" / name).exists()
+    assert f"AutoModelForCausalLM.from_pretrained('{tmp_path}/run/student')" in shown
+    assert f"llmdistill evaluate {tmp_path}/run/student --teacher" in shown
+    assert max(map(len, re.findall(r"^[│┏┡└].*", shown, flags=re.MULTILINE))) <= 80
+
+
+@pytest.mark.slow
+def test_a_run_prints_its_steps_and_no_noise(recipe, tmp_path):
+    """In a process as a user's: the steps with the time, and nothing that libraries print."""
+    command = [sys.executable, "-m", "llmdistill", "train", str(recipe), f"output={tmp_path}/"]
+    done = [
+        subprocess.run([*command[:-1], command[-1] + name, *flags], capture_output=True, text=True, check=True)
+        for name, flags in (("a", []), ("b", ["--quiet"]))
+    ]  # fmt: skip
+    steps = re.findall(r"^\[ *\d+:\d\d\] (.*)$", done[0].stderr, flags=re.MULTILINE)
+    for step in ("reading ", "loading the teacher", "measuring the student before", "training"):
+        assert any(line.startswith(step) for line in steps), step
+    rest = re.sub(r"^\[ *\d+:\d\d\] .*$|^.*step.*$", "", done[0].stderr, flags=re.MULTILINE)
+    assert rest.split() == []
+    assert done[1].stderr == ""
+    assert done[1].stdout == f"{tmp_path}/b/student\n"
+
+
 @pytest.mark.slow
 def test_a_run_folder_is_not_reused_without_being_asked_to(recipe, monkeypatch, capsys, tmp_path):
     """R10."""
@@ -124,20 +155,20 @@ def test_overwrite_leaves_other_folders_alone(recipe, monkeypatch, capsys, tmp_p
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     assert run(monkeypatch, "train", str(recipe), f"output={tmp_path}/mine", "--overwrite") == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "has files but no run" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").is_file()
 
 
 def test_resume_without_a_checkpoint_says_so(recipe, monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "train", str(recipe), "--resume") == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "has no run" in capsys.readouterr().err
 
 
 def test_check_shows_the_verdicts_and_marks_what_is_trained(recipe, monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "check", str(recipe)) == 0
     shown = capsys.readouterr().out
     assert "same vocabulary" in shown
-    assert "both sides render alike" in shown
+    assert "render the same tokens" in shown
     assert "train 4 rows" in shown
     assert "<|im_end|>]" in shown  # the end token is the last one trained
     assert not (tmp_path / "run").exists()
@@ -214,11 +245,15 @@ def test_recipes_are_listed_and_copied(monkeypatch, capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "gkd " in shown
     assert "Generalised knowledge distillation" in shown
+    train, generate = shown.split("Generate a dataset (llmdistill generate):")
+    assert "gkd " in train
+    assert "magpie_cpu " in generate
+    assert "magpie_cpu" not in train
     target = tmp_path / "mine" / "gkd.yaml"
     assert run(monkeypatch, "recipes", "copy", "gkd", str(target)) == 0
     assert load(target).output == "runs/gkd"
     assert run(monkeypatch, "recipes", "copy", "gkd", str(target)) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists. Choose another" in capsys.readouterr().err
     assert run(monkeypatch, "recipes", "copy", "gdk") == 2
     assert "Did you mean 'gkd'?" in capsys.readouterr().err
 
@@ -227,7 +262,7 @@ def test_check_tells_memory_and_time(recipe, monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "check", str(recipe), "--time") == 0
     shown = capsys.readouterr().out
     assert "teacher's weights" in shown
-    assert re.search(r"time +\d+\.\d s a step here when the data set writes", shown)
+    assert re.search(r"time +\d+\.\d s per step on this machine if the data set writes", shown)
     assert "1 steps: at most 0.0 hours" in shown
     assert not (tmp_path / "run").exists()
 
@@ -254,8 +289,8 @@ def test_check_times_each_way_of_writing(recipe, monkeypatch, capsys):
     more = ["training.eval_on_start=true", "training.report_to=none"]
     assert run(monkeypatch, "check", str(recipe), "--time", *mixed, *more) == 0
     shown = capsys.readouterr().out
-    assert "when the student writes" in shown
-    assert "when the data set writes" in shown
+    assert "if the student writes" in shown
+    assert "if the data set writes" in shown
 
 
 def test_the_memory_counts_both_caches_where_both_models_write(recipe):

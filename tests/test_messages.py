@@ -66,7 +66,7 @@ def test_the_right_command_for_a_recipe_is_named(
 ):
     path = tmp_path / "mine.yaml"
     assert run(monkeypatch, "recipes", "copy", name, str(path)) == 0
-    assert f"`llmdistill {right} {path}`" in " ".join(capsys.readouterr().out.split())
+    assert f"Run it with: llmdistill {right} {path}" in " ".join(capsys.readouterr().out.split())
     assert run(monkeypatch, wrong, str(path)) == 2
     assert said in capsys.readouterr().err
 

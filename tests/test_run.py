@@ -102,7 +102,7 @@ def test_a_resume_after_a_killed_overwrite_says_where_the_old_run_is(given, tmp_
         patch.setattr(DistillTrainer, "compute_loss", dies)
         with pytest.raises(RuntimeError, match="killed"):
             run(given, overwrite=True)
-    with pytest.raises(CheckpointError, match="What was there before is kept in .*run.old"):
+    with pytest.raises(CheckpointError, match="The earlier content is kept in .*run.old"):
         run(given, resume=True)
 
 

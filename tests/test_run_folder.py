@@ -43,10 +43,14 @@ def start(folder, text="new", *, overwrite=True):
 @pytest.mark.parametrize(
     ("files", "options", "said"),
     [
-        (OLD, {}, "is not empty. Pass resume to go on with it, pass overwrite to replace it"),
-        ({"thesis.txt": "years"}, {"overwrite": True}, "holds no run, so it is not overwritten"),
-        ({"thesis.txt": "years"}, {"resume": True}, "holds no run to resume"),
-        ({}, {"resume": True, "noun": "data set"}, "holds no data set to resume"),
+        (OLD, {}, "is not empty. Pass resume to continue it, pass overwrite to replace it"),
+        (
+            {"thesis.txt": "years"},
+            {"overwrite": True},
+            "has files but no run, so it is not overwritten",
+        ),
+        ({"thesis.txt": "years"}, {"resume": True}, "has no run to resume"),
+        ({}, {"resume": True, "noun": "dataset"}, "has no dataset to resume"),
         (OLD, {"resume": True, "overwrite": True}, "but not both"),
     ],
 )
@@ -109,7 +113,9 @@ def test_a_users_own_backup_is_neither_replaced_nor_discarded(tmp_path):
     run, backup = fill(tmp_path / "run"), fill(tmp_path / "run.old", {"mine": "kept by hand"})
     for step in (check, run_folder.claim):
         options = {"results": RESULTS} if step is run_folder.claim else {}
-        with pytest.raises(CheckpointError, match=r"run\.old was not made by overwriting"):
+        with pytest.raises(
+            CheckpointError, match=r"run\.old, which exists and was not made by overwriting"
+        ):
             step(run, overwrite=True, **options)
     run_folder.discard_old(run)
     assert contents(run) == OLD

@@ -1,4 +1,7 @@
-"""The command line: one file a command, every heavy import inside the command."""
+"""The command line: one file per command.
+
+Heavy imports are inside the commands, so that `llmdistill --help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,14 @@ for command in (train, generate, evaluate, carve, check, env):
     app.command()(command)
 app.add_typer(recipes, name="recipes")
 
-# How options are spelled here.  The library says "pass resume", which is right for Python, too.
+# The flags of options.  Errors of the library say "pass resume", which is also right in Python.
 FLAGS = {"resume": "--resume", "overwrite": "--overwrite", "push": "--push"}
 
 
 def main() -> None:
-    """Runs a command.  What a user can mend ends with exit code 2, a broken run with 1; no
-    traceback.
+    """Run a command.  Exits with 2 after an error that the user can fix, with 1 after a failed run.
+
+    Errors of llmdistill are printed without a traceback.
     """
     try:
         app()
@@ -42,6 +46,6 @@ def main() -> None:
 
 
 def _flags(message: str) -> str:
-    """A line with the flags of the options that a message says to pass; "" if it names none."""
+    """Return a line with the flags of the options that a message names, or "" if it names none."""
     named = [flag for option, flag in FLAGS.items() if f"pass {option}" in message.lower()]
     return f"\n(On the command line: {', '.join(named)}.)" if named else ""

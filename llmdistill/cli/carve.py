@@ -9,21 +9,39 @@ from typing import Annotated, Any
 
 import typer
 
+from llmdistill.cli.output import Quiet, Verbose
+
 
 def carve(
-    model: Annotated[str, typer.Argument(help="A folder, a Hub id or the embedded name.")],
-    output: Annotated[str, typer.Argument(help="The new model's folder.")],
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id or smollm2-135m-instruct.")],
+    output: Annotated[str, typer.Argument(help="The folder of the new model.")],
     layers: Annotated[
-        str | None, typer.Option(help="How many layers to keep (20), or which ones (0,1,5).")
+        str | None,
+        typer.Option(help="The number of layers to keep (20), or their indices (0,1,5)."),
     ] = None,
-    by: Annotated[str, typer.Option(help="How to choose them: influence or even.")] = "influence",
+    by: Annotated[
+        str,
+        typer.Option(
+            help="How to choose layers: influence (those that change hidden states most) or even."
+        ),
+    ] = "influence",
     mlp_width: Annotated[int | None, typer.Option(help="Neurons to keep in each MLP.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads to keep a layer.")] = None,
-    data: Annotated[str, typer.Option(help="Rows that show what is active.")] = "seed_tasks",
-    max_rows: Annotated[int, typer.Option(min=1, help="The first rows of the data.")] = 48,
-    dtype: Annotated[str, typer.Option(help="Of the saved weights.")] = "float32",
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads to keep in each layer.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="Rows of text on which influence and activity are measured.")
+    ] = "seed_tasks",
+    max_rows: Annotated[
+        int, typer.Option(min=1, help="How many rows of the data to use, from the first.")
+    ] = 48,
+    dtype: Annotated[str, typer.Option(help="Dtype of the saved weights.")] = "float32",
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Cut layers, MLP neurons and attention heads out of a model by how active they are."""
+    """Cut a smaller model out of a model: keep its most influential layers, and its most active
+    MLP neurons and attention heads.
+    """
     from llmdistill import recipe as recipes
 
     given: dict[str, Any] = {"by": by, "mlp_width": mlp_width, "heads": heads}
@@ -35,7 +53,8 @@ def carve(
     import itertools
     from pathlib import Path
 
-    from llmdistill.cli.show import console
+    from llmdistill.cli import output as shown
+    from llmdistill.cli.show import console, next_steps
     from llmdistill.data.collate import PromptDataset, sample_text
     from llmdistill.data.sources import read
     from llmdistill.data.validate import Rules
@@ -44,9 +63,12 @@ def carve(
     from llmdistill.models.carve import carve as cut
     from llmdistill.models.load import load_model, load_tokenizer
 
+    shown.set_up(quiet=quiet, verbose=verbose)
+    if not verbose:
+        shown.hide_library_bars(downloads=quiet)
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not empty; name a new folder")
+        raise CheckpointError(f"{folder} is not empty. Choose a new folder.")
     tokenizer = load_tokenizer(model)
     rules = Rules(max_prompt_tokens=512, max_response_tokens=512)
     rows = PromptDataset.encode(itertools.islice(read(data), max_rows), tokenizer, rules)
@@ -57,4 +79,8 @@ def carve(
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     before, after = whole.num_parameters(), student.num_parameters()
+    if quiet:
+        print(folder)
+        return
     console.print(f"{before:,} -> {after:,} parameters ({after / before:.0%}): {folder}")
+    next_steps({"Distil into it": f"llmdistill train RECIPE student.model={folder}"})

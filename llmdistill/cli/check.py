@@ -1,10 +1,12 @@
-"""`llmdistill check`: look at everything a run would use, and train nothing."""
+"""`llmdistill check`: inspect everything that a run would use, without training."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from llmdistill.cli.output import Verbose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,24 +19,33 @@ if TYPE_CHECKING:
 def check(
     recipe: Annotated[str, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it: data.train=x.jsonl")
+        list[str] | None,
+        typer.Argument(help="Values that replace the recipe's: data.train=x.jsonl"),
     ] = None,
     time: Annotated[
-        bool, typer.Option("--time", help="Also make two steps, forget them, and tell how long.")
+        bool, typer.Option("--time", help="Also time two training steps. Nothing is saved.")
     ] = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Validate a recipe, count its data, compare the tokenizers, show one rendered example and
+    """Validate a recipe, count its rows, compare the tokenizers, show one rendered example and
     estimate memory and time.
     """
     from llmdistill import recipe as recipes
 
     loaded = recipes.load(recipe, overrides or [])
 
+    from llmdistill.cli import output
     from llmdistill.cli.show import console
+
+    output.set_up(verbose=verbose)
+
     from llmdistill.data.collate import PromptDataset
     from llmdistill.run import load_data
 
-    console.print(f"recipe       {recipe} is valid; the run folder would be {loaded.output}")
+    if not verbose:
+        output.hide_library_bars()
+    run_folder = f"The run folder would be {loaded.output}."
+    console.print(f"recipe       {recipe} is valid. {run_folder}", soft_wrap=True)
     tokenizer, fits = _pair(loaded)
     train, held = load_data(loaded, tokenizer)
     known = (
@@ -42,8 +53,8 @@ def check(
     )
     console.print(f"data         train {known}", highlight=False)
     if held is not None:
-        console.print(f"             evaluate {len(held)} rows ({held.counts})", highlight=False)
-    console.print("example      trained tokens are marked:\n")
+        console.print(f"             held out {len(held)} rows ({held.counts})", highlight=False)
+    console.print("example      the student is trained on the tokens in brackets:\n")
     console.print(_marked(train.head(1)[0], tokenizer, written=not loaded.rollout.takes_data))
     _memory(loaded, train)
     if not fits:
@@ -53,7 +64,10 @@ def check(
 
 
 def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
-    """Shows whether teacher and student speak alike: the student's tokenizer, and the found."""
+    """Print whether the tokenizers of teacher and student match.
+
+    Returns the student's tokenizer, and whether the pair can be trained.
+    """
     from llmdistill.cli.show import console
     from llmdistill.data.render import same_template
     from llmdistill.models.load import load_config, load_tokenizer
@@ -65,11 +79,10 @@ def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
     found = compare(teacher, student, *(config.vocab_size for config in configs))
     reason = found.reason or f"{found.shared} shared ids"
     console.print(f"vocabulary   {found.match.value}: {reason}")
-    alike = same_template(teacher, student)
-    console.print(
-        f"template     {'both sides render' if alike else 'the sides do not render'} alike"
-    )
-    return student, alike and found.match is not VocabularyMatch.DIFFERENT
+    same = same_template(teacher, student)
+    verdict = "the same tokens" if same else "different tokens, so the pair cannot be trained"
+    console.print(f"template     teacher and student render {verdict}")
+    return student, same and found.match is not VocabularyMatch.DIFFERENT
 
 
 def _memory(recipe: Recipe, train: EncodedRows) -> None:
@@ -77,10 +90,10 @@ def _memory(recipe: Recipe, train: EncodedRows) -> None:
     from llmdistill.cost import memory
 
     parts = memory(recipe, train)
-    sizes = [*parts.items(), ("all", sum(parts.values()))]
+    sizes = [*parts.items(), ("total", sum(parts.values()))]
     rows = [[name, f"{size / 2**30:.2f}"] for name, size in sizes if size]
     show.console.print()
-    show.table([["", "GiB"], *rows], "memory on one device, estimated for the longest rows")
+    show.table([["", "GiB"], *rows], "Memory on one device, estimated for the longest rows")
 
 
 def _time(recipe: Recipe, train: EncodedRows) -> None:
@@ -89,16 +102,14 @@ def _time(recipe: Recipe, train: EncodedRows) -> None:
 
     steps, all_seconds = num_steps(recipe, train), 0.0
     for writer, (seconds, share) in seconds_per_step(recipe).items():
-        console.print(f"time         {seconds:.1f} s a step here when {writer} writes")
+        console.print(f"time         {seconds:.1f} s per step on this machine if {writer} writes")
         all_seconds += seconds * (1.0 if share is None else share)
     hours = steps * all_seconds / 3600
-    console.print(f"             {steps} steps: at most {hours:.1f} hours, and the evaluations")
+    console.print(f"             {steps} steps: at most {hours:.1f} hours, without the evaluations")
 
 
 def _marked(row: Row, tokenizer: PreTrainedTokenizerBase, *, written: bool) -> object:
-    """The row as the student reads it, the tokens that are trained in reverse video and
-    brackets.
-    """
+    """Return the row as the student reads it, with the trained tokens in brackets and reversed."""
     from rich.text import Text
 
     text = Text(tokenizer.decode(row.prompt_ids), style="dim")

@@ -1,10 +1,10 @@
-"""`llmdistill env`: versions and devices, for bug reports."""
+"""`llmdistill env`: print versions and devices for bug reports."""
 
 from __future__ import annotations
 
 
 def env() -> None:
-    """Show versions, devices and which dtype `auto` means here."""
+    """Print the versions and devices that a bug report needs."""
     import importlib.metadata
     import importlib.util
     import platform

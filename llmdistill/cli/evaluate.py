@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from llmdistill.cli.output import Quiet, Verbose
 
 if TYPE_CHECKING:
     from llmdistill.data.validate import RowCounts
     from llmdistill.evaluation.measure import Figures
 
+logger = logging.getLogger("llmdistill")
+
 
 def evaluate(
-    students: Annotated[list[str], typer.Argument(help="Folders or Hub ids, measured in turn.")],
-    teacher: Annotated[
-        str, typer.Option(help="A folder, a Hub id, a .gguf file or the embedded name.")
+    students: Annotated[
+        list[str], typer.Argument(help="Folders or Hub ids of the students to measure.")
     ],
-    data: Annotated[str, typer.Option(help="A .jsonl file, org/name[:split] or seed_tasks.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 96,
-    max_rows: Annotated[int, typer.Option(min=1, help="The first rows of the data.")] = 200,
+    teacher: Annotated[
+        str, typer.Option(help="A folder, a Hub id, a .gguf file or smollm2-135m-instruct.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(help="A file or folder of rows, org/name:split on the Hub, or seed_tasks."),
+    ],
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The longest response that a model writes, in tokens.")
+    ] = 96,
+    max_rows: Annotated[
+        int, typer.Option(min=1, help="How many rows of the data to use, from the first.")
+    ] = 200,
     answer_pattern: Annotated[
-        str | None, typer.Option(help="For exact match with the references: '#### ([0-9,.]+)'.")
+        str | None,
+        typer.Option(
+            help="A regular expression for the result in a response, such as '#### ([0-9,.]+)'."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the students' samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the students' samples.")] = 0,
     output: Annotated[
         str | None, typer.Option(help="Also write the figures to this JSON file.")
     ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Measure how close students are to their teacher, how good their answers are and how fast they
-    write.
+    """Measure how close students are to a teacher, how good their responses are, and how fast they
+    are.
     """
     from llmdistill.errors import RecipeError
     from llmdistill.recipe.facts import wrong_pattern
@@ -40,18 +59,24 @@ def evaluate(
     from dataclasses import asdict
     from pathlib import Path
 
+    from llmdistill.cli import output as shown
     from llmdistill.cli import show
     from llmdistill.publish.card import figures_table
 
+    shown.set_up(quiet=quiet, verbose=verbose)
+    if not verbose:
+        shown.hide_library_bars(downloads=quiet)
     figures, counts = _measure(
         students, teacher, data, max_rows, max_new_tokens, answer_pattern, seed
     )
-    show.table(figures_table(figures), f"on {data}: {counts}")
+    if not quiet:
+        show.table(figures_table(figures), f"Figures on {data}: {counts}")
+        show.console.print(show.MEANING, highlight=False, soft_wrap=True)
     text = json.dumps({name: asdict(value) for name, value in figures.items()}, indent=2)
-    if output is None:
-        print(text)
-    else:
+    if output is not None:
         Path(output).write_text(text + "\n", encoding="utf-8")
+    elif quiet:
+        print(text)
 
 
 def _measure(
@@ -63,7 +88,7 @@ def _measure(
     answer_pattern: str | None,
     seed: int,
 ) -> tuple[dict[str, Figures], RowCounts]:
-    """Each model's figures by its name, and what became of the rows."""
+    """Return the figures of each model by its name, and the counts of rows used and dropped."""
     import itertools
 
     from llmdistill.data.collate import PromptDataset, collate
@@ -75,12 +100,14 @@ def _measure(
     from llmdistill.recipe.teachers import LocalTeacherRecipe
     from llmdistill.teachers.build import load_teacher
 
+    logger.info("loading the teacher %s", teacher)
     judge = load_teacher(LocalTeacherRecipe(model=teacher))
     teacher_rows = num_rows(judge.model)
-    for name in students:  # a wrong pair is found before anything is measured
+    for name in students:  # refuse a wrong pair before the first model is measured
         vocab_size = load_config(name).get_text_config().vocab_size
         require_same(judge.tokenizer, load_tokenizer(name), teacher_rows, vocab_size)
     dataset = PromptDataset.encode(itertools.islice(read(data), max_rows), judge.tokenizer)
+    logger.info("the teacher answers %d prompts", len(dataset))
     evaluation = Evaluation(
         judge,
         collate(dataset.rows),
@@ -88,5 +115,8 @@ def _measure(
         seed=seed,
         answer_pattern=answer_pattern,
     )
-    figures = {name: evaluation.measure(load_model(name)).figures for name in students}
+    figures = {}
+    for name in students:
+        logger.info("measuring %s", name)
+        figures[name] = evaluation.measure(load_model(name)).figures
     return figures | evaluation.teacher_figures(), dataset.counts

@@ -1,10 +1,12 @@
-"""`llmdistill generate`: a teacher writes an instruction data set."""
+"""`llmdistill generate`: a teacher writes an instruction dataset."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from llmdistill.cli.output import Quiet, Verbose
 
 if TYPE_CHECKING:
     from llmdistill.instruct.generators.base import TaskGenerator
@@ -13,104 +15,136 @@ if TYPE_CHECKING:
 
 
 def generate(
-    recipe: Annotated[str, typer.Argument(help="A recipe, such as recipes/magpie_cpu.yaml.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe, such as recipes/generate/magpie_cpu.yaml.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it: target=1000 output=data/mine")
+        list[str] | None,
+        typer.Argument(help="Values that replace the recipe's: target=1000 output=data/mine"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a dataset that is not complete.")
+    ] = False,
     overwrite: Annotated[
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace the data set when the new one is complete.",
+            help="Replace the dataset. The old one is kept until the new one is complete.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what the teacher is asked; load no model.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the first request to the teacher, and load no model."
+        ),
     ] = False,
     push: Annotated[
-        str | None, typer.Option("--push", help="Then upload it to the Hub, private: me/my-set.")
+        str | None,
+        typer.Option(
+            "--push", help="Upload the finished dataset to the Hub as private: me/my-set."
+        ),
     ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Let a teacher write instructions and answers, keep the good ones, and leave a data set."""
+    """Let a teacher write instructions and answers, filter them, and save them as a dataset."""
     from llmdistill import recipe as recipes
     from llmdistill.errors import RecipeError
 
     loaded = recipes.load_generation(recipe, overrides or [])
     if resume and overwrite:
-        raise RecipeError("--resume continues a data set, --overwrite replaces it: choose one")
+        raise RecipeError("--resume continues a dataset and --overwrite replaces it. Choose one.")
+
+    from llmdistill.cli import output
+
+    output.set_up(quiet=quiet, verbose=verbose)
+    if not verbose:
+        output.hide_library_bars(downloads=quiet)
     if dry_run:
         _show_request(loaded)
     else:
-        _run(loaded, resume=resume, overwrite=overwrite, push=push)
+        _run(loaded, resume=resume, overwrite=overwrite, push=push, quiet=quiet)
 
 
 def _show_request(recipe: GenerationRecipe) -> None:
-    """What the teacher is asked first, and what the whole may take."""
+    """Print the first request to the teacher, and bounds for the whole dataset."""
     from llmdistill.cli.show import console
     from llmdistill.generate import filled, planned
 
     generator = planned(recipe)
     for number, text in enumerate(filled(recipe, generator)):
-        console.print("\nand then:\n" if number else "", end="")
+        console.print("\nThen:\n" if number else "", end="")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"\n{_estimate(generator, recipe.target)}", highlight=False, soft_wrap=True)
 
 
-def _run(recipe: GenerationRecipe, *, resume: bool, overwrite: bool, push: str | None) -> None:
-    """Makes the data set, showing each round; then its counts, and where it is."""
-    import os
-
+def _run(
+    recipe: GenerationRecipe, *, resume: bool, overwrite: bool, push: str | None, quiet: bool
+) -> None:
+    """Write the dataset and print a line per round; then print its counts and its folder."""
+    from llmdistill.cli import show
+    from llmdistill.cli.output import is_main
     from llmdistill.cli.show import console
     from llmdistill.generate import generate as run
     from llmdistill.publish.data_card import prepare_push
     from llmdistill.publish.data_card import push as upload
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    spent, there = 0.0, 0
-    if push and is_main:
-        prepare_push(push)  # before hours of writing, not after them
+    main = is_main()
+    spent, recorded = 0.0, 0
+    if push and main:
+        prepare_push(push)  # a missing permission should fail now, not after hours of writing
 
     def progress(counts: TaskCounts, seconds: float) -> None:
-        nonlocal spent, there
+        nonlocal spent, recorded
         spent += seconds
-        if not seconds:
-            there = counts.kept
-        if is_main and (seconds or there):
-            line = _line(counts, recipe.target, counts.kept - there, spent)
+        if not seconds:  # the first report counts the rows that a resumed run has recorded already
+            recorded = counts.kept
+        if main and not quiet and (seconds or recorded):
+            line = _line(counts, recipe.target, counts.kept - recorded, spent)
             console.print(line, markup=False, soft_wrap=True)
 
     result = run(recipe, resume=resume, overwrite=overwrite, progress=progress)
-    if not is_main:
+    if not main:
+        return
+    if push:
+        upload(result.folder, push)
+    if quiet:
+        print(result.folder)
         return
     counts = result.counts
     for reason, number in counts.dropped.most_common():
         console.print(f"dropped {number:6d}  {reason}", highlight=False)
     shares = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
     console.print(f"kept {counts.kept} of {counts.made} in {spent:.0f} s: {shares}")
-    console.print(f"data set: {result.folder}", soft_wrap=True)
+    files = {"train.jsonl": "the rows; `data.train` of a recipe takes this file"}
+    if "test" in result.sizes:
+        files["test.jsonl"] = "the rows of the test split"
+    files |= {"README.md": "the dataset card", "rows.jsonl": "the record that --resume continues"}
+    show.files(result.folder, files)
     if push:
-        upload(result.folder, push)
-        console.print(f"pushed to {push}")
+        console.print(f"\nUploaded to https://huggingface.co/datasets/{push} (private).")
+    train = f"llmdistill train RECIPE data.train={result.folder}/train.jsonl"
+    show.next_steps({"Train a student on it": train})
 
 
 def _estimate(generator: TaskGenerator, target: int | None) -> str:
-    """Bounds, in calls and in tokens: how many rows the filters keep shows only while it runs."""
+    """Return upper bounds in calls and tokens.  The share that filters drop is not known yet."""
     cost, calls = generator.at_most, generator.num_calls
     if target is not None:
         needed = -(-target // cost.tasks)
         calls = needed if calls is None else min(calls, needed)
-    assert calls is not None  # a recipe without an end is refused
+    assert calls is not None  # the recipe's check refuses a generator without an end
     goal = f"{target} rows" if target is not None else "all prompts"
     return (
-        f"{goal}: {calls} calls if every task is kept, of at most {cost.requests} requests each; "
-        f"at most {calls * cost.tokens:,} tokens are written then"
+        f"{goal}: {calls} calls if every task is kept, with at most {cost.requests} requests each. "
+        f"These write at most {calls * cost.tokens:,} tokens."
     )
 
 
 def _line(counts: TaskCounts, target: int | None, new: int, seconds: float) -> str:
-    """Rows so far, speed, share kept, time left, and why tasks were dropped; `new` rows took
-    `seconds`.
+    """Return a progress line: rows, speed, share kept, time left, and why tasks were dropped.
+
+    `new` of the rows were kept in the last `seconds`.
     """
     goal = f" of {target}" if target is not None else ""
     parts = [f"{counts.kept}{goal} rows"]

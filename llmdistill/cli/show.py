@@ -1,8 +1,9 @@
-"""What the commands print: tables and answers side by side."""
+"""What the commands print: tables, responses side by side, files and next steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,9 +15,15 @@ if TYPE_CHECKING:
 
 console = Console()
 
+MEANING = (
+    "Lower is better for kl_*, perplexity and repeated_4grams. Higher is better for "
+    "top1_agreement, draft_acceptance, rouge_l_* and exact_match."
+)
+SHOWN_CHARACTERS = 400  # of a response: three of them are read, not studied
+
 
 def table(rows: Sequence[Sequence[str]], title: str) -> None:
-    """A header and rows; numbers on the right."""
+    """Print a header and rows, with numbers on the right."""
     header, *body = rows
     shown = Table(title=title, title_justify="left")
     for place, name in enumerate(header):
@@ -27,10 +34,32 @@ def table(rows: Sequence[Sequence[str]], title: str) -> None:
 
 
 def answers(some: Sequence[Answers]) -> None:
-    """A few prompts with what teacher, carved student and distilled student answer."""
+    """Print a few prompts with the responses of the teacher and of the student before and after."""
     for answer in some:
-        shown = Table(title=Text(answer.prompt[-400:]), title_justify="left", show_lines=True)
+        title = Text(f"Prompt: {_short(answer.prompt)}")
+        shown = Table(title=title, title_justify="left", show_lines=True)
         for name in ("teacher", "student before", "student after"):
             shown.add_column(name, ratio=1)
-        shown.add_row(Text(answer.teacher), Text(answer.before), Text(answer.after))
+        texts = (answer.teacher, answer.before, answer.after)
+        shown.add_row(*(Text(_short(text) or "(empty)") for text in texts))
         console.print(shown)
+
+
+def files(folder: Path, contents: Mapping[str, str]) -> None:
+    """Print a folder with the files in it and what each one is."""
+    console.print(Text(f"\n{folder}"), soft_wrap=True)
+    width = max(map(len, contents))
+    for name, what in contents.items():
+        console.print(Text(f"  {name:{width}}  {what}"), soft_wrap=True)
+
+
+def next_steps(steps: Mapping[str, str]) -> None:
+    """Print what a user can do next, each with its command or line of Python."""
+    console.print()
+    for what, command in steps.items():
+        console.print(Text(f"{what}:\n  {command}"), soft_wrap=True)
+
+
+def _short(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS].rstrip()} ..."

@@ -2,48 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from llmdistill.cli.output import Quiet, Verbose
+
+if TYPE_CHECKING:
+    from llmdistill.recipe import Recipe
+    from llmdistill.run import Result
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Changes to it: training.max_steps=50 output=runs/mine"),
+        typer.Argument(
+            help="Values that replace the recipe's: training.max_steps=50 output=runs/a"
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
     ] = False,
     overwrite: Annotated[
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace the run folder; the old one stays until there is a checkpoint.",
+            help="Replace the run folder. The old one is kept until the new run has a checkpoint.",
         ),
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Distil a student as a recipe says: measure, train, measure, save."""
+    """Distil a student as a recipe describes: measure, train, measure again and export."""
     from llmdistill import recipe as recipes
 
     loaded = recipes.load(recipe, overrides or [])
 
-    import logging
-    import os
+    from llmdistill.cli import output
 
-    from llmdistill.cli import show
-    from llmdistill.publish.card import figures_table
+    output.set_up(quiet=quiet, verbose=verbose)
+
     from llmdistill.run import distill
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    if is_main:
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("llmdistill").setLevel(logging.INFO)
-    result = distill(loaded, resume=resume, overwrite=overwrite)
-    if not is_main:
+    if not verbose:
+        output.hide_library_bars(downloads=quiet)
+    result = distill(loaded, resume=resume, overwrite=overwrite, show_progress=not quiet)
+    if output.is_main():
+        _show(result, loaded, quiet=quiet)
+
+
+def _show(result: Result, recipe: Recipe, *, quiet: bool) -> None:
+    """Print the figures, a few responses, the files and the next commands; or one path."""
+    from llmdistill.cli import show
+    from llmdistill.publish.card import figures_table
+
+    if quiet:
+        print(result.student)
         return
     if result.evaluation:
         show.answers(result.answers[:3])
-        show.table(figures_table(result.evaluation), "on rows held back from training")
-    show.console.print(f"student: {result.student}", soft_wrap=True)
+        show.table(figures_table(result.evaluation), "Figures on the held-out rows")
+        show.console.print(show.MEANING, highlight=False, soft_wrap=True)
+    files = {"student": "the model, its tokenizer and its model card"}
+    if result.evaluation:
+        files["evaluation.json"] = "the figures above"
+    files |= {"metrics.jsonl": "the loss of each step", "recipe.yaml": "this run's recipe"}
+    show.files(result.folder, files)
+    teacher, data = recipe.teacher_source[0], recipe.data.train[0].source
+    show.next_steps(
+        {
+            "Load it": f"AutoModelForCausalLM.from_pretrained('{result.student}')",
+            "Measure it on other rows": f"llmdistill evaluate {result.student} "
+            f"--teacher {teacher} --data {'mine.jsonl' if data == 'seed_tasks' else data}",
+        }
+    )

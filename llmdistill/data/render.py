@@ -7,6 +7,7 @@ text.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -176,3 +177,42 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, place: str, *, start:
         return tokenizer(text, add_special_tokens=start, split_special_tokens=True)["input_ids"]
     except TypeError as error:  # what tokenizers says of text that is not valid Unicode
         raise DataError(f"{place}: the text cannot be tokenised: {error}") from error
+
+
+def last_messages(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
+) -> list[str]:
+    """Return the user's last message of each prompt, as text for people to read.
+
+    Without a chat template, or if a prompt does not look as the template renders it, all of the
+    prompt's text is returned without its special tokens.
+    """
+    before, after = _around_a_message(tokenizer) if tokenizer.chat_template else ("", "")
+    found = []
+    for ids in prompts:
+        _, opened, message = str(tokenizer.decode(ids)).rpartition(before or "\0")
+        message, closed, _ = message.rpartition(after or "\0")
+        if opened and closed:
+            found.append(message.strip())
+        else:
+            found.append(str(tokenizer.decode(ids, skip_special_tokens=True)).strip())
+    return found
+
+
+def _around_a_message(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the template writes before each message of a user, and after the last one.
+
+    The first turn follows the beginning of the text and a later one an answer, so only what both
+    have in common opens a user's turn.
+    """
+    (ids, _), (later_ids, _) = (
+        render(tokenizer, Example(messages, None, "probe"))
+        for messages in (PROBE_MESSAGES[1:2], PROBE_MESSAGES[1:])
+    )
+    first, later = str(tokenizer.decode(ids)), str(tokenizer.decode(later_ids))
+    question, answer = PROBE_MESSAGES[1]["content"], PROBE_MESSAGES[2]["content"]
+    last = PROBE_MESSAGES[3]["content"]
+    openings = (first.partition(question)[0], later.partition(answer)[2].partition(last)[0])
+    pairs = zip(*(reversed(opening) for opening in openings), strict=False)
+    common = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+    return "".join(a for a, _ in common)[::-1], first.partition(question)[2]

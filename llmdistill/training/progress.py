@@ -1,5 +1,4 @@
-"""What a run shows and writes while it trains: one progress bar, metrics.jsonl, and how long
-steps take."""
+"""Callbacks of a run: a progress bar, metrics.jsonl, and the time that steps take."""
 
 from __future__ import annotations
 
@@ -14,7 +13,10 @@ from transformers import TrainerCallback
 
 
 class ProgressBar(TrainerCallback):
-    """Steps done and time left, with the loss and the predicted tokens per second."""
+    """Shows finished steps and time left, with the loss and the predicted tokens per second.
+
+    Only the first rank shows it.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -49,7 +51,7 @@ class ProgressBar(TrainerCallback):
 
 
 class StepClock(TrainerCallback):
-    """The seconds that each step took, its rollouts included."""
+    """Records the seconds of each step, including its rollout."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -65,7 +67,7 @@ class StepClock(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Every logged set of numbers as one line of JSON, on the first rank."""
+    """Writes each log as one line of JSON, on the first rank only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -37,7 +37,7 @@ def test_an_offloaded_teacher_writes_the_same():
 
 
 def test_on_the_cpu_there_is_nothing_to_offload(pair):
-    with pytest.raises(ModelError, match="it is on the CPU already"):
+    with pytest.raises(ModelError, match="the device is the CPU"):
         load_model(pair[0], device="cpu", offload=True)
 
 

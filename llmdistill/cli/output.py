@@ -1,0 +1,72 @@
+"""What a command prints while it runs: its own steps, without the noise of libraries.
+
+Progress and warnings go to stderr. Results go to stdout, so `llmdistill train ... --quiet` prints
+nothing but the path of the student there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Annotated
+
+import typer
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print only warnings, errors and the result."),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Also print the messages of the libraries.")
+]
+
+# Loggers whose warnings say nothing about a run.
+NOISY = (
+    "torchao",  # lists compiled kernels of other Python versions and GPUs that it did not load
+    "torch.utils._pytree",  # a deprecation inside torchao, for torchao's authors
+    "bitsandbytes.backends.cpu.ops",  # an optional kernel that would be downloaded from the Hub
+)
+
+
+class Elapsed(logging.Formatter):
+    """A step of ours with the time since the start; a library's message with its name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        if record.name.partition(".")[0] != "llmdistill":
+            return f"{record.levelname.lower()} from {record.name}: {message}"
+        minutes, seconds = divmod(int(record.relativeCreated / 1000), 60)
+        warning = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"[{minutes:3d}:{seconds:02d}] {warning}{message}"
+
+
+def is_main() -> bool:
+    """Whether this is the only process, or the first one of `torchrun` or `accelerate launch`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
+    """Send log messages to stderr: steps unless `quiet`, the libraries' noise only if `verbose`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Elapsed())
+    logging.basicConfig(handlers=[handler])
+    if is_main():
+        logging.getLogger("llmdistill").setLevel(logging.WARNING if quiet else logging.INFO)
+    if verbose:
+        return
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def hide_library_bars(*, downloads: bool = False) -> None:
+    """Hide transformers' bars of loading and saving weights, and those of `downloads` if asked to.
+
+    Imports transformers, so a command calls it after it has read its arguments.
+    """
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # disables the Hub's bars, too
+    # Setting the variable decides for the Hub; asking for anything else would print a warning.
+    if not downloads and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        enable_progress_bars()
