@@ -54,6 +54,16 @@ class Table(NamedTuple):
         return constant(self.path, "BOUNDS") or {}
 
 
+class _Names(NamedTuple):
+    """Lists the names in the JSON schema, when that is asked for."""
+
+    table: Table
+    others: tuple[str, ...]
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return handler(schema) | {"enum": [*self.others, *self.table.entries]}
+
+
 def one_of(table: Table, *others: str) -> Any:
     """The type of a field that names an entry of a table, or one of `others`."""
 
@@ -67,7 +77,7 @@ def one_of(table: Table, *others: str) -> Any:
             )
         return name
 
-    return Annotated[str, AfterValidator(check)]
+    return Annotated[str, AfterValidator(check), _Names(table, others)]
 
 
 @functools.cache
