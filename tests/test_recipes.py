@@ -21,7 +21,7 @@ from llmdistill.run import distill
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 from tests.support.files import read_jsonl, write_jsonl
-from tests.support.recipes import build_generation
+from tests.support.recipes import TRAINING, build_generation, generation_on_toys, on_toys
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
@@ -32,9 +32,6 @@ FIGURES = {
     "rouge_l_references", "exact_match", "perplexity", "repeated_4grams", "num_parameters", "num_bytes",
     "tokens_per_second",
 }  # fmt: skip
-
-
-TRAINING = {"use_cpu": True, "dataloader_pin_memory": False, "save_strategy": "steps"}
 
 
 @pytest.fixture
@@ -75,6 +72,10 @@ def test_a_recipe_reads_no_file_that_a_user_does_not_have(path):
     assert sorted(own + public) == sorted(sources)
     if "cpu" in path.stem or "smollm2-135m-instruct" in str(plain(path)["teacher"]):
         assert sources == []
+
+
+def plain(path: Path) -> dict[str, Any]:
+    return recipes.parse_yaml(path.read_text(), path.stem)
 
 
 def sources_in(part: Any, key: str = "") -> list[str]:
@@ -125,77 +126,6 @@ def test_runs_two_steps_on_a_toy_pair(path, pair, data):
     assert {1, 2} <= {entry["step"] for entry in read_jsonl(folder / "metrics.jsonl")}
     assert (folder / "student" / "README.md").is_file()
     assert (folder / "student" / "model.safetensors").is_file()
-
-
-# ---- a recipe on toys: the same parts, with less of everything ----
-
-
-def plain(path: Path) -> dict[str, Any]:
-    return recipes.parse_yaml(path.read_text(), path.stem)
-
-
-LESS = {
-    "max_new_tokens": 6,
-    "max_compared_tokens": 4,
-    "max_instruction_tokens": 400,  # until the toy ends it
-    "layers": 2,
-    "capacity": 4,
-    "hold_back": 4,
-    "max_prompt_tokens": 110,
-    "dtype": "float32",
-}
-LEFT_OUT = ("answer_pattern", "bf16", "adam_beta2")
-
-
-def less(part: Any) -> Any:
-    """A part of a recipe with small numbers where the real one has large ones."""
-    if isinstance(part, list):
-        return [less(one) for one in part]
-    if not isinstance(part, dict):
-        return part
-    cut = {key: LESS.get(key, less(value)) for key, value in part.items() if key not in LEFT_OUT}
-    if cut.get("kind") == "adaptive":
-        cut["start"] = 1.0  # so that the student writes
-    return cut
-
-
-def on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any]:
-    """A training recipe with toy models, and toy rows unless it brings its own."""
-    cut = less(given) | {"output": str(data / "run")}
-    if "model" in cut["teacher"]:
-        cut["teacher"] |= {"model": pair[0]}
-    cut["student"] |= {"model": pair[1]}
-    if "generate" in cut:
-        cut["generate"] = generation_on_toys(cut["generate"], pair, data)
-        cut["data"] |= {"train": f"{data}/set/train.jsonl"}
-    elif cut["data"]["train"] != "seed_tasks":
-        cut["data"] |= {"train": f"{data}/train.jsonl"}
-    if "eval" in cut["data"]:
-        cut["data"] |= {"eval": f"{data}/heldout.jsonl"}
-    training = TRAINING | {"max_steps": 2, "save_steps": 1, "num_train_epochs": 1}
-    evaluate = cut.get("evaluate", {}) | {"max_new_tokens": 6}
-    return cut | {"training": cut["training"] | training, "evaluate": evaluate}
-
-
-def generation_on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any]:
-    """A recipe that generates, with a toy on this machine.  It writes no lists and no words: what
-    would ask for a list answers prompts instead, and nothing is filtered out.
-    """
-    cut = less(given)
-    generator = cut["generator"]
-    if generator["kind"] in ("alpaca", "self_instruct"):
-        generator = {"kind": "answer", "prompts": "", "answering": {"max_new_tokens": 6}}
-    rows = {key: f"{data}/train.jsonl" for key in ("prompts", "pool") if key in generator}
-    student = {"student": pair[1]} if "student" in generator else {}
-    answering = {"answering": generator.get("answering", {}) | {"max_new_tokens": 6}}
-    return cut | {
-        "output": f"{data}/set",
-        "teacher": {"model": pair[0], "dtype": "float32"},
-        "generator": generator | rows | student | answering,
-        "filters": [],
-        "target": 8,
-        "test_share": 0.0,
-    }
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""Recipes built from plain dicts."""
+"""Recipes built from plain dicts, and recipes on toys: the same parts, with less of everything."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from llmdistill import recipe as recipes
@@ -10,3 +11,71 @@ from llmdistill import recipe as recipes
 def build_generation(values: dict[str, Any]) -> recipes.GenerationRecipe:
     """What `recipes.load_generation` makes of a file that holds `values`."""
     return recipes.build_part(recipes.GenerationRecipe, values, "recipe")
+
+
+TRAINING = {"use_cpu": True, "dataloader_pin_memory": False, "save_strategy": "steps"}
+
+LESS = {
+    "max_new_tokens": 6,
+    "max_compared_tokens": 4,
+    "max_instruction_tokens": 400,  # until the toy ends it
+    "layers": 2,
+    "mlp_width": 32,
+    "heads": 2,
+    "capacity": 4,
+    "hold_back": 4,
+    "max_prompt_tokens": 110,
+    "dtype": "float32",
+}
+LEFT_OUT = ("answer_pattern", "bf16", "adam_beta2")
+
+
+def less(part: Any) -> Any:
+    """A part of a recipe with small numbers where the real one has large ones."""
+    if isinstance(part, list):
+        return [less(one) for one in part]
+    if not isinstance(part, dict):
+        return part
+    cut = {key: LESS.get(key, less(value)) for key, value in part.items() if key not in LEFT_OUT}
+    if cut.get("kind") == "adaptive":
+        cut["start"] = 1.0  # so that the student writes
+    return cut
+
+
+def on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any]:
+    """A training recipe with toy models, and toy rows unless it brings its own."""
+    cut = less(given) | {"output": str(data / "run")}
+    if cut["teacher"].get("kind") != "adapter_off":
+        cut["teacher"] |= {"model": pair[0]}
+    cut["student"] |= {"model": pair[1]}
+    if "generate" in cut:
+        cut["generate"] = generation_on_toys(cut["generate"], pair, data)
+        cut["data"] |= {"train": f"{data}/set/train.jsonl"}
+    elif cut["data"]["train"] != "seed_tasks":
+        cut["data"] |= {"train": f"{data}/train.jsonl"}
+    if "eval" in cut["data"]:
+        cut["data"] |= {"eval": f"{data}/heldout.jsonl"}
+    training = TRAINING | {"max_steps": 2, "save_steps": 1, "num_train_epochs": 1}
+    evaluate = cut.get("evaluate", {}) | {"max_new_tokens": 6}
+    return cut | {"training": cut["training"] | training, "evaluate": evaluate}
+
+
+def generation_on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any]:
+    """A recipe that generates, with a toy on this machine.  It writes no lists and no words: what
+    would ask for a list answers prompts instead, and nothing is filtered out.
+    """
+    cut = less(given)
+    generator = cut["generator"]
+    if generator["kind"] in ("alpaca", "self_instruct"):
+        generator = {"kind": "answer", "prompts": "", "answering": {"max_new_tokens": 6}}
+    rows = {key: f"{data}/train.jsonl" for key in ("prompts", "pool") if key in generator}
+    student = {"student": pair[1]} if "student" in generator else {}
+    answering = {"answering": generator.get("answering", {}) | {"max_new_tokens": 6}}
+    return cut | {
+        "output": f"{data}/set",
+        "teacher": {"model": pair[0], "dtype": "float32"},
+        "generator": generator | rows | student | answering,
+        "filters": [],
+        "target": 8,
+        "test_share": 0.0,
+    }
