@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmdistill.errors import LlmDistillError as LlmDistillError
+    from llmdistill.models.load import load_model as load_model
     from llmdistill.objectives.features import HiddenObjective as HiddenObjective
     from llmdistill.objectives.response import CrossEntropyObjective as CrossEntropyObjective
     from llmdistill.objectives.response import ResponseObjective as ResponseObjective
+    from llmdistill.recipe.reading import load_recipe as load_recipe
     from llmdistill.rollouts.fixed import FixedRollout as FixedRollout
     from llmdistill.rollouts.interleaved import InterleavedRollout as InterleavedRollout
     from llmdistill.rollouts.mixed import MixedRollout as MixedRollout
@@ -35,6 +37,8 @@ _PUBLIC = {
     "SampledRollout": "llmdistill.rollouts.sampled",
     "Sampling": "llmdistill.sampling",
     "distill": "llmdistill.run",
+    "load_model": "llmdistill.models.load",
+    "load_recipe": "llmdistill.recipe.reading",
 }
 
 __all__ = sorted(_PUBLIC)

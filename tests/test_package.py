@@ -30,6 +30,7 @@ def test_the_public_names():
     assert llmdistill.__all__ == [
         "CrossEntropyObjective", "DistillTrainer", "FixedRollout", "HiddenObjective", "InterleavedRollout",
         "LlmDistillError", "LocalTeacher", "MixedRollout", "ResponseObjective", "SampledRollout", "Sampling", "distill",
+        "load_model", "load_recipe",
     ]  # fmt: skip
     for name in llmdistill.__all__:
         assert getattr(llmdistill, name).__name__ == name
@@ -46,7 +47,9 @@ SIGNATURES = {
     "InterleavedRollout": "top_k accept block_size max_new_tokens student_sampling teacher_sampling",
     "MixedRollout": "student other share",
     "Sampling": "temperature top_p top_k continuous",
-    "distill": "recipe resume overwrite",
+    "distill": "recipe resume overwrite show_progress",
+    "load_model": "name revision dtype device quantization offload",
+    "load_recipe": "path overrides",
 }
 
 

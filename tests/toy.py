@@ -70,14 +70,17 @@ def model(
 ) -> LlamaForCausalLM:
     """A Llama with random weights, wide enough apart that its distributions are not flat."""
     torch.manual_seed(seed)
-    options = {"tie_word_embeddings": True, "attention_dropout": 0.0} | options
+    options = {
+        "tie_word_embeddings": True,
+        "attention_dropout": 0.0,
+        "intermediate_size": 2 * hidden,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    } | options
     config = LlamaConfig(
         vocab_size=rows,
         hidden_size=hidden,
-        intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=512,
         bos_token_id=1,
         eos_token_id=2,

@@ -97,11 +97,10 @@ def _measure(
     from llmdistill.models.heads import num_rows
     from llmdistill.models.load import load_config, load_model, load_tokenizer
     from llmdistill.models.vocabulary import require_same
-    from llmdistill.recipe.teachers import LocalTeacherRecipe
-    from llmdistill.teachers.build import load_teacher
+    from llmdistill.teachers.local import LocalTeacher
 
     logger.info("loading the teacher %s", teacher)
-    judge = load_teacher(LocalTeacherRecipe(model=teacher))
+    judge = LocalTeacher.load(teacher)
     teacher_rows = num_rows(judge.model)
     for name in students:  # refuse a wrong pair before the first model is measured
         vocab_size = load_config(name).get_text_config().vocab_size

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.protocols import Teacher
 from llmdistill.recipe import teachers as sections
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
@@ -30,15 +29,7 @@ def build_teacher(
 
 def load_teacher(section: sections.LocalTeacherRecipe) -> LocalTeacher:
     """A model on this machine, in the form that the section asks for."""
-    model = load_model(
-        section.model,
-        revision=section.revision,
-        dtype=section.dtype,
-        device=section.device,
-        quantization=section.quantization,
-        offload=section.offload,
-    )
-    return LocalTeacher(model, load_tokenizer(section.model, revision=section.revision))
+    return LocalTeacher.load(section.model, **section.model_dump(exclude={"kind", "model"}))
 
 
 def _local(section: sections.LocalTeacherRecipe, *_: Any) -> Teacher:

@@ -19,6 +19,7 @@ from llmdistill.distributions import Dense
 from llmdistill.errors import VocabularyError
 from llmdistill.forward import read
 from llmdistill.models.heads import check_split, num_rows
+from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import end_ids, num_tokens
 from llmdistill.sampling import Draw, Sampling, Writer
@@ -39,6 +40,31 @@ class LocalTeacher:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._take(model, tokenizer)
         model.eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+        quantization: str | None = None,
+        offload: bool = False,
+    ) -> LocalTeacher:
+        """Load a model and its tokenizer as a teacher.
+
+        The arguments are those of `load_model`.  Raises ModelError if the model cannot be loaded.
+        """
+        model = load_model(
+            name,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            offload=offload,
+        )
+        return cls(model, load_tokenizer(name, revision=revision))
 
     def _take(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         check_split(model)

@@ -27,7 +27,7 @@ LESS = {
     "max_prompt_tokens": 110,
     "dtype": "float32",
 }
-LEFT_OUT = ("answer_pattern", "bf16", "adam_beta2")
+LEFT_OUT = ("answer_pattern", "bf16", "adam_beta2", "result")  # toys write no results
 
 
 def less(part: Any) -> Any:
@@ -71,6 +71,8 @@ def generation_on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any
     rows = {key: f"{data}/train.jsonl" for key in ("prompts", "pool") if key in generator}
     student = {"student": pair[1]} if "student" in generator else {}
     answering = {"answering": generator.get("answering", {}) | {"max_new_tokens": 6}}
+    if generator["kind"] == "rewrite":  # its reply is the answer
+        answering = {}
     return cut | {
         "output": f"{data}/set",
         "teacher": {"model": pair[0], "dtype": "float32"},
