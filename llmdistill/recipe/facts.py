@@ -17,27 +17,27 @@ from typing import Any
 from pydantic_core import PydanticCustomError
 
 RENAMED = {
-    "warmup_ratio": "warmup_steps takes a share below 1 now",
+    "warmup_ratio": "use warmup_steps, where a value below 1 is a fraction of all steps",
     "evaluation_strategy": "use evaluate.every_steps",
-    "save_safetensors": "weights are always saved as safetensors",
-    "gradient_checkpointing": "it is called activation_checkpointing now",
-    "gradient_checkpointing_kwargs": "it is called activation_checkpointing_kwargs now",
-    "no_cuda": "it is called use_cpu now",
+    "save_safetensors": "remove it: weights are always saved as safetensors",
+    "gradient_checkpointing": "it is now called activation_checkpointing",
+    "gradient_checkpointing_kwargs": "it is now called activation_checkpointing_kwargs",
+    "no_cuda": "it is now called use_cpu",
     "max_length": "use data.max_prompt_tokens and data.max_response_tokens",
 }
 OWNED = {
-    "output_dir": "output",
-    "seed": "seed",
-    "data_seed": "seed",
-    "remove_unused_columns": "nothing: it is always off",
-    "eval_strategy": "evaluate.every_steps",
-    "eval_steps": "evaluate.every_steps",
-    "resume_from_checkpoint": "the option 'resume' of `distill` and of `llmdistill train`",
-    "hub_token": "`hf auth login` or HF_TOKEN: keys do not belong into a recipe",
+    "output_dir": "Set 'output' instead.",
+    "seed": "Set the recipe's 'seed' instead.",
+    "data_seed": "Set the recipe's 'seed' instead.",
+    "remove_unused_columns": "It is always false; remove the key.",
+    "eval_strategy": "Set 'evaluate.every_steps' instead.",
+    "eval_steps": "Set 'evaluate.every_steps' instead.",
+    "resume_from_checkpoint": "Use the option 'resume' of `distill` or `llmdistill train`.",
+    "hub_token": "Run `hf auth login` or set HF_TOKEN; keys do not belong in a recipe.",
 }
 REFUSED = {
-    "label_smoothing_factor": "the loss is that of `objectives`, which has no labels to smooth",
-    "use_liger_kernel": "it fuses a loss on logits that are never made here",
+    "label_smoothing_factor": "`objectives` defines the loss, and no objective smooths labels",
+    "use_liger_kernel": "it speeds up a loss on full logits, which llmdistill never computes",
 }
 
 
@@ -46,16 +46,20 @@ def wrong_pattern(pattern: str) -> str | None:
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        return f"{pattern!r} is no regular expression: {error}"
-    return f"{pattern!r} should have one group at most; use (?:...)" if groups > 1 else None
+        return f"{pattern!r} is not a valid regular expression: {error}"
+    if groups > 1:
+        return f"{pattern!r} has {groups} groups, but may have one at most. Use (?:...) instead."
+    return None
 
 
 def check_training_argument(key: str, value: Any) -> None:
     fields = training_fields()
     if key in OWNED:
-        raise PydanticCustomError("owned", f"'{key}' is set by llmdistill; use {OWNED[key]}")
+        raise PydanticCustomError("owned", f"'{key}' is set by llmdistill. {OWNED[key]}")
     if key in REFUSED:
-        raise PydanticCustomError("refused", f"'{key}' would do nothing: {REFUSED[key]}")
+        raise PydanticCustomError(
+            "refused", f"'{key}' would have no effect: {REFUSED[key]}. Remove it."
+        )
     if key in RENAMED:
         raise PydanticCustomError("renamed", f"'{key}': {RENAMED[key]}")
     if key not in fields:

@@ -148,7 +148,7 @@ class PerplexityRecipe(FilterSection):
     @model_validator(mode="after")
     def _a_bound(self) -> PerplexityRecipe:
         if self.at_most is None and self.at_least is None:
-            raise PydanticCustomError("perplexity", "give 'at_most', 'at_least', or both")
+            raise PydanticCustomError("perplexity", "set 'at_most', 'at_least' or both")
         return self
 
 

@@ -68,7 +68,9 @@ class GenerationRecipe(Strict):
     def _it_ends(self) -> GenerationRecipe:
         if self.target is None and not self.generator.has_given_prompts:
             raise PydanticCustomError(
-                "target", "'target' is missing: a generator of this kind never ends by itself"
+                "target",
+                "'target' is missing. A generator of this kind does not end by itself, so set the "
+                "number of rows to keep.",
             )
         return self
 
@@ -77,13 +79,14 @@ class GenerationRecipe(Strict):
         if self.generator.needs_distributions and self.teacher.is_remote:
             raise PydanticCustomError(
                 "distributions",
-                "a remote teacher shows no distributions: use 'generator.compare_by: referee'",
+                "the generator needs next-token distributions, which a remote teacher does not "
+                "provide. Use 'generator.compare_by: referee'.",
             )
         if self.generator.needs_template and self.teacher.tokenizer_source is None:
             raise PydanticCustomError(
                 "template",
-                "a remote teacher speaks for the user only if its chat template is known: give "
-                "'teacher.tokenizer'",
+                "the teacher writes the user's turns, which needs its chat template. Set "
+                "'teacher.tokenizer'.",
             )
         return self
 
@@ -95,8 +98,8 @@ class GenerationRecipe(Strict):
             if sampling.continuous:
                 raise PydanticCustomError(
                     "continuous",
-                    "'generator.{name}.continuous' is for a teacher on this machine whose "
-                    "log-probabilities are not asked for",
+                    "'generator.{name}.continuous' needs a teacher of kind local, and cannot be "
+                    "combined with 'best_by: likelihood' or a perplexity filter. Set it to false.",
                     {"name": name},
                 )
         return self

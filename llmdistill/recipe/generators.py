@@ -114,7 +114,10 @@ class AlpacaRecipe(GeneratorSection):
     @model_validator(mode="after")
     def _one_question(self) -> AlpacaRecipe:
         if self.answering is not None and self.tasks_per_call != 1:
-            raise PydanticCustomError("answering", "'answering' is for 'tasks_per_call: 1'")
+            raise PydanticCustomError(
+                "answering",
+                "'answering' needs 'tasks_per_call: 1'. Set that, or remove 'answering'.",
+            )
         return self
 
 
@@ -134,7 +137,9 @@ class SelfInstructRecipe(GeneratorSection):
     def _among_the_examples(self) -> SelfInstructRecipe:
         if self.machine_examples > self.examples:
             raise PydanticCustomError(
-                "machine_examples", "'machine_examples' are some of the 'examples': not more"
+                "machine_examples",
+                "'machine_examples' are part of 'examples' and cannot be more. Lower them, or "
+                "raise 'examples'.",
             )
         return self
 
@@ -175,10 +180,15 @@ class AnswerRecipe(GivenPromptsSection):
     @model_validator(mode="after")
     def _several_to_choose_from(self) -> AnswerRecipe:
         if self.best_by is not None and self.samples == 1:
-            raise PydanticCustomError("best_by", "'best_by' chooses among 'samples': ask for more")
+            raise PydanticCustomError(
+                "best_by",
+                "'best_by' chooses among 'samples', but there is only 1. Set more samples.",
+            )
         if self.samples > 1 and self.answering.sampling.temperature == 0:
             raise PydanticCustomError(
-                "samples", "several 'samples' at temperature 0 are all the same"
+                "samples",
+                "all 'samples' are the same at temperature 0. Set 'samples: 1', or raise "
+                "'answering.sampling.temperature'.",
             )
         return self
 

@@ -72,7 +72,7 @@ class ResponseRecipe(ObjectiveSection, TakesOptions):
         if self.temperature != 1.0 and not self._takes_temperature:
             raise PydanticCustomError(
                 "temperature",
-                "divergence '{name}' has no temperature; leave it out",
+                "divergence '{name}' has no temperature. Remove the key.",
                 {"name": self.divergence},
             )
         return self

@@ -64,7 +64,8 @@ class TakesOptions(Strict):
         chosen = [(field, table, getattr(self, field)) for field, table in self.CHOICES.items()]
         takers = [one for one in chosen if name in one[1].options(one[2])]
         if len(takers) > 1:
-            return f"it is an option of {' and '.join(one[0] for one in takers)}; choose others"
+            fields = " and ".join(one[0] for one in takers)
+            return f"it is ambiguous, because {fields} both take it. Choose another value for one."
         field, table, entry = takers[0] if takers else self._meant(name, chosen)
         known = table.options(entry)
         if name in known:
@@ -91,8 +92,8 @@ def wrong_option(
     """What is wrong with the options of an entry that takes the `known` ones; None if nothing."""
     for option, value in options.items():
         if option not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            return f"{what} '{entry}' has no option '{option}'; {has}"
+            has = f"Its options are: {', '.join(known)}." if known else "It has no options."
+            return f"{what} '{entry}' has no option '{option}'. {has}"
         low, high = bounds.get((entry, option), (None, None))
         too_low, too_high = low is not None and value < low, high is not None and value > high
         if too_low or too_high:

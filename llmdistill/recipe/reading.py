@@ -19,8 +19,8 @@ from llmdistill.recipe.schema import Recipe
 Part = TypeVar("Part", bound=Strict)
 
 NEVER_A_KEY = {
-    "trust_remote_code": " Code from a model's repository could do anything on this machine; "
-    "llmdistill never runs it. Convert the model to a type that transformers knows."
+    "trust_remote_code": " llmdistill never runs code from a model's repository, because that code "
+    "could do anything on this machine. Convert the model to an architecture of transformers."
 }
 
 
@@ -30,7 +30,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     data = _read(path, overrides)
     if command_of(data) == "generate":
-        raise RecipeError(f"{path}: this recipe makes a data set: use llmdistill generate")
+        raise RecipeError(f"{path}: this recipe generates a dataset. Use llmdistill generate.")
     return build(data, str(path))
 
 
@@ -38,7 +38,7 @@ def load_generation(path: str | Path, overrides: Sequence[str] = ()) -> Generati
     """The same for a recipe of `llmdistill generate`."""
     data = _read(path, overrides)
     if command_of(data) == "train":
-        raise RecipeError(f"{path}: this recipe trains a student: use llmdistill train")
+        raise RecipeError(f"{path}: this recipe trains a student. Use llmdistill train.")
     return build_part(GenerationRecipe, data, str(path))
 
 
@@ -52,15 +52,17 @@ def command_of(data: Mapping[str, Any]) -> str | None:
 def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
-        raise RecipeError(f"no such recipe: {path}")
+        raise RecipeError(
+            f"no such recipe: {path}. Check the path, or run `llmdistill recipes copy` to get one."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8: {error}") from None
+        raise RecipeError(f"{path} is not valid UTF-8: {error}. Convert it to UTF-8.") from None
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise RecipeError(
-            f"{path}: a recipe is a mapping of keys to values, got {type(data).__name__}"
+            f"{path}: a recipe must be a mapping of keys to values, got {type(data).__name__}"
         )
     for override in overrides:
         _override(data, override)
@@ -95,7 +97,7 @@ class _Loader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 line = node.start_mark.line + 1
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' stands twice (line {line})"
+                    None, None, f"key '{key}' appears twice in the mapping at line {line}"
                 )
         return super().construct_mapping(node, deep)
 
@@ -122,7 +124,7 @@ def parse_yaml(text: str, place: str) -> Any:
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
-        raise RecipeError(f"{place}: not YAML: {error}") from None
+        raise RecipeError(f"{place}: not valid YAML: {error}") from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -131,7 +133,10 @@ def _override(data: dict[str, Any], override: str) -> None:
     """
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise RecipeError(f"override '{override}' is not of the form dotted.path=value")
+        raise RecipeError(
+            f"override '{override}' is not of the form dotted.path=value. Write it as in "
+            "training.max_steps=20."
+        )
     value = parse_yaml(text, f"override '{override}'")
     *parents, last = path.split(".")
     target: Any = data
@@ -152,7 +157,9 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 def _index(items: list[Any], key: str, override: str) -> int:
     if not key.isdecimal() or int(key) >= len(items):
-        raise RecipeError(f"override '{override}': '{key}' is no place in a list of {len(items)}")
+        raise RecipeError(
+            f"override '{override}': '{key}' is not an index of a list of length {len(items)}"
+        )
     return int(key)
 
 
@@ -162,8 +169,8 @@ def _describe(error: dict[str, Any], data: Any) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "unknown_key":
         key, known, renamed = context["key"], context["known"], context.get("renamed")
-        hint = f" It is called '{renamed}' now." if renamed else NEVER_A_KEY.get(key)
-        hint = hint or close_to(key, known) or f" Known here: {', '.join(known)}."
+        hint = f" It is now called '{renamed}'." if renamed else NEVER_A_KEY.get(key)
+        hint = hint or close_to(key, known) or f" Known keys: {', '.join(known)}."
         return f"unknown key '{f'{path}.{key}' if path else key}'.{hint}"
     if kind == "missing":
         return f"'{path}' is missing"
@@ -174,7 +181,7 @@ def _describe(error: dict[str, Any], data: Any) -> str:
         known = context.get("expected_tags", "the known kinds").replace("'number', ", "")
         return f"'{path}.kind' should be one of {known}, got {given!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
-    if isinstance(error["input"], dict | BaseModel):
+    if kind == "pattern" or isinstance(error["input"], dict | BaseModel):  # it names its input
         return f"'{path}': {message}" if path else message
     return f"'{path}': {message}, got {error['input']!r} ({type(error['input']).__name__})"
 

@@ -48,12 +48,12 @@ class RemoteTeacherRecipe(Strict):
     def _an_address_alone(self) -> RemoteTeacherRecipe:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise PydanticCustomError("url", "'url' should be an address: http://host:port/v1")
+            raise PydanticCustomError("url", "'url' must have the form http://host:port/v1")
         if parts.username or parts.password or parts.query:  # and the message must not repeat it
             raise PydanticCustomError(
                 "url",
-                "'url' holds a user, a key or a query, but recipes are shared: put the key into an "
-                "environment variable and name that in 'key_from'",
+                "'url' contains a user, a password or a query, but recipes are shared. Put the key "
+                "into an environment variable and set 'key_from' to its name.",
             )
         return self
 

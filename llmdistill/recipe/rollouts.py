@@ -93,7 +93,9 @@ class SampledRecipe(RolloutSection):
     def _student_writes_each_time(self) -> SampledRecipe:
         if self.by == "student" and self.samples != 1:
             raise PydanticCustomError(
-                "samples", "'samples' is for by: teacher; a student writes a new one each time"
+                "samples",
+                "'samples' needs 'by: teacher', because a student writes a new response each time. "
+                "Remove it.",
             )
         return self
 
@@ -118,7 +120,7 @@ class ReplayRecipe(RolloutSection):
     def _the_student_writes(self) -> ReplayRecipe:
         if self.rollout.by == "teacher":
             raise PydanticCustomError(
-                "by", "a teacher's responses are kept anyway; use by: student"
+                "by", "a teacher's responses are always kept and reused. Use 'by: student'."
             )
         return self
 

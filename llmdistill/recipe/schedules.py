@@ -87,7 +87,9 @@ class ExponentialRecipe(_BetweenTwo):
     def _above_zero(self) -> ExponentialRecipe:
         if not (self.start > 0 and self.end > 0):
             raise PydanticCustomError(
-                "exponential", "'start' and 'end' of an exponential schedule should be above 0"
+                "exponential",
+                "'start' and 'end' of an exponential schedule must be above 0. Use a linear or "
+                "cosine schedule to reach 0.",
             )
         return self
 

@@ -39,7 +39,7 @@ class CarveRecipe(Strict):
     @model_validator(mode="after")
     def _something_is_cut(self) -> CarveRecipe:
         if self.layers is None and self.mlp_width is None and self.heads is None:
-            raise PydanticCustomError("carve", "give 'layers', 'mlp_width' or 'heads'")
+            raise PydanticCustomError("carve", "set 'layers', 'mlp_width' or 'heads'")
         return self
 
 
@@ -74,13 +74,14 @@ class StudentRecipe(Strict):
         if self.carve and self.peft and self.peft.save == "adapter":
             raise PydanticCustomError(
                 "adapter",
-                "a carved base is saved nowhere, so an adapter would lack it; use save: merged",
+                "the carved base model is not saved, so an adapter alone could not be loaded. Use "
+                "'save: merged'.",
             )
         if self.quantization and (self.carve or self.peft is None or self.peft.save != "adapter"):
             raise PydanticCustomError(
                 "quantization",
-                "quantised weights can be neither trained, carved nor merged into; give 'peft' "
-                "with save: adapter, or leave 'quantization' out",
+                "quantised weights cannot be trained, carved or merged with an adapter. Use 'peft' "
+                "with 'save: adapter' and no 'carve', or remove 'quantization'.",
             )
         return self
 
@@ -116,15 +117,19 @@ class DataRecipe(Strict):
     def _one_source_of_eval_rows(self) -> DataRecipe:
         if self.eval and self.hold_back:
             raise PydanticCustomError(
-                "both", "give 'eval' or 'hold_back', not both (data.hold_back=0 switches it off)"
+                "both", "set 'eval' or 'hold_back', not both (data.hold_back=0 turns it off)"
             )
         if self.hold_back and self.turns == "all":
             raise PydanticCustomError(
-                "turns", "with 'turns: all' a held turn would stand in another row; give 'eval'"
+                "turns",
+                "'hold_back' cannot be combined with 'turns: all': a held-out turn would appear as "
+                "context in a training row. Use 'eval'.",
             )
         if self.streaming and (self.hold_back or any(s.weight != 1 for s in self.train)):
             raise PydanticCustomError(
-                "streaming", "a stream has neither 'hold_back' nor weights; give 'eval', or load it"
+                "streaming",
+                "'streaming' cannot be combined with 'hold_back' or with weights of sources. Use "
+                "'eval' and no weights, or set 'streaming: false'.",
             )
         return self
 
@@ -143,7 +148,10 @@ class EvaluateRecipe(Strict):
     @model_validator(mode="after")
     def _patience_needs_a_loss(self) -> EvaluateRecipe:
         if self.patience is not None and not self.every_steps:
-            raise PydanticCustomError("patience", "'patience' needs 'every_steps'")
+            raise PydanticCustomError(
+                "patience",
+                "'patience' needs 'every_steps'. Set how often the held-out loss is measured.",
+            )
         return self
 
     @field_validator("answer_pattern")
@@ -184,13 +192,13 @@ class Recipe(Strict):
         measures = self.evaluate.every_steps or self.training.get("eval_on_start")
         if measures and not (self.data.eval or self.data.hold_back):
             raise PydanticCustomError(
-                "held_out", "measuring while training needs 'data.eval' or 'data.hold_back'"
+                "held_out", "measuring during training needs 'data.eval' or 'data.hold_back'"
             )
         if follows and not (self.evaluate.every_steps and (self.data.eval or self.data.hold_back)):
             raise PydanticCustomError(
                 "held_out",
-                "an adaptive share and 'evaluate.patience' follow the held-out loss: give "
-                "'evaluate.every_steps' and 'data.eval' or 'data.hold_back'",
+                "an adaptive share and 'evaluate.patience' depend on the held-out loss. Set "
+                "'evaluate.every_steps', and either 'data.eval' or 'data.hold_back'.",
             )
         return self
 
@@ -204,8 +212,8 @@ class Recipe(Strict):
         if self.evaluate.every_steps and all(one.ends_at_zero for one in self.objectives):
             raise PydanticCustomError(
                 "weight",
-                "'evaluate.every_steps' measures objectives with the weights that they end with, "
-                "and these are all 0: let one end above 0",
+                "'evaluate.every_steps' measures the objectives with their final weights, which "
+                "are all 0. Let at least one weight end above 0.",
             )
         return self
 
@@ -216,7 +224,8 @@ class Recipe(Strict):
                 raise PydanticCustomError(
                     "needs",
                     "objectives[{place}] of kind {objective} needs {missing} from the teacher, but "
-                    "a teacher of kind {teacher} provides {provides}",
+                    "a teacher of kind {teacher} provides {provides}. Use another teacher, or "
+                    "remove the objective.",
                     {
                         "place": place,
                         "objective": objective.kind,
@@ -233,8 +242,8 @@ class Recipe(Strict):
         if self.teacher.weights is None and not whole:
             raise PydanticCustomError(
                 "adapter_off",
-                "a teacher of kind {kind} is the base under 'student.peft', uncarved; give that, "
-                "or a teacher of kind local",
+                "a teacher of kind {kind} is the base model under the student's adapter. Set "
+                "'student.peft' and remove 'student.carve', or use a teacher of kind local.",
                 {"kind": self.teacher.kind},
             )
         return self
@@ -243,17 +252,20 @@ class Recipe(Strict):
     def _a_stream_has_no_end(self) -> Recipe:
         if self.data.streaming and self.training.get("max_steps", -1) <= 0:
             raise PydanticCustomError(
-                "streaming", "'data.streaming' needs 'training.max_steps': a stream has no length"
+                "streaming",
+                "'data.streaming' needs 'training.max_steps', because the length of a stream is "
+                "unknown.",
             )
         if self.data.streaming and self.training.get("train_sampling_strategy"):
             raise PydanticCustomError(
-                "streaming", "a stream is read in its order; leave train_sampling_strategy out"
+                "streaming",
+                "a stream is read in its own order. Remove 'training.train_sampling_strategy'.",
             )
         if self.data.streaming and self.training.get("dataloader_num_workers"):
             raise PydanticCustomError(
                 "streaming",
-                "each of several workers would read the whole stream; leave "
-                "dataloader_num_workers at 0",
+                "with 'data.streaming' each worker would read the whole stream. Leave "
+                "'training.dataloader_num_workers' at 0.",
             )
         return self
 
@@ -263,7 +275,7 @@ class Recipe(Strict):
         if self.evaluate.patience and self.training.get("save_steps", every) != every:
             raise PydanticCustomError(
                 "patience",
-                "with 'evaluate.patience' students are saved when they are measured; "
-                "leave training.save_steps out",
+                "with 'evaluate.patience' a checkpoint is saved at each measurement. Remove "
+                "'training.save_steps'.",
             )
         return self
