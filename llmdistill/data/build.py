@@ -44,7 +44,10 @@ def _hold_back(
     """What is left to train on, and the rows held back: no copy of one is in both."""
     once = PromptDataset.join([(part, 1.0) for part, _ in parts], seed=seed)
     if number >= len(once):
-        raise RecipeError(f"data.hold_back: {number} of {len(once)} rows leaves none to train on")
+        raise RecipeError(
+            f"data.hold_back: holding back {number} of {len(once)} rows leaves none to train on. "
+            "Set a smaller number, or use data.eval."
+        )
     _, held = once.hold_back(number)
     without = frozenset(row.row_id for row in held.rows)
     return PromptDataset.join(parts, seed=seed, without=without), held
@@ -67,7 +70,10 @@ def _stream(
     sources: Sequence[recipe.SourceRecipe], tokenizer: PreTrainedTokenizerBase, rules: Rules
 ) -> PromptStream:
     if len({_of_source(rules, source).form for source in sources}) > 1:
-        raise RecipeError("data.train: the sources of one stream are read in one format")
+        raise RecipeError(
+            "data.train: all sources of a stream must have the same format. Set the same 'format' "
+            "for each of them, or set data.streaming: false."
+        )
 
     def rows() -> Iterator[tuple[str, Any]]:
         for source in sources:

@@ -57,8 +57,8 @@ def form_of(row: Any, place: str, form: str = "auto") -> str:
     if found is None:
         known = ", ".join(f"'{key}'" for key, _ in FORMATS.values())
         raise DataError(
-            f"{place}: none of the fields {known} in the row; it has {_show(list(row))}. "
-            "Name the right ones in 'columns' of the source (or data.columns)."
+            f"{place}: the row has none of the fields {known}; it has {_show(list(row))}. "
+            "Map its fields with 'columns' of the source, as in columns: {prompt: question}."
         )
     return found
 
@@ -133,7 +133,9 @@ def _from_prompt(row: dict[str, Any], place: str) -> tuple[list[Message], str | 
         return [{"role": "user", "content": prompt}], _optional_text(row, "completion", place)
     messages = _messages(row["prompt"], "prompt", place)
     if messages[-1]["role"] == "assistant":
-        raise DataError(f"{place}: 'prompt' ends with role 'assistant'; that is the completion")
+        raise DataError(
+            f"{place}: 'prompt' ends with role 'assistant'. Move that message to 'completion'."
+        )
     if row.get("completion"):
         answer = _messages(row["completion"], "completion", place)
         if [message["role"] for message in answer] != ["assistant"]:
@@ -166,7 +168,7 @@ FORMATS: dict[str, tuple[str, Reader]] = {
 def _text(row: dict[str, Any], field: str, place: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: '{field}' must be text that is not empty, got {_show(value)}")
+        raise DataError(f"{place}: '{field}' must be non-empty text, got {_show(value)}")
     return value
 
 

@@ -47,9 +47,9 @@ def render(
     whole = _template(tokenizer, (*example.prompt, answer), example.place, False, options)
     if whole[: len(prompt)] != prompt:
         raise DataError(
-            f"{example.place}: the chat template renders this prompt in other tokens once its "
-            "answer follows (an answer that starts with white space does this). Strip the answer "
-            "or drop the row."
+            f"{example.place}: the chat template renders this prompt as different tokens once the "
+            "answer is appended, for example if the answer starts with white space. Strip the "
+            "answer or drop the row."
         )
     return prompt, _through_end(tokenizer, whole[len(prompt) :], example.place)
 
@@ -63,8 +63,8 @@ def open_user_turn(
     """
     if tokenizer.chat_template is None:
         raise DataError(
-            f"tokenizer '{tokenizer.name_or_path}' has no chat template: nothing opens a user's "
-            "turn. Use the tokenizer of an instruct model."
+            f"tokenizer '{tokenizer.name_or_path}' has no chat template, so it cannot open a "
+            "user's turn. Use the tokenizer of an instruct model."
         )
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": WHAT_A_USER_SAYS}], tokenize=False, **(template_options or {})
@@ -123,7 +123,7 @@ def _template(
         )
     except Exception as error:
         raise DataError(
-            f"{place}: the chat template refuses this conversation: {type(error).__name__}: {error}"
+            f"{place}: the chat template rejects this conversation: {type(error).__name__}: {error}"
         ) from error
     return list(encoded["input_ids"])
 
@@ -141,7 +141,8 @@ def _through_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: str)
         if ids[last] in special:
             return ids[: last + 1]
     raise DataError(
-        f"{place}: the chat template ends an answer with no special token; nothing says 'stop'"
+        f"{place}: the chat template ends the answer with no special token, so a student could not "
+        "learn to stop. Use the tokenizer of an instruct model."
     )
 
 
@@ -150,8 +151,9 @@ def _plain(
 ) -> tuple[list[int], list[int] | None]:
     if len(example.prompt) != 1:
         raise DataError(
-            f"{example.place}: {len(example.prompt)} messages, but the tokenizer has no chat "
-            "template. Use the tokenizer of an instruct model, or rows with one prompt."
+            f"{example.place}: the conversation has {len(example.prompt)} messages, but the "
+            "tokenizer has no chat template. Use the tokenizer of an instruct model, or rows with "
+            "one prompt."
         )
     prompt = _tokens(tokenizer, example.prompt[0]["content"], example.place, start=True)
     if example.response is None:
@@ -169,10 +171,13 @@ def _text(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[in
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, place: str, *, start: bool) -> list[int]:
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"tokenizer '{tokenizer.name_or_path}' has neither a chat template nor an end token; "
-            "nothing would say 'stop'"
+            f"tokenizer '{tokenizer.name_or_path}' has no end token, so a student could not learn "
+            "to stop. Use the tokenizer of an instruct model."
         )
     try:
         return tokenizer(text, add_special_tokens=start, split_special_tokens=True)["input_ids"]
     except TypeError as error:  # what tokenizers says of text that is not valid Unicode
-        raise DataError(f"{place}: the text cannot be tokenised: {error}") from error
+        raise DataError(
+            f"{place}: the text cannot be tokenised, probably because it is not valid Unicode: "
+            f"{error}"
+        ) from error

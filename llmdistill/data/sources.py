@@ -24,7 +24,7 @@ from llmdistill.errors import DataError
 
 SEED_TASKS = "seed_tasks"
 HELP = (
-    "Give a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, or a data set of "
+    "Give a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, or a dataset of "
     "the Hub as org/name, org/name:split or org/name:config:split."
 )
 
@@ -70,7 +70,7 @@ def _folder_rows(folder: Path, source: str) -> Rows:
         return
     found = sorted(path for path in folder.iterdir() if path.suffix in READERS)
     if not found:
-        raise DataError(f"{source}: the folder holds none of {', '.join(READERS)}")
+        raise DataError(f"{source}: the folder has no file of type {', '.join(READERS)}. {HELP}")
     for path in found:
         yield from _file_rows(path, str(Path(source) / path.name))
 
@@ -78,13 +78,13 @@ def _folder_rows(folder: Path, source: str) -> Rows:
 def _file_rows(path: Path, source: str) -> Rows:
     """Errors of a whole file, its encoding among them, in words that name it."""
     if not path.is_file():
-        raise DataError(f"no such file: {source}")
+        raise DataError(f"no such file: {source}. Check the path.")
     if path.suffix not in READERS:
-        raise DataError(f"{source}: a file of this kind cannot be read. {HELP}")
+        raise DataError(f"{source}: this type of file is not supported. {HELP}")
     try:
         yield from READERS[path.suffix](path, source)
     except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8: {error}. Convert it to UTF-8.") from error
+        raise DataError(f"{source} is not valid UTF-8: {error}. Convert it to UTF-8.") from error
 
 
 def _read_json_lines(path: Path, source: str) -> Rows:
@@ -105,7 +105,7 @@ def _read_json(path: Path, source: str) -> Rows:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{source}: not JSON: {error}") from error
+        raise DataError(f"{source}: not valid JSON: {error}") from error
     yield from _numbered(rows, source)
 
 
@@ -117,7 +117,7 @@ def _json_lines(lines: Iterable[str], source: str) -> Rows:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            row = DataError(f"{place}: not a line of JSON: {error}")
+            row = DataError(f"{place}: not valid JSON: {error}")
         yield place, row
 
 
@@ -131,11 +131,12 @@ def _read_separated(path: Path, source: str) -> Rows:
                 place = f"{source}:{reader.line_num}"
                 if None in row or None in row.values():
                     wanted = len(reader.fieldnames or ())
-                    yield place, DataError(f"{place}: not the {wanted} columns of the first line")
+                    wrong = f"{place}: the row does not have the {wanted} columns of the header"
+                    yield place, DataError(wrong)
                 else:
                     yield place, {name: value or None for name, value in row.items()}
         except csv.Error as error:
-            raise DataError(f"{source}:{reader.line_num}: not a table: {error}") from error
+            raise DataError(f"{source}:{reader.line_num}: not a valid table: {error}") from error
 
 
 def _read_parquet(path: Path, source: str) -> Rows:
@@ -147,7 +148,7 @@ def _read_parquet(path: Path, source: str) -> Rows:
         batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
         yield from _numbered((row for batch in batches for row in batch), source)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{source}: not a Parquet file: {error}") from error
+        raise DataError(f"{source}: not a valid Parquet file: {error}") from error
 
 
 def _hub_rows(source: str, streaming: bool) -> Rows:
@@ -160,7 +161,7 @@ def _hub_rows(source: str, streaming: bool) -> Rows:
         rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:
         raise DataError(
-            f"cannot load data set '{source}': {type(error).__name__}: {error}. {HELP}"
+            f"cannot load dataset '{source}': {type(error).__name__}: {error}. {HELP}"
         ) from error
     yield from _numbered(rows, source)
 
@@ -175,7 +176,8 @@ def _renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
         missing = [old for old in columns.values() if isinstance(row, dict) and old not in row]
         if missing:
             has = ", ".join(map(str, row))
-            yield place, DataError(f"{place}: data.columns asks for '{missing[0]}'; it has {has}")
+            wrong = f"'columns' of the source names the field '{missing[0]}', but the row has {has}"
+            yield place, DataError(f"{place}: {wrong}")
         elif isinstance(row, dict):
             kept = {name: value for name, value in row.items() if name not in columns.values()}
             yield place, kept | {new: row[old] for new, old in columns.items()}

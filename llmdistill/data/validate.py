@@ -91,7 +91,7 @@ def encode(
     if bad and not rules.skip_bad:
         raise DataError(_summary(bad, counts.read))
     if not kept:
-        raise DataError(f"no rows left to use: {counts}")
+        raise DataError(f"no usable rows are left: {counts}. Check the source and its limits.")
     return kept, counts
 
 
@@ -128,8 +128,8 @@ def _encode(
     examples = to_examples(row, place, form=rules.form, every_turn=rules.every_turn)
     if rules.needs_response and examples[-1].response is None:
         raise DataError(
-            f"{place}: no answer in the row ('messages' must end with role 'assistant'; or give "
-            "'completion' or 'output'); a fixed rollout trains on the data set's own answers"
+            f"{place}: the row has no answer, but a fixed rollout trains on the answers of the "
+            "dataset. End 'messages' with role 'assistant', or add 'completion' or 'output'."
         )
     return [render(tokenizer, example, rules.template_options) for example in examples]
 
@@ -140,7 +140,8 @@ def _fit(row: Row, place: str, rules: Rules, counts: RowCounts) -> Row | None:
         if rules.long_prompts == "stop":
             raise DataError(
                 f"{place}: the prompt has {len(row.prompt_ids)} tokens, more than "
-                f"data.max_prompt_tokens = {rules.max_prompt_tokens}"
+                f"data.max_prompt_tokens = {rules.max_prompt_tokens}. Raise it, or set "
+                "data.long_prompts: drop."
             )
         counts.long_prompts_dropped += 1
         return None
@@ -148,7 +149,8 @@ def _fit(row: Row, place: str, rules: Rules, counts: RowCounts) -> Row | None:
         if rules.long_responses == "stop":
             raise DataError(
                 f"{place}: the response has {len(row.response_ids)} tokens, more than "
-                f"data.max_response_tokens = {rules.max_response_tokens}"
+                f"data.max_response_tokens = {rules.max_response_tokens}. Raise it, or set "
+                "data.long_responses: cut."
             )
         if rules.long_responses == "drop":
             counts.long_responses_dropped += 1
@@ -164,8 +166,7 @@ def _too_long(ids: list[int], limit: int | None) -> bool:
 
 def _summary(bad: list[DataError], total: int) -> str:
     lines = [
-        f"{len(bad)} of {total} rows are malformed. Mend or drop them, or set data.on_bad_row: "
-        f"skip."
+        f"{len(bad)} of {total} rows are malformed. Fix or drop them, or set data.on_bad_row: skip."
     ]
     lines += [f"  {line}" for line in bad[:SHOWN]]
     if len(bad) > SHOWN:

@@ -64,16 +64,16 @@ class Figures:
 MEANING = {
     "kl_teacher_text": "forward KL per token on the teacher's greedy answers, nats",
     "kl_own_text": "forward KL per token on the model's own samples, nats",
-    "top1_agreement": "share of tokens where both put the same one first",
-    "draft_acceptance": "share of drafts that speculative decoding would accept",
-    "rouge_l_teacher": "ROUGE-L of greedy answers against the teacher's",
-    "rouge_l_references": "ROUGE-L of greedy answers against the data set's",
-    "exact_match": "share of greedy answers with the reference's result",
-    "perplexity": "perplexity on the data set's responses",
+    "top1_agreement": "share of tokens where both rank the same token first",
+    "draft_acceptance": "share of drafted tokens that speculative decoding would accept",
+    "rouge_l_teacher": "ROUGE-L of greedy answers against the teacher's answers",
+    "rouge_l_references": "ROUGE-L of greedy answers against the dataset's responses",
+    "exact_match": "share of greedy answers that give the result of the reference",
+    "perplexity": "perplexity on the dataset's responses",
     "repeated_4grams": "share of repeated 4-grams in greedy answers",
-    "num_parameters": "parameters",
-    "num_bytes": "bytes of the weights, as measured",
-    "tokens_per_second": "tokens per second at batch 8, on the training machine",
+    "num_parameters": "number of parameters",
+    "num_bytes": "size of the weights in bytes, as held in memory",
+    "tokens_per_second": "tokens per second at batch size 8, on the training machine",
 }
 
 
@@ -108,7 +108,8 @@ class Evaluation:
     ) -> None:
         if answer_pattern is not None and prompts.responses is None:
             raise DataError(
-                "evaluate.answer_pattern: some evaluation rows have no response to compare with"
+                "evaluate.answer_pattern: some evaluation rows have no response to compare with. "
+                "Add responses, or remove the pattern."
             )
         self.teacher: Teacher = teacher
         self.prompts = prompts
@@ -119,13 +120,13 @@ class Evaluation:
             exact_match(self._references(), self._references(), answer_pattern)
         if not isinstance(teacher, Writes):
             raise RecipeError(
-                f"evaluation compares with what the teacher writes, and a {type(teacher).__name__} "
-                "cannot write; leave out the evaluation rows"
+                f"evaluation compares the student with the teacher's answers, but a "
+                f"{type(teacher).__name__} cannot write. Remove the evaluation rows."
             )
         if Need.DISTRIBUTION not in teacher.provides:
             raise RecipeError(
-                f"evaluation compares distributions, and a {type(teacher).__name__} provides none; "
-                "leave out the evaluation rows"
+                f"evaluation compares distributions, but a {type(teacher).__name__} provides none. "
+                "Remove the evaluation rows."
             )
         self.reference = self._greedy(teacher.write)
         self._judged = judge(teacher, self.reference.batches)

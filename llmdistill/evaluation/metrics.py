@@ -27,7 +27,7 @@ class RepeatedNGrams(evaluate.Metric):
     """Share of repeated n-grams in the predictions: {"repeated_ngrams": float}."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return _info("Share of n-grams that stood earlier in the same text", "predictions")
+        return _info("Share of n-grams that occur earlier in the same text", "predictions")
 
     def _compute(self, predictions: Sequence[str], n: int = 4) -> dict[str, float]:
         return {"repeated_ngrams": repeated_ngrams(predictions, n)}

@@ -40,8 +40,8 @@ def exact_match(answers: Sequence[str], references: Sequence[str], pattern: str)
     if None in expected:
         row = expected.index(None)
         raise DataError(
-            f"evaluate.answer_pattern: nothing in the reference of evaluation row {row} matches "
-            f"{pattern!r}: {references[row][-80:]!r}"
+            f"evaluate.answer_pattern: the reference of evaluation row {row} has no match of "
+            f"{pattern!r}: {references[row][-80:]!r}. Correct the pattern or the row."
         )
     found = [result_of(answer, pattern) for answer in answers]
     return sum(a == b for a, b in zip(found, expected, strict=True)) / max(len(expected), 1)
