@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML, dotted overrides, and saying what is wrong with them."""
+"""Reading recipes: YAML, dotted overrides, and one clear message for each mistake."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ NEVER_A_KEY = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with overrides `dotted.path=value`.  RecipeError says what is
-    wrong.
+    """Read a training recipe from a YAML file and apply overrides of the form `dotted.path=value`.
+
+    Raises RecipeError with every mistake and its dotted path, or if the file is a recipe of
+    `llmdistill generate`.
     """
     data = _read(path, overrides)
     if command_of(data) == "generate":
@@ -35,7 +37,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_generation(path: str | Path, overrides: Sequence[str] = ()) -> GenerationRecipe:
-    """The same for a recipe of `llmdistill generate`."""
+    """Read a recipe of `llmdistill generate`, in the same way as `load`."""
     data = _read(path, overrides)
     if command_of(data) == "train":
         raise RecipeError(f"{path}: this recipe trains a student. Use llmdistill train.")
@@ -43,7 +45,7 @@ def load_generation(path: str | Path, overrides: Sequence[str] = ()) -> Generati
 
 
 def command_of(data: Mapping[str, Any]) -> str | None:
-    """The command that runs a recipe, generate or train; None if its keys do not tell."""
+    """Return the command that runs a recipe, generate or train; None if its keys fit neither."""
     if "generator" in data:
         return "generate"
     return "train" if "student" in data else None
@@ -70,26 +72,30 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def build(data: dict[str, Any], place: str = "recipe") -> Recipe:
-    """A recipe from plain data; RecipeError with the dotted path of each mistake."""
+    """Build a training recipe from plain data.
+
+    Raises RecipeError with the dotted path of each mistake; `place` starts the message.
+    """
     return build_part(Recipe, data, place)
 
 
 def build_part(part: type[Part], data: dict[str, Any], place: str) -> Part:
-    """One part of a recipe from plain data, in the same way."""
+    """Build one part of a recipe from plain data, in the same way as `build`."""
     try:
         return part.model_validate(data)
     except ValidationError as error:
         lines = [_describe(dict(item), data) for item in error.errors()]
+        # Several members of a union can report the same mistake; each line is shown once.
         raise RecipeError(f"{place}: " + "\n".join(dict.fromkeys(lines))) from None
 
 
 def dump(recipe: Recipe | GenerationRecipe) -> str:
-    """The resolved recipe as YAML, defaults written out; reading it gives the same recipe."""
+    """Return the recipe as YAML with all defaults; reading it gives an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without silent duplicate keys."""
+    """A safe YAML loader that refuses duplicate keys, which PyYAML would silently overwrite."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -102,7 +108,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# What people mean: 1e-4 is a number, and `no` is a word (YAML 1.1 reads it as false).
+# PyYAML follows YAML 1.1: it reads 1e-4 as text, because it expects 1.0e-4, and `no` as false.
+# People mean a number, and a word as in `save_strategy: no`.
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
@@ -117,20 +124,20 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, place: str) -> Any:
+    """Parse one YAML document.  Raises RecipeError, which starts with `place`."""
     try:
         loader = _Loader(text)
         try:
             return loader.get_single_data()
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
+    # ValueError: PyYAML's own constructors fail for text that only looks like a date or a number.
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{place}: not valid YAML: {error}") from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    """Puts one `dotted.path=value` into the data, making mappings on the way; lists must be
-    there.
-    """
+    """Set one `dotted.path=value` in the data; missing mappings are created, list items are not."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise RecipeError(
@@ -164,7 +171,7 @@ def _index(items: list[Any], key: str, override: str) -> int:
 
 
 def _describe(error: dict[str, Any], data: Any) -> str:
-    """One validation error as: path, what is expected, what was given, what to do."""
+    """Return one validation error as a sentence: path, what is expected, what was given."""
     path = _dotted(error["loc"], data, missing=error["type"] == "missing")
     kind, context = error["type"], error.get("ctx", {})
     if kind == "unknown_key":
@@ -178,24 +185,28 @@ def _describe(error: dict[str, Any], data: Any) -> str:
         path = f"{path}.{context['key']}" if path else context["key"]
     if kind.startswith("union_tag"):
         given = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
+        # 'number' is the tag of a plain number in a `Weight`, and not a kind that anyone writes.
         known = context.get("expected_tags", "the known kinds").replace("'number', ", "")
         return f"'{path}.kind' should be one of {known}, got {given!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
-    if kind == "pattern" or isinstance(error["input"], dict | BaseModel):  # it names its input
+    # The message of a pattern names it already, and a whole section would be too long to show.
+    if kind == "pattern" or isinstance(error["input"], dict | BaseModel):
         return f"'{path}': {message}" if path else message
     return f"'{path}': {message}, got {error['input']!r} ({type(error['input']).__name__})"
 
 
 def _dotted(location: Sequence[str | int], data: Any, *, missing: bool) -> str:
-    """'objectives[0].beta': the steps that the user's own data takes.
+    """Return a location as the user would write it: 'objectives[0].beta'.
 
-    What pydantic adds (the kinds of a union, what a short form stands for) is left out.
+    Steps that pydantic adds are left out: the kinds of a union, and the long form of a short one.
     """
     path, here, named = "", data, False
     for number, step in enumerate(location):
         is_new = missing and number == len(location) - 1
         if isinstance(here, dict) and here.get("kind") == step and not named:
-            named = True  # the kind of a union, though a key may be called the same
+            # This step is the tag of a union.  It is skipped once only, because a key can have the
+            # same name: `generator: {kind: answer}` has had a key `answer`.
+            named = True
             continue
         named = False
         if isinstance(step, int) and isinstance(here, list):

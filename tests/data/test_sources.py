@@ -233,7 +233,9 @@ def test_a_parquet_of_other_types_is_refused_by_row(tmp_path):
     table = pyarrow.Table.from_pylist([{"prompt": 3, "messages": None}])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     ((place, row),) = read(str(tmp_path / "rows.parquet"))
-    with pytest.raises(DataError, match=r"rows\.parquet\[0\]: 'prompt' must be non-empty text, got 3"):
+    with pytest.raises(
+        DataError, match=r"rows\.parquet\[0\]: 'prompt' must be non-empty text, got 3"
+    ):
         to_examples(row, place, form="prompt_completion")
 
 
