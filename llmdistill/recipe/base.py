@@ -19,6 +19,7 @@ class Strict(BaseModel):
     changed after reading.
     """
 
+    # strict: "3" is a mistake and not 3.  frozen: default sections are shared between recipes.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     RENAMED: ClassVar[Mapping[str, str]] = {}

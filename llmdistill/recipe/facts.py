@@ -93,6 +93,7 @@ def training_fields() -> dict[str, tuple[type, ...]]:
 
     The tuple of types is empty for a field whose annotation is not made of plain types.
     """
+    # find_spec locates a package without importing it.
     spec = importlib.util.find_spec("transformers")
     assert spec is not None
     assert spec.origin is not None

@@ -107,6 +107,8 @@ class GenerationRecipe(Strict):
             )
         return self
 
+    # Log-probabilities come from the hidden states of sampling, and continuous batching keeps none.
+    # A server does its own batching.
     @model_validator(mode="after")
     def _continuous_batches_keep_no_states(self) -> GenerationRecipe:
         if not (self.needs_log_probs or self.teacher.is_remote):

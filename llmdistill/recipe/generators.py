@@ -282,6 +282,7 @@ class LionRecipe(GeneratorSection):
     def sources(self, seed_tasks: Sequence[SourceRecipe]) -> Sequence[SourceRecipe]:
         return self.pool
 
+    # A new task must not repeat the one that it is a variant of.
     @property
     def compared_sources(self) -> Sequence[SourceRecipe]:
         return self.pool

@@ -59,6 +59,7 @@ class TakesOptions(Strict):
     @model_validator(mode="after")
     def _check_options(self) -> Any:
         for name in self.model_extra or {}:
+            # pydantic locates the error at the section, so the error carries the key.
             if wrong := self._wrong(name):
                 raise PydanticCustomError("option", "{wrong}", {"wrong": wrong, "key": name})
         return self

@@ -58,6 +58,7 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
             f"no such recipe: {path}. Check the path, or run `llmdistill recipes copy` to get one."
         )
     try:
+        # utf-8-sig: editors on Windows can add a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not valid UTF-8: {error}. Convert it to UTF-8.") from None
@@ -91,6 +92,7 @@ def build_part(part: type[Part], data: dict[str, Any], place: str) -> Part:
 
 def dump(recipe: Recipe | GenerationRecipe) -> str:
     """Return the recipe as YAML with all defaults; reading it gives an equal recipe."""
+    # Every key that can be null is null by default, so leaving nulls out loses nothing.
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
@@ -151,6 +153,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         if isinstance(target, list):
             target = target[_index(target, key, override)]
         elif isinstance(target, dict):
+            # An override can set a key of a section that the file leaves out.
             target = target.setdefault(key, {})
     if isinstance(target, list):
         target[_index(target, last, override)] = value
@@ -163,6 +166,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _index(items: list[Any], key: str, override: str) -> int:
+    # isdecimal also refuses -1, which Python would take for the last item.
     if not key.isdecimal() or int(key) >= len(items):
         raise RecipeError(
             f"override '{override}': '{key}' is not an index of a list of length {len(items)}"
@@ -188,6 +192,7 @@ def _describe(error: dict[str, Any], data: Any) -> str:
         # 'number' is the tag of a plain number in a `Weight`, and not a kind that anyone writes.
         known = context.get("expected_tags", "the known kinds").replace("'number', ", "")
         return f"'{path}.kind' should be one of {known}, got {given!r}"
+    # pydantic starts its messages with a capital letter; here they continue a sentence.
     message = error["msg"][0].lower() + error["msg"][1:]
     # The message of a pattern names it already, and a whole section would be too long to show.
     if kind == "pattern" or isinstance(error["input"], dict | BaseModel):

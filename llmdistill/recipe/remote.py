@@ -51,8 +51,8 @@ class RemoteTeacherRecipe(Strict):
     retries: int = Field(_teacher.retries, ge=0)
     """Further attempts at a request that failed, with growing pauses.  `0` tries once."""
     per_minute: int | None = Field(_teacher.per_minute, gt=0)
-    """Largest number of requests per minute, over all processes.  `null` sets no limit besides
-    `concurrency`.
+    """Largest number of requests per minute, over all processes.  With `null` only `concurrency`
+    limits them.
     """
 
     # A recipe is copied into the run folder and shown on cards, so an address with a key in it must

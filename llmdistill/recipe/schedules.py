@@ -174,8 +174,8 @@ def described(given: float | ScheduleSection) -> tuple[str, dict[str, Any]]:
 
 
 def _number_or_kind(given: Any) -> str:
-    # Anything that is neither a mapping nor a section gets the tag `number`, so that its error says
-    # that a number is expected.
+    # Anything that is neither a mapping nor a section gets the tag `number`, so that its error
+    # states that a number is expected.
     if isinstance(given, Mapping):
         return str(given.get("kind"))
     return getattr(given, "kind", "number")

@@ -42,7 +42,7 @@ class CarveRecipe(Strict):
     """Number of neurons to keep in each MLP, the most active ones.  `null` keeps all."""
     heads: int | None = Field(None, gt=0)
     """Number of attention heads to keep in each layer, the most active ones.  It must be a multiple
-    of the heads that share keys and values.  `null` keeps all.
+    of the number of heads that share keys and values.  `null` keeps all.
     """
 
     @model_validator(mode="after")
@@ -94,8 +94,8 @@ class StudentRecipe(Strict):
     peft: PeftRecipe | None = None
     """Adapter to train in place of the weights.  `null` trains all weights."""
 
-    # Both checks could fail much later: an adapter on a carved base when it is loaded by a user, a
-    # merge into quantised weights at the end of the training.
+    # Without these checks both mistakes would show late: a lost base when the adapter is loaded, a
+    # merge into quantised weights at the end of training.
     @model_validator(mode="after")
     def _an_adapter_needs_its_base(self) -> StudentRecipe:
         if self.carve and self.peft and self.peft.save == "adapter":
