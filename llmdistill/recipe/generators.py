@@ -40,7 +40,7 @@ class AnsweringRecipe(Strict):
 
 
 class DrawnAnsweringRecipe(AnsweringRecipe):
-    """How the teacher answers a question if several answers are sampled: not greedily."""
+    """How the teacher answers a given prompt.  Answers are sampled by default, and not greedy."""
 
     sampling: SamplingRecipe = SamplingRecipe(**_answer.answering["sampling"])
     """How each answer is sampled.  Several samples need a temperature above 0."""

@@ -60,8 +60,8 @@ class ResponseRecipe(ObjectiveSection, TakesOptions):
     temperature: float = Field(1.0, gt=0)
     """Temperature of both distributions in the divergence.  Sampling has a separate one."""
     scale_by_t2: bool = _response.scale_by_t2
-    """Multiply the loss by the square of `temperature`.  This keeps the size of the gradient when
-    the objective is combined with a `cross_entropy`.
+    """Multiply the loss by the square of `temperature`, so that its gradient stays comparable in
+    size with that of a `cross_entropy`.
     """
     target: one_of(TARGETS) = _response.target  # type: ignore[valid-type]
     """Distribution that the student is compared with."""

@@ -150,8 +150,8 @@ class DraftRecipe(WarpRecipe):
     temperature: float = Field(_interleaved.student_sampling["temperature"], ge=0)
     """Sampling temperature.  `0` is greedy decoding; higher values give more varied drafts."""
     top_p: float = Field(_interleaved.student_sampling["top_p"], gt=0, le=1)
-    """Sample only from the smallest set of tokens whose probabilities sum to this value.  `1` keeps
-    every token.
+    """Sample only from the smallest set of tokens whose probabilities sum to this value or more.
+    `1` keeps every token.
     """
 
 
@@ -163,8 +163,8 @@ class ReplaceRecipe(WarpRecipe):
     temperature: float = Field(_interleaved.teacher_sampling["temperature"], ge=0)
     """Sampling temperature.  `0` is greedy decoding; higher values give more varied tokens."""
     top_p: float = Field(_interleaved.teacher_sampling["top_p"], gt=0, le=1)
-    """Sample only from the smallest set of tokens whose probabilities sum to this value.  `1` keeps
-    every token.
+    """Sample only from the smallest set of tokens whose probabilities sum to this value or more.
+    `1` keeps every token.
     """
 
 

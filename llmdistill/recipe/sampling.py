@@ -16,8 +16,8 @@ class WarpRecipe(Strict):
     temperature: float = Field(_sampling.temperature, ge=0)
     """Sampling temperature.  `0` is greedy decoding; higher values give more varied text."""
     top_p: float = Field(_sampling.top_p, gt=0, le=1)
-    """Sample only from the smallest set of tokens whose probabilities sum to this value.  `1` keeps
-    every token.
+    """Sample only from the smallest set of tokens whose probabilities sum to this value or more.
+    `1` keeps every token.
     """
     top_k: int = Field(_sampling.top_k, ge=0)
     """Sample only from this many of the likeliest tokens.  `0` keeps every token."""

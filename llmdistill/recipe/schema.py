@@ -86,8 +86,8 @@ class StudentRecipe(Strict):
     `bfloat16`.
     """
     quantization: Quantization | None = None
-    """Quantise the frozen base model under an adapter, to save memory.  `null` does not.  It needs
-    `peft` with `save: adapter`, and the extra `quantization`.
+    """Quantise the frozen base model under an adapter, to save memory.  `null` keeps its weights as
+    they are.  It needs `peft` with `save: adapter`, and the extra `quantization`.
     """
     carve: CarveRecipe | None = None
     """How the student is cut out of `model`.  `null` trains the whole model."""

@@ -46,7 +46,7 @@ class TeacherSection(Strict):
 
 
 class LocalTeacherRecipe(TeacherSection):
-    """A teacher model on this machine, loaded next to the student."""
+    """A teacher model on this machine."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
     """Keys that a resumed `llmdistill generate` can change."""
@@ -70,8 +70,8 @@ class LocalTeacherRecipe(TeacherSection):
     CPU without one.
     """
     quantization: Quantization | None = None
-    """Quantise the weights on loading, to fit a larger teacher into memory.  `null` does not.  It
-    needs the extra `quantization`, and an unquantised model that is not an adapter.
+    """Quantise the weights on loading, to fit a larger teacher into memory.  `null` keeps them as
+    they are.  It needs the extra `quantization`, and an unquantised model that is not an adapter.
     """
     offload: bool = False
     """Keep the decoder layers in CPU memory and copy each to the GPU for its own forward pass.
