@@ -102,7 +102,7 @@ def _sharegpt_turn(turn: Any) -> Any:
 def _messages(value: Any, field: str, place: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{place}: '{field}' must be a list of messages, got {_show(value)}")
-    return [_message(message, f"{place}: '{field}[{i}]'") for i, message in enumerate(value)]
+    return [_message(message, f"{place}: '{field}[{i}]") for i, message in enumerate(value)]
 
 
 def _conversation(
@@ -124,13 +124,14 @@ def _conversation(
 
 
 def _message(message: Any, where: str) -> Message:
+    # `where` has an open quote, so that a field of the message can follow: 'messages[0].role'.
     if not isinstance(message, dict):
-        raise DataError(f"{where} must be an object with role and content, got {_show(message)}")
+        raise DataError(f"{where}' must be an object with role and content, got {_show(message)}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise DataError(f"{where}.role must be one of {', '.join(ROLES)}, got {_show(role)}")
+        raise DataError(f"{where}.role' must be one of {', '.join(ROLES)}, got {_show(role)}")
     if not isinstance(content, str):
-        raise DataError(f"{where}.content must be text, got {_show(content)}")
+        raise DataError(f"{where}.content' must be text, got {_show(content)}")
     return {"role": role, "content": content}
 
 

@@ -125,7 +125,7 @@ class Evaluation:
             exact_match(self._references(), self._references(), answer_pattern)
         if not isinstance(teacher, Writes):
             raise RecipeError(
-                f"evaluation compares the student with the teacher's answers, but a "
+                "evaluation compares the student with the teacher's answers, but a "
                 f"{type(teacher).__name__} cannot write. Remove the evaluation rows."
             )
         if Need.DISTRIBUTION not in teacher.provides:

@@ -65,7 +65,7 @@ def test_each_kind_of_bad_row_is_named(tokenizer, tmp_path):
     said = str(caught.value)
     assert "3 of 4 rows" in said
     assert f"{path}:1: not valid JSON" in said
-    assert f"{path}:3: 'messages[0]'.role" in said
+    assert f"{path}:3: 'messages[0].role'" in said
     assert f"{path}:4: a row must be an object" in said
 
 
