@@ -53,7 +53,7 @@ def recipe(tmp_path, pair):
             "'learning_rate' should be float or int, got 'fast' (str)",
         ),
         (["rollout.kind=sampled", "rollout.max_new_tokens=0"], "'rollout.max_new_tokens'"),
-        (["objectives.0.beta=0.5"], "is no place in a list"),
+        (["objectives.0.beta=0.5"], "is not an index of a list"),
     ],
 )
 def test_a_mistake_ends_with_2_a_path_and_no_traceback(recipe, overrides, message):
@@ -201,7 +201,7 @@ def test_evaluate_writes_the_figures(pair, monkeypatch, capsys, tmp_path):
 def test_evaluate_finds_a_wrong_pattern_first(pair, monkeypatch, capsys):
     options = ["--teacher", "none", "--data", "none", "--answer-pattern", "("]
     assert run(monkeypatch, "evaluate", "none", *options) == 2
-    assert "--answer-pattern: '(' is no regular expression" in capsys.readouterr().err
+    assert "--answer-pattern: '(' is not a valid regular expression" in capsys.readouterr().err
 
 
 def test_carve_saves_a_smaller_model(pair, monkeypatch, capsys, tmp_path):
@@ -230,7 +230,7 @@ def test_carve_saves_a_smaller_model(pair, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give 'layers', 'mlp_width' or 'heads'"),
+        ([], "set 'layers', 'mlp_width' or 'heads'"),
         (["--layers", "two"], "'layers'"),
         (["--layers", "2", "--by", "luck"], "'by'"),
     ],

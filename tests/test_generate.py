@@ -462,10 +462,13 @@ def test_a_student_of_another_vocabulary_is_refused(teacher, rows, tmp_path):
         ({"filters": [{"kind": "rouge", "at_mots": 0.5}]}, "Did you mean 'at_most'?"),
         ({"filters": [{"kind": "same_result", "pattern": "("}]}, "'filters[0].pattern'"),
         ({"generator": {"kind": "answer", "prompts": []}}, "'generator.prompts'"),
-        ({"generator": {"kind": "self_instruct", "examples": 1}}, "'machine_examples' are some of"),
+        (
+            {"generator": {"kind": "self_instruct", "examples": 1}},
+            "'machine_examples' are part of 'examples'",
+        ),
         (
             {"generator": {"kind": "alpaca", "answering": {}}},
-            "'answering' is for 'tasks_per_call: 1'",
+            "'answering' needs 'tasks_per_call: 1'",
         ),
         (
             {"generator": {"kind": "answer", "prompts": "x", "best_by": "consensus"}},
@@ -480,9 +483,9 @@ def test_a_student_of_another_vocabulary_is_refused(teacher, rows, tmp_path):
                     "answering": {"sampling": {"temperature": 0}},
                 }
             },
-            "are all the same",
+            "all 'samples' are the same at temperature 0",
         ),
-        ({"filters": [{"kind": "perplexity"}]}, "give 'at_most', 'at_least', or both"),
+        ({"filters": [{"kind": "perplexity"}]}, "set 'at_most', 'at_least' or both"),
     ],
 )
 def test_a_wrong_recipe_is_named(teacher, rows, tmp_path, changes, said):

@@ -56,9 +56,9 @@ def run(monkeypatch, *arguments):
 @pytest.mark.parametrize(
     ("name", "wrong", "right", "said"),
     [
-        ("magpie_cpu", "train", "generate", "this recipe makes a data set: use llmdistill generate"),
-        ("gkd", "generate", "train", "this recipe trains a student: use llmdistill train"),
-        ("alpaca_to_student", "generate", "train", "this recipe trains a student: use llmdistill train"),
+        ("magpie_cpu", "train", "generate", "this recipe generates a dataset. Use llmdistill generate."),
+        ("gkd", "generate", "train", "this recipe trains a student. Use llmdistill train."),
+        ("alpaca_to_student", "generate", "train", "this recipe trains a student. Use llmdistill train."),
     ],
 )  # fmt: skip
 def test_the_right_command_for_a_recipe_is_named(

@@ -100,7 +100,7 @@ def test_an_unknown_key_is_named_with_its_path_and_a_suggestion(path, dotted, me
 
 
 def test_an_unknown_key_like_no_other_lists_the_known_ones():
-    assert "Known here: kind, model, revision" in message(with_value(("teacher", "zzz"), 1))
+    assert "Known keys: kind, model, revision" in message(with_value(("teacher", "zzz"), 1))
 
 
 @pytest.mark.parametrize(
@@ -211,8 +211,8 @@ def test_a_recipe_is_frozen():
     [
         ("warmup_ratio", 0.1, "warmup_steps"),
         ("no_cuda", True, "use_cpu"),
-        ("output_dir", "x", "set by llmdistill; use output"),
-        ("hub_token", "hf_secret", "do not belong into a recipe"),
+        ("output_dir", "x", "set by llmdistill. Set 'output' instead"),
+        ("hub_token", "hf_secret", "do not belong in a recipe"),
         ("max_steps", True, "should be int, got True"),
         ("max_steps", "3", "should be int"),
         ("max_steps", 3.0, "should be int"),
@@ -269,7 +269,7 @@ def test_what_only_looks_like_a_float_stays_text(text):
     "text", ["a: 1\nb: 2\na: 3", "x:\n  - {a: 1, a: 1}", "x: {y: {a: 1, a: 2}}"]
 )
 def test_a_key_that_stands_twice_is_refused(text):
-    with pytest.raises(RecipeError, match=r"here: .*key 'a' stands twice \(line"):
+    with pytest.raises(RecipeError, match=r"here: .*key 'a' appears twice in the mapping at line"):
         recipes.parse_yaml(text, "here")
 
 
@@ -279,7 +279,7 @@ def test_a_key_that_stands_twice_is_refused(text):
     ids=["open", "two documents", "python", "control character", "no such date", "no digits"],
 )
 def test_bad_yaml_is_a_recipe_error(text):
-    with pytest.raises(RecipeError, match="here: not YAML"):
+    with pytest.raises(RecipeError, match="here: not valid YAML"):
         recipes.parse_yaml(text, "here")
 
 
@@ -339,12 +339,12 @@ def test_overrides_reach_mappings_and_lists(file):
     [
         ("seed", "not of the form"),
         ("=1", "not of the form"),
-        ("objectives.2.beta=1", "'2' is no place in a list of 2"),
-        ("objectives.-1.beta=1", "'-1' is no place"),
-        ("objectives.x=1", "'x' is no place"),
+        ("objectives.2.beta=1", "'2' is not an index of a list of length 2"),
+        ("objectives.-1.beta=1", "'-1' is not an index"),
+        ("objectives.x=1", "'x' is not an index"),
         ("output.x=1", "'output' is 'runs/a', not a mapping or list"),
         ("output.x.y=1", "not a mapping or list"),
-        ("seed=[", "not YAML"),
+        ("seed=[", "not valid YAML"),
         ("objectives.0.temprature=1", r"unknown key 'objectives\[0\].temprature'"),
         ("seed=x", "'seed'"),
     ],
@@ -409,8 +409,14 @@ def test_a_source_may_be_a_name_or_several():
         ({"train": ["a", {"source": "b", "weight": 0}]}, "'data.train[1].weight'"),
         ({"train": 3}, "'data.train'"),
         ({"train": "a", "streaming": True}, "recipe: 'data.streaming' needs 'training.max_steps'"),
-        ({"train": "a", "streaming": True, "hold_back": 2}, "a stream has neither"),
-        ({"train": [{"source": "a", "weight": 2.0}], "streaming": True}, "a stream has neither"),
+        (
+            {"train": "a", "streaming": True, "hold_back": 2},
+            "'streaming' cannot be combined with 'hold_back' or with weights",
+        ),
+        (
+            {"train": [{"source": "a", "weight": 2.0}], "streaming": True},
+            "'streaming' cannot be combined with 'hold_back' or with weights",
+        ),
     ],
 )
 def test_sources_that_cannot_be_are_named(data, said):
@@ -445,16 +451,16 @@ def test_a_share_is_a_number_or_a_schedule():
         ({"kind": "mixed", "share": "x"}, "'rollout.share': input should be a valid number"),
         ({"kind": "mixed", "share": {"kind": "linear", "start": 1}}, "'rollout.share.end' is miss"),
         ({"kind": "mixed", "share": {"kind": "linea"}}, "'rollout.share.kind' should be one of"),
-        ({"kind": "mixed", "share": {"kind": "adaptive"}}, "give 'evaluate.every_steps'"),
+        ({"kind": "mixed", "share": {"kind": "adaptive"}}, "Set 'evaluate.every_steps'"),
         ({"kind": "replay", "rollout": {"kind": "sampled", "by": "teacher"}}, "'rollout': a teac"),
         ({"kind": "replay", "capacity": 0}, "'rollout.capacity'"),
         (
             {"kind": "interleaved", "top_p": 0.9},
-            "'rollout.top_p': accept 'top_k' has no option 'top_p'; it has top_k",
+            "'rollout.top_p': accept 'top_k' has no option 'top_p'. Its options are: top_k",
         ),
         (
             {"kind": "interleaved", "accept": "mixture", "top_k": 5},
-            "'rollout.top_k': accept 'mixture' has no option 'top_k'; it has teacher_share",
+            "'rollout.top_k': accept 'mixture' has no option 'top_k'. Its options are: teacher_share",
         ),
         (
             {"kind": "interleaved", "accept": "topk"},
@@ -483,11 +489,11 @@ STREAM = {"train": "train.jsonl", "streaming": True}
 @pytest.mark.parametrize(
     ("changes", "message_part"),
     [
-        ({"student": {"model": "a", "carve": {}}}, "give 'layers', 'mlp_width' or 'heads'"),
+        ({"student": {"model": "a", "carve": {}}}, "set 'layers', 'mlp_width' or 'heads'"),
         ({"student": {"model": "a", "quantization": "bnb_4bit"}}, "save: adapter"),
         ({"student": {"model": "a", "quantization": "bnb_4bit", "peft": {}}}, "save: adapter"),
         ({"student": {"model": "a", "quantization": "int3"}}, "'student.quantization'"),
-        ({"teacher": {"kind": "adapter_off"}}, "the base under 'student.peft'"),
+        ({"teacher": {"kind": "adapter_off"}}, "is the base model under the student's adapter"),
         ({"teacher": {"kind": "adapter_off", "model": "a"}}, "unknown key 'teacher.model'"),
         ({"evaluate": {"patience": 2}}, "'patience' needs 'every_steps'"),
         ({"evaluate": {"every_steps": 5}}, "needs 'data.eval' or 'data.hold_back'"),
@@ -498,9 +504,9 @@ STREAM = {"train": "train.jsonl", "streaming": True}
                 "evaluate": {"patience": 2, "every_steps": 5},
                 "training": {"save_steps": 4},
             },
-            "leave training.save_steps out",
+            "Remove 'training.save_steps'",
         ),
-        ({"data": HELD | {"turns": "all"}}, "a held turn would stand in another row"),
+        ({"data": HELD | {"turns": "all"}}, "a held-out turn would appear as context"),
         (
             {"data": STREAM, "training": {"max_steps": 3, "dataloader_num_workers": 2}},
             "would read the whole stream",
@@ -510,12 +516,12 @@ STREAM = {"train": "train.jsonl", "streaming": True}
                 "data": STREAM,
                 "training": {"max_steps": 3, "train_sampling_strategy": "group_by_length"},
             },
-            "a stream is read in its order",
+            "a stream is read in its own order",
         ),
-        ({"training": {"label_smoothing_factor": 0.1}}, "would do nothing"),
-        ({"training": {"use_liger_kernel": True}}, "would do nothing"),
-        ({"evaluate": {"answer_pattern": "("}}, "is no regular expression"),
-        ({"evaluate": {"answer_pattern": "(a)(b)"}}, "one group at most"),
+        ({"training": {"label_smoothing_factor": 0.1}}, "would have no effect"),
+        ({"training": {"use_liger_kernel": True}}, "would have no effect"),
+        ({"evaluate": {"answer_pattern": "("}}, "is not a valid regular expression"),
+        ({"evaluate": {"answer_pattern": "(a)(b)"}}, "has 2 groups, but may have one at most"),
     ],
 )
 def test_answers_that_do_not_fit_together(changes, message_part):
@@ -610,7 +616,9 @@ def test_weights_are_not_negative_and_do_not_all_end_at_zero():
     measured = MINIMAL | {"data": HELD, "evaluate": {"every_steps": 5}}
     assert recipes.build(MINIMAL | {"objectives": [fading]})
     assert recipes.build(measured | {"objectives": [fading, {"kind": "cross_entropy"}]})
-    assert "these are all 0: let one end above 0" in message(measured | {"objectives": [fading]})
+    assert "which are all 0. Let at least one weight end above 0" in message(
+        measured | {"objectives": [fading]}
+    )
     assert "'objectives[0].weight'" in message(
         MINIMAL | {"objectives": [fading | {"weight": -1.0}]}
     )

@@ -1,4 +1,4 @@
-"""Builds the rows that a recipe asks for."""
+"""Builds the rows of a recipe: those to train on and those to measure on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def build_rows(
     needs_response: bool,
     seed: int,
 ) -> tuple[EncodedRows, PromptDataset | None]:
-    """Rows to train on and rows to measure on (None where the recipe asks for none)."""
+    """Return rows to train on and rows to measure on; the latter are None if the recipe has none.
+
+    `needs_response` refuses training rows without an answer.  `seed` chooses the copies of rows in
+    a weighted source.  Raises RecipeError or DataError if the rows cannot be used.
+    """
     rules = _rules(section, needs_response=needs_response)
     if section.streaming:
         train: EncodedRows = _stream(section.train, tokenizer, rules)
@@ -34,6 +38,7 @@ def build_rows(
         train = PromptDataset.join(parts, seed=seed)
     if not section.eval:
         return train, None
+    # Only figures that compare with references need answers here; the teacher writes its own.
     parts = _load(section.eval, tokenizer, replace(rules, needs_response=False))
     return train, PromptDataset.join(parts, seed=seed)
 
@@ -41,10 +46,15 @@ def build_rows(
 def _hold_back(
     parts: Sequence[tuple[PromptDataset, float]], number: int, seed: int
 ) -> tuple[PromptDataset, PromptDataset]:
-    """What is left to train on, and the rows held back: no copy of one is in both."""
+    """Return the rows to train on and the rows that are held back; no copy of a row is in both."""
+    # Held-out rows are chosen before the copies of a weighted source are made: a second copy of one
+    # would be trained on.
     once = PromptDataset.join([(part, 1.0) for part, _ in parts], seed=seed)
     if number >= len(once):
-        raise RecipeError(f"data.hold_back: {number} of {len(once)} rows leaves none to train on")
+        raise RecipeError(
+            f"data.hold_back: holding back {number} of {len(once)} rows leaves none to train on. "
+            "Set a smaller number, or use data.eval."
+        )
     _, held = once.hold_back(number)
     without = frozenset(row.row_id for row in held.rows)
     return PromptDataset.join(parts, seed=seed, without=without), held
@@ -66,8 +76,12 @@ def _load(
 def _stream(
     sources: Sequence[recipe.SourceRecipe], tokenizer: PreTrainedTokenizerBase, rules: Rules
 ) -> PromptStream:
+    # One PromptStream has one set of rules, so it cannot switch formats between sources.
     if len({_of_source(rules, source).form for source in sources}) > 1:
-        raise RecipeError("data.train: the sources of one stream are read in one format")
+        raise RecipeError(
+            "data.train: all sources of a stream must have the same format. Set the same 'format' "
+            "for each of them, or set data.streaming: false."
+        )
 
     def rows() -> Iterator[tuple[str, Any]]:
         for source in sources:
@@ -77,7 +91,7 @@ def _stream(
 
 
 def _of_source(rules: Rules, source: recipe.SourceRecipe) -> Rules:
-    """The rules for one source: in its own format, if it says one."""
+    """Return the rules for one source, with its own format if it sets one."""
     return rules if source.format == "auto" else replace(rules, form=source.format)
 
 

@@ -1,4 +1,4 @@
-"""Encoded rows as a data set that a trainer can draw from, and as batches of prompts."""
+"""Encoded rows as a dataset that a trainer can draw from, and as batches of prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PromptDataset(Dataset):
-    """Encoded rows, with what became of the rows that they were made from."""
+    """Encoded rows in memory, with the counts of the rows that they were made from."""
 
     def __init__(self, rows: Sequence[Row], counts: RowCounts | None = None) -> None:
         self.rows = list(rows)
@@ -33,7 +33,7 @@ class PromptDataset(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         rules: Rules | None = None,
     ) -> PromptDataset:
-        """From (place, row) pairs."""
+        """Encode (place, row) pairs.  Raises DataError as `validate.encode` does."""
         return cls(*encode(rows, tokenizer, rules))
 
     @classmethod
@@ -42,7 +42,10 @@ class PromptDataset(Dataset):
         rows: EncodedRows | Iterable[dict[str, Any]] | None,
         tokenizer: PreTrainedTokenizerBase,
     ) -> EncodedRows | None:
-        """What a user hands over: rows in any form, an encoded data set, or nothing."""
+        """Return rows that a user passes in as a dataset; encoded rows and None are returned as is.
+
+        `rows` can be dicts in any form of `formats.py`.  Raises DataError if one is malformed.
+        """
         if rows is None or isinstance(rows, PromptDataset | PromptStream):
             return rows
         return cls.encode(((f"row {i}", row) for i, row in enumerate(rows)), tokenizer)
@@ -55,17 +58,18 @@ class PromptDataset(Dataset):
         seed: int,
         without: frozenset[int] = frozenset(),
     ) -> PromptDataset:
-        """Several data sets as one, each row as often as its part's weight says, but for the row
-        ids `without`.
+        """Join several datasets into one, with as many copies of each row as its part's weight.
 
-        A weight of 2.5 is every row twice and half of them once more, the same ones in every run.
-        Copies are rows of their own: a model writes each of them another answer.
+        A weight of 2.5 takes every row twice and half of them once more, the same ones in every run
+        with this seed.  Each copy has a separate row id, so a model writes another answer to it.
+        Rows whose id is in `without` are left out.
         """
         rows: list[Row] = []
         copies: list[Row] = []
         total = RowCounts()
         for part, weight in parts:
             for row in part.rows:
+                # The ids of a part count its dropped examples too, so the offset must as well.
                 placed = replace(row, row_id=total.examples + row.row_id)
                 if placed.row_id in without:
                     continue
@@ -74,6 +78,8 @@ class PromptDataset(Dataset):
                 rows += [placed] * (times > 0)
                 copies += [placed] * (times - 1)
             total += part.counts
+        # First copies keep their ids whatever the weights are; further copies are numbered after
+        # all of them.
         numbered = (replace(row, row_id=total.examples + i) for i, row in enumerate(copies))
         return cls([*rows, *numbered], total)
 
@@ -84,18 +90,25 @@ class PromptDataset(Dataset):
         return self.rows[index]
 
     def head(self, number: int) -> list[Row]:
+        """Return the first rows."""
         return self.rows[:number]
 
     def hold_back(self, number: int) -> tuple[PromptDataset, PromptDataset]:
-        """All rows but `number` evenly spaced ones, and those: the same split in every run."""
+        """Split off `number` evenly spaced rows: return the others, and those.
+
+        The split is the same in every run.  `number` must be smaller than the number of rows.
+        """
+        # The middle of each of `number` equal parts.
         held = {(2 * i + 1) * len(self) // (2 * number) for i in range(number)}
         kept = [row for place, row in enumerate(self.rows) if place not in held]
         return PromptDataset(kept, self.counts), PromptDataset([self.rows[i] for i in sorted(held)])
 
 
 class ByLength(Sampler[int]):
-    """Rows in a random order in which neighbours are of similar length: `window` of them make a
-    step.  The order depends on seed and epoch alone.
+    """A random order of rows in which neighbours have similar lengths.
+
+    `window` is the number of rows that are grouped, those of one accumulation window.  The order
+    depends only on seed and epoch.
     """
 
     def __init__(self, rows: PromptDataset, window: int, *, seed: int) -> None:
@@ -103,6 +116,7 @@ class ByLength(Sampler[int]):
         self.window, self.seed, self.epoch = window, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the order depends on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -111,14 +125,16 @@ class ByLength(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         from transformers.trainer_pt_utils import get_length_grouped_indices
 
+        # With the global generator the order would depend on everything else that draws from it.
         draw = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.window, generator=draw))
 
 
 class PromptStream(IterableDataset):
-    """Rows encoded while they are read, in their order, anew in each epoch; none is held.
+    """Rows that are encoded while they are read, in their order and again in each epoch.
 
-    A malformed row stops the run when it comes, unless the rules skip it.
+    No row is kept in memory.  A malformed row raises DataError when it is reached, unless the rules
+    skip it.
     """
 
     def __init__(
@@ -131,19 +147,20 @@ class PromptStream(IterableDataset):
         self.counts = RowCounts()
 
     def __iter__(self) -> Iterator[Row]:
-        self.counts = RowCounts()
+        self.counts = RowCounts()  # of this pass alone
         on_bad = _skip if self.rules.skip_bad else _stop
         yield from stream(self.read(), self.tokenizer, self.rules, self.counts, on_bad)
 
     def head(self, number: int) -> list[Row]:
+        """Read and return the first rows; the next pass starts at the first row again."""
         return list(itertools.islice(iter(self), number))
 
 
-EncodedRows = PromptDataset | PromptStream  # what a trainer takes
+EncodedRows = PromptDataset | PromptStream  # the rows that a trainer accepts
 
 
 def _skip(_error: DataError) -> None:
-    """It is counted already."""
+    """Do nothing: `stream` has counted the row."""
 
 
 def _stop(error: DataError) -> None:
@@ -151,13 +168,19 @@ def _stop(error: DataError) -> None:
 
 
 def sample_text(rows: EncodedRows, number: int) -> Prompts:
-    """The first rows as plain text, responses included: what a model is carved by."""
+    """Return the first rows as plain text with their responses, to carve a model by.
+
+    The ids are packed as prompts, which are padded on the left.
+    """
     texts = [[*row.prompt_ids, *(row.response_ids or [])] for row in rows.head(number)]
     return Prompts.pack(texts, range(len(texts)), pad_id=0)
 
 
 def collate(rows: Sequence[Row]) -> Prompts:
-    """Rows as one batch of prompts; with responses where every row has one."""
+    """Return rows as one batch of prompts, with responses if every row has one.
+
+    Prompts are padded on the left with id 0, which the attention mask hides.
+    """
     responses = [row.response_ids for row in rows]
     return Prompts.pack(
         [row.prompt_ids for row in rows],

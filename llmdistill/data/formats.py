@@ -1,4 +1,4 @@
-"""Rows as users have them, turned into one form: a conversation to answer, and perhaps its answer.
+"""Converts rows in the formats that users have into one form: a conversation and its answer.
 
     messages            {"messages": [{"role": "user", "content": ...}, ...]}    any conversation
     conversations       {"conversations": [{"from": "human", "value": ...}]}     ShareGPT's
@@ -6,7 +6,7 @@
     alpaca              {"instruction": ..., "input": ..., "output": ...}        input below
     text                {"text": ...}                         no turns: all of it is the answer
 
-The answer may be missing where a model writes it.
+The answer can be missing if a model writes it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation that ends with the user, the answer to it if there is one, and where it
-    stood.  Plain text is an answer to no message at all.
+    """A conversation to answer, its answer if it has one, and its place for error messages.
+
+    The prompt ends with a message of the user or a tool.  It is empty for plain text, all of which
+    is the response.
     """
 
     prompt: tuple[Message, ...]
@@ -37,18 +39,23 @@ class Example:
 def to_examples(
     row: Any, place: str, *, form: str = "auto", every_turn: bool = False
 ) -> list[Example]:
-    """One row in the common form; DataError with its place and field if it is malformed.
+    """Convert one row into examples.  Raises DataError with place and field if it is malformed.
 
-    With `every_turn` each answer of a conversation is an example, after all that came before it:
-    templates that drop earlier turns' thinking render it as they will when the student is used.
+    With `every_turn` each answer of a conversation becomes an example, with all messages before it
+    as the prompt.
     """
+    # One example for each turn, and not one for the whole conversation: templates that drop the
+    # thinking of earlier turns then render each answer as they do when the student is used.
     prompt, response = FORMATS[form_of(row, place, form)][1](row, place)
     last = Example(tuple(prompt), response, place)
     return [*_earlier_turns(last), last] if every_turn else [last]
 
 
 def form_of(row: Any, place: str, form: str = "auto") -> str:
-    """The name of a row's form; `auto` goes by its fields."""
+    """Return the name of a row's form: `form`, or for `auto` the first whose field it has.
+
+    Raises DataError if the row is not a dict or has none of the fields.
+    """
     if not isinstance(row, dict):
         raise DataError(f"{place}: a row must be an object with fields, got {type(row).__name__}")
     if form != "auto":
@@ -57,14 +64,14 @@ def form_of(row: Any, place: str, form: str = "auto") -> str:
     if found is None:
         known = ", ".join(f"'{key}'" for key, _ in FORMATS.values())
         raise DataError(
-            f"{place}: none of the fields {known} in the row; it has {_show(list(row))}. "
-            "Name the right ones in 'columns' of the source (or data.columns)."
+            f"{place}: the row has none of the fields {known}; it has {_show(list(row))}. "
+            "Map its fields with 'columns' of the source, as in columns: {prompt: question}."
         )
     return found
 
 
 def _earlier_turns(last: Example) -> Iterator[Example]:
-    """The answers that stand in a conversation before its last message."""
+    """Yield the answers before the last message of a conversation, each after a user's message."""
     roles = [message["role"] for message in last.prompt]
     for turn, role in enumerate(roles):
         if role == "assistant" and "user" in roles[:turn]:
@@ -84,7 +91,7 @@ def _from_sharegpt(row: dict[str, Any], place: str) -> tuple[list[Message], str 
 
 
 def _sharegpt_turn(turn: Any) -> Any:
-    """A turn of ShareGPT as a message; whatever else it is, for `_message` to refuse."""
+    """Convert a ShareGPT turn into a message; `_message` refuses what is malformed."""
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
     sender = turn["from"]
@@ -95,13 +102,13 @@ def _sharegpt_turn(turn: Any) -> Any:
 def _messages(value: Any, field: str, place: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{place}: '{field}' must be a list of messages, got {_show(value)}")
-    return [_message(message, f"{place}: '{field}[{i}]'") for i, message in enumerate(value)]
+    return [_message(message, f"{place}: '{field}[{i}]") for i, message in enumerate(value)]
 
 
 def _conversation(
     messages: list[Message], field: str, place: str
 ) -> tuple[list[Message], str | None]:
-    """The messages to answer, and the last one's text where it is the answer."""
+    """Return the messages to answer, and the text of the last one if it is the answer."""
     response, last = None, messages[-1]["role"]
     if last == "assistant":
         response = messages.pop()["content"]
@@ -117,13 +124,14 @@ def _conversation(
 
 
 def _message(message: Any, where: str) -> Message:
+    # `where` has an open quote, so that a field of the message can follow: 'messages[0].role'.
     if not isinstance(message, dict):
-        raise DataError(f"{where} must be an object with role and content, got {_show(message)}")
+        raise DataError(f"{where}' must be an object with role and content, got {_show(message)}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise DataError(f"{where}.role must be one of {', '.join(ROLES)}, got {_show(role)}")
+        raise DataError(f"{where}.role' must be one of {', '.join(ROLES)}, got {_show(role)}")
     if not isinstance(content, str):
-        raise DataError(f"{where}.content must be text, got {_show(content)}")
+        raise DataError(f"{where}.content' must be text, got {_show(content)}")
     return {"role": role, "content": content}
 
 
@@ -133,7 +141,10 @@ def _from_prompt(row: dict[str, Any], place: str) -> tuple[list[Message], str | 
         return [{"role": "user", "content": prompt}], _optional_text(row, "completion", place)
     messages = _messages(row["prompt"], "prompt", place)
     if messages[-1]["role"] == "assistant":
-        raise DataError(f"{place}: 'prompt' ends with role 'assistant'; that is the completion")
+        raise DataError(
+            f"{place}: 'prompt' ends with role 'assistant'. Move that message to 'completion'."
+        )
+    # A completion that is missing, null or [] is a prompt without an answer.
     if row.get("completion"):
         answer = _messages(row["completion"], "completion", place)
         if [message["role"] for message in answer] != ["assistant"]:
@@ -152,6 +163,8 @@ def _from_text(row: dict[str, Any], place: str) -> tuple[list[Message], str | No
     return [], _text(row, "text", place)
 
 
+# A reader returns the messages to answer and the answer, or None.  Each form has the field by which
+# `auto` recognises it.  The order matters: the first field that a row has decides.
 Reader = Callable[[dict[str, Any], str], tuple[list[Message], str | None]]
 
 FORMATS: dict[str, tuple[str, Reader]] = {
@@ -166,12 +179,12 @@ FORMATS: dict[str, tuple[str, Reader]] = {
 def _text(row: dict[str, Any], field: str, place: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: '{field}' must be text that is not empty, got {_show(value)}")
+        raise DataError(f"{place}: '{field}' must be non-empty text, got {_show(value)}")
     return value
 
 
 def _optional_text(row: dict[str, Any], field: str, place: str) -> str | None:
-    """The text of a field, or None where it is missing, null or empty."""
+    """Return the text of a field, or None if it is missing, null or blank."""
     value = row.get(field)
     if value is not None and not isinstance(value, str):
         raise DataError(f"{place}: '{field}' must be text, got {_show(value)}")
@@ -179,5 +192,6 @@ def _optional_text(row: dict[str, Any], field: str, place: str) -> str | None:
 
 
 def _show(value: Any) -> str:
+    """Return the start of a value for a message: rows can be megabytes long."""
     text = repr(value)
     return f"{text[:40]}..." if len(text) > 43 else text

@@ -1,8 +1,7 @@
-"""The only file that knows chat templates: conversations in, token ids out.
+"""Renders conversations as token ids.  This is the only file that knows chat templates.
 
-Control tokens that stand in a message's text are encoded as ordinary text, so that only the
-template can open or close a turn.  A tokenizer without a template takes one user turn as plain
-text.
+Control tokens in the text of a message are encoded as ordinary text, so that only the template can
+open or close a turn.  A tokenizer without a template accepts one user turn, as plain text.
 """
 
 from __future__ import annotations
@@ -17,12 +16,15 @@ from llmdistill.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Enough turns to show a difference between two templates: a system prompt, an answer and a second
+# question.
 PROBE_MESSAGES: tuple[Message, ...] = (
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Name a colour."},
     {"role": "assistant", "content": "Blue."},
     {"role": "user", "content": "Another one?"},
 )
+# A stand-in for a user's text, by which the text around it is found.
 WHAT_A_USER_SAYS = "what a user says"
 
 
@@ -31,10 +33,12 @@ def render(
     example: Example,
     template_options: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[int] | None]:
-    """The prompt's ids, up to where the answer starts, and the answer's, its end token included.
+    """Return the ids of the prompt and of the answer, or None if the example has no answer.
 
-    `template_options` are handed to the chat template (`enable_thinking`, say).  Raises DataError
-    where the template writes the prompt otherwise once the answer is there.
+    The prompt ends where the answer starts, with the assistant's turn open.  The answer includes
+    its end token.  `template_options` are passed to the chat template, such as `enable_thinking`.
+    Raises DataError if the template rejects the conversation, or renders the prompt differently
+    once the answer is appended.
     """
     if not example.prompt:
         return _text(tokenizer, example)
@@ -46,11 +50,13 @@ def render(
         return prompt, None
     answer = {"role": "assistant", "content": example.response}
     whole = _template(tokenizer, (*example.prompt, answer), example.place, False, options)
+    # When the student is used, it sees the prompt alone: training on another rendering of it would
+    # teach answers to a prompt that never occurs.
     if whole[: len(prompt)] != prompt:
         raise DataError(
-            f"{example.place}: the chat template renders this prompt in other tokens once its "
-            "answer follows (an answer that starts with white space does this). Strip the answer "
-            "or drop the row."
+            f"{example.place}: the chat template renders this prompt as different tokens once the "
+            "answer is appended, for example if the answer starts with white space. Strip the "
+            "answer or drop the row."
         )
     return prompt, _through_end(tokenizer, whole[len(prompt) :], example.place)
 
@@ -58,18 +64,20 @@ def render(
 def open_user_turn(
     tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """The ids before what a user says: a teacher goes on with what one might say (Magpie).
+    """Return the ids before a user's text, so that a teacher continues with such a text (Magpie).
 
     Raises DataError for a tokenizer without a chat template.
     """
     if tokenizer.chat_template is None:
         raise DataError(
-            f"tokenizer '{tokenizer.name_or_path}' has no chat template: nothing opens a user's "
-            "turn. Use the tokenizer of an instruct model."
+            f"tokenizer '{tokenizer.name_or_path}' has no chat template, so it cannot open a "
+            "user's turn. Use the tokenizer of an instruct model."
         )
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": WHAT_A_USER_SAYS}], tokenize=False, **(template_options or {})
     )
+    # The opening is the template's own text: its control tokens are encoded as such, and the
+    # tokenizer must not add a second start token.
     opening = text.partition(WHAT_A_USER_SAYS)[0]
     return list(tokenizer(opening, add_special_tokens=False)["input_ids"])
 
@@ -77,9 +85,10 @@ def open_user_turn(
 def close_user_turn(
     tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any] | None = None
 ) -> str:
-    """The text behind what a user says: a special token, or the first line of what there is.
+    """Return the text after a user's text: a special token, or else the first line that follows.
 
-    Where no token ends a user's turn, this is what says that a teacher wrote all of it.
+    If a template ends a user's turn with no special token, this text shows that a teacher has
+    finished writing it.
     """
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": WHAT_A_USER_SAYS}],
@@ -89,17 +98,19 @@ def close_user_turn(
     )
     closing = text.partition(WHAT_A_USER_SAYS)[2].strip()
     known = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    # The longest match, because one token can be the start of another.
     special = max((t for t in known if closing.startswith(t)), key=len, default="")
     return special or closing.partition("\n")[0]
 
 
 def continued(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> list[int]:
-    """The ids of a text that goes on with a turn; control tokens in it are ordinary text."""
+    """Return the ids of a text that continues a turn; control tokens in it are ordinary text."""
     return _tokens(tokenizer, text, place, start=False) if text else []
 
 
 def same_template(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> bool:
-    """Do both sides turn a conversation of several turns into the same ids?"""
+    """Whether both tokenizers render a conversation of several turns as the same ids."""
+    # The templates' sources are not compared: different sources can render the same.
     if teacher.chat_template is None or student.chat_template is None:
         return teacher.chat_template is student.chat_template
     rendered = [_template(t, PROBE_MESSAGES, "probe", True, {}) for t in (teacher, student)]
@@ -113,6 +124,7 @@ def _template(
     open_turn: bool,
     options: dict[str, Any],
 ) -> list[int]:
+    """Return the ids of a conversation, with the assistant's turn open if `open_turn`."""
     try:
         encoded = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
@@ -122,18 +134,19 @@ def _template(
             sanitize_control_tokens=True,
             **options,
         )
-    except Exception as error:
+    except Exception as error:  # templates raise what they like: jinja2's errors, or their own
         raise DataError(
-            f"{place}: the chat template refuses this conversation: {type(error).__name__}: {error}"
+            f"{place}: the chat template rejects this conversation: {type(error).__name__}: {error}"
         ) from error
     return list(encoded["input_ids"])
 
 
 def _through_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: str) -> list[int]:
-    """The answer up to the token that closes its turn.
+    """Return the answer up to the token that closes its turn.
 
-    That is the tokenizer's end token, or, where the template closes a turn with another one, the
-    last special token.  Only the template can have written either: the text was made harmless.
+    That is the tokenizer's end token or, if the template closes a turn with another token, the last
+    special token.  Only the template can have written either, because control tokens in the text
+    were encoded as ordinary text.
     """
     if tokenizer.eos_token_id in ids:
         return ids[: ids.index(tokenizer.eos_token_id) + 1]
@@ -142,17 +155,20 @@ def _through_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: str)
         if ids[last] in special:
             return ids[: last + 1]
     raise DataError(
-        f"{place}: the chat template ends an answer with no special token; nothing says 'stop'"
+        f"{place}: the chat template ends the answer with no special token, so a student could not "
+        "learn to stop. Use the tokenizer of an instruct model."
     )
 
 
 def _plain(
     tokenizer: PreTrainedTokenizerBase, example: Example
 ) -> tuple[list[int], list[int] | None]:
+    """Return the ids of one prompt and its answer as plain text, if there is no chat template."""
     if len(example.prompt) != 1:
         raise DataError(
-            f"{example.place}: {len(example.prompt)} messages, but the tokenizer has no chat "
-            "template. Use the tokenizer of an instruct model, or rows with one prompt."
+            f"{example.place}: the conversation has {len(example.prompt)} messages, but the "
+            "tokenizer has no chat template. Use the tokenizer of an instruct model, or rows with "
+            "one prompt."
         )
     prompt = _tokens(tokenizer, example.prompt[0]["content"], example.place, start=True)
     if example.response is None:
@@ -162,7 +178,10 @@ def _plain(
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
-    """Text without turns: all is predicted but the first token, and the end token after it."""
+    """Return the ids of plain text, as a prompt of its first token and a response of the rest.
+
+    So every token is predicted but the first, and so is the end token after the text.
+    """
     ids = _tokens(tokenizer, example.response or "", example.place, start=True)
     return ids[:1], [*ids[1:], tokenizer.eos_token_id]
 
@@ -170,13 +189,17 @@ def _text(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[in
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, place: str, *, start: bool) -> list[int]:
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"tokenizer '{tokenizer.name_or_path}' has neither a chat template nor an end token; "
-            "nothing would say 'stop'"
+            f"tokenizer '{tokenizer.name_or_path}' has no end token, so a student could not learn "
+            "to stop. Use the tokenizer of an instruct model."
         )
     try:
         return tokenizer(text, add_special_tokens=start, split_special_tokens=True)["input_ids"]
-    except TypeError as error:  # what tokenizers says of text that is not valid Unicode
-        raise DataError(f"{place}: the text cannot be tokenised: {error}") from error
+    # `tokenizers` raises TypeError for text that is not valid Unicode.
+    except TypeError as error:
+        raise DataError(
+            f"{place}: the text cannot be tokenised, probably because it is not valid Unicode: "
+            f"{error}"
+        ) from error
 
 
 def last_messages(

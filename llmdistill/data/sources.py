@@ -1,12 +1,12 @@
-"""Where rows come from: files, folders, data sets of the Hub, and the package's own instructions.
+"""Reads rows from files, folders, datasets on the Hub, and the tasks of this package.
 
     train.jsonl  train.json  train.csv  train.tsv  train.parquet     a file
     folder/                                                          all such files in it, by name
-    org/name  org/name:split  org/name:config:split                  a data set of the Hub
-    seed_tasks                                                       175 instructions of our own
+    org/name  org/name:split  org/name:config:split                  a dataset on the Hub
+    seed_tasks                                                       175 tasks of this package
 
-A row comes with its place (`train.jsonl:214`), as it is in the file.  One that cannot be read is
-handed on as the error that says so: who encodes the rows decides whether that stops the run.
+Each row comes unchanged, with its place (`train.jsonl:214`).  A row that cannot be read is passed
+on as a DataError in place of the row: the code that encodes rows decides whether it stops the run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llmdistill.errors import DataError
 
 SEED_TASKS = "seed_tasks"
 HELP = (
-    "Give a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, or a data set of "
+    "Give a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, or a dataset of "
     "the Hub as org/name, org/name:split or org/name:config:split."
 )
 
@@ -32,18 +32,21 @@ Rows = Iterator[tuple[str, Any]]
 
 
 def read(source: str, *, columns: Mapping[str, str] | None = None, streaming: bool = False) -> Rows:
-    """The rows of a source, each with its place.
+    """Yield the rows of a source, each with its place.
 
-    `columns` names fields anew: {"instruction": "question"} reads the column `question` as
-    `instruction`.  `streaming` reads a data set of the Hub without storing it first; files are
-    never held in memory whole, but for a .json that is one list.
+    `columns` renames fields: {"instruction": "question"} reads the column `question` as
+    `instruction`.  `streaming` reads a Hub dataset without storing it first.  Files are never
+    loaded into memory as a whole, except a .json file that is one list.  Raises DataError if the
+    source cannot be read; a bad row is yielded as a DataError.
     """
     rows = _rows(source, streaming)
     return _renamed(rows, columns) if columns else rows
 
 
 def hub_name(source: str) -> str | None:
-    """The data set of the Hub that a source names; None for everything on this machine."""
+    """Return the name of the Hub dataset that a source means, or None for one on this machine."""
+    # A name with a known suffix is a file even if it does not exist: a typo in a file name should
+    # not be looked up on the Hub.
     path = Path(source).expanduser()
     here = source == SEED_TASKS or path.exists() or path.suffix in READERS or path.is_absolute()
     return None if here or source.startswith("./") else source.partition(":")[0]
@@ -51,6 +54,7 @@ def hub_name(source: str) -> str | None:
 
 def _rows(source: str, streaming: bool) -> Rows:
     if source == SEED_TASKS:
+        # split("\n") and not splitlines(): JSON strings can contain other line separators.
         lines = files("llmdistill.data").joinpath("seed_tasks.jsonl").read_text(encoding="utf-8")
         return _json_lines(lines.split("\n"), SEED_TASKS)
     if hub_name(source):
@@ -65,36 +69,39 @@ def _folder_rows(folder: Path, source: str) -> Rows:
 
         yield from _numbered(datasets.load_from_disk(str(folder)), source)
         return
-    if (folder / "calls.jsonl").is_file():  # of `llmdistill generate`: what is held back stays so
+    # A folder of `llmdistill generate`.  Its other split must stay held out, and its records are no
+    # rows.
+    if (folder / "calls.jsonl").is_file():
         yield from _file_rows(folder / "train.jsonl", source)
         return
     found = sorted(path for path in folder.iterdir() if path.suffix in READERS)
     if not found:
-        raise DataError(f"{source}: the folder holds none of {', '.join(READERS)}")
+        raise DataError(f"{source}: the folder has no file of type {', '.join(READERS)}. {HELP}")
     for path in found:
         yield from _file_rows(path, str(Path(source) / path.name))
 
 
 def _file_rows(path: Path, source: str) -> Rows:
-    """Errors of a whole file, its encoding among them, in words that name it."""
+    """Yield the rows of one file.  Errors of the whole file name it."""
     if not path.is_file():
-        raise DataError(f"no such file: {source}")
+        raise DataError(f"no such file: {source}. Check the path.")
     if path.suffix not in READERS:
-        raise DataError(f"{source}: a file of this kind cannot be read. {HELP}")
+        raise DataError(f"{source}: this type of file is not supported. {HELP}")
     try:
         yield from READERS[path.suffix](path, source)
     except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8: {error}. Convert it to UTF-8.") from error
+        raise DataError(f"{source} is not valid UTF-8: {error}. Convert it to UTF-8.") from error
 
 
 def _read_json_lines(path: Path, source: str) -> Rows:
-    # newline="\n": JSON strings may hold U+2028 and its kin, which end no line in a file.
+    # utf-8-sig: files from Windows can start with a byte order mark.  newline="\n": only a line
+    # feed ends a row, and U+2028 in a JSON string must not, as it would with `splitlines`.
     with path.open(encoding="utf-8-sig", newline="\n") as lines:
         yield from _json_lines(lines, source)
 
 
 def _read_json(path: Path, source: str) -> Rows:
-    """A list of rows, or one row a line."""
+    """Yield the rows of a .json file, which is one list or has one row per line."""
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         start = file.read(1)
         while start.isspace():
@@ -105,37 +112,46 @@ def _read_json(path: Path, source: str) -> Rows:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{source}: not JSON: {error}") from error
+        raise DataError(f"{source}: not valid JSON: {error}") from error
     yield from _numbered(rows, source)
 
 
 def _json_lines(lines: Iterable[str], source: str) -> Rows:
+    """Yield one row per line that is not blank; a line that is not JSON becomes a DataError."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         place = f"{source}:{number}"
         try:
             row = json.loads(line)
+        # RecursionError: deep nesting.  ValueError: bad JSON, or a number of too many digits.
         except (ValueError, RecursionError) as error:
-            row = DataError(f"{place}: not a line of JSON: {error}")
+            row = DataError(f"{place}: not valid JSON: {error}")
         yield place, row
 
 
 def _read_separated(path: Path, source: str) -> Rows:
-    """A table with a first line of column names.  All values are text; an empty one is none."""
+    """Yield the rows of a table whose first line names the columns.
+
+    All values are text; an empty value is None.
+    """
+    # The default limit of a field is 131,072 characters, which long answers exceed.
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         try:
             for row in reader:
                 place = f"{source}:{reader.line_num}"
+                # DictReader collects extra values under the key None, and fills in None for missing
+                # ones.
                 if None in row or None in row.values():
                     wanted = len(reader.fieldnames or ())
-                    yield place, DataError(f"{place}: not the {wanted} columns of the first line")
+                    wrong = f"{place}: the row does not have the {wanted} columns of the header"
+                    yield place, DataError(wrong)
                 else:
                     yield place, {name: value or None for name, value in row.items()}
         except csv.Error as error:
-            raise DataError(f"{source}:{reader.line_num}: not a table: {error}") from error
+            raise DataError(f"{source}:{reader.line_num}: not a valid table: {error}") from error
 
 
 def _read_parquet(path: Path, source: str) -> Rows:
@@ -144,10 +160,11 @@ def _read_parquet(path: Path, source: str) -> Rows:
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
+        # In batches, so that the file is never in memory as a whole.
         batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
         yield from _numbered((row for batch in batches for row in batch), source)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{source}: not a Parquet file: {error}") from error
+        raise DataError(f"{source}: not a valid Parquet file: {error}") from error
 
 
 def _hub_rows(source: str, streaming: bool) -> Rows:
@@ -160,22 +177,25 @@ def _hub_rows(source: str, streaming: bool) -> Rows:
         rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:
         raise DataError(
-            f"cannot load data set '{source}': {type(error).__name__}: {error}. {HELP}"
+            f"cannot load dataset '{source}': {type(error).__name__}: {error}. {HELP}"
         ) from error
     yield from _numbered(rows, source)
 
 
 def _numbered(rows: Iterable[Any], source: str) -> Rows:
+    """Yield rows with places such as `rows.parquet[3]`, counted from 0."""
     for number, row in enumerate(rows):
         yield f"{source}[{number}]", row
 
 
 def _renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
+    """Yield rows with renamed fields; other fields keep their names."""
     for place, row in rows:
         missing = [old for old in columns.values() if isinstance(row, dict) and old not in row]
         if missing:
             has = ", ".join(map(str, row))
-            yield place, DataError(f"{place}: data.columns asks for '{missing[0]}'; it has {has}")
+            wrong = f"'columns' of the source names the field '{missing[0]}', but the row has {has}"
+            yield place, DataError(f"{place}: {wrong}")
         elif isinstance(row, dict):
             kept = {name: value for name, value in row.items() if name not in columns.values()}
             yield place, kept | {new: row[old] for new, old in columns.items()}

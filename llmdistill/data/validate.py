@@ -1,6 +1,4 @@
-"""From a source to encoded rows: every row is used, dropped for a reason that is counted, or an
-error.
-"""
+"""Encodes the rows of a source.  Each row is used, dropped for a counted reason, or an error."""
 
 from __future__ import annotations
 
@@ -15,12 +13,16 @@ from llmdistill.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 5  # bad rows that an error names
+SHOWN = 5  # bad rows that an error names: enough to see a pattern in a large file
 
 
 @dataclass(frozen=True)
 class Row:
-    """One encoded row.  `row_id` is its place among all examples read, dropped ones too."""
+    """One encoded row.
+
+    `row_id` is its place among all examples that were read, dropped ones too, from 0.  It keys the
+    random draws of the row.  `response_ids` include the end token unless the response was cut.
+    """
 
     row_id: int
     prompt_ids: list[int]
@@ -29,7 +31,10 @@ class Row:
 
 @dataclass
 class RowCounts:
-    """What became of the rows of a source.  A conversation may hold more answers than one."""
+    """Counts of the rows of a source, by what happened to them.
+
+    `more_answers` counts the examples beyond the first that `every_turn` makes of a conversation.
+    """
 
     read: int = 0
     more_answers: int = 0
@@ -41,6 +46,7 @@ class RowCounts:
 
     @property
     def examples(self) -> int:
+        """Number of examples that were read; each is one answer."""
         return self.read + self.more_answers
 
     def __add__(self, other: RowCounts) -> RowCounts:
@@ -63,7 +69,12 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class Rules:
-    """How rows become ids, and what happens to those that do not fit."""
+    """How rows become ids, and what happens to rows that do not fit.
+
+    `form` is a key of `formats.FORMATS` or auto.  `needs_response` refuses rows without an answer.
+    Limits are in tokens, None for no limit; `long_prompts` is drop or stop, `long_responses` is
+    cut, drop or stop.
+    """
 
     form: str = "auto"
     every_turn: bool = False
@@ -79,11 +90,12 @@ class Rules:
 def encode(
     rows: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase, rules: Rules | None = None
 ) -> tuple[list[Row], RowCounts]:
-    """Encodes (place, row) pairs; without `rules`, as `Rules()` says.
+    """Encode (place, row) pairs; without `rules`, with the defaults of `Rules`.
 
-    Raises DataError for malformed rows (their number and the first five) unless they are skipped,
-    and where nothing is left.
+    Raises DataError with the number of malformed rows and the first five, unless they are skipped.
+    Raises DataError too if no row is left.
     """
+    # All rows are read before an error is raised, so that one run shows all that must be fixed.
     rules = rules or Rules()
     counts = RowCounts()
     bad: list[DataError] = []
@@ -91,7 +103,7 @@ def encode(
     if bad and not rules.skip_bad:
         raise DataError(_summary(bad, counts.read))
     if not kept:
-        raise DataError(f"no rows left to use: {counts}")
+        raise DataError(f"no usable rows are left: {counts}. Check the source and its limits.")
     return kept, counts
 
 
@@ -102,7 +114,11 @@ def stream(
     counts: RowCounts,
     on_bad: Callable[[DataError], None],
 ) -> Iterator[Row]:
-    """The encoded rows one by one; `counts` goes along, and `on_bad` gets the malformed ones."""
+    """Yield the encoded rows one by one.
+
+    `counts` is updated along the way.  `on_bad` is called with the error of each malformed row.
+    Raises DataError at a row that is too long if the rules say stop.
+    """
     for place, row in rows:
         counts.read += 1
         try:
@@ -111,6 +127,7 @@ def stream(
             counts.bad += 1
             on_bad(error)
             continue
+        # The id of this row's first example: `read` has counted one for it already.
         first = counts.examples - 1
         counts.more_answers += len(encoded) - 1
         for turn, ids in enumerate(encoded):
@@ -123,24 +140,26 @@ def stream(
 def _encode(
     row: Any, place: str, tokenizer: PreTrainedTokenizerBase, rules: Rules
 ) -> list[tuple[list[int], list[int] | None]]:
-    if isinstance(row, DataError):  # one that could not be read
+    if isinstance(row, DataError):  # a row that its source could not read
         raise row
     examples = to_examples(row, place, form=rules.form, every_turn=rules.every_turn)
+    # The last example has no answer if the conversation ends with the user.
     if rules.needs_response and examples[-1].response is None:
         raise DataError(
-            f"{place}: no answer in the row ('messages' must end with role 'assistant'; or give "
-            "'completion' or 'output'); a fixed rollout trains on the data set's own answers"
+            f"{place}: the row has no answer, but a fixed rollout trains on the answers of the "
+            "dataset. End 'messages' with role 'assistant', or add 'completion' or 'output'."
         )
     return [render(tokenizer, example, rules.template_options) for example in examples]
 
 
 def _fit(row: Row, place: str, rules: Rules, counts: RowCounts) -> Row | None:
-    """The row within its bounds, or None where it is dropped."""
+    """Return the row within its limits, or None if it is dropped; both are counted."""
     if _too_long(row.prompt_ids, rules.max_prompt_tokens):
         if rules.long_prompts == "stop":
             raise DataError(
                 f"{place}: the prompt has {len(row.prompt_ids)} tokens, more than "
-                f"data.max_prompt_tokens = {rules.max_prompt_tokens}"
+                f"data.max_prompt_tokens = {rules.max_prompt_tokens}. Raise it, or set "
+                "data.long_prompts: drop."
             )
         counts.long_prompts_dropped += 1
         return None
@@ -148,11 +167,13 @@ def _fit(row: Row, place: str, rules: Rules, counts: RowCounts) -> Row | None:
         if rules.long_responses == "stop":
             raise DataError(
                 f"{place}: the response has {len(row.response_ids)} tokens, more than "
-                f"data.max_response_tokens = {rules.max_response_tokens}"
+                f"data.max_response_tokens = {rules.max_response_tokens}. Raise it, or set "
+                "data.long_responses: cut."
             )
         if rules.long_responses == "drop":
             counts.long_responses_dropped += 1
             return None
+        # The end token is cut off too, so the student does not learn to stop in the middle.
         counts.responses_truncated += 1
         return replace(row, response_ids=row.response_ids[: rules.max_response_tokens])
     return row
@@ -164,8 +185,7 @@ def _too_long(ids: list[int], limit: int | None) -> bool:
 
 def _summary(bad: list[DataError], total: int) -> str:
     lines = [
-        f"{len(bad)} of {total} rows are malformed. Mend or drop them, or set data.on_bad_row: "
-        f"skip."
+        f"{len(bad)} of {total} rows are malformed. Fix or drop them, or set data.on_bad_row: skip."
     ]
     lines += [f"  {line}" for line in bad[:SHOWN]]
     if len(bad) > SHOWN:

@@ -1,4 +1,4 @@
-"""How close a student's distributions are to its teacher's, and to the text, on given sequences.
+"""Measures how close a student's distributions are to its teacher's, and to the text itself.
 
 H = hidden size, B = sequences, N = predicted tokens, n = those of one block, V = vocabulary.
 """
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DISTRIBUTION = frozenset({Need.DISTRIBUTION})
-BLOCK_ROWS = 8  # positions that are turned into probabilities at a time
+BLOCK_ROWS = 8  # positions whose logits are turned into log-probabilities at a time
 
 
 @dataclass(frozen=True)
 class Agreement:
     """Means over predicted tokens.
 
-    `forward_kl`: KL(teacher || student) in nats.  `top1`: share of tokens where both put the same
-    one first.  `acceptance`: sum_V min(p, q), the share of the student's drafts that exact
-    speculative decoding would accept (Leviathan et al. 2023, corollary 3.6).
+    `forward_kl`: KL(teacher || student) in nats.  `top1`: share of positions at which both rank the
+    same token first.  `acceptance`: sum_V min(p, q), the share of the student's drafted tokens that
+    exact speculative decoding would accept (Leviathan et al. 2023, corollary 3.6).
     """
 
     forward_kl: float
@@ -46,39 +46,46 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Judged:
-    """Sequences with the teacher's distributions: judged once, compared with many students."""
+    """Sequences with the teacher's distributions, which are scored once for many students."""
 
     sequences: Sequences
     distribution: Distribution
 
 
 def judge(teacher: Teacher, batches: Sequence[Sequences]) -> list[Judged]:
-    """The batches with the teacher's distributions; its own text brings them along."""
+    """Score the batches with the teacher and return them with its distributions, on the CPU.
+
+    Text that the teacher wrote already has its distributions, so the teacher does not run again.
+    """
     shared = num_tokens(teacher.tokenizer)
     judged = []
     for batch in batches:
         signal = teacher_signal(teacher, batch, shared, DISTRIBUTION)
         assert signal is not None
         assert signal.distribution is not None
-        kept = signal.distribution.to("cpu")  # they wait there for every model
+        kept = signal.distribution.to("cpu")  # off the GPU until each model is measured
         judged.append(Judged(replace(batch, signal=None), kept))
     return judged
 
 
 def agreement(student: PreTrainedModel, judged: Sequence[Judged], num_tokens: int) -> Agreement:
-    """Over the predicted tokens of all batches together.  The student is used in the mode that it
-    is in.
+    """Return the means over the predicted tokens of all batches together.
+
+    `num_tokens` is the size of the shared vocabulary.  The student keeps its mode (train or eval).
     """
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     for batch in judged:
         figures_N3 = per_token(student, batch, num_tokens)
         sums += figures_N3.double().sum(0)
         count += len(figures_N3)
-    return Agreement(*(sums / max(count, 1)).tolist())
+    return Agreement(*(sums / max(count, 1)).tolist())  # 0 for no tokens, and not NaN
 
 
 def row_kl(student: PreTrainedModel, judged: Judged, num_tokens: int) -> Tensor:
-    """Each row's mean KL(teacher || student) per predicted token, in nats: (B,)."""
+    """Return each row's mean KL(teacher || student) per predicted token, in nats: (B,).
+
+    A row without predicted tokens gets 0.
+    """
     kl_N = per_token(student, judged, num_tokens)[:, 0]
     count_B = judged.sequences.num_predicted.cpu()
     rows_N = torch.arange(len(count_B)).repeat_interleave(count_B)
@@ -87,7 +94,9 @@ def row_kl(student: PreTrainedModel, judged: Judged, num_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def per_token(student: PreTrainedModel, judged: Judged, num_tokens: int) -> Tensor:
-    """KL(teacher || student), same first token (0 or 1), and acceptance: (N, 3), on the CPU."""
+    """Return KL(teacher || student) in nats, same top token (0 or 1) and acceptance for each
+    predicted token: (N, 3), float32, on the CPU.
+    """
     device = next(student.parameters()).device
     seen = read(student, judged.sequences.to(device), num_tokens)
     students, teachers = HeadLogits(seen.hidden_NH, seen.head), judged.distribution.serve()
@@ -96,6 +105,7 @@ def per_token(student: PreTrainedModel, judged: Judged, num_tokens: int) -> Tens
     for rows in _blocks(len(seen.hidden_NH), step):
         student_nV, teacher_nV = log_probs(students[rows]), log_probs(teachers[rows].to(device))
         same_n = student_nV.argmax(-1) == teacher_nV.argmax(-1)
+        # sum_V min(p, q) = 1 - |p - q|_1 / 2, for two distributions that each sum to 1.
         accepted_n = 1 - (student_nV.exp() - teacher_nV.exp()).abs().sum(-1) / 2
         columns = (kl(teacher_nV, student_nV), same_n, accepted_n)
         figures.append(torch.stack([column.float() for column in columns], 1).cpu())
@@ -103,7 +113,7 @@ def per_token(student: PreTrainedModel, judged: Judged, num_tokens: int) -> Tens
 
 
 def token_log_probs(distribution: Distribution, token_N: Tensor) -> Tensor:
-    """The log-probability of one token at each position, in nats: (N,), on the CPU."""
+    """Return the log-probability of one token at each position, in nats: (N,), on the CPU."""
     blocks, found = distribution.serve(), [torch.zeros(0)]
     for rows in _blocks(len(token_N), BLOCK_ROWS):
         log_nV = log_probs(blocks[rows])
@@ -114,9 +124,9 @@ def token_log_probs(distribution: Distribution, token_N: Tensor) -> Tensor:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, batches: Sequence[Sequences], num_tokens: int) -> float:
-    """exp of the mean negative log-likelihood of the predicted tokens, over all batches together.
+    """Return exp of the mean negative log-likelihood of the predicted tokens of all batches.
 
-    The model is used in the mode that it is in.
+    `num_tokens` is the size of the vocabulary.  The model keeps its mode (train or eval).
     """
     device = next(model.parameters()).device
     likelihood = CrossEntropyObjective()
@@ -126,7 +136,7 @@ def perplexity(model: PreTrainedModel, batches: Sequence[Sequences], num_tokens:
         view = read(model, sequences, num_tokens)
         sums += torch.tensor([float(part) for part in likelihood(view, None, sequences)])
     total, count = sums.tolist()
-    return math.exp(min(total / max(count, 1), 700))  # exp of more is no float
+    return math.exp(min(total / max(count, 1), 700))  # exp overflows a float above 709
 
 
 def _blocks(number: int, size: int) -> Iterator[slice]:

@@ -1,9 +1,9 @@
-"""How close, how good, how fast: the figures of `evaluation.json`.
+"""Measures models on held-out prompts: the figures of `evaluation.json`.
 
 B = sequences.
 
-The reference is made once: the teacher's greedy answers to the evaluation prompts.  Each model is
-then measured against it with the same prompts, lengths and random draws.
+The teacher's greedy answers to the evaluation prompts are the reference, and are written once.
+Each model is then measured against them with the same prompts, lengths and random draws.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from llmdistill.teachers.local import LocalTeacher
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TIMED_ROWS = 8  # tokens per second are those of this many rows in one batch
-WARM_UP_TOKENS, TIMED_TOKENS = 2, 48
-BATCH_SIZE = 32  # of the rest
+TIMED_ROWS = 8  # rows in the one batch whose tokens per second are measured
+WARM_UP_TOKENS, TIMED_TOKENS = 2, 48  # the warm-up is not counted
+BATCH_SIZE = 32  # rows in each batch of everything that is not timed
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One model's figures; MEANING says what each one is.
+    """Figures of one model; MEANING describes each.
 
-    None if the rows have no references (`perplexity`, `rouge_l_references`) or no answer pattern
-    was given (`exact_match`).
+    `perplexity` and `rouge_l_references` are None if the rows have no references, `exact_match` is
+    None without an answer pattern.
     """
 
     kl_teacher_text: float
@@ -61,40 +61,44 @@ class Figures:
     tokens_per_second: float
 
 
+# These texts are shown on model cards.
 MEANING = {
     "kl_teacher_text": "forward KL per token on the teacher's greedy answers, nats",
     "kl_own_text": "forward KL per token on the model's own samples, nats",
-    "top1_agreement": "share of tokens where both put the same one first",
-    "draft_acceptance": "share of drafts that speculative decoding would accept",
-    "rouge_l_teacher": "ROUGE-L of greedy answers against the teacher's",
-    "rouge_l_references": "ROUGE-L of greedy answers against the data set's",
-    "exact_match": "share of greedy answers with the reference's result",
-    "perplexity": "perplexity on the data set's responses",
+    "top1_agreement": "share of tokens where both rank the same token first",
+    "draft_acceptance": "share of drafted tokens that speculative decoding would accept",
+    "rouge_l_teacher": "ROUGE-L of greedy answers against the teacher's answers",
+    "rouge_l_references": "ROUGE-L of greedy answers against the dataset's responses",
+    "exact_match": "share of greedy answers that give the result of the reference",
+    "perplexity": "perplexity on the dataset's responses",
     "repeated_4grams": "share of repeated 4-grams in greedy answers",
-    "num_parameters": "parameters",
-    "num_bytes": "bytes of the weights, as measured",
-    "tokens_per_second": "tokens per second at batch 8, on the training machine",
+    "num_parameters": "number of parameters",
+    "num_bytes": "size of the weights in bytes, as held in memory",
+    "tokens_per_second": "tokens per second at batch size 8, on the training machine",
 }
 
 
 @dataclass(frozen=True)
 class Written:
-    """Greedy responses of one model, as sequences and as text."""
+    """Greedy responses of one model, as batches of sequences and as text, in the prompts' order."""
 
     batches: list[Sequences]
     texts: list[str]
 
 
 class Measurement(NamedTuple):
-    """One model's figures, and its greedy response to each prompt."""
+    """Figures of one model, and its greedy response to each prompt."""
 
     figures: Figures
     responses: list[str]
 
 
 class Evaluation:
-    """Measures models against one teacher on one set of prompts, and on the responses that come
-    with them.  Raises RecipeError for a teacher that cannot write.
+    """Measures models against one teacher on one set of prompts and their responses.
+
+    The constructor writes and scores the teacher's answers, which takes a while.  Raises
+    RecipeError for a teacher that cannot write or provides no distributions, and DataError if a
+    response lacks the result that `answer_pattern` finds.
     """
 
     def __init__(
@@ -108,56 +112,60 @@ class Evaluation:
     ) -> None:
         if answer_pattern is not None and prompts.responses is None:
             raise DataError(
-                "evaluate.answer_pattern: some evaluation rows have no response to compare with"
+                "evaluate.answer_pattern: some evaluation rows have no response to compare with. "
+                "Add responses, or remove the pattern."
             )
         self.teacher: Teacher = teacher
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.answer_pattern = answer_pattern
-        if answer_pattern is not None:  # a reference without a result is found before the writing
+        # Writing takes minutes, so a reference without a result is reported before it.
+        if answer_pattern is not None:
             exact_match(self._references(), self._references(), answer_pattern)
         if not isinstance(teacher, Writes):
             raise RecipeError(
-                f"evaluation compares with what the teacher writes, and a {type(teacher).__name__} "
-                "cannot write; leave out the evaluation rows"
+                "evaluation compares the student with the teacher's answers, but a "
+                f"{type(teacher).__name__} cannot write. Remove the evaluation rows."
             )
         if Need.DISTRIBUTION not in teacher.provides:
             raise RecipeError(
-                f"evaluation compares distributions, and a {type(teacher).__name__} provides none; "
-                "leave out the evaluation rows"
+                f"evaluation compares distributions, but a {type(teacher).__name__} provides none. "
+                "Remove the evaluation rows."
             )
         self.reference = self._greedy(teacher.write)
         self._judged = judge(teacher, self.reference.batches)
+        # `judge` drops the signal of the batches; keeping it here would keep it in GPU memory.
         self.reference = replace(self.reference, batches=[one.sequences for one in self._judged])
 
     def teacher_figures(self) -> dict[str, Figures]:
-        """The teacher against itself under "teacher": its own text and its speed.  Empty for a
-        teacher that is no model on this machine.
-        """
+        """Return the teacher's figures against itself under "teacher", or {} if it is not local."""
         if not isinstance(self.teacher, LocalTeacher):
             return {}
         with self.teacher.in_use() as model:
             return {"teacher": self._figures(model, self.reference, self._judged)}
 
     def teacher_text(self) -> PromptDataset:
-        """The prompts with the teacher's greedy responses: what a held-out loss is taken on."""
+        """Return the prompts with the teacher's greedy responses, for the held-out loss."""
         responses = [ids for batch in self.reference.batches for ids in batch.responses()]
         columns = (self.prompts.row_ids_B.tolist(), self.prompts.ids(), responses)
         return PromptDataset([Row(*row) for row in zip(*columns, strict=True)])
 
     def measure(self, model: PreTrainedModel) -> Measurement:
-        """A model's figures and its greedy responses."""
+        """Write with a model and return its figures and its greedy responses."""
         write = functools.partial(sample, model, self.teacher.tokenizer, writer=Writer.STUDENT)
         device = next(model.parameters()).device
+        # Text is written in the model's own dtype, whatever autocast context the caller is in.
         with torch.autocast(device.type, enabled=False):
             written = self._greedy(write)
+            # Temperature 1: `kl_own_text` is an expectation over the model's own distribution.
             own = self._write(write, Sampling(), range(len(self.prompts)))
         with eval_mode(model):
             figures = self._figures(model, written, judge(self.teacher, own))
         return Measurement(figures, written.texts)
 
     def _figures(self, model: PreTrainedModel, written: Written, own: list[Judged]) -> Figures:
+        # Heads can have padding rows beyond the tokenizer, which must not take part in a softmax.
         shared = num_tokens(self.teacher.tokenizer)
         on_teacher = agreement(model, self._judged, shared)
         on_own = agreement(model, own, shared)
@@ -183,7 +191,10 @@ class Evaluation:
         return Written(batches, self._decode([ids for some in batches for ids in some.responses()]))
 
     def _speed(self, model: PreTrainedModel) -> float:
-        """Tokens per second of TIMED_ROWS rows, whatever the model writes: no row ends early."""
+        """Return the tokens per second in a batch of TIMED_ROWS rows.
+
+        No row ends early, so the speed does not depend on what the model writes.
+        """
         prompts = self.prompts.select(range(min(TIMED_ROWS, len(self.prompts))), pad_id=0)
         seconds = 0.0
         for number in (WARM_UP_TOKENS, TIMED_TOKENS):
@@ -205,14 +216,14 @@ class Evaluation:
     def _write(
         self, write: Callable[..., Sequences], sampling: Sampling, rows: range
     ) -> list[Sequences]:
-        """A model's answers to these prompts, in batches."""
+        """Return the answers to these prompts, in batches."""
         return [
             write(some, sampling, max_new_tokens=self.max_new_tokens, draw=Draw(self.seed))
             for some in self._batches(rows)
         ]
 
     def _given(self) -> list[Sequences]:
-        """The prompts with the responses that they came with, in batches."""
+        """Return the prompts with the responses of the dataset, in batches."""
         return [
             Sequences.pack(
                 some.ids(),

@@ -1,5 +1,6 @@
-r"""The measures of `text.py` as `evaluate.Metric`, for who computes with that library; nothing is
-fetched.
+r"""The measures of `text.py` as `evaluate.Metric`, for users of that library.
+
+They are computed here, so nothing is downloaded.
 
 RepeatedNGrams().compute(predictions=[...], n=4)
 RougeL().compute(predictions=[...], references=[...])
@@ -24,17 +25,17 @@ def _info(description: str, *columns: str) -> evaluate.MetricInfo:
 
 
 class RepeatedNGrams(evaluate.Metric):
-    """Share of repeated n-grams in the predictions: {"repeated_ngrams": float}."""
+    """Share of repeated n-grams in the predictions, in [0, 1]: {"repeated_ngrams": float}."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return _info("Share of n-grams that stood earlier in the same text", "predictions")
+        return _info("Share of n-grams that occur earlier in the same text", "predictions")
 
     def _compute(self, predictions: Sequence[str], n: int = 4) -> dict[str, float]:
         return {"repeated_ngrams": repeated_ngrams(predictions, n)}
 
 
 class RougeL(evaluate.Metric):
-    """Mean ROUGE-L F: {"rouge_l": float}."""
+    """Mean ROUGE-L F of the predictions, in [0, 1]: {"rouge_l": float}."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("Mean ROUGE-L F against one reference each", "predictions", "references")
@@ -44,7 +45,7 @@ class RougeL(evaluate.Metric):
 
 
 class ExactMatch(evaluate.Metric):
-    """Share of answers with the reference's result: {"exact_match": float}."""
+    """Share of predictions with the result of the reference, in [0, 1]: {"exact_match": float}."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("Share of answers with the reference's result", "predictions", "references")

@@ -1,4 +1,4 @@
-"""Measures of written answers, on plain text."""
+"""Measures of answers as plain text: repetition, ROUGE-L, and results that match."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from llmdistill.errors import DataError
 
 
 def repeated_ngrams(answers: Sequence[str], n: int = 4) -> float:
-    """Share of n-grams (of words) that stood earlier in the same answer, over all answers, in [0,
-    1].
+    """Return the share of word n-grams that occur earlier in the same answer, in [0, 1].
+
+    The share is taken over the n-grams of all answers together; it is 0 if there are none.
     """
     total = repeated = 0
     for answer in answers:
@@ -22,7 +23,10 @@ def repeated_ngrams(answers: Sequence[str], n: int = 4) -> float:
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean ROUGE-L F of each answer against its reference, in [0, 1].  Lin 2004; no stemming."""
+    """Return the mean ROUGE-L F of each answer against its reference, in [0, 1].
+
+    Lin 2004, without stemming.  Raises ValueError if the lists differ in length.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
@@ -32,30 +36,33 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str], pattern: str) -> float:
-    """Share of answers whose result is the reference's, in [0, 1]; `result_of` finds it.
+    """Return the share of answers whose result equals that of their reference, in [0, 1].
 
-    Raises DataError for a reference that has none.
+    `result_of` finds the results.  Raises DataError for a reference without a result.
     """
     expected = [result_of(reference, pattern) for reference in references]
     if None in expected:
         row = expected.index(None)
+        # The end of the reference is shown, because results are usually there.
         raise DataError(
-            f"evaluate.answer_pattern: nothing in the reference of evaluation row {row} matches "
-            f"{pattern!r}: {references[row][-80:]!r}"
+            f"evaluate.answer_pattern: the reference of evaluation row {row} has no match of "
+            f"{pattern!r}: {references[row][-80:]!r}. Correct the pattern or the row."
         )
     found = [result_of(answer, pattern) for answer in answers]
     return sum(a == b for a, b in zip(found, expected, strict=True)) / max(len(expected), 1)
 
 
 def result_of(text: str, pattern: str) -> str | None:
-    r"""The result that a text states: the last match of `pattern`, by its group if it has one.
+    r"""Return the result that a text states: the last match of `pattern`, or its group.
 
-    Commas and a closing full stop are removed: `#### (-?[\d,.]+)` reads GSM8K's numbers.  None if
-    nothing matches.
+    Commas and a closing full stop are removed, so `#### (-?[\d,.]+)` reads the numbers of GSM8K.
+    Returns None if nothing matches.
     """
+    # The last match, because an answer often computes other numbers on the way to its result.
     matches = list(re.finditer(pattern, text))
     if not matches:
         return None
     last = matches[-1]
     found = last[1] if last.re.groups else last[0]
+    # A group can be None although the pattern matched: `x|(y)`.
     return None if found is None else found.replace(",", "").strip().rstrip(".").rstrip()

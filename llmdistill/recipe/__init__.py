@@ -1,9 +1,9 @@
-"""What a run is: one YAML file that answers three questions, and what else a run needs.
+"""Recipes: one YAML file describes a run, and this package reads and checks it.
 
-Reading one imports neither torch nor transformers, so a typo is found in well under a second.  A
-section answers for itself: code outside this package asks it, and does not look at its class.  The
-kinds of a section are in the module of its question: `teachers`, `rollouts`, `objectives`,
-`generators`, `filters`.
+Reading a recipe imports neither torch nor transformers, so a typo is reported in well under a
+second.  Code outside this package asks a section for its properties and never checks its class.
+The kinds of each section have a module: `teachers`, `rollouts`, `objectives`, `generators`,
+`filters`.
 """
 
 from llmdistill.recipe.base import Strict

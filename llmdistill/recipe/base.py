@@ -1,4 +1,4 @@
-"""What all recipe classes have in common."""
+"""What all recipe classes share: strict parsing, and fields that name entries of tables."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ Quantization = one_of(Table("models/quantization.py", "QUANTIZATIONS"))
 
 
 class Strict(BaseModel):
-    """Base of all recipe classes: no unknown keys, no silent conversion, no change after
-    reading.
+    """Base of all recipe classes: it refuses unknown keys, converts nothing silently and cannot be
+    changed after reading.
     """
 
+    # strict: "3" is a mistake and not 3.  frozen: default sections are shared between recipes.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
-    """Keys that had another name before: the old name, and the key of today."""
+    """Keys that were renamed: the old name, and the key that replaces it."""
     CHOICES: ClassVar[Mapping[str, Table]] = {}
-    """Fields that name an entry of a table, and the tables."""
+    """The table of each field that names an entry of one."""
 
     @classmethod
     def known_keys(cls) -> list[str]:
-        """What may be said here."""
+        """Return the keys that a user can set in this section."""
         return list(cls.model_fields)
 
+    # pydantic's `extra="forbid"` would report each unknown key, but without the known keys that the
+    # suggestion needs.  This runs first and raises an error that carries them.
     @model_validator(mode="before")
     @classmethod
     def _known_keys_only(cls, data: Any) -> Any:

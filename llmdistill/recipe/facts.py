@@ -1,6 +1,6 @@
-"""What a recipe must know of other code, read from its source, so that nothing heavy is imported.
+"""Facts about other code that recipes need, read from its source without importing it.
 
-Importing TrainingArguments takes seconds; reading its fields with `ast` takes milliseconds.
+Importing TrainingArguments takes seconds.  Reading its fields with `ast` takes milliseconds.
 """
 
 from __future__ import annotations
@@ -16,51 +16,64 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
+# Names from older versions of transformers and from TRL that people still write, each with a hint.
 RENAMED = {
-    "warmup_ratio": "warmup_steps takes a share below 1 now",
+    "warmup_ratio": "use warmup_steps, where a value below 1 is a fraction of all steps",
     "evaluation_strategy": "use evaluate.every_steps",
-    "save_safetensors": "weights are always saved as safetensors",
-    "gradient_checkpointing": "it is called activation_checkpointing now",
-    "gradient_checkpointing_kwargs": "it is called activation_checkpointing_kwargs now",
-    "no_cuda": "it is called use_cpu now",
+    "save_safetensors": "remove it: weights are always saved as safetensors",
+    "gradient_checkpointing": "it is now called activation_checkpointing",
+    "gradient_checkpointing_kwargs": "it is now called activation_checkpointing_kwargs",
+    "no_cuda": "it is now called use_cpu",
     "max_length": "use data.max_prompt_tokens and data.max_response_tokens",
 }
+# Fields of TrainingArguments that llmdistill sets itself, so that a recipe has one place for each.
 OWNED = {
-    "output_dir": "output",
-    "seed": "seed",
-    "data_seed": "seed",
-    "remove_unused_columns": "nothing: it is always off",
-    "eval_strategy": "evaluate.every_steps",
-    "eval_steps": "evaluate.every_steps",
-    "resume_from_checkpoint": "the option 'resume' of `distill` and of `llmdistill train`",
-    "hub_token": "`hf auth login` or HF_TOKEN: keys do not belong into a recipe",
+    "output_dir": "Set 'output' instead.",
+    "seed": "Set the recipe's 'seed' instead.",
+    "data_seed": "Set the recipe's 'seed' instead.",
+    "remove_unused_columns": "It is always false; remove the key.",
+    "eval_strategy": "Set 'evaluate.every_steps' instead.",
+    "eval_steps": "Set 'evaluate.every_steps' instead.",
+    "resume_from_checkpoint": "Use the option 'resume' of `distill` or `llmdistill train`.",
+    "hub_token": "Run `hf auth login` or set HF_TOKEN; keys do not belong in a recipe.",
 }
+# Fields that transformers would accept, and that would silently do nothing in our loss.
 REFUSED = {
-    "label_smoothing_factor": "the loss is that of `objectives`, which has no labels to smooth",
-    "use_liger_kernel": "it fuses a loss on logits that are never made here",
+    "label_smoothing_factor": "`objectives` defines the loss, and no objective smooths labels",
+    "use_liger_kernel": "it speeds up a loss on full logits, which llmdistill never computes",
 }
 
 
 def wrong_pattern(pattern: str) -> str | None:
-    """What is wrong with a pattern that finds the result in an answer; None if nothing."""
+    """Return what is wrong with a pattern that finds the result in an answer, or None.
+
+    `evaluation.text.result_of` reads the result from the group if there is one, so a second group
+    would be ignored.
+    """
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        return f"{pattern!r} is no regular expression: {error}"
-    return f"{pattern!r} should have one group at most; use (?:...)" if groups > 1 else None
+        return f"{pattern!r} is not a valid regular expression: {error}"
+    if groups > 1:
+        return f"{pattern!r} has {groups} groups, but may have one at most. Use (?:...) instead."
+    return None
 
 
 def check_training_argument(key: str, value: Any) -> None:
+    """Check one key of `training` by name and type.  Raises PydanticCustomError with a hint."""
     fields = training_fields()
     if key in OWNED:
-        raise PydanticCustomError("owned", f"'{key}' is set by llmdistill; use {OWNED[key]}")
+        raise PydanticCustomError("owned", f"'{key}' is set by llmdistill. {OWNED[key]}")
     if key in REFUSED:
-        raise PydanticCustomError("refused", f"'{key}' would do nothing: {REFUSED[key]}")
+        raise PydanticCustomError(
+            "refused", f"'{key}' would have no effect: {REFUSED[key]}. Remove it."
+        )
     if key in RENAMED:
         raise PydanticCustomError("renamed", f"'{key}': {RENAMED[key]}")
     if key not in fields:
         raise PydanticCustomError("unknown_key", "", {"key": key, "known": list(fields)})
     expected = fields[key]
+    # bool is a subclass of int, so `max_steps: true` would pass as 1.
     a_bool_for_a_number = isinstance(value, bool) and bool not in expected
     if expected and (a_bool_for_a_number or not isinstance(value, expected)):
         names = " or ".join(kind.__name__ for kind in expected if kind is not type(None))
@@ -69,14 +82,18 @@ def check_training_argument(key: str, value: Any) -> None:
 
 
 def close_to(name: str, known: Sequence[str], *, start: str = "") -> str:
-    """' Did you mean ...?' after `start`, or '' if nothing is close."""
+    """Return `start` and " Did you mean '...'?", or '' if no known name is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"{start} Did you mean '{close[0]}'?" if close else ""
 
 
 @functools.cache
 def training_fields() -> dict[str, tuple[type, ...]]:
-    """The fields of transformers.TrainingArguments and their plain types, read from its source."""
+    """Return the fields of transformers.TrainingArguments with their plain types, from its source.
+
+    The tuple of types is empty for a field whose annotation is not made of plain types.
+    """
+    # find_spec locates a package without importing it.
     spec = importlib.util.find_spec("transformers")
     assert spec is not None
     assert spec.origin is not None
@@ -94,7 +111,7 @@ def training_fields() -> dict[str, tuple[type, ...]]:
 
 
 def _plain_types(annotation: str) -> tuple[type, ...]:
-    """(float, int) for 'float'; () where the annotation names more than plain types."""
+    """Return the types of an annotation: (float, int) for 'float', () if it is more than plain."""
     plain: dict[str, tuple[type, ...]] = {
         "bool": (bool,),
         "int": (int,),

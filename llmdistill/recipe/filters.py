@@ -1,4 +1,4 @@
-"""Which of the tasks that a generator made are kept."""
+"""Filters: they decide which generated tasks are kept."""
 
 from __future__ import annotations
 
@@ -29,99 +29,117 @@ ResultPattern = Annotated[str, AfterValidator(_a_pattern)]
 
 
 class FilterSection(Strict):
-    """Base of all sections that choose a filter: what the rest of the package asks of one."""
+    """Base of all filter sections: the properties that other code may use."""
 
     kind: str
 
     needs_log_probs: ClassVar[bool] = False
-    """Must the teacher give the log-probability of what it writes?"""
+    """Whether the teacher must return the log-probability of its replies."""
 
     @property
     def kept_languages(self) -> list[str]:
-        """Languages (ISO 639-1) that all kept rows are in; [] if this filter lets all pass."""
+        """Languages (ISO 639-1) of all kept rows; [] if this filter lets every language pass."""
         return []
 
 
 class LengthRecipe(FilterSection):
-    """Words of one field."""
+    """Drop rows in which one field has too few or too many words."""
 
     kind: Literal["length"] = "length"
     field: Literal["instruction", "input", "output"] = _length.field
+    """Field whose words are counted."""
     min_words: int = Field(_length.min_words, ge=0)
+    """Smallest number of words that is kept."""
     max_words: int = Field(_length.max_words, gt=0)
+    """Largest number of words that is kept."""
 
 
 class TruncatedRecipe(FilterSection):
-    """Answers that the limit of new tokens cut off."""
+    """Drop answers that were cut off by the limit of new tokens."""
 
     kind: Literal["truncated"] = "truncated"
 
 
 class BlacklistRecipe(FilterSection):
-    """Words in the instruction that ask for more than text."""
+    """Drop instructions with a word that asks for more than text."""
 
     kind: Literal["blacklist"] = "blacklist"
     words: Annotated[list[str], Field(min_length=1)] | None = defaults(FILTERS, "Blacklist").words
-    """None: images, files, drawing, music and the like."""
+    """Whole words or phrases to drop, in any case.  `null` is the list of Alpaca: images, files,
+    drawing, music and similar words.
+    """
 
 
 class OddStartRecipe(FilterSection):
-    """Instructions that start with punctuation, outside ASCII, or with "Write a program"."""
+    """Drop instructions that start with punctuation, with a character outside ASCII, or with
+    "Write a program".
+    """
 
     kind: Literal["odd_start"] = "odd_start"
 
 
 class RepeatedLinesRecipe(FilterSection):
-    """Answers that repeat their lines or their runs of words."""
+    """Drop answers that repeat their lines or n-grams too often."""
 
     kind: Literal["repeated_lines"] = "repeated_lines"
     max_share: float = Field(_repeated_lines.max_share, ge=0, le=1)
+    """Largest share of repeated lines, and of repeated n-grams, that is kept."""
     ngram: int = Field(_repeated_lines.ngram, gt=0)
+    """Length of the n-grams in words."""
 
 
 class EmptyOrEchoRecipe(FilterSection):
-    """No answer, or the question as the answer."""
+    """Drop answers that are empty, only punctuation, or a copy of the question."""
 
     kind: Literal["empty_or_echo"] = "empty_or_echo"
 
 
 class OpenEndRecipe(FilterSection):
-    """An input or an answer that ends with a colon."""
+    """Drop rows whose input or answer ends with a colon, because something is missing after it."""
 
     kind: Literal["open_end"] = "open_end"
 
 
 class RougeRecipe(FilterSection):
-    """Instructions too like a seed or one that was kept: ROUGE-L F."""
+    """Drop instructions that are too similar to a seed task or a kept row, by ROUGE-L F."""
 
     kind: Literal["rouge"] = "rouge"
     at_most: float = Field(defaults(FILTERS, "Rouge").at_most, ge=0, le=1)
+    """Largest ROUGE-L F score to any other instruction that is kept, from 0 to 1.  Lower it for
+    more varied rows.
+    """
 
 
 class NearDuplicatesRecipe(FilterSection):
-    """Rows that nearly stand in another one: MinHash over runs of words."""
+    """Drop rows that nearly repeat a kept row, by MinHash over the n-grams of prompt and answer."""
 
     kind: Literal["near_duplicates"] = "near_duplicates"
     threshold: float = Field(_near_duplicates.threshold, gt=0, le=1)
+    """Jaccard similarity of the n-grams from which a row is dropped, up to 1."""
     ngram: int = Field(_near_duplicates.ngram, gt=0)
+    """Length of the n-grams in words."""
 
 
 class ContaminationRecipe(FilterSection):
-    """Rows that share a run of words with an evaluation set."""
+    """Drop rows that share an n-gram with an evaluation set, so that it can still be used to
+    measure a model that is trained on the rows.
+    """
 
     kind: Literal["contamination"] = "contamination"
     sources: Annotated[Sources, Field(min_length=1)]
+    """Evaluation sets: a source or a list of sources."""
     ngram: int = Field(defaults(FILTERS, "Contamination").ngram, gt=0)
+    """Length of the n-grams in words.  Shorter texts of 4 words or more are compared as a whole."""
 
 
 class LanguageRecipe(FilterSection):
-    """Rows in another language."""
+    """Drop rows in another language, as `py3langid` detects it."""
 
     kind: Literal["language"] = "language"
     languages: Annotated[list[str], BeforeValidator(one_or_several), Field(min_length=1)] = list(
         defaults(FILTERS, "Language").languages
     )
-    """ISO 639-1."""
+    """Languages to keep, as one ISO 639-1 code or a list: `en` or `[en, de]`."""
 
     @property
     def kept_languages(self) -> list[str]:
@@ -129,26 +147,34 @@ class LanguageRecipe(FilterSection):
 
 
 class SameResultRecipe(FilterSection):
-    """Answers with another result than the reference's, where there is one."""
+    """Drop answers whose result differs from that of the reference, which is the answer of the
+    original row.  Rows without a reference are kept.
+    """
 
     kind: Literal["same_result"] = "same_result"
     pattern: ResultPattern
-    """A regular expression for the result: the last match counts, by its group."""
+    """Regular expression that finds the result in an answer.  The last match is the result, or its
+    group if the pattern has one: `'#### (-?[\\d,.]+)'`.
+    """
 
 
 class PerplexityRecipe(FilterSection):
-    """Answers that the teacher itself found unlikely, or all too likely."""
+    """Drop answers that the teacher itself finds too unlikely or too likely.  High perplexity is a
+    sign of rambling, very low perplexity of recitation or repetition.  Set at least one bound.
+    """
 
     needs_log_probs: ClassVar[bool] = True
 
     kind: Literal["perplexity"] = "perplexity"
     at_most: float | None = Field(_perplexity.at_most, gt=1)
+    """Largest perplexity that is kept; `null` sets no bound."""
     at_least: float | None = Field(_perplexity.at_least, ge=1)
+    """Smallest perplexity that is kept; `null` sets no bound."""
 
     @model_validator(mode="after")
     def _a_bound(self) -> PerplexityRecipe:
         if self.at_most is None and self.at_least is None:
-            raise PydanticCustomError("perplexity", "give 'at_most', 'at_least', or both")
+            raise PydanticCustomError("perplexity", "set 'at_most', 'at_least' or both")
         return self
 
 

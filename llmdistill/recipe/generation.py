@@ -1,4 +1,4 @@
-"""A recipe of `llmdistill generate`: who makes which tasks, and which of them are kept."""
+"""The recipe of `llmdistill generate`: a teacher, a generator of tasks, and filters."""
 
 from __future__ import annotations
 
@@ -22,39 +22,56 @@ GenerationTeacher = Annotated[
 ]
 
 ROW_FORMATS = Table("instruct/dataset.py", "ROW_FORMATS")
-# Used if a recipe has no `filters`: of answers to given prompts, only the answers are judged.
+# The filters of a recipe without `filters`.  If prompts are the user's, only answers are checked.
 ANSWER_FILTERS = ("truncated", "empty_or_echo", "repeated_lines")
 TASK_FILTERS = (*ANSWER_FILTERS, "length", "odd_start", "blacklist", "rouge")
 
 
 class GenerationRecipe(Strict):
-    """A run of `llmdistill generate`."""
+    """A recipe of `llmdistill generate`: a teacher writes a dataset for training."""
 
     RENAMED: ClassVar = {"seeds": "seed_tasks", "columns": "format", "held_back": "test_share"}
     MAY_CHANGE: ClassVar = ("target", "format", "test_share")
-    """Keys that a resumed run may change, with those of its teacher."""
+    """Keys that a resumed run can change, in addition to those of its teacher."""
 
     seed: int = Field(0, ge=0)
+    """Seed of all sampling and of the choice of examples."""
     output: str
-    """The folder of the data set."""
+    """Folder of the dataset."""
     teacher: GenerationTeacher
+    """Model that writes the dataset: of kind `local` on this machine, or `remote` on a server."""
     generator: GeneratorRecipe
+    """How tasks are made."""
     seed_tasks: Sources = [SourceRecipe(source="seed_tasks")]
-    """Tasks to show and to vary, and which nothing kept may be too like."""
+    """Tasks that generators show as examples or vary, and that the filter `rouge` compares with: a
+    source or a list of sources.  The default is the 175 tasks that are included.
+    """
     filters: list[FilterRecipe]
+    """Filters that every task must pass, in order.  The default is `truncated`, `empty_or_echo` and
+    `repeated_lines`, and for generators without given prompts also `length`, `odd_start`,
+    `blacklist` and `rouge`.
+    """
     target: int | None = Field(None, gt=0)
-    """Rows to keep; None: until there are no more prompts."""
+    """Number of rows to keep.  `null` answers all given prompts; other generators need a number."""
     batch_size: int = Field(defaults("instruct/responders.py", "LocalResponder").batch_size, gt=0)
-    """Replies that are written at a time, on this machine."""
+    """Number of replies that a local teacher writes at a time.  Lower it if memory runs out."""
     round_size: int = Field(64, gt=0)
-    """Calls between two records; what is made depends on it, so a run keeps its own."""
+    """Number of calls after which the rows are recorded.  The tasks depend on it, so a resumed run
+    cannot change it.
+    """
     chat_template_kwargs: dict[str, Any] = {}
-    """Handed to the teacher's chat template: {enable_thinking: false}."""
+    """Options for the teacher's chat template, such as `{enable_thinking: false}`."""
     format: one_of(ROW_FORMATS) = "messages"  # type: ignore[valid-type]
-    """What rows look like: messages, or Alpaca's instruction, input and output."""
+    """Layout of the rows: `messages`, or `alpaca` for the fields `instruction`, `input` and
+    `output`.
+    """
     test_share: float = Field(0.05, ge=0, lt=1)
-    """Share of the questions, chosen by their text, whose rows go into the split `test`."""
+    """Share of the questions whose rows go into the split `test`.  They are chosen by their text,
+    so the same question is never in both splits.
+    """
 
+    # The default depends on the generator, so it is filled in before the fields are checked.
+    # `dump` then writes it out.
     @model_validator(mode="before")
     @classmethod
     def _filters_of_its_kind(cls, given: Any) -> Any:
@@ -68,7 +85,9 @@ class GenerationRecipe(Strict):
     def _it_ends(self) -> GenerationRecipe:
         if self.target is None and not self.generator.has_given_prompts:
             raise PydanticCustomError(
-                "target", "'target' is missing: a generator of this kind never ends by itself"
+                "target",
+                "'target' is missing. A generator of this kind does not end by itself, so set the "
+                "number of rows to keep.",
             )
         return self
 
@@ -77,16 +96,19 @@ class GenerationRecipe(Strict):
         if self.generator.needs_distributions and self.teacher.is_remote:
             raise PydanticCustomError(
                 "distributions",
-                "a remote teacher shows no distributions: use 'generator.compare_by: referee'",
+                "the generator needs next-token distributions, which a remote teacher does not "
+                "provide. Use 'generator.compare_by: referee'.",
             )
         if self.generator.needs_template and self.teacher.tokenizer_source is None:
             raise PydanticCustomError(
                 "template",
-                "a remote teacher speaks for the user only if its chat template is known: give "
-                "'teacher.tokenizer'",
+                "the teacher writes the user's turns, which needs its chat template. Set "
+                "'teacher.tokenizer'.",
             )
         return self
 
+    # Log-probabilities come from the hidden states of sampling, and continuous batching keeps none.
+    # A server does its own batching.
     @model_validator(mode="after")
     def _continuous_batches_keep_no_states(self) -> GenerationRecipe:
         if not (self.needs_log_probs or self.teacher.is_remote):
@@ -95,30 +117,33 @@ class GenerationRecipe(Strict):
             if sampling.continuous:
                 raise PydanticCustomError(
                     "continuous",
-                    "'generator.{name}.continuous' is for a teacher on this machine whose "
-                    "log-probabilities are not asked for",
+                    "'generator.{name}.continuous' needs a teacher of kind local, and cannot be "
+                    "combined with 'best_by: likelihood' or a perplexity filter. Set it to false.",
                     {"name": name},
                 )
         return self
 
     @property
     def needs_log_probs(self) -> bool:
-        """Must the teacher give the log-probability of what it writes?"""
+        """Whether the teacher must return the log-probability of its replies."""
         return self.generator.needs_log_probs or any(f.needs_log_probs for f in self.filters)
 
     @property
     def sources(self) -> Sequence[SourceRecipe]:
-        """Rows that the teacher is shown or asked."""
+        """Sources of the rows that the teacher is shown or asked."""
         return self.generator.sources(self.seed_tasks)
 
     def unchanging(self) -> dict[str, Any]:
-        """What the rows depend on: what must stay as it is when a run is resumed."""
+        """Return the values that the rows depend on, which a resumed run must not change."""
         given = self.model_dump(exclude={*self.MAY_CHANGE, "output"})
         return given | {"teacher": self.teacher.model_dump(exclude=set(self.teacher.MAY_CHANGE))}
 
 
 def _section_of(generator: Any) -> type[GeneratorSection] | GeneratorSection:
-    """The section that a generator is or will be, by its kind; the base if there is none."""
+    """Return the section of a generator by its kind, or the base class if the kind is unknown.
+
+    `generator` is what the user wrote and is not validated yet.
+    """
     if isinstance(generator, GeneratorSection):
         return generator
     kind = generator.get("kind") if isinstance(generator, Mapping) else None

@@ -1,4 +1,4 @@
-"""How tasks are made: one section of a recipe per generator."""
+"""Generators: one section for each way in which a teacher makes tasks."""
 
 from __future__ import annotations
 
@@ -27,47 +27,51 @@ _lion = defaults("instruct/generators/variants.py", "Lion")
 
 
 class AnsweringRecipe(Strict):
-    """How a question is answered."""
+    """How the teacher answers a question."""
 
     sampling: SamplingRecipe = SamplingRecipe(**_answering.sampling)
+    """How the answer is sampled."""
     max_new_tokens: int = Field(_answering.max_new_tokens, gt=0)
+    """Length at which an answer is cut off, in tokens."""
     hint: str = _answering.hint
-    """Appended to the prompt that the teacher sees, and not saved in the row: Answer in two
-    sentences.
+    """Text that is appended to the prompt for the teacher only and not saved in the row, such as
+    `Answer in two sentences.`
     """
 
 
 class DrawnAnsweringRecipe(AnsweringRecipe):
-    """The same, drawn: for several answers to one question."""
+    """How the teacher answers a given prompt.  Answers are sampled by default, and not greedy."""
 
     sampling: SamplingRecipe = SamplingRecipe(**_answer.answering["sampling"])
+    """How each answer is sampled.  Several samples need a temperature above 0."""
 
 
 class GeneratorSection(Strict):
-    """Base of all sections that choose a generator: what the rest of the package asks of one."""
+    """Base of all generator sections: the properties that other code may use."""
 
     kind: str
 
     has_given_prompts: ClassVar[bool] = False
-    """Are the prompts those of the user's rows?  Such a generator ends when they do."""
+    """Whether the prompts are the user's rows.  Such a generator ends when all are answered."""
     needs_template: ClassVar[bool] = False
-    """Does the teacher write what a user would say, which its chat template must open?"""
+    """Whether the teacher writes the user's turn, which its chat template must open."""
     num_balanced_variants: ClassVar[int] = 0
-    """Variants of which equally many rows are kept; 0: rows are kept as they come."""
+    """Number of variants that share the kept rows equally; 0 if rows are kept as they come."""
 
     @property
     def needs_distributions(self) -> bool:
-        """Must the teacher give its next-token distributions?"""
+        """Whether the teacher must provide next-token distributions."""
         return False
 
     @property
     def needs_log_probs(self) -> bool:
-        """Must the teacher give the log-probability of what it writes?"""
+        """Whether the teacher must return the log-probability of its replies."""
         return False
 
     @property
     def samplings(self) -> Mapping[str, SamplingRecipe]:
-        """How replies are drawn, by the dotted key that says so."""
+        """Sampling settings by their dotted key."""
+        # Found by type, so that a new generator's settings are checked without listing them here.
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         answerings = {k: v for k, v in fields.items() if isinstance(v, AnsweringRecipe)}
         return {name: v for name, v in fields.items() if isinstance(v, SamplingRecipe)} | {
@@ -75,12 +79,12 @@ class GeneratorSection(Strict):
         }
 
     def sources(self, seed_tasks: Sequence[SourceRecipe]) -> Sequence[SourceRecipe]:
-        """Rows that the teacher is shown or asked."""
+        """Return the sources of the rows that the teacher is shown or asked."""
         return seed_tasks
 
     @property
     def compared_sources(self) -> Sequence[SourceRecipe]:
-        """Rows, besides the seed tasks, that no kept row may be too similar to."""
+        """Sources of rows, in addition to the seed tasks, that no kept row may be similar to."""
         return ()
 
 
@@ -90,83 +94,108 @@ class GivenPromptsSection(GeneratorSection):
     has_given_prompts: ClassVar[bool] = True
 
     prompts: Annotated[Sources, Field(min_length=1)]
+    """Rows with the prompts: a source or a list of sources."""
 
     def sources(self, seed_tasks: Sequence[SourceRecipe]) -> Sequence[SourceRecipe]:
         return self.prompts
 
 
 class AlpacaRecipe(GeneratorSection):
-    """Whole tasks, several per call, after examples from the seed tasks."""
+    """Let the teacher continue a list of example tasks with whole new tasks (Alpaca)."""
 
     RENAMED: ClassVar = {"answer": "answering"}
 
     kind: Literal["alpaca"] = "alpaca"
     tasks_per_call: int = Field(_alpaca.tasks_per_call, gt=0)
-    """A small teacher follows a list of one better than one of many."""
+    """Number of new tasks that one call asks for.  Small teachers keep the format best at `1`."""
     examples: int = Field(_alpaca.examples, gt=0)
+    """Number of seed tasks that each call shows."""
     answering: AnsweringRecipe | None = _alpaca.answering
-    """For small teachers, with tasks_per_call: 1.  The list gives the question alone, and the
-    teacher is asked for its answer as a user would.
+    """How the teacher answers a new question in a separate request.  `null` takes the answer from
+    the list.  Set it for small teachers; it needs `tasks_per_call: 1`.
     """
     sampling: SamplingRecipe = SamplingRecipe(**_alpaca.sampling)
+    """How the list is sampled."""
     max_new_tokens: int = Field(_alpaca.max_new_tokens, gt=0)
+    """Length at which the list is cut off, in tokens."""
 
     @model_validator(mode="after")
     def _one_question(self) -> AlpacaRecipe:
         if self.answering is not None and self.tasks_per_call != 1:
-            raise PydanticCustomError("answering", "'answering' is for 'tasks_per_call: 1'")
+            raise PydanticCustomError(
+                "answering",
+                "'answering' needs 'tasks_per_call: 1'. Set that, or remove 'answering'.",
+            )
         return self
 
 
 class SelfInstructRecipe(GeneratorSection):
-    """Instructions first, then whether they classify, then an input and its output."""
+    """Let the teacher write a list of instructions, then decide for each whether it is a
+    classification, then write an input and an output for it (Self-Instruct).
+    """
 
     kind: Literal["self_instruct"] = "self_instruct"
     tasks_per_call: int = Field(_self_instruct.tasks_per_call, gt=0)
+    """Largest number of new instructions that are taken from one list."""
     examples: int = Field(_self_instruct.examples, gt=0)
+    """Number of example instructions that each call shows."""
     machine_examples: int = Field(_self_instruct.machine_examples, ge=0)
-    """How many of the examples are tasks made before, once there are some."""
+    """Number of the examples that are generated tasks, as soon as some were kept.  The others are
+    seed tasks.
+    """
     sampling: SamplingRecipe = SamplingRecipe(**_self_instruct.sampling)
+    """How the list of instructions is sampled.  The other replies are greedy."""
     max_new_tokens: int = Field(_self_instruct.max_new_tokens, gt=0)
+    """Length at which the list of instructions is cut off, in tokens."""
     max_instance_tokens: int = Field(_self_instruct.max_instance_tokens, gt=0)
+    """Length at which the reply with input and output is cut off, in tokens."""
 
     @model_validator(mode="after")
     def _among_the_examples(self) -> SelfInstructRecipe:
         if self.machine_examples > self.examples:
             raise PydanticCustomError(
-                "machine_examples", "'machine_examples' are some of the 'examples': not more"
+                "machine_examples",
+                "'machine_examples' are part of 'examples' and cannot be more. Lower them, or "
+                "raise 'examples'.",
             )
         return self
 
 
 class MagpieRecipe(GeneratorSection):
-    """The teacher writes what a user would say, then answers it."""
+    """Let the teacher write the user's turn of a conversation, then answer it (Magpie).  It needs
+    no seed tasks and works with small teachers.
+    """
 
     RENAMED: ClassVar = {"answer": "answering"}
     needs_template: ClassVar[bool] = True
 
     kind: Literal["magpie"] = "magpie"
     sampling: SamplingRecipe = SamplingRecipe(**_magpie.sampling)
-    """Of what the user says."""
+    """How the user's turn is sampled."""
     max_instruction_tokens: int = Field(_magpie.max_instruction_tokens, gt=0)
+    """Length limit of a new instruction, in tokens.  Longer ones are dropped."""
     answering: AnsweringRecipe = AnsweringRecipe(**_magpie.answering)
+    """How the teacher answers the new instruction."""
 
     def sources(self, seed_tasks: Sequence[SourceRecipe]) -> Sequence[SourceRecipe]:
-        return ()
+        return ()  # the teacher is shown nothing but the opening of a turn
 
 
 class AnswerRecipe(GivenPromptsSection):
-    """Answers to given prompts."""
+    """Let the teacher answer given prompts."""
 
     RENAMED: ClassVar = {"answer": "answering"}
 
     kind: Literal["answer"] = "answer"
     samples: int = Field(_answer.samples, gt=0)
+    """Number of answers to each prompt."""
     best_by: one_of(SCORERS) | None = _answer.best_by  # type: ignore[valid-type]
-    """Keep one of the samples: the one that the teacher finds likeliest (mean log-probability per
-    token), that is most like the others, or most like the data set's answer (ROUGE-L).  None: all.
+    """Which one of the `samples` to keep: `likelihood` takes the highest mean log-probability per
+    token, `consensus` the highest ROUGE-L to the other samples, and `reference` the highest ROUGE-L
+    to the answer of the row.  `null` keeps all samples.
     """
     answering: DrawnAnsweringRecipe = DrawnAnsweringRecipe()
+    """How the teacher answers a prompt."""
 
     @property
     def needs_log_probs(self) -> bool:
@@ -175,57 +204,76 @@ class AnswerRecipe(GivenPromptsSection):
     @model_validator(mode="after")
     def _several_to_choose_from(self) -> AnswerRecipe:
         if self.best_by is not None and self.samples == 1:
-            raise PydanticCustomError("best_by", "'best_by' chooses among 'samples': ask for more")
+            raise PydanticCustomError(
+                "best_by",
+                "'best_by' chooses among 'samples', but there is only 1. Set more samples.",
+            )
         if self.samples > 1 and self.answering.sampling.temperature == 0:
             raise PydanticCustomError(
-                "samples", "several 'samples' at temperature 0 are all the same"
+                "samples",
+                "all 'samples' are the same at temperature 0. Set 'samples: 1', or raise "
+                "'answering.sampling.temperature'.",
             )
         return self
 
 
 class RewriteRecipe(GivenPromptsSection):
-    """Given answers in the teacher's own words; a given one stays if the new one is of no use."""
+    """Let the teacher rewrite given answers in its own words (SDFT).  The given answer is kept if
+    the new one is empty, cut off, a refusal or talk about the task.
+    """
 
     kind: Literal["rewrite"] = "rewrite"
     result: ResultPattern | None = _rewrite.result
-    """A regular expression for the result, as for maths: the last match must stay the same."""
+    """Regular expression that finds the result of an answer, for maths.  A new answer with another
+    result is not used.  `null` compares no results.
+    """
     sampling: SamplingRecipe = SamplingRecipe(**_rewrite.sampling)
+    """How the new answer is sampled."""
     max_new_tokens: int = Field(_rewrite.max_new_tokens, gt=0)
+    """Length at which a new answer is cut off, in tokens."""
 
 
 class EvolveRecipe(GeneratorSection):
-    """Harder and rarer variants of the seed tasks, with answers."""
+    """Let the teacher write harder and rarer variants of the seed tasks, and answer them."""
 
     RENAMED: ClassVar = {"answer": "answering"}
 
     kind: Literal["evolve"] = "evolve"
     sampling: SamplingRecipe = SamplingRecipe(**_evolve.sampling)
+    """How a new instruction is sampled."""
     max_instruction_tokens: int = Field(_evolve.max_instruction_tokens, gt=0)
+    """Length limit of a new instruction, in tokens.  Longer ones are dropped."""
     answering: AnsweringRecipe = AnsweringRecipe(**_evolve.answering)
+    """How the teacher answers the new instruction."""
 
 
 class LionRecipe(GeneratorSection):
-    """Variants of what is hard for a student, and of what is easy, 1:1."""
+    """Let the teacher write variants of the tasks that are hard for a student, and equally many of
+    easy ones, and answer them (Lion).
+    """
 
     RENAMED: ClassVar = {"answer": "answering", "by": "compare_by"}
     num_balanced_variants: ClassVar[int] = 2
 
     kind: Literal["lion"] = "lion"
     student: str
-    """A Hub id or a folder."""
+    """Hub id or folder of the student that the tasks are measured with."""
     pool: Annotated[Sources, Field(min_length=1)]
-    """The tasks that are told apart."""
+    """Tasks that are sorted into hard and easy ones: a source or a list of sources."""
     compare_by: Literal["divergence", "referee"] = "divergence"
-    """divergence: mean KL on the teacher's answer, for a teacher on this machine; referee: the
-    teacher scores both answers.
+    """How tasks are sorted.  `divergence` measures the student's mean KL divergence on the answer
+    of the teacher, which must be of kind `local`.  `referee` lets the teacher score both answers.
     """
     hard_share: float = Field(0.5, gt=0, lt=1)
-    """compare_by: divergence.  The share of the pool that counts as hard."""
+    """Share of the pool that counts as hard, with `compare_by: divergence`."""
     max_compared_tokens: int = Field(128, gt=0)
-    """Of the answers that are compared."""
+    """Length at which the compared answers are cut off, in tokens."""
     sampling: SamplingRecipe = SamplingRecipe(**_lion.sampling)
+    """How a new instruction is sampled."""
     max_instruction_tokens: int = Field(_lion.max_instruction_tokens, gt=0)
+    """Length limit of a new instruction, in tokens.  Longer ones are dropped."""
     answering: AnsweringRecipe = AnsweringRecipe(**_lion.answering)
+    """How the teacher answers the new instruction."""
 
     @property
     def needs_distributions(self) -> bool:
@@ -234,6 +282,7 @@ class LionRecipe(GeneratorSection):
     def sources(self, seed_tasks: Sequence[SourceRecipe]) -> Sequence[SourceRecipe]:
         return self.pool
 
+    # A new task must not repeat the one that it is a variant of.
     @property
     def compared_sources(self) -> Sequence[SourceRecipe]:
         return self.pool

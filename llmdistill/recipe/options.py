@@ -1,7 +1,7 @@
-"""Sections that choose entries of tables by name, and may set the options of what they chose.
+"""Sections that choose entries of tables by name, and can set the options of these entries.
 
-`{kind: response, divergence: jsd, beta: 0.1}`: `beta` is no field of the section.  It is a keyword
-of the function that DIVERGENCES names 'jsd', and is read from there, with its default.
+In `{kind: response, divergence: jsd, beta: 0.1}`, `beta` is not a field of the section.  It is a
+keyword of the function that DIVERGENCES names 'jsd', and its default is read from there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.tables import Bounds, Table
 
+# Options are annotated in other files and arrive as text.  YAML writes 1 for 1.0, so a float option
+# also takes an int.
 TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "int": (int,),
@@ -24,11 +26,13 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 
 class TakesOptions(Strict):
-    """A section with fields that name entries of CHOICES, and with those entries' options.
+    """A section whose fields name entries of CHOICES, and which takes the options of these entries.
 
-    Options that are not given are filled in with their defaults, so that a dumped recipe says them.
+    Options that are not set get their defaults, so that a dumped recipe shows every value.
     """
 
+    # Options are not declared as fields, so pydantic must keep them as extra values.  Unknown keys
+    # are still refused, by `_known_keys_only` of the base class.
     model_config = ConfigDict(extra="allow")
 
     @classmethod
@@ -42,6 +46,7 @@ class TakesOptions(Strict):
     def _fill_in_defaults(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
+        # `top_k: null` counts as not set.
         said = {name: value for name, value in given.items() if value is not None}
         defaults: dict[str, Any] = {}
         for field, table in cls.CHOICES.items():
@@ -54,45 +59,50 @@ class TakesOptions(Strict):
     @model_validator(mode="after")
     def _check_options(self) -> Any:
         for name in self.model_extra or {}:
+            # pydantic locates the error at the section, so the error carries the key.
             if wrong := self._wrong(name):
                 raise PydanticCustomError("option", "{wrong}", {"wrong": wrong, "key": name})
         return self
 
     def _wrong(self, name: str) -> str | None:
-        """What is wrong with an option that was given; None if nothing."""
+        """Return what is wrong with an option that was set, or None."""
         value = getattr(self, name)
         chosen = [(field, table, getattr(self, field)) for field, table in self.CHOICES.items()]
         takers = [one for one in chosen if name in one[1].options(one[2])]
         if len(takers) > 1:
-            return f"it is an option of {' and '.join(one[0] for one in takers)}; choose others"
+            fields = " and ".join(one[0] for one in takers)
+            return f"it is ambiguous, because {fields} both take it. Choose another value for one."
         field, table, entry = takers[0] if takers else self._meant(name, chosen)
         known = table.options(entry)
         if name in known:
             types = TYPES.get(known[name].annotation)
-            a_bool_for_a_number = isinstance(value, bool) and types != (bool,)
+            a_bool_for_a_number = isinstance(value, bool) and types != (bool,)  # a bool is an int
             if types and (a_bool_for_a_number or not isinstance(value, types)):
                 return f"should be {known[name].annotation}, got {value!r}"
         return wrong_option(field, entry, {name: value}, list(known), table.bounds)
 
     def _meant(self, name: str, chosen: Sequence[tuple[str, Table, str]]) -> tuple[str, Table, str]:
-        """The choice of which another entry would take this option."""
+        """Return the choice that would take this option with a different entry, for the error."""
         return next(
             one for one in chosen if any(name in one[1].options(other) for other in one[1].entries)
         )
 
     def options(self) -> dict[str, Any]:
-        """The options of what was chosen."""
+        """Return the options of the chosen entries, by name."""
         return dict(self.model_extra or {})
 
 
 def wrong_option(
     what: str, entry: str, options: Mapping[str, Any], known: Sequence[str], bounds: Bounds
 ) -> str | None:
-    """What is wrong with the options of an entry that takes the `known` ones; None if nothing."""
+    """Return the first mistake in the options of an entry that takes the `known` ones, or None.
+
+    `what` names the field in the message, such as 'divergence'.  `bounds` are those of `Table`.
+    """
     for option, value in options.items():
         if option not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            return f"{what} '{entry}' has no option '{option}'; {has}"
+            has = f"Its options are: {', '.join(known)}." if known else "It has no options."
+            return f"{what} '{entry}' has no option '{option}'. {has}"
         low, high = bounds.get((entry, option), (None, None))
         too_low, too_high = low is not None and value < low, high is not None and value > high
         if too_low or too_high:

@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML, dotted overrides, and saying what is wrong with them."""
+"""Reading recipes: YAML, dotted overrides, and one clear message for each mistake."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ from llmdistill.recipe.schema import Recipe
 Part = TypeVar("Part", bound=Strict)
 
 NEVER_A_KEY = {
-    "trust_remote_code": " Code from a model's repository could do anything on this machine; "
-    "llmdistill never runs it. Convert the model to a type that transformers knows."
+    "trust_remote_code": " llmdistill never runs code from a model's repository, because that code "
+    "could do anything on this machine. Convert the model to an architecture of transformers."
 }
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with overrides `dotted.path=value`.  RecipeError says what is
-    wrong.
+    """Read a training recipe from a YAML file and apply overrides of the form `dotted.path=value`.
+
+    Raises RecipeError with every mistake and its dotted path, or if the file is a recipe of
+    `llmdistill generate`.
     """
     data = _read(path, overrides)
     if command_of(data) == "generate":
-        raise RecipeError(f"{path}: this recipe makes a data set: use llmdistill generate")
+        raise RecipeError(f"{path}: this recipe generates a dataset. Use llmdistill generate.")
     return build(data, str(path))
 
 
 def load_generation(path: str | Path, overrides: Sequence[str] = ()) -> GenerationRecipe:
-    """The same for a recipe of `llmdistill generate`."""
+    """Read a recipe of `llmdistill generate`, in the same way as `load`."""
     data = _read(path, overrides)
     if command_of(data) == "train":
-        raise RecipeError(f"{path}: this recipe trains a student: use llmdistill train")
+        raise RecipeError(f"{path}: this recipe trains a student. Use llmdistill train.")
     return build_part(GenerationRecipe, data, str(path))
 
 
 def command_of(data: Mapping[str, Any]) -> str | None:
-    """The command that runs a recipe, generate or train; None if its keys do not tell."""
+    """Return the command that runs a recipe, generate or train; None if its keys fit neither."""
     if "generator" in data:
         return "generate"
     return "train" if "student" in data else None
@@ -52,15 +54,18 @@ def command_of(data: Mapping[str, Any]) -> str | None:
 def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
-        raise RecipeError(f"no such recipe: {path}")
+        raise RecipeError(
+            f"no such recipe: {path}. Check the path, or run `llmdistill recipes copy` to get one."
+        )
     try:
+        # utf-8-sig: editors on Windows can add a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8: {error}") from None
+        raise RecipeError(f"{path} is not valid UTF-8: {error}. Convert it to UTF-8.") from None
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise RecipeError(
-            f"{path}: a recipe is a mapping of keys to values, got {type(data).__name__}"
+            f"{path}: a recipe must be a mapping of keys to values, got {type(data).__name__}"
         )
     for override in overrides:
         _override(data, override)
@@ -68,26 +73,31 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def build(data: dict[str, Any], place: str = "recipe") -> Recipe:
-    """A recipe from plain data; RecipeError with the dotted path of each mistake."""
+    """Build a training recipe from plain data.
+
+    Raises RecipeError with the dotted path of each mistake; `place` starts the message.
+    """
     return build_part(Recipe, data, place)
 
 
 def build_part(part: type[Part], data: dict[str, Any], place: str) -> Part:
-    """One part of a recipe from plain data, in the same way."""
+    """Build one part of a recipe from plain data, in the same way as `build`."""
     try:
         return part.model_validate(data)
     except ValidationError as error:
         lines = [_describe(dict(item), data) for item in error.errors()]
+        # Several members of a union can report the same mistake; each line is shown once.
         raise RecipeError(f"{place}: " + "\n".join(dict.fromkeys(lines))) from None
 
 
 def dump(recipe: Recipe | GenerationRecipe) -> str:
-    """The resolved recipe as YAML, defaults written out; reading it gives the same recipe."""
+    """Return the recipe as YAML with all defaults; reading it gives an equal recipe."""
+    # Every key that can be null is null by default, so leaving nulls out loses nothing.
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without silent duplicate keys."""
+    """A safe YAML loader that refuses duplicate keys, which PyYAML would silently overwrite."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -95,12 +105,13 @@ class _Loader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 line = node.start_mark.line + 1
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' stands twice (line {line})"
+                    None, None, f"key '{key}' appears twice in the mapping at line {line}"
                 )
         return super().construct_mapping(node, deep)
 
 
-# What people mean: 1e-4 is a number, and `no` is a word (YAML 1.1 reads it as false).
+# PyYAML follows YAML 1.1: it reads 1e-4 as text, because it expects 1.0e-4, and `no` as false.
+# People mean a number, and a word as in `save_strategy: no`.
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
@@ -115,23 +126,26 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, place: str) -> Any:
+    """Parse one YAML document.  Raises RecipeError, which starts with `place`."""
     try:
         loader = _Loader(text)
         try:
             return loader.get_single_data()
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
-        raise RecipeError(f"{place}: not YAML: {error}") from None
+    # ValueError: PyYAML's own constructors fail for text that only looks like a date or a number.
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{place}: not valid YAML: {error}") from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    """Puts one `dotted.path=value` into the data, making mappings on the way; lists must be
-    there.
-    """
+    """Set one `dotted.path=value` in the data; missing mappings are created, list items are not."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise RecipeError(f"override '{override}' is not of the form dotted.path=value")
+        raise RecipeError(
+            f"override '{override}' is not of the form dotted.path=value. Write it as in "
+            "training.max_steps=20."
+        )
     value = parse_yaml(text, f"override '{override}'")
     *parents, last = path.split(".")
     target: Any = data
@@ -139,6 +153,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         if isinstance(target, list):
             target = target[_index(target, key, override)]
         elif isinstance(target, dict):
+            # An override can set a key of a section that the file leaves out.
             target = target.setdefault(key, {})
     if isinstance(target, list):
         target[_index(target, last, override)] = value
@@ -151,19 +166,22 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _index(items: list[Any], key: str, override: str) -> int:
+    # isdecimal also refuses -1, which Python would take for the last item.
     if not key.isdecimal() or int(key) >= len(items):
-        raise RecipeError(f"override '{override}': '{key}' is no place in a list of {len(items)}")
+        raise RecipeError(
+            f"override '{override}': '{key}' is not an index of a list of length {len(items)}"
+        )
     return int(key)
 
 
 def _describe(error: dict[str, Any], data: Any) -> str:
-    """One validation error as: path, what is expected, what was given, what to do."""
+    """Return one validation error as a sentence: path, what is expected, what was given."""
     path = _dotted(error["loc"], data, missing=error["type"] == "missing")
     kind, context = error["type"], error.get("ctx", {})
     if kind == "unknown_key":
         key, known, renamed = context["key"], context["known"], context.get("renamed")
-        hint = f" It is called '{renamed}' now." if renamed else NEVER_A_KEY.get(key)
-        hint = hint or close_to(key, known) or f" Known here: {', '.join(known)}."
+        hint = f" It is now called '{renamed}'." if renamed else NEVER_A_KEY.get(key)
+        hint = hint or close_to(key, known) or f" Known keys: {', '.join(known)}."
         return f"unknown key '{f'{path}.{key}' if path else key}'.{hint}"
     if kind == "missing":
         return f"'{path}' is missing"
@@ -171,24 +189,29 @@ def _describe(error: dict[str, Any], data: Any) -> str:
         path = f"{path}.{context['key']}" if path else context["key"]
     if kind.startswith("union_tag"):
         given = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
+        # 'number' is the tag of a plain number in a `Weight`, and not a kind that anyone writes.
         known = context.get("expected_tags", "the known kinds").replace("'number', ", "")
         return f"'{path}.kind' should be one of {known}, got {given!r}"
+    # pydantic starts its messages with a capital letter; here they continue a sentence.
     message = error["msg"][0].lower() + error["msg"][1:]
-    if isinstance(error["input"], dict | BaseModel):
+    # The message of a pattern names it already, and a whole section would be too long to show.
+    if kind == "pattern" or isinstance(error["input"], dict | BaseModel):
         return f"'{path}': {message}" if path else message
     return f"'{path}': {message}, got {error['input']!r} ({type(error['input']).__name__})"
 
 
 def _dotted(location: Sequence[str | int], data: Any, *, missing: bool) -> str:
-    """'objectives[0].beta': the steps that the user's own data takes.
+    """Return a location as the user would write it: 'objectives[0].beta'.
 
-    What pydantic adds (the kinds of a union, what a short form stands for) is left out.
+    Steps that pydantic adds are left out: the kinds of a union, and the long form of a short one.
     """
     path, here, named = "", data, False
     for number, step in enumerate(location):
         is_new = missing and number == len(location) - 1
         if isinstance(here, dict) and here.get("kind") == step and not named:
-            named = True  # the kind of a union, though a key may be called the same
+            # This step is the tag of a union.  It is skipped once only, because a key can have the
+            # same name: `generator: {kind: answer}` has had a key `answer`.
+            named = True
             continue
         named = False
         if isinstance(step, int) and isinstance(here, list):

@@ -1,4 +1,4 @@
-"""A teacher on a server: how it is reached, and what its data set says of it."""
+"""A teacher on a server: how to reach it, and what the card of its dataset states about it."""
 
 from __future__ import annotations
 
@@ -15,55 +15,68 @@ _teacher = defaults("teachers/remote.py", "RemoteTeacher")
 
 
 class RemoteTeacherRecipe(Strict):
-    """A model behind an OpenAI-compatible server (vLLM, SGLang, llama.cpp, a hosted one)."""
+    """A teacher on an OpenAI-compatible server, such as vLLM, SGLang, llama.cpp or a hosted API.
+    Only `llmdistill generate` can use it, and it needs the extra `remote`.
+    """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         {"url", "key_from", "concurrency", "timeout", "retries", "per_minute", "license"}
     )
-    """Keys that a resumed run may change: how the server is reached, and what is stated."""
+    """Keys that a resumed run can change, because the rows do not depend on them."""
     is_remote: ClassVar[bool] = True
 
     kind: Literal["remote"] = "remote"
     model: str
-    """Its name on the server."""
+    """Name of the model on the server."""
     url: str = "http://localhost:8000/v1"
+    """Base URL of the server, which usually ends with `/v1`.  Keys do not belong in it; use
+    `key_from`.
+    """
     tokenizer: str | None = None
-    """A Hub id or a folder; needed if the prompt is not a chat (magpie)."""
+    """Hub id or folder of the model's tokenizer.  The generator `magpie` needs it, because it
+    continues the text of the chat template.  It is also used to recognise control tokens.
+    """
     revision: str | None = None
-    """Noted in every row; the server decides what it serves."""
+    """Revision of the model that is noted in every row.  The server decides what it serves."""
     license: str | None = None
-    """The model's licence as the data set's card states it: apache-2.0."""
+    """Licence of the model for the card of the dataset, such as `apache-2.0`."""
     key_from: str | None = _teacher.key_from
-    """The environment variable that holds the key; the key itself is never written.  None:
-    OPENAI_API_KEY for api.openai.com, and no key for any other server.
+    """Environment variable with the API key.  The key itself is never written to a file.  `null`
+    uses `OPENAI_API_KEY` for api.openai.com and no key for any other server.
     """
     concurrency: int = Field(_teacher.concurrency, gt=0)
+    """Largest number of requests that one process sends at the same time."""
     timeout: float = Field(_teacher.timeout, gt=0)
-    """Seconds for one attempt."""
+    """Seconds after which one attempt at a request is given up."""
     retries: int = Field(_teacher.retries, ge=0)
+    """Further attempts at a request that failed, with growing pauses.  `0` tries once."""
     per_minute: int | None = Field(_teacher.per_minute, gt=0)
-    """Requests begun per minute, by all ranks; None: as many as `concurrency` lets through."""
+    """Largest number of requests per minute, over all processes.  With `null` only `concurrency`
+    limits them.
+    """
 
+    # A recipe is copied into the run folder and shown on cards, so an address with a key in it must
+    # be refused when it is read.
     @model_validator(mode="after")
     def _an_address_alone(self) -> RemoteTeacherRecipe:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise PydanticCustomError("url", "'url' should be an address: http://host:port/v1")
-        if parts.username or parts.password or parts.query:  # and the message must not repeat it
+            raise PydanticCustomError("url", "'url' must have the form http://host:port/v1")
+        if parts.username or parts.password or parts.query:  # the message must not show them
             raise PydanticCustomError(
                 "url",
-                "'url' holds a user, a key or a query, but recipes are shared: put the key into an "
-                "environment variable and name that in 'key_from'",
+                "'url' contains a user, a password or a query, but recipes are shared. Put the key "
+                "into an environment variable and set 'key_from' to its name.",
             )
         return self
 
     @property
     def tokenizer_source(self) -> tuple[str, str | None] | None:
-        """Name and revision of the tokenizer whose template is known here; None without one."""
+        """Name and revision of the tokenizer with the model's chat template, or None."""
         return (self.tokenizer, None) if self.tokenizer else None
 
     def public(self) -> RemoteTeacherRecipe:
-        """The same without its address, for a card."""
+        """Return a copy without the server's address, for a card."""
         return self.model_copy(update={"url": type(self).model_fields["url"].default})
 
     @property

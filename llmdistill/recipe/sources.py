@@ -1,4 +1,4 @@
-"""Where rows come from: part of every recipe that reads some."""
+"""Sources of rows: part of every recipe that reads a dataset."""
 
 from __future__ import annotations
 
@@ -13,29 +13,37 @@ FORMATS = Table("data/formats.py", "FORMATS")
 
 
 class SourceRecipe(Strict):
-    """Where rows come from, and how they are read."""
+    """A source of rows and how to read it.  A name alone is short for `{source: name}`."""
 
     source: str
-    """A .jsonl, .json, .csv, .tsv or .parquet file, a folder of such files, a data set of the Hub
-    (org/name or org/name:split), or `seed_tasks`.
+    """A `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, a folder of such files, a dataset on
+    the Hub (`org/name`, `org/name:split` or `org/name:config:split`), or `seed_tasks` for the 175
+    tasks that are included.  Without a split, a Hub dataset is read from `train`.
     """
     format: one_of(FORMATS, "auto") = "auto"  # type: ignore[valid-type]
-    """How a row is laid out; auto: told by its fields."""
+    """Layout of the rows.  `auto` detects it from the fields of each row; set it if rows have the
+    fields of several layouts.
+    """
     columns: dict[str, str] = {}
-    """Fields by other names: {instruction: question, output: answer}."""
+    """Renamed fields, as `{expected name: name in the source}`.  For example `{instruction:
+    question, output: answer}` reads the column `question` as `instruction`.
+    """
     weight: float = Field(1.0, gt=0)
-    """How often a row stands in an epoch: 2 is twice, 0.5 is half of the rows, always the same."""
+    """How often each row appears in an epoch: `2` is twice, `0.5` keeps half of the rows, the same
+    half in every epoch.  Change it to mix several sources of training data.
+    """
 
 
 def one_or_several(given: Any) -> Any:
-    """A list; of one where it is none."""
+    """Return a list as it is, and any other value as a list of one."""
     return given if isinstance(given, list) else [given]
 
 
+# Accept the short forms `data.jsonl` and `[a.jsonl, {source: b.csv}]`.
 def _by_name(given: Any) -> Any:
     several = one_or_several(given)
     return [{"source": one} if isinstance(one, str) else one for one in several]
 
 
 Sources = Annotated[list[SourceRecipe], BeforeValidator(_by_name)]
-"""Several, or one alone; each as its name, or with more to say."""
+"""A list of sources, or one alone; each is a name or a `SourceRecipe`."""

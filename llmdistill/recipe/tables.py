@@ -1,7 +1,7 @@
-"""What a recipe knows about code that it must not import: the names in a table, and default values.
+"""Names and default values, read from source files that a recipe must not import.
 
-Importing torch takes seconds.  Reading a source file with `ast` takes milliseconds.  A default is
-written once, where it is used; a list of names is the table that holds them.
+Importing torch takes seconds.  Reading a source file with `ast` takes milliseconds.  This way each
+default is written once, in the signature that uses it, and each list of names is the table itself.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ PACKAGE = Path(__file__).parents[1]
 
 
 class Parameter(NamedTuple):
-    """A keyword parameter: its annotation as text, and its default (REQUIRED without one)."""
+    """A keyword parameter: its annotation as text, and its default or REQUIRED."""
 
     annotation: str
     default: Any
 
 
-REQUIRED = object()
+REQUIRED = object()  # None cannot mark a missing default: many defaults are None
 Bounds = Mapping[tuple[str, str], tuple[float | None, float | None]]
 
 
 class Table(NamedTuple):
-    """A dict of this package by its file and name; its entries are functions or classes.
+    """A dict literal of this package, by file and name.  Its entries are functions or classes.
 
-    A dict BOUNDS in the same file may say which numbers an option may be:
-    (entry, option) -> (lowest, highest), None for no bound.
+    A dict BOUNDS in the same file can limit numeric options: it maps (entry, option) to (lowest,
+    highest), with None for no bound.
     """
 
     path: str
@@ -65,8 +65,9 @@ class _Names(NamedTuple):
 
 
 def one_of(table: Table, *others: str) -> Any:
-    """The type of a field that names an entry of a table, or one of `others`."""
+    """Return the type of a field that names an entry of a table, or one of `others`."""
 
+    # The table is read when a recipe is checked, and not when this package is imported.
     def check(name: str) -> str:
         known = (*others, *table.entries)
         if name not in known:
@@ -82,21 +83,21 @@ def one_of(table: Table, *others: str) -> Any:
 
 @functools.cache
 def names(path: str, table: str) -> tuple[str, ...]:
-    """The keys of a dict literal: names('objectives/divergences.py', 'DIVERGENCES')."""
+    """Return the keys of a dict literal: names('objectives/divergences.py', 'DIVERGENCES')."""
     return tuple(_table(path, table))
 
 
 @functools.cache
 def options(path: str, table: str, entry: str) -> Mapping[str, Parameter]:
-    """The keyword parameters of the function or class that an entry of a table names."""
+    """Return the keyword parameters of the function or class that an entry of a table names."""
     return parameters(path, ast.unparse(_table(path, table)[entry]))
 
 
 @functools.cache
 def parameters(path: str, name: str) -> Mapping[str, Parameter]:
-    """The keyword parameters of a function, of a class's `__init__`, or the fields of a dataclass.
+    """Return the keyword parameters of a function or an `__init__`, or the fields of a dataclass.
 
-    A class without an `__init__` also has those of its bases in the same file.
+    Parameters of base classes in the same file are included.
     """
     node = _definition(path, name)
     found: dict[str, Parameter] = {}
@@ -117,10 +118,10 @@ def parameters(path: str, name: str) -> Mapping[str, Parameter]:
 
 @functools.cache
 def defaults(path: str, name: str) -> SimpleNamespace:
-    """The default values of `parameters`: defaults('rollouts/replay.py', 'ReplayRollout').capacity.
+    """Return the defaults of `parameters` by name.
 
-    A default that is made by a call, such as `Sampling(temperature=0.7)`, is the dict of its
-    keyword arguments.
+    For example `defaults('rollouts/replay.py', 'ReplayRollout').capacity`.  A default that is made
+    by a call, such as `Sampling(temperature=0.7)`, becomes the dict of its keyword arguments.
     """
     found = parameters(path, name)
     return SimpleNamespace(
@@ -130,14 +131,14 @@ def defaults(path: str, name: str) -> SimpleNamespace:
 
 @functools.cache
 def constant(path: str, name: str) -> Any:
-    """The value of a literal that a module assigns; None if it assigns no such name."""
+    """Return the value of a literal that a module assigns, or None if it does not assign `name`."""
     found = _assigned(path).get(name)
     return None if found is None else _value(path, found)
 
 
 @functools.cache
 def needs(path: str, name: str) -> frozenset[str]:
-    """The kinds of `Need` that a class lists in `provides`: {'distribution', 'hidden'}."""
+    """Return the kinds of `Need` that a class lists in `provides`: {'distribution', 'hidden'}."""
     for item in _definition(path, name).body:
         if isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == "provides":
             named = (node for node in ast.walk(item.value) if isinstance(node, ast.Attribute))
@@ -154,7 +155,7 @@ def _tree(path: str) -> ast.Module:
 
 @functools.cache
 def _assigned(path: str) -> dict[str, ast.expr]:
-    """What each name of a module is assigned to."""
+    """Return the expression that each name of a module is assigned to."""
     found: dict[str, ast.expr] = {}
     for node in _tree(path).body:
         if isinstance(node, ast.AnnAssign) and node.value is not None:
@@ -180,8 +181,9 @@ def _definition(path: str, name: str, *, missing: bool = False) -> Any:
 
 
 def _keywords(path: str, function: ast.FunctionDef) -> dict[str, Parameter]:
-    """Keyword-only parameters, and positional ones that have a default."""
+    """Return keyword-only parameters, and positional ones that have a default."""
     arguments = function.args
+    # `ast` aligns defaults with the last positional arguments.
     positional = arguments.args[len(arguments.args) - len(arguments.defaults) :]
     pairs = [
         *zip(positional, arguments.defaults, strict=True),
@@ -211,7 +213,10 @@ def _default(path: str, node: ast.expr | None) -> Any:
 
 
 def _value(path: str, node: ast.expr) -> Any:
-    """A literal, a constant of this module or of one that it imports from, or a call's keywords."""
+    """Evaluate a literal, a name that is assigned to one, or the keywords of a call.
+
+    A name can be assigned in this module, or in a module of this package that it imports from.
+    """
     if isinstance(node, ast.Name):
         if node.id in _assigned(path):
             return _value(path, _assigned(path)[node.id])
@@ -224,7 +229,7 @@ def _value(path: str, node: ast.expr) -> Any:
 
 
 def _imported_from(path: str, name: str) -> str:
-    """The file of this package that a module imports a name from."""
+    """Return the file of this package that a module imports a name from."""
     for node in _tree(path).body:
         if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
             assert node.module is not None

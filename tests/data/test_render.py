@@ -114,7 +114,9 @@ def test_a_tokenizer_without_template_takes_one_turn_as_text():
 
 
 def test_a_tokenizer_without_template_refuses_a_conversation():
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: 3 messages.*no chat template"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:3: the conversation has 3 messages.*no chat template"
+    ):
         render(plain(), example("a", "b", "c"))
 
 
@@ -148,7 +150,7 @@ def test_a_template_that_trims_its_messages_is_fine():
 
 
 def test_a_template_that_writes_the_prompt_otherwise_is_refused():
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: .*in other tokens once its answer"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: .*as different tokens once the answer"):
         render(templated(THINKS), example("hi"))
 
 
@@ -162,7 +164,7 @@ def test_a_template_without_an_end_is_refused():
     ["{{ raise_exception('roles must alternate') }}", "{{ messages.nothing.here }}", "{% for %}"],
 )
 def test_a_template_that_refuses_is_named_with_the_row(template):
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: the chat template refuses"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: the chat template rejects"):
         render(templated(template), example("hi"))
 
 

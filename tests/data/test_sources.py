@@ -53,7 +53,7 @@ def test_a_line_that_is_no_json_is_a_bad_row_and_not_the_end(tmp_path, line):
     assert (first[1], last) == ({"a": 1}, (f"{source}:3", {"a": 3}))
     assert bad[0] == f"{source}:2"
     assert isinstance(bad[1], DataError)
-    assert str(bad[1]).startswith(f"{source}:2: not a line of JSON")
+    assert str(bad[1]).startswith(f"{source}:2: not valid JSON")
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path):
@@ -179,19 +179,19 @@ def test_a_folder_that_datasets_saved(tmp_path):
 
 
 def test_a_folder_without_rows_says_what_it_looked_for(tmp_path):
-    with pytest.raises(DataError, match=r"holds none of \.jsonl, \.json, \.csv"):
+    with pytest.raises(DataError, match=r"has no file of type \.jsonl, \.json, \.csv"):
         list(read(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("rows.csv", b"prompt\n\xff\xfe", "is not UTF-8"),
-        ("rows.csv", b'prompt,completion\n"a', "not a table"),
-        ("rows.json", b'[{"prompt": "a"},', "not JSON"),
-        ("rows.parquet", b"PAR1 no", "not a Parquet file"),
-        ("rows.parquet", b"", "not a Parquet file"),
-        ("rows.xlsx", b"PK", "a file of this kind cannot be read. Give a file"),
+        ("rows.csv", b"prompt\n\xff\xfe", "is not valid UTF-8"),
+        ("rows.csv", b'prompt,completion\n"a', "not a valid table"),
+        ("rows.json", b'[{"prompt": "a"},', "not valid JSON"),
+        ("rows.parquet", b"PAR1 no", "not a valid Parquet file"),
+        ("rows.parquet", b"", "not a valid Parquet file"),
+        ("rows.xlsx", b"PK", "this type of file is not supported. Give a file"),
     ],
 )
 def test_a_file_that_is_broken_is_named(tmp_path, name, content, said):
@@ -214,7 +214,7 @@ def test_a_line_of_a_table_with_other_columns_is_a_bad_row_and_not_the_end(tmp_p
     assert (first[1]["prompt"], last[1]["prompt"]) == ("a", "g")
     for number, (place, row) in ((3, short), (4, long)):
         assert isinstance(row, DataError)
-        assert str(row) == f"{place}: not the 2 columns of the first line"
+        assert str(row) == f"{place}: the row does not have the 2 columns of the header"
         assert place.endswith(f"rows.csv:{number}")
 
 
@@ -233,7 +233,9 @@ def test_a_parquet_of_other_types_is_refused_by_row(tmp_path):
     table = pyarrow.Table.from_pylist([{"prompt": 3, "messages": None}])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     ((place, row),) = read(str(tmp_path / "rows.parquet"))
-    with pytest.raises(DataError, match=r"rows\.parquet\[0\]: 'prompt' must be text.*got 3"):
+    with pytest.raises(
+        DataError, match=r"rows\.parquet\[0\]: 'prompt' must be non-empty text, got 3"
+    ):
         to_examples(row, place, form="prompt_completion")
 
 
@@ -268,4 +270,7 @@ def test_a_column_that_is_not_there_is_a_bad_row(tmp_path):
     source = write(tmp_path, '{"q": "hi"}\n3\n{"question": "hi"}\n')
     _, number, bad = read(source, columns={"prompt": "q"})
     assert number == (f"{source}:2", 3)
-    assert str(bad[1]) == f"{source}:3: data.columns asks for 'q'; it has question"
+    assert (
+        str(bad[1])
+        == f"{source}:3: 'columns' of the source names the field 'q', but the row has question"
+    )

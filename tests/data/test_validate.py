@@ -64,8 +64,8 @@ def test_each_kind_of_bad_row_is_named(tokenizer, tmp_path):
         encode(read(str(path)), tokenizer)
     said = str(caught.value)
     assert "3 of 4 rows" in said
-    assert f"{path}:1: not a line of JSON" in said
-    assert f"{path}:3: 'messages[0]'.role" in said
+    assert f"{path}:1: not valid JSON" in said
+    assert f"{path}:3: 'messages[0].role'" in said
     assert f"{path}:4: a row must be an object" in said
 
 
@@ -79,9 +79,9 @@ def test_skipped_rows_are_counted(tokenizer):
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
-        ([], {}, "no rows left to use: 0 of 0 rows"),
-        ([BAD], {"skip_bad": True}, "no rows left to use: 0 of 1 rows, 1 malformed"),
-        ([GOOD], {"max_prompt_tokens": 3}, "no rows left to use: 0 of 1 rows, 1 dropped"),
+        ([], {}, "no usable rows are left: 0 of 0 rows"),
+        ([BAD], {"skip_bad": True}, "no usable rows are left: 0 of 1 rows, 1 malformed"),
+        ([GOOD], {"max_prompt_tokens": 3}, "no usable rows are left: 0 of 1 rows, 1 dropped"),
     ],
 )
 def test_nothing_left_is_an_error(tokenizer, rows, options, said):
@@ -93,7 +93,7 @@ def test_a_missing_answer_is_an_error_only_where_one_is_needed(tokenizer):
     rows = placed([GOOD, {"prompt": "hi"}])
     kept, _ = encode(rows, tokenizer)
     assert kept[1].response_ids is None
-    with pytest.raises(DataError, match=r"1 of 2 rows[\s\S]*rows.jsonl:2: no answer in the row"):
+    with pytest.raises(DataError, match=r"1 of 2 rows[\s\S]*rows.jsonl:2: the row has no answer"):
         encode(rows, tokenizer, Rules(needs_response=True))
 
 

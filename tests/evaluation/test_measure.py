@@ -86,7 +86,7 @@ def test_the_teacher_does_not_judge_what_it_wrote_again(teacher):
 
 def test_a_reference_without_a_result_is_found_before_anything_is_written(teacher, monkeypatch):
     monkeypatch.setattr(teacher, "write", None)
-    with pytest.raises(DataError, match="reference of evaluation row 0 matches '####'"):
+    with pytest.raises(DataError, match="reference of evaluation row 0 has no match of '####'"):
         evaluation(teacher, prompts(), answer_pattern="####")
     with pytest.raises(DataError, match="have no response"):
         evaluation(teacher, prompts(answers=False), answer_pattern="####")

@@ -144,7 +144,7 @@ def test_every_teacher_of_a_generation_has_a_builder():
 def test_a_key_that_was_renamed_says_its_new_name(rows, old, new, changes):
     with pytest.raises(RecipeError) as error:
         recipe(rows, **changes)
-    assert f"unknown key '{old}'. It is called '{new}' now." in str(error.value)
+    assert f"unknown key '{old}'. It is now called '{new}'." in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_the_teacher_goes_on_with_what_the_reply_starts_with(teacher):
 def test_without_a_template_nothing_opens_a_users_turn():
     tokenizer = toy.tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="has no chat template: nothing opens"):
+    with pytest.raises(DataError, match="has no chat template, so it cannot open"):
         open_user_turn(tokenizer)
 
 

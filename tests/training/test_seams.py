@@ -185,7 +185,9 @@ def test_functions_are_taken_for_divergence_target_and_token_weight(tmp_path):
 
 
 def test_an_option_that_nothing_takes_is_named():
-    with pytest.raises(RecipeError, match="'scaled_kl' has no option 'beta'; it has factor, start"):
+    with pytest.raises(
+        RecipeError, match="'scaled_kl' has no option 'beta'. Its options are: factor, start"
+    ):
         ResponseObjective(scaled_kl, token_weight=later, beta=0.5)
     with pytest.raises(RecipeError, match="unknown target 'mine'; choose one of teacher, or give"):
         ResponseObjective(target="mine")
