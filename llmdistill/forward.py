@@ -50,7 +50,10 @@ def teacher_signal(
         signal = teacher.judge(sequences, needs)
     if not signal.covers(needs):
         asked = ", ".join(sorted(map(str, needs)))
-        raise TrainingError(f"{type(teacher).__name__}.judge left something out of: {asked}")
+        raise TrainingError(
+            f"{type(teacher).__name__}.judge did not return everything that it was asked for: "
+            f"{asked}. Return a TeacherSignal that covers all of its `needs`."
+        )
     return signal.narrow(num_tokens).states_on(sequences.input_ids_BT.device)
 
 

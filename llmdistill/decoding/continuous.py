@@ -62,9 +62,9 @@ def sample_continuously(
     ]
     if len(responses) < len(prompts):
         raise TrainingError(
-            f"continuous batching finished {len(responses)} of {len(prompts)} answers; its log "
-            "says why (memory, most often). Write fewer rows at once, or set sampling.continuous: "
-            "false"
+            f"continuous batching finished {len(responses)} of {len(prompts)} responses. Its log "
+            "has the reason, most often a lack of memory. Write fewer rows at once, or set "
+            "sampling.continuous: false."
         )
     row_ids = prompts.row_ids_B.tolist()
     return Sequences.pack(

@@ -109,9 +109,9 @@ class Session:
         holes = bool((left_BC[:, 1:] < left_BC[:, :-1]).any())
         if (unused or holes) and not self.can_hold_holes:
             raise ModelError(
-                f"{type(unwrap_adapters(self.model)).__name__} has layers that count columns "
-                "(a window, a recurrent state, a bias by distance): it cannot take tokens back. "
-                "Use block size 1."
+                f"{type(unwrap_adapters(self.model)).__name__} cannot remove tokens from its "
+                "cache: it has layers that count cache columns (a window, a recurrent state or a "
+                "bias by distance). Use block size 1."
             )
         if unused:
             self._cache.crop(-unused)
@@ -163,8 +163,9 @@ class Session:
             )
         if not self._holds(self._mask_BC.shape[1]):
             raise ModelError(
-                f"{type(unwrap_adapters(self.model)).__name__} keeps no cache of its tokens that "
-                "can be stepped; it cannot write interleaved"
+                f"{type(unwrap_adapters(self.model)).__name__} does not keep its tokens in a "
+                "key-value cache, so it cannot take part in an interleaved rollout. Use "
+                "rollout.kind: sampled."
             )
         return output.last_hidden_state
 

@@ -20,7 +20,7 @@ def choose(what: str, given: str | Function, table: Mapping[str, Function]) -> F
         return given
     if given not in table:
         raise RecipeError(
-            f"unknown {what} '{given}'; choose one of {', '.join(table)}, or give a function"
+            f"unknown {what} '{given}'. Use one of {', '.join(table)}, or pass a function."
         )
     return table[given]
 
@@ -50,7 +50,10 @@ def bind(
     for option in options:
         takers = [what for what, function in functions.items() if option in option_names(function)]
         if len(takers) > 1:
-            raise RecipeError(f"option '{option}' is taken by {' and '.join(takers)}: rename one")
+            raise RecipeError(
+                f"option '{option}' is a parameter of the {' and of the '.join(takers)}. Rename "
+                "it in one of your functions."
+            )
         if not takers:
             (what, (given, *_)), *_ = chosen.items()
             known = [name for function in functions.values() for name in option_names(function)]

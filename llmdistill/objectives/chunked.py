@@ -104,7 +104,10 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("chunked_sum can be differentiated only once")
+            raise RuntimeError(
+                "chunked_sum can be differentiated only once: its gradients are already used. "
+                "Run the forward pass again."
+            )
         grads, ctx.grads = ctx.grads, None
         # In place: the gradient of a head is as large as the head, and nobody else holds it.
         scaled = [None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in grads]

@@ -128,7 +128,7 @@ class Switch(Accept):
     sees_student: ClassVar[bool] = True
 
     def __call__(self, block: Block) -> Tensor:
-        raise TypeError("a switch remembers its rows: call what `start` gives")
+        raise TypeError("Switch keeps state for each row. Call the rule that `start` returns.")
 
     def start(self, num_rows: int, num_slots: int, device: torch.device) -> Accept:
         return _Switching(self, num_rows, num_slots, device)
@@ -202,7 +202,9 @@ def acceptance(given: str | Accept | Callable[[Block], Tensor], **options: float
     if not isinstance(given, str):
         return given if isinstance(given, Accept) else Rule(given)
     if given not in ACCEPT:
-        raise RecipeError(f"unknown accept '{given}'; choose one of {', '.join(ACCEPT)}")
+        raise RecipeError(
+            f"unknown accept '{given}'. Use one of {', '.join(ACCEPT)}, or pass a function."
+        )
     known = [field.name for field in fields(ACCEPT[given])]  # type: ignore[arg-type]
     if wrong := wrong_option("accept", given, options, known, BOUNDS):
         raise RecipeError(f"rollout: {wrong}")

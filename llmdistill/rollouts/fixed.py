@@ -20,8 +20,9 @@ class FixedRollout:
         """Raises DataError where the data set has no responses."""
         if prompts.responses is None:
             raise DataError(
-                f"row {int(prompts.row_ids_B[0])} has no response: a fixed rollout trains on the "
-                "data set's own responses. Add them, or choose rollout.kind: sampled."
+                f"row {int(prompts.row_ids_B[0])} has no response, but a fixed rollout trains on "
+                "the responses of the dataset. Add responses to the dataset, or set "
+                "rollout.kind: sampled."
             )
         return Sequences.pack(
             prompts.ids(),

@@ -57,13 +57,19 @@ class InterleavedRollout:
         teacher_sampling: Sampling = Sampling(temperature=0.2, top_p=0.5),
     ) -> None:
         if top_k is not None and accept != "top_k":
-            raise RecipeError("rollout: give 'top_k' or another way to 'accept', not both")
+            raise RecipeError(
+                "rollout: 'top_k' cannot be combined with another acceptance rule. Give 'top_k' or "
+                "'accept', not both."
+            )
         self.accept = TopK(top_k) if top_k is not None else acceptance(accept)
         self.block_size = block_size
         self.max_new_tokens = max_new_tokens
         self.student_sampling, self.teacher_sampling = student_sampling, teacher_sampling
         if student_sampling.continuous or teacher_sampling.continuous:
-            raise RecipeError("rollout: two models that step together cannot be 'continuous'")
+            raise RecipeError(
+                "rollout: an interleaved rollout does not support continuous batching. Set "
+                "'continuous' to False in student_sampling and teacher_sampling."
+            )
         for name, value in (("block_size", block_size), ("max_new_tokens", max_new_tokens)):
             if value != "auto" and value < 1:
                 raise RecipeError(f"rollout.{name} should be 1 or more, got {value}")
@@ -76,8 +82,8 @@ class InterleavedRollout:
         """Raises RecipeError for a teacher that cannot be stepped."""
         if not isinstance(teacher, Steps):
             raise RecipeError(
-                "rollout.kind: interleaved steps the teacher token by token, and a "
-                f"{type(teacher).__name__} cannot be stepped; use a teacher of kind local"
+                "rollout.kind: interleaved runs the teacher block by block, but a "
+                f"{type(teacher).__name__} has no 'session' for that. Use a teacher of kind local."
             )
         draw = Draw(progress.seed, epoch=progress.epoch)
         with student.session(prompts) as drafter, teacher.session(prompts) as judge:

@@ -34,7 +34,10 @@ class SampledRollout:
         samples: int = 1,
     ) -> None:
         if by == "student" and samples != 1:
-            raise RecipeError("rollout.samples: the student writes anew each time; leave it at 1")
+            raise RecipeError(
+                f"rollout.samples should be 1 with by: student, got {samples}. The student writes "
+                "a new response each time. Drop 'samples', or set rollout.by: teacher."
+            )
         self.by = by
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
@@ -56,8 +59,8 @@ class SampledRollout:
         if missing:
             if not isinstance(teacher, Writes):
                 raise RecipeError(
-                    f"rollout.by: teacher, but a {type(teacher).__name__} cannot write; use "
-                    "by: student, or a teacher of kind local"
+                    f"rollout.by is 'teacher', but a {type(teacher).__name__} cannot write. Set "
+                    "rollout.by: student, or use a teacher of kind local."
                 )
             written = teacher.write(
                 prompts.select(list(missing.values()), pad_id=0),

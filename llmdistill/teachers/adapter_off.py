@@ -26,7 +26,8 @@ class AdapterOffTeacher(LocalTeacher):
     def __init__(self, student: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if not hasattr(student, "disable_adapter"):
             raise ModelError(
-                f"{type(student).__name__} has no adapter to switch off: give student.peft"
+                f"{type(student).__name__} has no adapter that could be switched off, so its base "
+                "cannot be the teacher. Set student.peft, or use a teacher of kind local."
             )
         self._take(student, tokenizer)
 

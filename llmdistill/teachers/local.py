@@ -47,7 +47,7 @@ class LocalTeacher:
         if self.num_tokens > num_rows(model):
             raise VocabularyError(
                 f"the teacher's tokenizer '{tokenizer.name_or_path}' has {self.num_tokens} ids, "
-                f"but the head of its model scores {num_rows(model)}. Give the tokenizer that "
+                f"but the model's head scores only {num_rows(model)}. Use the tokenizer that "
                 "belongs to the model."
             )
 
