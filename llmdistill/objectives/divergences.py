@@ -57,7 +57,8 @@ def jsd(
 
     `beta`, 0 to 1, is the teacher's share of M.  0.5 is symmetric, and between 0 and 1 the value is
     at most ln 2.  As in TRL, 0 gives forward KL and 1 gives reverse KL.  The value jumps there,
-    because the formula itself goes to zero at both ends.  `temperature`, above 0, divides the logits of both models before the softmax.
+    because the formula itself goes to zero at both ends.  `temperature`, above 0, divides the
+    logits of both models before the softmax.
     """
     if beta in (0.0, 1.0):
         divergence = forward_kl if beta == 0.0 else reverse_kl
@@ -124,7 +125,7 @@ def tvd(student_NV: Tensor, teacher_NV: Tensor, *, temperature: float = 1.0) -> 
 def adaptive_kl(
     student_NV: Tensor, teacher_NV: Tensor, *, head_mass: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    """Compute adaptive KL: forward and reverse KL with weights that each position sets itself.
+    """Compute adaptive KL: forward and reverse KL, weighted by where the two models differ.
 
     w KL(teacher || student) + (1 - w) KL(student || teacher): (N,), in nats.  w is the share of
     sum_V |p - q| that falls on the teacher's head, so forward KL counts more if the models differ
