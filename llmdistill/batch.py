@@ -28,9 +28,9 @@ from llmdistill.sampling import Writer
 class LossSum(NamedTuple):
     """A loss, summed over the tokens of one micro-batch.
 
-    `total` is a scalar tensor: () in nats for distributions, with gradients.  `num_tokens` is the
-    number of predicted tokens: (), an integer.  The trainer ignores `num_tokens` and divides the
-    sum over a whole step by the objective's own `divisor`.
+    `total` is the sum: (), with gradients, in nats for distributions.  `num_tokens` is the number
+    of predicted tokens: (), an integer.  The trainer does not divide by `num_tokens`; it divides
+    the sum over a whole step by the objective's own `divisor`.
     """
 
     total: Tensor

@@ -66,9 +66,14 @@ class Dense:
         return len(self.hidden_NH)
 
     def narrow(self, num_tokens: int) -> Dense:
+        """Return the distribution over the first `num_tokens` ids.
+
+        Raises ModelError if the head has fewer rows.
+        """
         return replace(self, head=self.head.narrow(num_tokens))
 
     def select(self, places: Tensor) -> Dense:
+        """Return the distribution at some positions, given by index or by a mask (N,)."""
         return replace(self, hidden_NH=self.hidden_NH[places.to(self.hidden_NH.device)])
 
     def to(self, device: torch.device | str) -> Dense:
@@ -79,7 +84,9 @@ class Dense:
         return replace(self, hidden_NH=self.hidden_NH.to(device))
 
     def detach(self) -> Dense:
+        """Return the same numbers, cut off from the autograd graph."""
         return Dense(self.hidden_NH.detach(), self.head.detach())
 
     def serve(self, chunk_size: int = CHUNK_ROWS) -> HeadLogits:
+        """Return the logits, computed for at most `chunk_size` positions at a time."""
         return HeadLogits(self.hidden_NH, self.head, chunk_size)

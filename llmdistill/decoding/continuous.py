@@ -66,7 +66,7 @@ def sample_continuously(
     if len(responses) < len(prompts):
         raise TrainingError(
             f"continuous batching finished {len(responses)} of {len(prompts)} responses. Its log "
-            "has the reason, most often a lack of memory. Write fewer rows at once, or set "
+            "has the reason, most often a lack of memory. Lower the batch size, or set "
             "sampling.continuous: false."
         )
     row_ids = prompts.row_ids_B.tolist()

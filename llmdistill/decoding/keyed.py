@@ -16,7 +16,7 @@ from torch import Tensor
 from llmdistill.sampling import Draw, Sampling, Writer
 
 BLOCK_ROWS = 4  # rows hashed at a time: three times faster on a CPU, because they fit its cache
-NUCLEUS_TOKENS = 256  # likeliest tokens in which the edge of top-p is searched first
+NUCLEUS_TOKENS = 256  # number of likeliest tokens that are searched first for the edge of top-p
 
 
 def row_keys(draw: Draw, row_ids_B: Tensor, writer: Writer) -> Tensor:

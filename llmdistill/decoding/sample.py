@@ -2,8 +2,8 @@
 
 N = predicted tokens, T = tokens, B = sequences, P = prompt tokens, G = new tokens, H = hidden size,
 V = vocabulary.  `generate` runs greedily over scores that already contain the noise, so it never
-reaches its own warpers.  The model's own `generation_config` is hidden meanwhile, because
-`generate` takes every field from it that a call does not set.
+reaches its own warpers.  The model's own `generation_config` is hidden during the call, because
+`generate` takes every field from it that the call does not set.
 """
 
 from __future__ import annotations

@@ -171,6 +171,7 @@ def alpha_beta(
     return (own_NV - shared_NV).sum(-1) / (alpha * beta)
 
 
+# Recipes read the names with `ast`, so the table must stay a dict literal.
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,

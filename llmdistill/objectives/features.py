@@ -42,6 +42,7 @@ def cosine(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
     return 1 - nn.functional.cosine_similarity(student_NH, teacher_NH, dim=-1)
 
 
+# Recipes read the names with `ast`, so the table must stay a dict literal.
 DISTANCES: dict[str, Distance] = {"mse": mse, "cosine": cosine}
 
 
@@ -89,11 +90,13 @@ class HiddenObjective(Objective):
         self.projector: nn.Module = nn.Identity()
 
     def prepare(self, student: PreTrainedConfig, teacher: PreTrainedConfig | None) -> None:
+        """Create the projector if the models differ in width."""
         assert teacher is not None  # A teacher that provides hidden states has a configuration.
         if student.hidden_size != teacher.hidden_size:
             self.projector = nn.Linear(student.hidden_size, teacher.hidden_size, bias=False)
 
     def divisor(self, sequences: Sequences) -> Tensor:
+        """Return the number of tokens that the sum runs over: ()."""
         if self.tokens == "all":
             return sequences.trained_mask_BT.sum()
         return super().divisor(sequences)
@@ -101,6 +104,7 @@ class HiddenObjective(Objective):
     def forward(
         self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
     ) -> LossSum:
+        """Return the sum of the distances over one micro-batch."""
         assert signal is not None
         projected = wide(self.projector(student.states[self.student_need]))
         wanted = wide(signal.states[self.teacher_need])

@@ -33,6 +33,9 @@ from llmdistill.schedules import Schedule
 class ResponseObjective(Objective):
     """A divergence between the next-token distributions of teacher and student.
 
+    The sum over predicted tokens of weight * divergence(student, target).  Logits are computed in
+    chunks, so long batches with a large vocabulary need little memory.
+
     Args:
         divergence: A name in `divergences.DIVERGENCES`, or a function of student and teacher
             logits, both (N, V), that returns (N,) in nats.
@@ -84,11 +87,13 @@ class ResponseObjective(Objective):
         self.chunk_size = chunk_size
 
     def divisor(self, sequences: Sequences) -> Tensor:
+        """Return what this batch adds to the divisor of the step: (), an integer tensor."""
         return self.count(sequences)
 
     def forward(
         self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
     ) -> LossSum:
+        """Return the sum of the weighted divergences over one micro-batch, in nats."""
         assert signal is not None
         assert signal.distribution is not None
         teacher = signal.distribution.serve(self.chunk_size)
@@ -126,6 +131,7 @@ class CrossEntropyObjective(Objective):
     def forward(
         self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
     ) -> LossSum:
+        """Return the sum of -log q(token) over one micro-batch, in nats."""
         targets_N = sequences.targets_N
 
         def position_loss(student_nV: Tensor, rows: slice) -> Tensor:

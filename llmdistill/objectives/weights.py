@@ -40,6 +40,7 @@ def sequence_mean(sequences: Sequences) -> Tensor:
     return (1.0 / num_predicted_B.clamp_min(1)).repeat_interleave(num_predicted_B)
 
 
+# Recipes read the names with `ast`, so the table must stay a dict literal.
 TOKEN_WEIGHTS: dict[str, TokenWeight] = {"uniform": uniform, "sequence_mean": sequence_mean}
 
 

@@ -78,7 +78,7 @@ class TopK(Accept):
     top-k or top-p of a sampler.
 
     `top_k`, 0 or more, is the number of tokens.  0 refuses every draft, so the teacher writes
-    everything.  The size of the vocabulary refuses none, so the student does.
+    everything.  The size of the vocabulary refuses none, so the student writes everything.
     """
 
     top_k: int = 25
@@ -128,6 +128,7 @@ class Mixture(Accept):
     def log_prob(
         self, block: Block, tokens_AG: Tensor, teacher: Sampling, student: Sampling
     ) -> Tensor:
+        """Return the log-probability of each token under the mixture: (A, G), in nats."""
         assert block.student_AGV is not None
         token_N = tokens_AG.flatten()
         share = torch.tensor(self.teacher_share, device=token_N.device)
@@ -159,6 +160,7 @@ class Switch(Accept):
         raise TypeError("Switch keeps state for each row. Call the rule that `start` returns.")
 
     def start(self, num_rows: int, num_slots: int, device: torch.device) -> Accept:
+        """Return a rule that remembers the divergences and switches of this batch."""
         return _Switching(self, num_rows, num_slots, device)
 
 
@@ -214,6 +216,7 @@ class Rule(Accept):
         return self.function(block)
 
 
+# Recipes read the names with `ast`, so the table must stay a dict literal.
 ACCEPT: dict[str, type[Accept]] = {
     "top_k": TopK,
     "top_p": TopP,

@@ -41,7 +41,8 @@ class InterleavedRollout:
     """Responses that the student drafts and the teacher corrects while they are written (SKD).
 
     The teacher's states of the kept tokens are returned as `Sequences.signal`, so the teacher does
-    not run again for the loss.  Xu et al. 2025, algorithm 1; the sampling defaults are the paper's.
+    not run again for the loss.  Xu et al. 2025, algorithm 1.  The defaults of the acceptance rule
+    and of the two sampling settings are the paper's.
 
     Args:
         top_k: Shortcut for the rule "top_k" with this value: a drafted token stays if it is among
@@ -102,7 +103,7 @@ class InterleavedRollout:
         if not isinstance(teacher, Steps):
             raise RecipeError(
                 "rollout.kind: interleaved runs the teacher block by block, but a "
-                f"{type(teacher).__name__} has no 'session' for that. Use a teacher of kind local."
+                f"{type(teacher).__name__} has no 'session' method. Use a teacher of kind local."
             )
         draw = Draw(progress.seed, epoch=progress.epoch)
         with student.session(prompts) as drafter, teacher.session(prompts) as judge:

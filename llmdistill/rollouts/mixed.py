@@ -22,7 +22,7 @@ from llmdistill.schedules import Schedule, value
 
 
 class MixedRollout:
-    """Two rollouts, of which one is drawn for each step.
+    """Two rollouts, one of which is drawn for each step.
 
     Args:
         student: The rollout that writes a step with probability `share`.

@@ -522,7 +522,7 @@ def test_a_teacher_that_cannot_be_stepped_is_named(pair):
         write = judge = None
 
     with pytest.raises(
-        RecipeError, match="a Remote has no 'session' for that. Use a teacher of kind local"
+        RecipeError, match="a Remote has no 'session' method. Use a teacher of kind local"
     ):
         InterleavedRollout().write(pack(), pair.student, Remote(), AT)
 

@@ -286,7 +286,7 @@ def test_needs_that_a_teacher_does_not_provide_are_named(tmp_path):
 
 @pytest.mark.parametrize("rollout", [SampledRollout("teacher"), InterleavedRollout()])
 def test_a_rollout_says_if_the_teacher_cannot_write(tmp_path, rollout):
-    with pytest.raises(RecipeError, match="a Uniform (cannot write|has no 'session' for that)"):
+    with pytest.raises(RecipeError, match="a Uniform (cannot write|has no 'session' method)"):
         trainer(tmp_path, teacher=Uniform(), rollout=rollout).train()
 
 
