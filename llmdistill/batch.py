@@ -1,11 +1,12 @@
-"""What travels between the parts of a run.
+"""The data that rollouts, teachers, objectives and the trainer exchange.
 
     Prompts  --write-->  Sequences  --judge-->  TeacherSignal  --match-->  LossSum
 
 B = sequences, P = prompt tokens, T = tokens, N = predicted tokens, V = vocabulary, H = hidden size.
-Prompts are padded on the left, so that writing starts in one column; sequences are padded on the
-right.  "Predicted" tokens are those of `response_mask_BT`; the state that predicts the token in
-column t stands in column t - 1.  That shift is made here (`predictor_mask_BT`) and nowhere else.
+Prompts are padded on the left, so that all responses start in the same column.  Sequences are
+padded on the right.  "Predicted" tokens are those of `response_mask_BT`.  The state that predicts
+the token in column t is in column t - 1.  That shift is made here (`predictor_mask_BT`) and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from llmdistill.sampling import Writer
 
 
 class LossSum(NamedTuple):
-    """A loss summed over tokens, and their number: `total / num_tokens` is the mean in nats.
+    """A loss, summed over the tokens of one micro-batch.
 
-    Over a whole step a sum is divided by its objective's own `divisor`.
+    `total` is the sum: (), with gradients, in nats for distributions.  `num_tokens` is the number
+    of predicted tokens: (), an integer.  The trainer does not divide by `num_tokens`; it divides
+    the sum over a whole step by the objective's own `divisor`.
     """
 
     total: Tensor
@@ -36,7 +39,12 @@ class LossSum(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of B rows, padded on the left, with the data set's responses where it has them."""
+    """The prompts of B rows, padded on the left.
+
+    `input_ids_BP` holds token ids, `attention_mask_BP` is 1 at tokens and 0 at padding, and
+    `row_ids_B` names the rows of the dataset; all three are int64.  `responses` holds the token ids
+    of the dataset's own responses, without padding.  It is None if the dataset has none.
+    """
 
     input_ids_BP: Tensor
     attention_mask_BP: Tensor
@@ -52,6 +60,7 @@ class Prompts:
         pad_id: int,
         responses: Sequence[Sequence[int]] | None = None,
     ) -> Prompts:
+        """Return a batch of these prompts, given as lists of token ids without padding."""
         width = max((len(ids) for ids in prompts), default=0)
         ids_BP = torch.full((len(prompts), width), pad_id)
         mask_BP = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -63,7 +72,10 @@ class Prompts:
 
     @classmethod
     def join(cls, parts: Sequence[Prompts], *, pad_id: int) -> Prompts:
-        """Several batches as one, padded anew."""
+        """Return several batches as one, padded to the longest prompt of all.
+
+        The result has responses only if every part has them.
+        """
         responses = None
         if all(part.responses is not None for part in parts):
             responses = [ids for part in parts for ids in part.responses or ()]
@@ -78,12 +90,12 @@ class Prompts:
         return len(self.row_ids_B)
 
     def ids(self) -> list[list[int]]:
-        """The prompts without padding."""
+        """Return the token ids of each prompt, without padding."""
         rows = zip(self.input_ids_BP.tolist(), self.attention_mask_BP.tolist(), strict=True)
         return [[i for i, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
 
     def select(self, rows: Sequence[int], *, pad_id: int) -> Prompts:
-        """The rows at these places, padded anew."""
+        """Return the rows at these indices, in this order, padded to the longest of them."""
         ids, row_ids = self.ids(), self.row_ids_B.tolist()
         return Prompts.pack(
             [ids[row] for row in rows],
@@ -95,22 +107,26 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts with their responses, padded on the right: what a rollout writes.
-
-    `embedding_change`, a function (B, T, H) -> (B, T, H), is applied by student and teacher to
-    their own embeddings.  `signal` is there if the teacher has already read what was kept while it
-    was written, and `teacher_passes_B` then counts the teacher's passes over each row.
-    """
+    """Prompts with one response each, padded on the right: the output of a rollout."""
 
     input_ids_BT: Tensor
+    """Token ids, int64."""
     attention_mask_BT: Tensor
+    """1 at prompt and response tokens, 0 at padding, int64."""
     response_mask_BT: Tensor
+    """True at the tokens that the student learns to predict."""
     row_ids_B: Tensor
+    """The row of the dataset that each sequence belongs to."""
     writer_BT: Tensor
+    """Who wrote each token, as a `Writer`; DATA at prompts and padding."""
     writer_logprob_BT: Tensor | None = None
+    """Log-probability with which each token was drawn, in nats, if the rollout keeps it."""
     teacher_passes_B: Tensor | None = None
+    """Forward passes of the teacher that added tokens to each row, if the rollout counts them."""
     embedding_change: Callable[[Tensor], Tensor] | None = None
+    """A function (B, T, H) -> (B, T, H) that student and teacher apply to their own embeddings."""
     signal: TeacherSignal | None = None
+    """The teacher's output for the predicted tokens, if it read them while they were written."""
 
     @classmethod
     def pack(
@@ -122,7 +138,15 @@ class Sequences:
         writer: Writer,
         pad_id: int,
     ) -> Sequences:
-        """One writer's responses behind their prompts."""
+        """Return prompts and responses of one writer, joined and padded on the right.
+
+        Args:
+            prompts: Token ids of each prompt, without padding.
+            responses: Token ids of each response, in the order of the prompts.
+            row_ids: The row of the dataset that each prompt belongs to.
+            writer: Who wrote all of the responses.
+            pad_id: The id at padding; it has no effect, because every mask leaves it out.
+        """
         pairs = list(zip(prompts, responses, strict=True))
         width = max((len(prompt) + len(response) for prompt, response in pairs), default=0)
         ids_BT = torch.full((len(pairs), width), pad_id)
@@ -142,8 +166,9 @@ class Sequences:
 
     @property
     def predictor_mask_BT(self) -> Tensor:
-        """True in column t where the token in column t + 1 is predicted; never in the last
-        column.
+        """A mask, True in column t if the token in column t + 1 is predicted: (B, T).
+
+        The last column is always False.
         """
         shifted = torch.zeros_like(self.response_mask_BT)
         shifted[:, :-1] = self.response_mask_BT[:, 1:]
@@ -151,35 +176,38 @@ class Sequences:
 
     @property
     def trained_mask_BT(self) -> Tensor:
-        """True for all tokens, prompts included, of the rows that predict something.
+        """A mask, True at all tokens of the rows that have a predicted token: (B, T).
 
-        Filler rows predict nothing, so they count in no objective.
+        Prompt tokens are included.  Filler rows have no predicted token, so they do not count in
+        any objective.
         """
         return self.attention_mask_BT.bool() & (self.num_predicted > 0)[:, None]
 
     @property
     def targets_N(self) -> Tensor:
-        """The predicted tokens, row by row: (N,)."""
+        """The ids of the predicted tokens, row by row: (N,)."""
         return self.input_ids_BT[:, 1:][self.response_mask_BT[:, 1:]]
 
     @property
     def target_writers_N(self) -> Tensor:
-        """Who wrote each predicted token: (N,)."""
+        """The `Writer` of each predicted token, row by row: (N,)."""
         return self.writer_BT[:, 1:][self.response_mask_BT[:, 1:]]
 
     @property
     def num_predicted(self) -> Tensor:
-        """Predicted tokens of each row: (B,)."""
+        """The number of predicted tokens of each row: (B,)."""
+        # The first column has no state before it, so its token is never predicted.
         return self.response_mask_BT[:, 1:].sum(1)
 
     def responses(self) -> list[list[int]]:
-        """The predicted tokens of each row, as ids."""
+        """Return the token ids of each row's response."""
         return [
             ids[mask].tolist()
             for ids, mask in zip(self.input_ids_BT, self.response_mask_BT, strict=True)
         ]
 
     def to(self, device: torch.device | str) -> Sequences:
+        """Return the batch on a device; `signal` stays on the teacher's device."""
         moved: dict[str, Any] = {
             item.name: value.to(device)
             for item in fields(self)
@@ -188,7 +216,11 @@ class Sequences:
         return replace(self, **moved)
 
     def select(self, rows: Tensor) -> Sequences:
-        """The rows at these places, without the columns that only the others needed."""
+        """Return the rows at these indices, cut to the longest of them.
+
+        The signal is cut along with its rows.
+        """
+        # Padding is on the right, so the columns beyond the longest row are all padding.
         width = int(self.attention_mask_BT[rows].sum(1).max()) if len(rows) else 0
         cut: dict[str, Any] = {
             item.name: value[rows, :width] if value.dim() == 2 else value[rows]
@@ -198,11 +230,15 @@ class Sequences:
         if self.signal is not None:
             places = torch.arange(int(self.num_predicted.sum())).split(self.num_predicted.tolist())
             chosen = torch.cat([torch.arange(0), *(places[row] for row in rows.tolist())])
+            # The signal is one flat list of N tokens, so each row owns a run of it.
             cut["signal"] = self.signal.select(chosen)
         return replace(self, **cut)
 
     def without_loss(self, rows_B: Tensor) -> Sequences:
-        """The same batch in which the rows marked True predict nothing."""
+        """Return the same batch, in which the rows marked True have no predicted token.
+
+        The rows stay in the batch, and `signal` loses their tokens.
+        """
         signal = self.signal
         if signal is not None:
             signal = signal.select(~rows_B.repeat_interleave(self.num_predicted))
@@ -212,11 +248,12 @@ class Sequences:
 
 @dataclass(frozen=True)
 class StudentView:
-    """What an objective sees of the student: one reading of a batch.
+    """The output of the student's forward pass, as objectives see it.
 
-    `hidden_NH` are the final hidden states that predict the N tokens, `head` what turns them into
-    logits of the shared ids, and `states` what its `student_needs` asked for: (N, ...) for
-    predicted tokens, (M, ...) for all M tokens of the rows that predict something, row by row.
+    `hidden_NH` holds the final hidden states that predict the N tokens, and `head` turns them into
+    logits over the ids that student and teacher share.  `states` holds the inner states that the
+    objectives list in `student_needs`, row by row: (N, ...) for predicted tokens, or (M, ...) for
+    all M tokens of the rows that have a predicted token.
     """
 
     hidden_NH: Tensor
@@ -224,54 +261,61 @@ class StudentView:
     states: Mapping[Need, Tensor] = field(default_factory=dict)
 
     def detach(self) -> StudentView:
-        """The same numbers without a way back for gradients."""
+        """Return the same numbers, cut off from the autograd graph."""
         states = {need: state.detach() for need, state in self.states.items()}
         return StudentView(self.hidden_NH.detach(), self.head.detach(), states)
 
 
 @dataclass(frozen=True)
 class TeacherSignal:
-    """What a teacher says of the N predicted tokens; a part that nobody asked for is missing.
+    """The output of the teacher's forward pass at the N predicted tokens.
 
-    `states` are as in `StudentView`, in the teacher's widths; objectives get them on the student's
-    device.
+    It holds only what was asked for.  `distribution` is the next-token distribution, or None.
+    `states` are as in `StudentView`, but with the teacher's widths.  Objectives get them on the
+    student's device.
     """
 
     distribution: Distribution | None = None
     states: Mapping[Need, Tensor] = field(default_factory=dict)
 
     def covers(self, needs: frozenset[Need]) -> bool:
-        """Is everything here that these needs ask for?"""
+        """Whether the signal contains everything that these needs ask for."""
         there = set(self.states)
         if self.distribution is not None:
             there.add(Need.DISTRIBUTION)
         return needs <= there
 
     def narrow(self, num_tokens: int) -> TeacherSignal:
-        """With the distribution over the ids that both sides share."""
+        """Return the signal with its distribution cut to the first `num_tokens` ids.
+
+        Raises ModelError if the distribution has fewer ids.
+        """
         if self.distribution is None:
             return self
         return replace(self, distribution=self.distribution.narrow(num_tokens))
 
     def states_on(self, device: torch.device | str) -> TeacherSignal:
-        """With the states on this device; the distribution stays where it is."""
+        """Return the signal with its states on a device; the distribution stays where it is."""
         states = {need: state.to(device) for need, state in self.states.items()}
         return replace(self, states=states)
 
     def select(self, places: Tensor) -> TeacherSignal:
-        """The signal at some of the N tokens: by number, or by a mask (N,)."""
+        """Return the signal at some of the N tokens, given by index or by a mask (N,)."""
         states = {need: state[places.to(state.device)] for need, state in self.states.items()}
         found = self.distribution
         return TeacherSignal(None if found is None else found.select(places), states)
 
     def to(self, device: torch.device | str) -> TeacherSignal:
-        """With what is kept per token on this device; a head stays where its model is."""
+        """Return the signal with its per-token tensors on a device.
+
+        A head stays on the device of its model.
+        """
         found = self.distribution
         moved = None if found is None else found.to(device)
         return replace(self.states_on(device), distribution=moved)
 
     def detach(self) -> TeacherSignal:
-        """The same numbers without a way back for gradients."""
+        """Return the same numbers, cut off from the autograd graph."""
         states = {need: state.detach() for need, state in self.states.items()}
         found = self.distribution
         return TeacherSignal(None if found is None else found.detach(), states)

@@ -1,7 +1,7 @@
 """Next-token distributions of a teacher at N predicted positions, served a block at a time.
 
 N = predicted positions, n = positions of one block, H = hidden size, V = vocabulary.  An objective
-asks a distribution for logits and does not know how they are made.
+reads logits from a distribution and does not know how they are made.
 """
 
 from __future__ import annotations
@@ -17,38 +17,47 @@ from llmdistill.models.heads import Head
 
 
 class ServedLogits(Protocol):
-    """`served[rows]` are the logits of these positions: (n, V), without gradients, on the
-    teacher's device, valid until other rows are asked for.
-    """
+    """Logits of a distribution, read a slice of positions at a time."""
 
-    def __getitem__(self, rows: slice) -> Tensor: ...
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Return the logits of these positions: (n, V), without gradients.
+
+        The tensor is on the teacher's device.  Read it before the next slice is taken, because
+        both may share one buffer.
+        """
 
 
 class Distribution(Protocol):
-    """What a teacher's next-token distributions can be asked for."""
+    """The next-token distributions of a teacher at N predicted positions."""
 
     def __len__(self) -> int:
-        """N, the number of predicted positions."""
+        """Return N, the number of predicted positions."""
 
     def narrow(self, num_tokens: int) -> Distribution:
-        """Over the first `num_tokens` ids only; ModelError if there are fewer."""
+        """Return the distributions over the first `num_tokens` ids only.
+
+        Raises ModelError if there are fewer ids.
+        """
 
     def select(self, places: Tensor) -> Distribution:
-        """At some of the N positions: by number, or by a mask (N,)."""
+        """Return the distributions at some of the N positions, given by index or by a mask (N,)."""
 
     def to(self, device: torch.device | str) -> Distribution:
-        """With what is kept per position on this device."""
+        """Return the distributions with their per-position tensors on a device."""
 
     def detach(self) -> Distribution:
-        """The same numbers without a way back for gradients."""
+        """Return the same numbers, cut off from the autograd graph."""
 
     def serve(self, chunk_size: int = CHUNK_ROWS) -> ServedLogits:
-        """The logits in blocks; at most `chunk_size` positions are held at a time."""
+        """Return the logits in blocks, with at most `chunk_size` positions in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Dense:
-    """All logits of a model: its final hidden states and the head over them."""
+    """The distribution of a model, kept as final hidden states (N, H) and the head over them.
+
+    Logits over the whole vocabulary exist only a chunk at a time, when they are served.
+    """
 
     hidden_NH: Tensor
     head: Head
@@ -57,17 +66,27 @@ class Dense:
         return len(self.hidden_NH)
 
     def narrow(self, num_tokens: int) -> Dense:
+        """Return the distribution over the first `num_tokens` ids.
+
+        Raises ModelError if the head has fewer rows.
+        """
         return replace(self, head=self.head.narrow(num_tokens))
 
     def select(self, places: Tensor) -> Dense:
+        """Return the distribution at some positions, given by index or by a mask (N,)."""
         return replace(self, hidden_NH=self.hidden_NH[places.to(self.hidden_NH.device)])
 
     def to(self, device: torch.device | str) -> Dense:
-        """The head stays where its model is."""
+        """Return the distribution with its hidden states on a device.
+
+        The head stays on the device of its model.
+        """
         return replace(self, hidden_NH=self.hidden_NH.to(device))
 
     def detach(self) -> Dense:
+        """Return the same numbers, cut off from the autograd graph."""
         return Dense(self.hidden_NH.detach(), self.head.detach())
 
     def serve(self, chunk_size: int = CHUNK_ROWS) -> HeadLogits:
+        """Return the logits, computed for at most `chunk_size` positions at a time."""
         return HeadLogits(self.hidden_NH, self.head, chunk_size)

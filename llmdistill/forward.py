@@ -1,4 +1,4 @@
-"""The forward pass that teacher and student share, and the one place where heads are narrowed.
+"""The forward pass that teacher and student share, and the only place where heads are narrowed.
 
 B = sequences, T = tokens, N = predicted tokens, H = hidden size.
 """
@@ -20,10 +20,17 @@ from llmdistill.protocols import Teacher
 def read(
     model: Any, sequences: Sequences, num_tokens: int, needs: Iterable[Need] = ()
 ) -> StudentView:
-    """One forward pass of a causal LM: what predicts the N tokens, and the states asked for.
+    """Run one forward pass of a causal LM and return its output at the N predicted tokens.
 
-    The head is cut to the first `num_tokens` ids: the padding rows behind them mean nothing and
-    belong into no softmax.
+    Args:
+        model: A causal LM of transformers, plain or PEFT.
+        sequences: The batch, on the model's device.
+        num_tokens: Number of ids that the tokenizer uses.  The head is cut to them: the padding
+            rows after them have no meaning and must not take part in a softmax.
+        needs: The inner states to keep.
+
+    Returns:
+        The final hidden states that predict the N tokens, the narrowed head, and the states.
     """
     backbone, head = split(model)
     with taps(model, needs) as found:
@@ -34,28 +41,31 @@ def read(
 def teacher_signal(
     teacher: Teacher, sequences: Sequences, num_tokens: int, needs: frozenset[Need]
 ) -> TeacherSignal | None:
-    """What the teacher says of the tokens, over the shared ids and with states on the sequences'
-    device; None if nothing is needed.
+    """Return the teacher's signal over the shared ids, or None if nothing is needed.
 
-    A signal that was made while the sequences were written is used if it holds all of it.  It was
-    made without gradients and from the plain embeddings.  A teacher that trains therefore judges
-    in a new pass, and so does one that reads changed embeddings.  Raises TrainingError if
-    something is missing.
+    A signal that was made while the sequences were written is used if it covers `needs`; otherwise
+    the teacher runs a forward pass.  The states of the result are on the device of the sequences.
+    Raises TrainingError if the teacher does not return everything.
     """
     if not needs:
         return None
     signal = sequences.signal
+    # A signal from writing has no gradients and comes from the plain embeddings.  So a teacher that
+    # is trained needs a new pass, and so does one that reads changed embeddings.
     as_written = sequences.embedding_change is None and not isinstance(teacher, nn.Module)
     if signal is None or not as_written or not signal.covers(needs):
         signal = teacher.judge(sequences, needs)
     if not signal.covers(needs):
         asked = ", ".join(sorted(map(str, needs)))
-        raise TrainingError(f"{type(teacher).__name__}.judge left something out of: {asked}")
+        raise TrainingError(
+            f"{type(teacher).__name__}.judge did not return everything that it was asked for: "
+            f"{asked}. Return a TeacherSignal that covers all of its `needs`."
+        )
     return signal.narrow(num_tokens).states_on(sequences.input_ids_BT.device)
 
 
 def _final_hidden(backbone: Any, sequences: Sequences) -> Tensor:
-    """The backbone's final hidden states at the positions that predict: (N, H)."""
+    """Return the backbone's final hidden states at the positions that predict: (N, H)."""
     inputs: dict[str, Tensor] = {"input_ids": sequences.input_ids_BT}
     if sequences.embedding_change is not None:
         embedded_BTH = backbone.get_input_embeddings()(sequences.input_ids_BT)
@@ -63,6 +73,7 @@ def _final_hidden(backbone: Any, sequences: Sequences) -> Tensor:
     output = backbone(
         **inputs,
         attention_mask=sequences.attention_mask_BT,
+        # Tokens are counted, not columns, so padding on the left changes nothing either.
         position_ids=(sequences.attention_mask_BT.cumsum(1) - 1).clamp_min(0),
         use_cache=False,
     )
@@ -70,7 +81,7 @@ def _final_hidden(backbone: Any, sequences: Sequences) -> Tensor:
 
 
 def _kept(found: Mapping[Need, Tensor], sequences: Sequences) -> dict[Need, Tensor]:
-    """Each state at the tokens that its need names, row by row."""
+    """Return each state at the tokens that its need names, row by row."""
     masks = {
         "predicted": sequences.predictor_mask_BT,
         "all": sequences.trained_mask_BT,

@@ -1,9 +1,10 @@
-"""Who takes part in a step, and what each of them must be able to do.
+"""The interfaces of rollouts, teachers and the student.
 
-B = rows, T = tokens, N = predicted tokens.  A class takes part by having these methods; it need not
-inherit.  On several ranks each method is called by every rank with that rank's own rows.  Nothing
-here may draw from a global random generator: what is random follows from a `Draw`, or from the seed
-and step of `Progress`, so that a row is written the same on any number of ranks and after a resume.
+B = rows, T = tokens, N = predicted tokens.  A class that has the methods of a protocol implements
+it; it does not have to inherit.  On several ranks, every rank calls each method with its own rows.
+No implementation may draw from a global random generator: all randomness must follow from a `Draw`,
+or from the seed and step of `Progress`.  A row is then written the same on any number of ranks and
+after a resume.
 """
 
 from __future__ import annotations
@@ -22,99 +23,123 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training is when a batch is written: `step` of `num_steps` steps are done.
-
-    `epoch` counts passes over the data.  `eval_losses` are the held-out losses so far, the oldest
-    first.
-    """
+    """The state of training when a batch is written."""
 
     step: int
+    """Optimiser steps that are done, from 0."""
     epoch: int
+    """Complete passes over the data, from 0."""
     seed: int
+    """The seed of the run."""
     num_steps: int = 0
+    """Optimiser steps of the whole run."""
     eval_losses: tuple[float, ...] = ()
+    """Held-out losses so far, the oldest first."""
 
 
 @runtime_checkable
 class Writes(Protocol):
-    """A model that can write: a teacher that can, or the student inside its wrapper."""
+    """A model that can write responses: the student, or a teacher with this method."""
 
     def write(
         self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
     ) -> Sequences:
-        """Each prompt with one response of at most `max_new_tokens` tokens, in the prompts' order.
+        """Write one response to each prompt.
 
-        The sequences are on the CPU, padded on the right.  A response holds its end token if it
-        has ended.  The writer runs in eval mode without gradients and is left as it was.  The only
-        randomness is that of `draw` with the row id, so a response does not depend on its batch.
+        The model must run in eval mode and without gradients, and be left as it was.
+
+        Args:
+            prompts: The prompts of B rows.
+            sampling: How tokens are drawn.
+            max_new_tokens: The longest response, in tokens, its end token included.
+            draw: The source of all randomness, together with the row ids.  A response must not
+                depend on the other rows of its batch.
+
+        Returns:
+            Prompts and responses in the prompts' order, on the CPU, padded on the right.  A
+            response that has ended contains its end token.
         """
 
 
 @runtime_checkable
 class Steps(Protocol):
-    """A model that can write token by token in turn with another one, for interleaved rollouts."""
+    """A model that can read and write a few tokens at a time, for interleaved rollouts."""
 
     def session(self, prompts: Prompts) -> AbstractContextManager[Any]:
-        """A `decoding.session.Session` over these prompts: a cache that can be extended and can
-        take tokens back, row by row.
+        """Return a context manager that gives a `decoding.session.Session` over these prompts.
+
+        A session is a cache that can be extended, and from which each row can remove its last
+        tokens.
         """
 
 
 class Student(Writes, Steps, Protocol):
-    """The student as a rollout sees it."""
+    """The student as a rollout sees it: `Distillation`, the module that the trainer wraps."""
 
 
 class Teacher(Protocol):
-    """Who judges what was written.
+    """The model that scores the tokens that the student learns on.
 
-    `tokenizer` must hold the student's vocabulary.  `provides` lists what can be asked for:
-    `Need.DISTRIBUTION`, `Need.HIDDEN` and so on.  A teacher that provides states also has `config`,
-    the transformers configuration of the model that they come from.  One that can also write has
-    `write` (`Writes`), perhaps `session` (`Steps`), and `ends`, the ids that end what it writes.
-    One that trains along is a `teachers.base.TrainableTeacher`.
+    Some teachers have more than these members.  A teacher that provides inner states also has
+    `config`, the transformers configuration of the model that they come from.  A teacher that can
+    write has `write` (`Writes`) and `ends`, the ids that end a response; one that takes part in
+    interleaved rollouts also has `session` (`Steps`).  A teacher with parameters that are trained
+    is a `teachers.base.TrainableTeacher`.
     """
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer, which must have the student's vocabulary."""
 
     @property
-    def provides(self) -> frozenset[Need]: ...
+    def provides(self) -> frozenset[Need]:
+        """What `judge` can return: `Need.DISTRIBUTION`, `Need.HIDDEN` and so on."""
 
     def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
-        """What it says of the N predicted tokens, row by row: all that `needs` asks for.
+        """Score the N predicted tokens of the sequences, row by row, with a forward pass.
 
-        `sequences` may be on any device.  The signal stays on the teacher's.  Called once per
-        micro-batch, unless the sequences bring a signal that covers the needs.
+        The signal must contain everything that `needs` asks for.  It stays on the teacher's device;
+        `sequences` may be on any device.  The method is called once for each micro-batch, unless
+        the sequences already have a signal that covers the needs.
         """
 
 
 class Rollout(Protocol):
-    """Who writes the tokens that the student learns on."""
+    """The part of a run that writes the responses that the student learns on."""
 
     def write(
         self, prompts: Prompts, student: Student, teacher: Any, progress: Progress
     ) -> Sequences:
-        """The prompts of a whole accumulation window with a response each, in their order.
+        """Write one response to each prompt.
 
-        Rows must come back one for one: the trainer knows filler rows by their place.  `teacher` is
-        the run's `Teacher`; a rollout that needs it to write says so in its error if it cannot.
+        Args:
+            prompts: The prompts of a whole gradient accumulation window.
+            student: The student, which can write and can open a session.
+            teacher: The teacher of the run, a `Teacher`.  A rollout that needs it to write should
+                raise RecipeError if it cannot.
+            progress: The state of training.
+
+        Returns:
+            The prompts with one response each, in their order.  No row may be added, dropped or
+            moved, because the trainer recognises filler rows by their index.
         """
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A rollout whose memory belongs in a checkpoint; each rank saves and loads its own."""
+    """A rollout with state that belongs in a checkpoint; each rank saves and loads its own."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next `write` depends on, as plain JSON."""
+        """Return all the state that the next `write` depends on, as JSON-serialisable values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
 
 
 def steps_both_models(rollout: Rollout) -> bool:
-    """Do both models make passes in turn while this rollout writes?
+    """Whether student and teacher run forward passes in turn while this rollout writes.
 
-    A rollout that does sets `steps_both_models`; the number of passes then differs between ranks.
+    Such a rollout has an attribute `steps_both_models` that is True.  The number of passes then
+    differs between ranks, which a sharded student does not support.
     """
     return bool(getattr(rollout, "steps_both_models", False))

@@ -1,4 +1,4 @@
-"""How tokens are drawn, and who draws them."""
+"""Settings of sampling, the writers of tokens, and the key of their randomness."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class Writer(enum.IntEnum):
-    """Who wrote a token."""
+    """Who wrote a token: the dataset, the teacher or the student."""
 
     DATA = 0
     TEACHER = 1
@@ -16,10 +16,19 @@ class Writer(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: temperature 0 is greedy, top_k 0 and top_p 1 keep every token.
+    """Settings of sampling: how a model draws each token.
 
-    With `continuous` rows join and leave the batch while it is written (transformers'
-    `generate_batch`): made for GPUs.  An answer then also depends on the other rows.
+    Logits are divided by the temperature first, then cut by top-k, then by top-p.
+
+    Args:
+        temperature: 0 or more.  0 is greedy, 1 is the model's own distribution, higher values
+            flatten it.
+        top_p: Above 0, at most 1.  The smallest set of likeliest tokens that has this probability
+            is kept.  1 keeps every token.
+        top_k: 0 or more.  This many of the likeliest tokens are kept.  0 keeps every token.
+        continuous: Write with transformers' `generate_batch`, where rows join and leave the batch
+            as they end.  It is meant for GPUs.  A response then also depends on the other rows of
+            its batch.
     """
 
     temperature: float = 1.0
@@ -33,10 +42,16 @@ GREEDY = Sampling(temperature=0.0)
 
 @dataclass(frozen=True)
 class Draw:
-    """Which random draw this is; with row, slot and writer it keys every sampled token.
+    """The key of a random draw: equal keys give equal responses.
 
-    `sample` counts the answers to one prompt (one number, or one a row), `epoch` the passes over
-    the data.
+    Together with the row id, the position in the response and the writer it determines the noise
+    of every sampled token (`decoding/keyed.py`).
+
+    Args:
+        seed: The seed of the run.
+        epoch: Complete passes over the data, so that each epoch draws new responses.
+        sample: Which of several responses to the same prompt this is: one number for the whole
+            batch, or one for each row.
     """
 
     seed: int

@@ -1,7 +1,7 @@
-"""Numbers that change while training goes on: the weight of an objective, the share of a rollout.
+"""Schedules: numbers that change during training, such as the weight of an objective.
 
-A schedule is a function of `Progress`.  `step` counts the optimiser steps done, from 0; the last
-step of a run is number `num_steps - 1`.
+A schedule is a function of `Progress`.  `step` counts the optimiser steps that are done, from 0, so
+the last step of a run is number `num_steps - 1`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ Schedule = Callable[[Progress], float]
 
 
 def done(progress: Progress) -> float:
-    """The part of the run that is done: 0 at the first step, 1 at the last."""
+    """Return the share of the run that is done: 0 at the first step, 1 at the last."""
+    # The divisor is one less than the number of steps, so that a schedule reaches its end.
     return min(progress.step / max(progress.num_steps - 1, 1), 1.0)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """From `start` at the first step to `end` at the last, on a line."""
+    """Change by the same amount at each step, from `start` to `end`.
+
+    value = start + (end - start) * t, with t from 0 at the first step to 1 at the last.  `start`
+    and `end` are 0 or more for the weight of an objective, and 0 to 1 for a share.
+    """
 
     start: float
     end: float
@@ -34,7 +39,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """From `start` to `end` along half a cosine: slow at both ends."""
+    """Change along half a cosine from `start` to `end`, slowly at both ends.
+
+    value = end + (start - end) * (1 + cos(pi * t)) / 2, with t from 0 at the first step to 1 at the
+    last.  `start` and `end` are 0 or more for the weight of an objective, and 0 to 1 for a share.
+    """
 
     start: float
     end: float
@@ -45,7 +54,11 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Exponential:
-    """From `start` to `end` by the same factor at each step; both are above 0."""
+    """Change by the same factor at each step, from `start` to `end`.
+
+    value = start * (end / start)^t, with t from 0 at the first step to 1 at the last.  `start` and
+    `end` must be above 0.
+    """
 
     start: float
     end: float
@@ -56,10 +69,14 @@ class Exponential:
 
 @dataclass(frozen=True)
 class CriticalPeriod:
-    """`start` at first, multiplied by `decay` after each of `periods` equal parts of the run.
+    """Begin at `start` and multiply by `decay` after each of `periods` equal parts of the run.
 
-    Forces what is matched early in training and then lets go: the critical-period weights of
-    Passalis et al. 2020, section 3.3, whose periods are epochs (100, 70, 49, ...).
+    value = start * decay^k, with k the number of parts that are complete.  The weight is large
+    early in training and then fades: the critical-period weights of Passalis et al. 2020,
+    section 3.3.  There a period is an epoch, and the weights are 100, 70, 49, ...
+
+    `start` is the weight in the first part, 0 or more.  `decay` is the factor after each part,
+    above 0 and at most 1.  `periods` is the number of parts, 1 or more.
     """
 
     start: float
@@ -73,11 +90,14 @@ class CriticalPeriod:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Rises by `rise` whenever the held-out loss has risen by `tolerance` nats or more, up to 1.
+    """Rise by `rise`, up to 1, each time the held-out loss has risen by at least `tolerance`.
 
-    The loss is compared with that of the last rise, at first with the first one measured: the
-    student writes more as soon as the other text stops helping.  Ko et al. 2024 (DistiLLM), section
-    3.2; a function of the losses so far, so a resumed run continues where it was.
+    As the share of a mixed rollout, it lets the student write more once the other responses no
+    longer help.  Each loss is compared with the loss at the last rise of the share, and before that
+    with the first loss that was measured.  Ko et al. 2024 (DistiLLM), section 3.2.
+
+    `start` is the share before the first rise, 0 to 1.  `rise` is added at each rise, above 0 and
+    at most 1.  `tolerance` is in the units of the held-out loss (nats), 0 or more.
     """
 
     start: float = 0.0
@@ -85,6 +105,7 @@ class Adaptive:
     tolerance: float = 0.1
 
     def __call__(self, progress: Progress) -> float:
+        # Computed from all losses so far, without state, so that a resumed run continues the same.
         share = self.start
         before, *losses = progress.eval_losses or (0.0,)
         for loss in losses:
@@ -94,10 +115,11 @@ class Adaptive:
 
 
 def value(number: float | Schedule, progress: Progress) -> float:
-    """A number as it is, or what a schedule says now."""
+    """Return the current value of a schedule; a plain number is returned unchanged."""
     return number(progress) if callable(number) else number
 
 
+# The names that recipes use; `recipe/schedules.py` has a section for each.
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear": Linear,
     "cosine": Cosine,
@@ -108,6 +130,6 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def build_schedule(section: ScheduleSection | float) -> float | Schedule:
-    """The number or the schedule that a recipe asks for."""
+    """Return the number or the schedule that a section of a recipe describes."""
     kind, fields = described(section)
     return fields["value"] if kind == "constant" else SCHEDULES[kind](**fields)

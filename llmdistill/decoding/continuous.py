@@ -1,10 +1,10 @@
-"""One model writes by continuous batching: transformers' `generate_batch`.
+"""Writing with continuous batching, by transformers' `generate_batch`.
 
 B = sequences, P = prompt tokens.
 
-Rows join and leave the batch as they end, so that none waits for the longest: made for GPUs.  It
-takes no logits processor of ours, hence its draws are its own: the same seed gives the same answers
-on the same machine in the same batch, and nothing more.
+Rows join and leave the batch as they end, so no row waits for the longest one.  This is meant for
+GPUs.  `generate_batch` does not accept our logits processor, so it draws tokens itself.  The same
+seed gives the same responses on the same machine in the same batch, and nothing more is guaranteed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-PAGE_SIZE = 256  # tokens that the cache hands out at a time
-MAX_BATCH_TOKENS = 8192  # of one forward pass, prompts included
+PAGE_SIZE = 256  # tokens in one block of the cache
+MAX_BATCH_TOKENS = 8192  # tokens of one forward pass, prompts included
 
 
 @torch.no_grad()
@@ -42,18 +42,21 @@ def sample_continuously(
     draw: Draw,
     writer: Writer,
 ) -> Sequences:
-    """The prompts with the model's answers, which end before a token without a meaning.
+    """Return the prompts with the model's responses.
 
-    Raises TrainingError where rows were not finished.
+    A response ends before the first id that the tokenizer does not use.  Raises TrainingError if
+    some rows were not finished.
     """
     longest = prompts.input_ids_BP.shape[1] + max_new_tokens
     seed = int(row_keys(draw, prompts.row_ids_B[:1], writer)[0]) % 2**31
-    with eval_mode(model), torch.random.fork_rng():  # it seeds the global generator
+    # `fork_rng`, because `generate_batch` seeds the global generator.
+    with eval_mode(model), torch.random.fork_rng():
         outputs = _in_product_dtype(unwrap_adapters(model)).generate_batch(
             prompts.ids(),
             generation_config=_generation_config(model, tokenizer, sampling, max_new_tokens),
             continuous_batching_config=_batching_config(prompts, longest, seed),
         )
+    # A head may score more ids than the tokenizer has, and nothing masks them here.
     known = num_tokens(tokenizer)
     responses = [
         list(itertools.takewhile(lambda token: token < known, output.generated_tokens))
@@ -62,9 +65,9 @@ def sample_continuously(
     ]
     if len(responses) < len(prompts):
         raise TrainingError(
-            f"continuous batching finished {len(responses)} of {len(prompts)} answers; its log "
-            "says why (memory, most often). Write fewer rows at once, or set sampling.continuous: "
-            "false"
+            f"continuous batching finished {len(responses)} of {len(prompts)} responses. Its log "
+            "has the reason, most often a lack of memory. Lower the batch size, or set "
+            "sampling.continuous: false."
         )
     row_ids = prompts.row_ids_B.tolist()
     return Sequences.pack(
@@ -73,8 +76,9 @@ def sample_continuously(
 
 
 def _in_product_dtype(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, or a copy in autocast's dtype, which does not reach the thread that
-    `generate_batch` writes in.
+    """Return the model, or a copy of it in autocast's dtype.
+
+    `generate_batch` writes in another thread, which autocast does not reach.
     """
     device = model.device.type
     if not torch.is_autocast_enabled(device) or model.dtype == torch.get_autocast_dtype(device):
@@ -103,7 +107,10 @@ def _generation_config(
 
 
 def _batching_config(prompts: Prompts, longest: int, seed: int) -> ContinuousBatchingConfig:
-    """A cache for these rows: left to itself it would take most of the free memory."""
+    """Return a configuration with a cache of the size that these rows need.
+
+    By default the cache would take most of the free memory.
+    """
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     return ContinuousBatchingConfig(

@@ -1,10 +1,9 @@
 """Faster linear layers on a CPU while a model writes.
 
-Decoding multiplies a few rows at a time, and oneDNN is faster at that with weights laid out in
-blocks beforehand (`torch.ops.mkldnn`, private and without gradients).  So the layers are packed
-once for a whole piece of writing and put back afterwards; each kind is tried once against
-`F.linear`, and where it does not give the same numbers the model writes with its layers as they
-are.
+Decoding multiplies a few rows at a time.  oneDNN does that faster if the weights are laid out in
+blocks first (`torch.ops.mkldnn`, which is private and has no gradients).  So the layers are packed
+once for each batch that is written, and restored afterwards.  Each dtype is tested once against
+`F.linear`.  If the results differ, the model writes with its layers unchanged.
 """
 
 from __future__ import annotations
@@ -20,11 +19,17 @@ from torch.nn import functional as F
 
 @contextlib.contextmanager
 def packed(model: nn.Module, batch_size: int) -> Iterator[None]:
-    """Within it, the model's linear layers on a CPU run packed.  Gradients must be off."""
+    """Run the model's linear layers on a CPU packed within the context.
+
+    Gradients must be off.  Layers on other devices, and quantised or sharded ones, are unchanged.
+    """
     layers = [m for m in model.modules() if type(m) is nn.Linear and _is_plain(m.weight)]
-    layers = [layer for layer in layers if "forward" not in layer.__dict__]  # packed already
+    # A layer that has `forward` as an instance attribute is packed already.
+    layers = [layer for layer in layers if "forward" not in layer.__dict__]
     layers = [layer for layer in layers if _packs(_product_dtype(layer.weight))]
-    weights: dict[tuple, Tensor] = {}  # tied layers are packed once
+    # Tied layers are packed once.  The address alone is not a key: a transposed view of the same
+    # memory has the same one.
+    weights: dict[tuple, Tensor] = {}
     try:
         for layer in layers:
             dtype = _product_dtype(layer.weight)
@@ -42,12 +47,12 @@ def packed(model: nn.Module, batch_size: int) -> Iterator[None]:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """On the CPU, and neither quantised nor sharded."""
+    """Whether a weight is on the CPU, and neither quantised nor sharded."""
     return weight.device.type == "cpu" and type(weight) is nn.Parameter
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which this layer would multiply here: autocast's, or its own."""
+    """Return the dtype in which a layer multiplies now: autocast's, or that of its weight."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
 
 
@@ -58,7 +63,8 @@ def _pack(weight: Tensor, batch_size: int) -> Tensor:
 def _packed_or_plain(
     layer: nn.Linear, x: Tensor, *, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The packed layer, where products are made in the dtype that it was packed for."""
+    """Apply the packed layer, or the plain one if its dtype is not the one it was packed for."""
+    # Autocast may be on here although it was off when the layer was packed.
     if _product_dtype(layer.weight) != dtype:
         return F.linear(x, layer.weight, layer.bias)
     return _linear(x, weight=weight, bias=bias, dtype=dtype)
@@ -70,13 +76,13 @@ def _linear(x: Tensor, *, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
 
 @functools.cache
 def _packs(dtype: torch.dtype) -> bool:
-    """Does packing work on this machine for this dtype, and give the numbers of `F.linear`?"""
+    """Whether packing works on this machine for a dtype and gives the results of `F.linear`."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     x = torch.linspace(-1, 1, 3 * 64).reshape(3, 64).to(dtype)
     weight = torch.linspace(1, -1, 32 * 64).reshape(32, 64).to(dtype)
     try:
         found = _linear(x, weight=_pack(weight, 3), bias=None, dtype=dtype)
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError):  # This build of torch lacks the private operators.
         return False
     return torch.allclose(found.float(), F.linear(x, weight).float(), rtol=2e-2, atol=2e-2)

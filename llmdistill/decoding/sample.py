@@ -1,10 +1,9 @@
-"""One model writes: `transformers`' own `generate`, with our randomness in its last logits
-processor.
+"""Writing with transformers' `generate`, with keyed randomness in its last logits processor.
 
 N = predicted tokens, T = tokens, B = sequences, P = prompt tokens, G = new tokens, H = hidden size,
-V = vocabulary. `generate` runs greedily over scores that already hold the noise, so its own warpers
-are never reached; every sampling field is set by hand, because an unset one would be taken from the
-model's own `generation_config`.
+V = vocabulary.  `generate` runs greedily over scores that already contain the noise, so it never
+reaches its own warpers.  The model's own `generation_config` is hidden during the call, because
+`generate` takes every field from it that the call does not set.
 """
 
 from __future__ import annotations
@@ -31,8 +30,10 @@ if TYPE_CHECKING:
 
 
 class KeyedSampler:
-    """A logits processor that leaves the drawn token as the argmax; never a token without a
-    meaning.
+    """A logits processor that makes the drawn token the argmax of the scores.
+
+    `prompt_length` is the width of the padded prompts, and `keys_B` has one key for each row.  Ids
+    from `num_tokens` on, which the tokenizer does not use, are never drawn.
     """
 
     def __init__(
@@ -43,16 +44,18 @@ class KeyedSampler:
 
     def __call__(self, input_ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
         slot = input_ids_BT.shape[1] - self.prompt_length
+        # Padding rows of the head have no meaning; they are masked before top-k and top-p.
         scores_BV[:, self.num_tokens :] = -torch.inf
         return perturb(scores_BV, self.sampling, self.keys_B, slot)
 
 
 class HoldsText:
-    """A stopping criterion: rows whose newest tokens end or hold a text."""
+    """A stopping criterion that ends a row when its newest tokens contain a text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, text: str) -> None:
         self.tokenizer, self.prompt_length, self.text = tokenizer, prompt_length, text
-        self.window = len(text.encode()) + 1  # a token is a byte or more
+        # The text has at most as many tokens as bytes.
+        self.window = len(text.encode()) + 1
 
     def __call__(self, input_ids_BT: Tensor, scores: object, **options: object) -> Tensor:
         start = max(self.prompt_length, input_ids_BT.shape[1] - self.window)
@@ -74,12 +77,12 @@ def sample(
     stops: bool = True,
     stop: str = "",
 ) -> Sequences:
-    """The prompts with the model's answers, their end tokens included where they came.
+    """Return the prompts with the model's responses, which include their end tokens.
 
-    The model writes in eval mode and is left as it was.  With `keep_states` the states that it
-    wrote from come along as `signal`, to be judged no more (continuous batching keeps none).
-    Without `stops` no token ends an answer: for timing.  An answer that holds the text `stop` ends
-    soon after it; what follows it there means nothing.
+    The model writes in eval mode and is left as it was.  `keep_states` also returns its final
+    hidden states as `signal`, so that a teacher need not run again (not with continuous batching).
+    `stops=False` lets no token end a response, for timing.  A response that contains the text
+    `stop` ends soon after it; the tokens after the text have no meaning.
     """
     if sampling.continuous:
         options: Any = {"max_new_tokens": max_new_tokens, "draw": draw, "writer": writer}
@@ -111,7 +114,8 @@ def sample(
 def _judged(
     model: PreTrainedModel, states_BH: list[Tensor], responses: list[list[int]]
 ) -> TeacherSignal:
-    """The states that the kept tokens were written from, row by row, and the head over them."""
+    """Return the states that the kept tokens were drawn from, row by row, with the head."""
+    # `generate` pads a row after its end; the states of that padding are cut off here.
     states_GBH = torch.stack(states_BH)
     kept_NH = torch.cat([states_GBH[: len(ids), row] for row, ids in enumerate(responses)])
     return TeacherSignal(Dense(kept_NH, split(model)[1]))
@@ -131,7 +135,7 @@ def _greedy(max_new_tokens: int, ends: frozenset[int], pad_id: int) -> Generatio
 
 @contextlib.contextmanager
 def _head_inputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collects the last position's final hidden states of each forward pass: (B, H) a token."""
+    """Collect the final hidden states at the last position of each forward pass: (B, H) each."""
     states_BH: list[Tensor] = []
     hook = (
         unwrap_adapters(model)
@@ -146,7 +150,7 @@ def _head_inputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def _blank_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Hides the model's own generation config, which fills every field that a call leaves open."""
+    """Hide the model's own generation config, which sets every field that a call leaves open."""
     from transformers import GenerationConfig
 
     inner = unwrap_adapters(model)
@@ -158,7 +162,7 @@ def _blank_generation_config(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _until_end(ids: list[int], eos_ids: frozenset[int]) -> list[int]:
-    """The tokens up to the first end token, that one included."""
+    """Return the tokens up to the first end token, which is included."""
     for place, token in enumerate(ids):
         if token in eos_ids:
             return ids[: place + 1]

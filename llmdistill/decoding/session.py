@@ -1,10 +1,11 @@
-"""One model, one batch, and a cache that can take tokens back.
+"""A session: one model, one batch, and a cache from which each row can remove its last tokens.
 
-D = heads of the cache, P = prompt tokens, B = sequences, C = cached columns, G = new tokens a row,
-H = hidden size, V = vocabulary.  Rows that keep different numbers of tokens stay in one rectangular
-cache: every row appends the same columns, and those that a row gives back become holes, masked by
-the 2-D attention mask.  Positions count a row's own tokens.  Columns that no row uses any more are
-cut off the end, and where too many are holes the rows move together.
+D = heads of the cache, P = prompt tokens, B = sequences, C = cached columns, G = new tokens of each
+row, H = hidden size, V = vocabulary.  Rows that keep different numbers of tokens share one
+rectangular cache.  Every row appends the same columns, and the columns that a row removes become
+holes, which the 2-D attention mask hides.  Positions count only a row's own tokens.  Columns at the
+end that no row uses are cut off.  If too many of the rest are holes, the tokens of each row are
+moved together.
 """
 
 from __future__ import annotations
@@ -29,17 +30,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HOLES = 0.25  # share of the columns that may be holes in every row
-WINDOWS = ("sliding_window", "window_size", "attention_types")  # how a config tells of one
-TRIAL_GAP = 0.05  # relative; bfloat16 rounds by about 0.01
+WINDOWS = ("sliding_window", "window_size", "attention_types")  # keys of a config with a window
+TRIAL_GAP = 0.05  # relative error that the trial allows; bfloat16 rounds by about 0.01
+# Results of the trial.  The keys are weak, so that a model is not kept in memory by its result.
 _TRIED: MutableMapping[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 class Session:
-    """A model that reads a batch token by token and can forget its last ones, row by row.
+    """A model with a cache of one batch, which can read more tokens and remove the last ones.
 
-    After construction the cache holds every prompt token but the last; the first `extend` takes
-    that one (`prompts.input_ids_BP[:, -1:]`), and its hidden state predicts the first response
-    token.  `within` makes the context that each pass of the model runs in.
+    After construction, the cache has every prompt token except the last.  Give that one
+    (`prompts.input_ids_BP[:, -1:]`) to the first `extend`; its hidden state predicts the first
+    response token.  Raises ModelError if the model does not cache its tokens.
+
+    Args:
+        model: A causal LM of transformers, plain or PEFT.
+        tokenizer: Its tokenizer.
+        prompts: The batch, padded on the left.
+        within: A function that makes the context in which each forward pass runs.
     """
 
     def __init__(
@@ -59,59 +67,66 @@ class Session:
         self._within = within
         self._cache = DynamicCache(config=model.config.get_text_config())
         self._mask_BC = prompts.attention_mask_BP[:, :0].to(self.device)
+        # The last prompt token is left out: a forward pass over it gives the first hidden state.
         ids_BP = prompts.input_ids_BP.to(self.device)
         if ids_BP.shape[1] > 1:
             self._read(ids_BP[:, :-1], prompts.attention_mask_BP[:, :-1].to(self.device))
 
     @property
     def length_B(self) -> Tensor:
-        """Tokens that the cache holds for each row, prompt included: (B,)."""
+        """Number of cached tokens of each row, prompt included: (B,)."""
         return self._mask_BC.sum(1)
 
     @property
     def head(self) -> Head:
-        """What turns the hidden states that `extend` gives into logits."""
+        """The head that turns the hidden states from `extend` into logits."""
         return split(self.model)[1]
 
     @property
     def can_hold_holes(self) -> bool:
-        """May rows keep different numbers of tokens, and give any back?"""
+        """Whether rows can keep different numbers of tokens, and remove some."""
         return can_hold_holes(self.model)
 
     def extend(self, ids_BG: Tensor, last_position_B: Tensor | None = None) -> Tensor:
-        """Reads G more tokens of every row and gives their final hidden states: (B, G, H).
+        """Read G more tokens of every row and return their final hidden states: (B, G, H).
 
-        Tokens beyond a row's `last_position_B`, which will be given back, are read as if they stood
-        there: a context with learned positions has an end.
+        Tokens beyond a row's `last_position_B`, which the caller must remove later, are read at
+        that position, because a model with learned positions has no others.
         """
         mask_BG = torch.ones_like(ids_BG, device=self.device)
         return self._read(ids_BG.to(self.device), mask_BG, last_position_B)
 
     @torch.no_grad()
     def logits(self, hidden_BGH: Tensor) -> Tensor:
-        """What `extend` gave, as scores of the ids that have a meaning: (B, G, V), float32."""
+        """Return the logits of hidden states from `extend`: (B, G, V), float32.
+
+        V counts only the ids that the tokenizer uses.
+        """
         output = unwrap_adapters(self.model).get_output_embeddings()
         with self._within():
-            products_BGV = output(hidden_BGH)  # the module: it may be packed
+            products_BGV = output(hidden_BGH)  # The module itself, because it may be packed.
+        # The module has already added the bias.
         logits_BGV = replace(self.head, bias_V=None).finish(products_BGV)
         return logits_BGV[..., : self.num_tokens].float()
 
     def keep(self, length_B: Tensor) -> None:
-        """Forgets what each row holds beyond its first `length_B` tokens.
+        """Remove all tokens of each row after its first `length_B` ones.
 
-        Raises ModelError for a model that cannot take tokens back (`can_hold_holes`).
+        Raises ModelError if tokens must be removed but the model does not allow it
+        (`can_hold_holes`).
         """
         position_BC = self._mask_BC.cumsum(1)
         self._mask_BC = self._mask_BC * (position_BC <= length_B.to(self.device)[:, None])
         used_C = self._mask_BC.any(0)
         unused = len(used_C) - int(used_C.nonzero().max()) - 1 if used_C.any() else len(used_C)
         left_BC = self._mask_BC[:, : len(used_C) - unused]
+        # Holes are zeros after a one.  The zeros of left padding come before all ones.
         holes = bool((left_BC[:, 1:] < left_BC[:, :-1]).any())
         if (unused or holes) and not self.can_hold_holes:
             raise ModelError(
-                f"{type(unwrap_adapters(self.model)).__name__} has layers that count columns "
-                "(a window, a recurrent state, a bias by distance): it cannot take tokens back. "
-                "Use block size 1."
+                f"{type(unwrap_adapters(self.model)).__name__} cannot remove tokens from its "
+                "cache: it has layers that count cache columns (a window, a recurrent state or a "
+                "bias by distance). Use block size 1."
             )
         if unused:
             self._cache.crop(-unused)
@@ -120,17 +135,20 @@ class Session:
             self._close_up()
 
     def drop(self, rows: Tensor) -> None:
-        """Takes these rows out of the batch; the others close up."""
+        """Remove the rows at these indices from the batch; the others keep their order."""
         stay = torch.ones(len(self._mask_BC), dtype=torch.bool, device=self.device)
         stay[rows.to(self.device)] = False
+        # `reorder_cache` also moves the states of layers that do not attend (in hybrid models).
         self._cache.reorder_cache(stay.nonzero()[:, 0])
         self._mask_BC = self._mask_BC[stay]
 
     def _close_up(self) -> None:
-        """Moves each row's columns together, to the right, once too many of them are holes."""
+        """Move each row's tokens together, to the right, if too many columns are holes."""
         width, longest = self._mask_BC.shape[1], int(self.length_B.max())
         if width - longest <= HOLES * width:
             return
+        # A stable sort puts the holes first and keeps the order of the tokens.  The first columns
+        # are then holes in every row, and are cut off.
         order_BC = self._mask_BC.argsort(dim=1, stable=True)[:, width - longest :]
         self._mask_BC = self._mask_BC.gather(1, order_BC)
         for layer in self._cache.layers:
@@ -138,7 +156,8 @@ class Session:
             layer.values = _columns(layer.values, order_BC)
 
     def _holds(self, num_columns: int) -> bool:
-        """Has the model put these tokens into the cache that it was given?"""
+        """Whether the model has put its tokens into the cache that it was given."""
+        # A model without attention (Mamba) keeps a state instead, which cannot forget a token.
         from transformers.cache_utils import DynamicLayer
 
         attends = any(isinstance(layer, DynamicLayer) for layer in self._cache.layers)
@@ -148,6 +167,7 @@ class Session:
     def _read(
         self, ids_BG: Tensor, mask_BG: Tensor, last_position_B: Tensor | None = None
     ) -> Tensor:
+        # Columns are not positions: holes and padding do not count.
         position_BG = (self.length_B[:, None] + mask_BG.cumsum(1) - 1).clamp_min(0)
         if last_position_B is not None:
             position_BG = position_BG.minimum(last_position_B.to(self.device)[:, None])
@@ -163,8 +183,9 @@ class Session:
             )
         if not self._holds(self._mask_BC.shape[1]):
             raise ModelError(
-                f"{type(unwrap_adapters(self.model)).__name__} keeps no cache of its tokens that "
-                "can be stepped; it cannot write interleaved"
+                f"{type(unwrap_adapters(self.model)).__name__} does not keep its tokens in a "
+                "key-value cache, so it cannot take part in an interleaved rollout. Use "
+                "rollout.kind: sampled."
             )
         return output.last_hidden_state
 
@@ -177,25 +198,31 @@ def session(
     *,
     within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Iterator[Session]:
-    """A Session of a model that is made ready to write, and left as it was."""
+    """Open a Session of a model that is ready to write, and restore the model afterwards."""
     with contextlib.ExitStack() as stack:
-        with within():  # its layers are packed for the products that they will make there
+        # Packed inside `within`, because its autocast decides the dtype that layers are packed for.
+        with within():
             stack.enter_context(ready_to_write(model, len(prompts)))
         yield Session(model, tokenizer, prompts, within=within)
 
 
 @contextlib.contextmanager
 def ready_to_write(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
-    """In eval mode, with packed layers, and without compiling: shapes change with every token."""
+    """Put a model in eval mode with packed layers within the context.
+
+    `torch.compile` is off, because shapes change with every token.
+    """
     with eval_mode(model), packed(model, batch_size), torch.compiler.set_stance("force_eager"):
         yield
 
 
 def can_hold_holes(model: PreTrainedModel) -> bool:
-    """Does the model read on correctly behind columns that are masked?  Tried once, by numbers.
+    """Whether the model continues correctly after columns that are masked.
 
-    Windows are looked up instead: they may be longer than any trial.
+    It is tried once for each model, with numbers, because biases by distance do not show in every
+    configuration.
     """
+    # Windows are found in the configuration instead, because they may be longer than any trial.
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ()
     if any(kind != "full_attention" for kind in kinds) or any(
@@ -209,7 +236,10 @@ def can_hold_holes(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _reads_on_behind_holes(model: PreTrainedModel) -> bool:
-    """Reads 12 tokens, masks 8 of them, reads one more: as if those had never been there?"""
+    """Whether a pass over masked columns equals one in which their tokens never existed.
+
+    It reads 11 tokens, masks 8 of them, and reads 2 more.
+    """
     from transformers import DynamicCache
 
     backbone, config = split(model)[0], model.config.get_text_config()
@@ -232,6 +262,7 @@ def _reads_on_behind_holes(model: PreTrainedModel) -> bool:
 
 
 def _columns(states_BDCH: Tensor, order_BC: Tensor) -> Tensor:
-    """Each row's chosen columns, in this order; D = heads of the cache."""
+    """Return the chosen columns of each row, in this order: (B, D, C, H)."""
+    # The size is taken from the states, because values may have another one than keys.
     _, heads, _, size = states_BDCH.shape
     return states_BDCH.gather(2, order_BC[:, None, :, None].expand(-1, heads, -1, size))

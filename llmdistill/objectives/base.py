@@ -1,4 +1,4 @@
-"""What every objective is: a module that turns student, teacher and sequences into a LossSum."""
+"""The base class of objectives: modules that return one term of the loss as a LossSum."""
 
 from __future__ import annotations
 
@@ -18,33 +18,39 @@ if TYPE_CHECKING:
 
 
 class Objective(nn.Module, abc.ABC):
-    """One term of the loss.  Its parameters, if it has any, are trained along and not exported.
+    """One term of the loss.
 
-    `student_needs` and `teacher_needs` are what one forward pass of each model must show.
-    `compares_samples` says that the value depends on which samples share a micro-batch.  `weight`
-    multiplies the term's mean in the loss: a number, or a schedule over the run.
+    An objective may have parameters, such as a projector.  They are trained with the student and
+    saved in checkpoints, but they are not exported.  `weight` multiplies the term's mean in the
+    loss: a number, or a schedule over the run.
     """
 
     name: str
+    """The column of the log that shows the term's mean."""
     student_needs: frozenset[Need] = frozenset()
+    """What a forward pass of the student must provide."""
     teacher_needs: frozenset[Need] = frozenset()
+    """What a forward pass of the teacher must provide."""
     compares_samples: bool = False
+    """Whether the value depends on which samples share a micro-batch."""
 
     def __init__(self, *, weight: float | Schedule = 1.0) -> None:
         super().__init__()
         self.weight = weight
 
     def prepare(self, student: PreTrainedConfig, teacher: PreTrainedConfig | None) -> None:
-        """Makes what depends on the models' sizes, such as projectors; called once.
+        """Create the parts that depend on the models' sizes, such as projectors.
 
-        `teacher` is None for a teacher without a configuration.  Random parameters may be drawn
-        from the global generator here: it is seeded alike on all ranks.
+        The method is called once, before the first step.  `student` and `teacher` are the text
+        configurations of the models; `teacher` is None if the teacher has none.  Random parameters
+        may be drawn from the global generator here, because all ranks seed it the same.
         """
 
     def divisor(self, sequences: Sequences) -> Tensor:
-        """What this batch adds to the number that the step's sum is divided by: (), an integer.
+        """Return what this batch adds to the divisor of the step: (), an integer tensor.
 
-        By default its predicted tokens.  The trainer sums it over micro-batches and ranks.
+        The trainer sums it over micro-batches and ranks, and divides the sum of the losses by the
+        result.  The default is the number of predicted tokens.
         """
         return predicted_tokens(sequences)
 
@@ -52,6 +58,11 @@ class Objective(nn.Module, abc.ABC):
     def forward(
         self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
     ) -> LossSum:
-        """The sum over a micro-batch, in nats for distributions.  `signal` holds `teacher_needs`,
-        and is None if no objective of the run needs anything from the teacher.
+        """Return the sum of the losses over one micro-batch, in nats for distributions.
+
+        Args:
+            student: The student's output, with the states that `student_needs` lists.
+            signal: The teacher's output, with everything that `teacher_needs` lists.  It is None if
+                no objective of the run needs anything from the teacher.
+            sequences: The batch that both models read.
         """

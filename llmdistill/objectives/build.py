@@ -1,4 +1,4 @@
-"""What is matched?  Builds the objectives that a recipe asks for."""
+"""Builds the objectives of a recipe: what is matched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmdistill.schedules import Schedule, build_schedule
 
 
 def build_objective(section: sections.ObjectiveRecipe) -> Objective:
-    """The objective that a recipe asks for."""
+    """Return the objective that a section of a recipe describes."""
     return _BUILDERS[type(section)](section, build_schedule(section.weight))
 
 
@@ -28,12 +28,13 @@ def _response(section: sections.ResponseRecipe, weight: float | Schedule) -> Obj
 
 
 def _plain(objective: Callable[..., Objective]) -> Callable[..., Objective]:
-    """An objective whose options are all fields of its section."""
+    """Return a builder for an objective whose parameters are the fields of its section."""
     return lambda section, weight: objective(
         weight=weight, **section.model_dump(exclude={"kind", "weight"})
     )
 
 
+# One builder for each section; a new objective adds a line here.
 _BUILDERS: dict[type, Callable[..., Objective]] = {
     sections.ResponseRecipe: _response,
     sections.CrossEntropyRecipe: _plain(CrossEntropyObjective),

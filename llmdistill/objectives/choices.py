@@ -1,4 +1,4 @@
-"""A name of a table, or a function of the user's own, with the options that it takes."""
+"""Resolves a choice, which is a name in a table or a function, and binds its options."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def choose(what: str, given: str | Function, table: Mapping[str, Function]) -> Function:
-    """The entry of a table, or a callable as it is; RecipeError lists the names of the table."""
+    """Return the entry of a table for a name; a callable is returned unchanged.
+
+    Raises RecipeError, which lists the names of the table, for an unknown name.  `what` is the
+    parameter that the error names.
+    """
     if callable(given):
         return given
     if given not in table:
         raise RecipeError(
-            f"unknown {what} '{given}'; choose one of {', '.join(table)}, or give a function"
+            f"unknown {what} '{given}'. Use one of {', '.join(table)}, or pass a function."
         )
     return table[given]
 
 
 def name_of(given: str | Callable[..., Any]) -> str:
-    """What a choice is called in logs and errors."""
+    """Return the name of a choice in logs and errors."""
     return given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
 
 
 def option_names(function: Callable[..., Any]) -> list[str]:
-    """The keyword-only parameters of a function: its options."""
+    """Return the options of a function, which are its keyword-only parameters."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
@@ -40,18 +44,23 @@ def bind(
     chosen: Mapping[str, tuple[Any, Mapping[str, Callable[..., Any]], Bounds]],
     options: Mapping[str, Any],
 ) -> list[Callable[..., Any]]:
-    """The chosen functions, each with those of the options that it takes.
+    """Return the chosen functions, each with its own options bound.
 
-    `chosen` maps what is chosen to the choice, its table and the bounds of its options.
-    RecipeError for an unknown name, for an option that none of the functions takes or two of them
-    take, and for a value out of bounds.
+    `chosen` maps a parameter, such as "divergence", to the choice, its table and the bounds of its
+    options.  Raises RecipeError for an unknown name, for an option that no function or more than
+    one function has, and for a value out of bounds.
     """
     functions = {what: choose(what, *one[:2]) for what, one in chosen.items()}
+    # All options come from one flat mapping, so each must belong to exactly one function.
     for option in options:
         takers = [what for what, function in functions.items() if option in option_names(function)]
         if len(takers) > 1:
-            raise RecipeError(f"option '{option}' is taken by {' and '.join(takers)}: rename one")
+            raise RecipeError(
+                f"option '{option}' is a parameter of the {' and of the '.join(takers)}. Rename "
+                "it in one of your functions."
+            )
         if not takers:
+            # The error names the first choice, but lists the options of all of them.
             (what, (given, *_)), *_ = chosen.items()
             known = [name for function in functions.values() for name in option_names(function)]
             raise RecipeError(wrong_option(what, name_of(given), {option: None}, known, {}))

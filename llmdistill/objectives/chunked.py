@@ -1,10 +1,11 @@
-"""From hidden states to a summed loss and its gradients, without ever holding N x V numbers.
+"""From hidden states to a summed loss and its gradients, without N x V numbers in memory.
 
-N = predicted positions, n = positions of one block, H = hidden size, V = vocabulary.
-The logits of a chunk of positions fill one buffer that is used again for the next chunk.  Inside a
-chunk, autograd of the plain divergence runs on a few rows at a time, so that what it makes stays in
-the cache; its gradient overwrites the logits it came from.  Hidden and weight gradients are made at
-once, in the forward pass, and only scaled in the backward pass.
+N = predicted positions, n = positions of one block, c = positions of one chunk, H = hidden size,
+V = vocabulary.  The logits of a chunk of positions fill a buffer that the next chunk uses again.
+Inside a chunk, autograd of the plain divergence runs on a few rows at a time, so that its
+intermediate results stay in the CPU's cache.  Its gradient then overwrites the logits that it came
+from.  The gradients of hidden states and head are computed in the forward pass; the backward pass
+only scales them.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ def chunked_sum(
     *,
     chunk_size: int = CHUNK_ROWS,
 ) -> tuple[Tensor, Tensor]:
-    """sum_N weight * position_loss(logits), and the unweighted losses: (), (N,).
+    """Return sum_N weight * position_loss(logits), and the losses without weights: (), (N,).
 
-    A chunk holds `chunk_size` positions, fewer where the vocabulary is so large that its logits
-    would pass 64 MiB.
-
-    `position_loss(student_nV, rows)` gives the (n,) losses of the positions `rows`, from the
-    student's logits there; it must not keep them.  The sum is differentiable once, in the hidden
-    states and in the head's weight and bias; the losses are detached.  Products run in autocast's
-    dtype or the weight's, losses in float32 or wider.
+    `position_loss(student_nV, rows)` returns the (n,) losses of the positions `rows` from their
+    logits, which it must not keep.  A chunk has `chunk_size` positions, or fewer if the vocabulary
+    is so large that its logits would take more than 64 MiB.  The sum can be differentiated once,
+    with respect to the hidden states and the head's weight and bias.  The losses are detached.
+    Products run in autocast's dtype or the weight's, and losses in float32 or wider.
     """
     device_type = student_NH.device.type
     product_dtype = student_head.weight_VH.dtype
     if torch.is_autocast_enabled(device_type):
         product_dtype = torch.get_autocast_dtype(device_type)
     weight_VH, bias_V = student_head.weight_VH, student_head.bias_V
-    if not torch.is_grad_enabled():  # a Function would see parameters, and make their gradients
+    # `needs_input_grad` is True for a parameter even when gradients are off: without these calls,
+    # every evaluation would compute the gradient of the head.
+    if not torch.is_grad_enabled():
         student_NH, weight_VH = student_NH.detach(), weight_VH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
     chunk_size = rows_of_chunk(chunk_size, student_head)
@@ -63,6 +64,8 @@ def chunked_sum(
 
 
 class _ChunkedSum(torch.autograd.Function):
+    """The sum of `chunked_sum`, whose gradients are ready when its forward pass ends."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -91,6 +94,7 @@ class _ChunkedSum(torch.autograd.Function):
             losses_N[chunk] = _losses(
                 logits_cV, head, position_loss, weight_N, start, wants_grad=wants_grad
             )
+            # From here on `logits_cV` holds the gradient of the products, not the logits.
             if grad_NH is not None:
                 torch.mm(logits_cV, matrix_VH, out=grad_NH[chunk])
             if grad_VH is not None:
@@ -104,9 +108,12 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("chunked_sum can be differentiated only once")
+            raise RuntimeError(
+                "chunked_sum can be differentiated only once: its gradients are already used. "
+                "Run the forward pass again."
+            )
         grads, ctx.grads = ctx.grads, None
-        # In place: the gradient of a head is as large as the head, and nobody else holds it.
+        # In place: the gradient of a head is as large as the head, and nothing else refers to it.
         scaled = [None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in grads]
         return (*scaled, None, None, None, None, None)
 
@@ -120,8 +127,9 @@ def _losses(
     *,
     wants_grad: bool,
 ) -> Tensor:
-    """The chunk's losses: (c,).  With gradients, each weighted one replaces the products it came
-    from.
+    """Return the chunk's losses: (c,).
+
+    With gradients, the gradient of the weighted losses overwrites `logits_cV`.
     """
     wide = torch.promote_types(logits_cV.dtype, torch.float32)
     step = block_rows(len(logits_cV), logits_cV.shape[1], logits_cV.device)
@@ -140,7 +148,7 @@ def _losses(
 
 
 def _add_product(sum_VH: Tensor, left_Vc: Tensor, right_cH: Tensor) -> None:
-    """sum += left @ right, in the sum's dtype."""
+    """Add left @ right to the sum, in the sum's dtype."""
     if sum_VH.dtype == left_Vc.dtype:
         sum_VH.addmm_(left_Vc, right_cH)
     else:

@@ -1,6 +1,7 @@
 """Objectives on hidden states: the student's inner states match the teacher's.
 
-B = sequences, T = tokens, N = predicted tokens or all that are not padding, H = hidden size.
+B = sequences, T = tokens, H = hidden size, N = predicted tokens, or all tokens of the rows that
+have one.
 """
 
 from __future__ import annotations
@@ -24,25 +25,47 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # (student_NH, teacher_NH) -> (N,
 
 
 def mse(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
-    """The mean of squared differences over the hidden size: (N,).  Romero et al. 2015, eq. 3."""
+    """Compute the mean squared difference of the hidden states.
+
+    sum_H (student - teacher)^2 / H, for each token: (N,).  Romero et al. 2015 (FitNets), eq. 3.
+    There are no options.
+    """
     return (student_NH - teacher_NH).square().mean(-1)
 
 
 def cosine(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
-    """1 - cos of the angle between the states: (N,), in [0, 2].  Sanh et al. 2019, section 2."""
+    """Compute the cosine distance of the hidden states, which ignores their length.
+
+    1 - cos of the angle between student and teacher, for each token: (N,), from 0 to 2.  Sanh et
+    al. 2019 (DistilBERT), section 2.  There are no options.
+    """
     return 1 - nn.functional.cosine_similarity(student_NH, teacher_NH, dim=-1)
 
 
+# Recipes read the names with `ast`, so the table must stay a dict literal.
 DISTANCES: dict[str, Distance] = {"mse": mse, "cosine": cosine}
 
 
 class HiddenObjective(Objective):
-    """The student's hidden states after one layer match the teacher's after another.
+    """A distance between hidden states of the student and of the teacher.
 
-    Layers count from 1; 0 are the embeddings, -1 is the last layer, before the final norm.  If the
-    models differ in width, a linear projector without a bias is trained along, from the student's
-    width to the teacher's (Romero et al. 2015, section 2.2).  The sum runs over the predicted
-    tokens, or over all tokens of prompt and response with `tokens="all"`.
+    The states are those after one decoder layer of each model.  If the models differ in width, a
+    linear projector without a bias, from the student's width to the teacher's, is trained with the
+    student (Romero et al. 2015, section 2.2).  Distances are summed in float32 or wider.
+
+    Args:
+        distance: "mse", "cosine", or a function of two (N, H) tensors, the student's first, that
+            returns (N,).
+        student_layer: The layer of the student.  Layers count from 1.  0 is the embeddings, and -1
+            is the last layer, before the final norm.
+        teacher_layer: The layer of the teacher, counted the same way.
+        tokens: "predicted" for the states that predict the response, or "all" for the states at
+            every token of prompt and response.  The sum is divided by the number of these tokens.
+        weight: Factor on the objective's mean: a number, or a schedule over the run.
+
+    Raises:
+        RecipeError: If the distance is unknown.  A layer that a model does not have raises
+            ModelError when the trainer is built.
     """
 
     name = "hidden"
@@ -63,14 +86,17 @@ class HiddenObjective(Objective):
         self.teacher_need = Need.HIDDEN.after(teacher_layer, tokens)
         self.student_needs = frozenset({self.student_need})
         self.teacher_needs = frozenset({self.teacher_need})
+        # `prepare` replaces it, because the widths are not known before.
         self.projector: nn.Module = nn.Identity()
 
     def prepare(self, student: PreTrainedConfig, teacher: PreTrainedConfig | None) -> None:
-        assert teacher is not None  # it provides hidden states
+        """Create the projector if the models differ in width."""
+        assert teacher is not None  # A teacher that provides hidden states has a configuration.
         if student.hidden_size != teacher.hidden_size:
             self.projector = nn.Linear(student.hidden_size, teacher.hidden_size, bias=False)
 
     def divisor(self, sequences: Sequences) -> Tensor:
+        """Return the number of tokens that the sum runs over: ()."""
         if self.tokens == "all":
             return sequences.trained_mask_BT.sum()
         return super().divisor(sequences)
@@ -78,6 +104,7 @@ class HiddenObjective(Objective):
     def forward(
         self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
     ) -> LossSum:
+        """Return the sum of the distances over one micro-batch."""
         assert signal is not None
         projected = wide(self.projector(student.states[self.student_need]))
         wanted = wide(signal.states[self.teacher_need])
@@ -85,5 +112,5 @@ class HiddenObjective(Objective):
 
 
 def wide(states: Tensor) -> Tensor:
-    """In float32, or as they are if they are wider."""
+    """Return the states in float32, or unchanged if their dtype is wider."""
     return states.to(torch.promote_types(states.dtype, torch.float32))

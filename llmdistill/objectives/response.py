@@ -1,8 +1,8 @@
 """Objectives on the predicted tokens: match the teacher's distribution, or the tokens themselves.
 
 H = hidden size, N = predicted tokens, n = those of one block, V = vocabulary.  The response
-objective is sum_t weight_t * D(target_t, student_t): a divergence, a target builder and a token
-weight.  Each is a name of its table or a function with the same parameters.
+objective is sum_t weight_t * D(target_t, student_t), with a divergence D, a target and a token
+weight.  Each of the three is a name in its table or a function with the same parameters.
 """
 
 from __future__ import annotations
@@ -31,14 +31,30 @@ from llmdistill.schedules import Schedule
 
 
 class ResponseObjective(Objective):
-    """A divergence from the teacher's next-token distribution (or a target built from it).
+    """A divergence between the next-token distributions of teacher and student.
 
-    `options` belong to the divergence, the target or the token weight: `temperature` to every
-    divergence of the table, `beta` to `jsd` and so on.  `divisor` counts what a batch adds to the
-    number that the step's sum is divided by: by default what `weights.DIVISORS` has for the token
-    weight, or predicted tokens.  `scale_by_t2` multiplies by temperature^2, as Hinton et al. 2015
-    (section 2) do next to a cross-entropy.  RecipeError for a name, an option or a value that there
-    is not.
+    The sum over predicted tokens of weight * divergence(student, target).  Logits are computed in
+    chunks, so long batches with a large vocabulary need little memory.
+
+    Args:
+        divergence: A name in `divergences.DIVERGENCES`, or a function of student and teacher
+            logits, both (N, V), that returns (N,) in nats.
+        target: A name in `targets.TARGETS`, or a function of student and teacher logits that
+            returns the logits that the student is compared with.
+        token_weight: A name in `weights.TOKEN_WEIGHTS`, or a function of `Sequences` that returns
+            (N,) factors.
+        weight: Factor on the objective's mean: a number, or a schedule over the run.
+        divisor: A function of `Sequences` that returns what a batch adds to the divisor of the
+            step: (), an integer.  By default it is the count of the token weight in
+            `weights.DIVISORS`, or else the number of predicted tokens.
+        scale_by_t2: Multiply by temperature^2.  The gradient then keeps its size next to a
+            cross-entropy when the temperature changes (Hinton et al. 2015, section 2).
+        chunk_size: The most positions whose logits are in memory at a time.
+        options: Options of the divergence, the target or the token weight: `temperature` of every
+            divergence in the table, `beta` of `jsd` and so on.
+
+    Raises:
+        RecipeError: If a name or an option is unknown, or the value of an option is out of bounds.
     """
 
     student_needs = frozenset({Need.DISTRIBUTION})
@@ -71,11 +87,13 @@ class ResponseObjective(Objective):
         self.chunk_size = chunk_size
 
     def divisor(self, sequences: Sequences) -> Tensor:
+        """Return what this batch adds to the divisor of the step: (), an integer tensor."""
         return self.count(sequences)
 
     def forward(
         self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
     ) -> LossSum:
+        """Return the sum of the weighted divergences over one micro-batch, in nats."""
         assert signal is not None
         assert signal.distribution is not None
         teacher = signal.distribution.serve(self.chunk_size)
@@ -92,10 +110,15 @@ class ResponseObjective(Objective):
 
 
 class CrossEntropyObjective(Objective):
-    """-log q(token) of the tokens themselves: supervised fine-tuning, SeqKD.
+    """The negative log-likelihood of the predicted tokens: supervised fine-tuning, or SeqKD.
 
-    Tokens that the student wrote weigh nothing: a model learns nothing from its own samples as
-    labels.
+    The loss of a token is -log q(token), in nats, with the student's probability q.  Tokens that
+    the student wrote have weight 0, because a model learns nothing from its own samples as labels.
+    They still count in the divisor.
+
+    Args:
+        weight: Factor on the objective's mean: a number, or a schedule over the run.
+        chunk_size: The most positions whose logits are in memory at a time.
     """
 
     name = "cross_entropy"
@@ -108,6 +131,7 @@ class CrossEntropyObjective(Objective):
     def forward(
         self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
     ) -> LossSum:
+        """Return the sum of -log q(token) over one micro-batch, in nats."""
         targets_N = sequences.targets_N
 
         def position_loss(student_nV: Tensor, rows: slice) -> Tensor:

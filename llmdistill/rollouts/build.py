@@ -1,4 +1,4 @@
-"""Who writes the tokens that the student learns on?  Builds the rollout of a recipe."""
+"""Builds the rollout of a recipe: who writes the tokens that the student learns on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmdistill.schedules import build_schedule
 
 
 def build_rollout(section: sections.RolloutRecipe) -> Rollout:
-    """The rollout that a recipe asks for."""
+    """Return the rollout that a section of a recipe describes."""
     return _BUILDERS[type(section)](section)
 
 
@@ -58,6 +58,7 @@ def _sampling(section: WarpRecipe) -> Sampling:
     return Sampling(**section.model_dump())
 
 
+# One builder for each section; a new rollout adds a line here.
 _BUILDERS: dict[type, Callable[[Any], Rollout]] = {
     sections.FixedRecipe: _fixed,
     sections.SampledRecipe: _sampled,

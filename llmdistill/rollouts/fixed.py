@@ -1,4 +1,4 @@
-"""The data set writes: its own responses, as they are.
+"""A rollout that returns the dataset's own responses.
 
 B = sequences.
 """
@@ -12,21 +12,28 @@ from llmdistill.sampling import Writer
 
 
 class FixedRollout:
-    """Supervised distillation: every prompt with the response that the data set gives it."""
+    """The dataset's own responses: supervised distillation.
+
+    It has no parameters.  Every prompt gets the response that its row has in the dataset.
+    """
 
     def write(
         self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress
     ) -> Sequences:
-        """Raises DataError where the data set has no responses."""
+        """Return the prompts with the responses of the dataset.
+
+        Raises DataError if the dataset has no responses.
+        """
         if prompts.responses is None:
             raise DataError(
-                f"row {int(prompts.row_ids_B[0])} has no response: a fixed rollout trains on the "
-                "data set's own responses. Add them, or choose rollout.kind: sampled."
+                f"row {int(prompts.row_ids_B[0])} has no response, but a fixed rollout trains on "
+                "the responses of the dataset. Add responses to the dataset, or set "
+                "rollout.kind: sampled."
             )
         return Sequences.pack(
             prompts.ids(),
             prompts.responses,
             prompts.row_ids_B.tolist(),
             writer=Writer.DATA,
-            pad_id=0,  # masked everywhere: any id does
+            pad_id=0,  # Every mask leaves padding out, so any id works.
         )

@@ -1,14 +1,17 @@
-"""Both write: the student drafts a block, the teacher judges it in one pass and replaces the first
-token that it refuses; the rest of the draft is dropped, and both go on from there.
+"""A rollout that both models write: the student drafts, and the teacher replaces.
 
-A = active rows, B = sequences, G = drafted tokens, n = those at hand, H = hidden size,
-V = vocabulary.  Xu et al. 2025 (SKD), algorithm 1; where the released code departs from it, the
-algorithm is followed.  The random numbers of a token depend only on its row and slot, so the
-block size and the other rows of a batch do not change an answer, up to the rounding of the models.
+The student drafts a block of tokens.  The teacher scores it in one forward pass and replaces the
+first token that it refuses.  The rest of the draft is dropped, and the next block starts there.
 
-    both models read    last token written, draft_1 .. draft_G-1
-    the teacher judges  draft_1 .. draft_G, each by the state before it
-    both caches keep    what is written now, but its last token
+A = active rows, B = sequences, G = drafted tokens, n = a part of the active rows, H = hidden size,
+V = vocabulary.  Xu et al. 2025 (SKD), algorithm 1; the algorithm is followed where the released
+code differs from it.  The random numbers of a token depend only on its row and its position in the
+response.  So the block size and the other rows of a batch do not change a response, up to the
+rounding of the models.
+
+    both models read    the last token written, draft_1 .. draft_G-1
+    the teacher scores  draft_1 .. draft_G, each from the state before it
+    both caches keep    all tokens written so far, except the last one
 """
 
 from __future__ import annotations
@@ -30,20 +33,34 @@ from llmdistill.rollouts.draft_length import AutoBlock, Measured
 from llmdistill.rollouts.responses import ActiveRows, Piece, Responses, Verified
 from llmdistill.sampling import Draw, Sampling, Writer
 
-LOGITS = 2**25  # the teacher's that are held at a time, as numbers
-LEAVE = 1 / 8  # ended rows leave the batch once they are this share of it
+LOGITS = 2**25  # logits of the teacher in memory at a time: 128 MiB in float32
+LEAVE = 1 / 8  # Ended rows leave the batch once they are this share of it.
 
 
 class InterleavedRollout:
-    """Responses that student and teacher write together, read by the teacher while they do.
+    """Responses that the student drafts and the teacher corrects while they are written (SKD).
 
-    `accept` says which drafted tokens stay: a name of `acceptance.ACCEPT`, a rule, or a function of
-    a Block.  By default those stay that are among the teacher's `top_k` likeliest.  What replaces
-    the others is drawn from the teacher's distribution as `teacher_sampling` warps it.
-    `block_size` tokens are drafted at a time; `auto` measures how many pay.  The defaults are the
-    paper's.
+    The teacher's states of the kept tokens are returned as `Sequences.signal`, so the teacher does
+    not run again for the loss.  Xu et al. 2025, algorithm 1.  The defaults of the acceptance rule
+    and of the two sampling settings are the paper's.
+
+    Args:
+        top_k: Shortcut for the rule "top_k" with this value: a drafted token stays if it is among
+            the teacher's `top_k` likeliest ones.
+        accept: The rule that decides which drafted tokens stay: a name in `acceptance.ACCEPT`, with
+            its default options, a rule, or a function of a `Block`.
+        block_size: Number of tokens that are drafted at a time, 1 or more.  "auto" measures the
+            costs of both models and uses the cheapest size.
+        max_new_tokens: The longest response, in tokens, 1 or more.
+        student_sampling: How the student draws drafted tokens.
+        teacher_sampling: How the teacher draws the tokens that replace refused ones.
+
+    Raises:
+        RecipeError: If `top_k` is combined with another rule, if a sampling is continuous, or if a
+            number is below 1.
     """
 
+    # Ranks run different numbers of passes, so FSDP and ZeRO-3 students are refused.
     steps_both_models = True
 
     def __init__(
@@ -57,13 +74,19 @@ class InterleavedRollout:
         teacher_sampling: Sampling = Sampling(temperature=0.2, top_p=0.5),
     ) -> None:
         if top_k is not None and accept != "top_k":
-            raise RecipeError("rollout: give 'top_k' or another way to 'accept', not both")
+            raise RecipeError(
+                "rollout: 'top_k' cannot be combined with another acceptance rule. Give 'top_k' or "
+                "'accept', not both."
+            )
         self.accept = TopK(top_k) if top_k is not None else acceptance(accept)
         self.block_size = block_size
         self.max_new_tokens = max_new_tokens
         self.student_sampling, self.teacher_sampling = student_sampling, teacher_sampling
         if student_sampling.continuous or teacher_sampling.continuous:
-            raise RecipeError("rollout: two models that step together cannot be 'continuous'")
+            raise RecipeError(
+                "rollout: an interleaved rollout does not support continuous batching. Set "
+                "'continuous' to False in student_sampling and teacher_sampling."
+            )
         for name, value in (("block_size", block_size), ("max_new_tokens", max_new_tokens)):
             if value != "auto" and value < 1:
                 raise RecipeError(f"rollout.{name} should be 1 or more, got {value}")
@@ -73,16 +96,21 @@ class InterleavedRollout:
     def write(
         self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress
     ) -> Sequences:
-        """Raises RecipeError for a teacher that cannot be stepped."""
+        """Return responses of both models, with their writers and the teacher's signal.
+
+        Raises RecipeError if the teacher has no `session`.
+        """
         if not isinstance(teacher, Steps):
             raise RecipeError(
-                "rollout.kind: interleaved steps the teacher token by token, and a "
-                f"{type(teacher).__name__} cannot be stepped; use a teacher of kind local"
+                "rollout.kind: interleaved runs the teacher block by block, but a "
+                f"{type(teacher).__name__} has no 'session' method. Use a teacher of kind local."
             )
         draw = Draw(progress.seed, epoch=progress.epoch)
         with student.session(prompts) as drafter, teacher.session(prompts) as judge:
             pair = _Pair(self, prompts, drafter, judge, draw)
             while len(pair.active):
+                # A cache that cannot remove tokens allows blocks of one token only: a refused
+                # token is not in the cache yet.
                 size = self._size(len(pair.active)) if pair.can_take_back else 1
                 self._auto.learn(pair.write_block(size))
             return pair.responses.sequences(prompts, judge.head)
@@ -92,7 +120,7 @@ class InterleavedRollout:
 
 
 class _Pair:
-    """Both models at work on one batch."""
+    """Both models and the state of one batch while it is written."""
 
     def __init__(
         self,
@@ -107,12 +135,13 @@ class _Pair:
         self.active = ActiveRows.start(prompts, rollout.max_new_tokens, judge.device)
         self.responses = Responses(len(prompts))
         self.rule = rollout.accept.start(len(prompts), rollout.max_new_tokens, judge.device)
+        # What either model calls an end ends a response, or one of them would write past its end.
         self.ends = torch.tensor(sorted(drafter.ends | judge.ends), device=judge.device)
         row_ids_B = prompts.row_ids_B.to(judge.device)
         self.keys = {writer: row_keys(draw, row_ids_B, writer) for writer in Writer}
 
     def write_block(self, size: int) -> Measured:
-        """Drafts, judges, keeps what stands; rows that end leave.  Gives what it took."""
+        """Draft a block, score it, keep what is accepted, and return the measurements."""
         now, num_rows = self.active, len(self.active)
         size = min(size, int(now.room_A.max()))
         start = self._clock()
@@ -141,8 +170,9 @@ class _Pair:
         return Measured(num_rows, size, *seconds, accepted, int(kept_AG.sum()))
 
     def _draft(self, size: int) -> tuple[Tensor, Tensor | None]:
-        """The student's next tokens, and the logits that they were drawn from if the rule asks:
-        (A, G), (A, G, V).
+        """Return the student's next tokens, and their logits if the rule needs them.
+
+        Shapes: (A, G) and (A, G, V), on the teacher's device.
         """
         device = self.drafter.device
         next_A1 = self.active.last_A1.to(device)
@@ -159,9 +189,9 @@ class _Pair:
         return draft_AG, torch.stack(logits, 1).to(self.judge.device) if logits else None
 
     def _judge(self, draft_AG: Tensor, student_AGV: Tensor | None, hidden_AGH: Tensor) -> Verified:
-        """What the rule says, and what stands in place of what it refuses.
+        """Apply the rule, and replace the first token that it refuses in each row.
 
-        As many rows at a time as keep their logits small.
+        It works on a few rows at a time, so that about `LOGITS` logits are in memory.
         """
         now, size = self.active, draft_AG.shape[1]
         rows = max(LOGITS // (size * self.judge.num_tokens), 1)
@@ -172,18 +202,23 @@ class _Pair:
                 draft_AG[places],
                 now.row_A[places],
                 now.slots(size)[places],
-                self.keys[Writer.DATA][now.row_A[places]],  # neither writer's own
+                # The key of neither model, so that the rule's randomness is independent of both.
+                self.keys[Writer.DATA][now.row_A[places]],
                 self.judge.logits(hidden_AGH[places]),
                 None if student_AGV is None else student_AGV[places],
             )
-            accepted_A = self.rule(block).long().cumprod(1).sum(1)  # up to the first refusal
+            # The product of the mask is 1 up to the first refusal.
+            accepted_A = self.rule(block).long().cumprod(1).sum(1)
             tokens_AG, writer_AG = self._replaced(block, accepted_A)
             log_prob_AG = self.rule.log_prob(block, tokens_AG, *samplings)
             verified.append(Verified(tokens_AG, writer_AG, accepted_A, log_prob_AG))
         return Verified.join(verified)
 
     def _replaced(self, block: Block, accepted_A: Tensor) -> tuple[Tensor, Tensor]:
-        """The draft with the teacher's token at each row's first refusal, and who wrote what."""
+        """Return the draft with the teacher's token at each row's first refusal, and the writers.
+
+        Shapes: (A, G) and (A, G).  Tokens after the replacement have no meaning.
+        """
         tokens_AG = block.draft_AG.clone()
         writer_AG = torch.full_like(tokens_AG, int(Writer.STUDENT))
         refused_n = (accepted_A < tokens_AG.shape[1]).nonzero()[:, 0]
@@ -196,9 +231,10 @@ class _Pair:
         return tokens_AG, writer_AG
 
     def _kept(self, tokens_AG: Tensor, accepted_A: Tensor) -> tuple[Tensor, Tensor]:
-        """How many tokens of each row are kept, and whether they end its response: (A,), (A,).
+        """Return how many tokens each row keeps, and whether they end its response: (A,), (A,).
 
-        Those that stay and the replacement, to the first end token, as far as there is room.
+        A row keeps its accepted tokens and the replacement, up to the first end token and up to the
+        room that is left.
         """
         size = tokens_AG.shape[1]
         count_A = (accepted_A + 1).clamp_max(size).minimum(self.active.room_A)
@@ -208,22 +244,24 @@ class _Pair:
         return torch.where(ended_A, ends_AG.long().argmax(1) + 1, count_A), ended_A
 
     def _go_on(self, size: int, after: ActiveRows) -> None:
-        """Sets both models back to what is kept, and lets rows leave that have ended."""
+        """Remove dropped tokens from both caches, and ended rows from the batch."""
         has_room_A = after.room_A > 0
         ended_n, going_n = (~has_room_A).nonzero()[:, 0], has_room_A.nonzero()[:, 0]
+        # Each removal copies the caches, so ended rows wait until there are enough of them.
         if len(ended_n) < LEAVE * len(after):
             going_n = torch.arange(len(after), device=going_n.device)
         elif len(going_n):
             self.drafter.drop(ended_n)
             self.judge.drop(ended_n)
         self.active = after.select(going_n)
+        # With blocks of one token, the caches have nothing to remove: the newest token is not read.
         if size > 1 and len(self.active):
             length_A = self.active.prompt_A + self.active.written_A - 1
             self.drafter.keep(length_A)
             self.judge.keep(length_A)
 
     def _clock(self) -> float:
-        """The time, once the device has done what it was given."""
+        """Return the time in seconds, after the device has finished its queued work."""
         if self.judge.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()

@@ -1,6 +1,7 @@
-"""A mixture: each step is written by the student or by another rollout, at a given share.
+"""A mixed rollout: each step is written by the student's rollout or by another one.
 
-Agarwal et al. 2024 (GKD), algorithm 1: with probability `share` (lambda there) a step is on-policy.
+Agarwal et al. 2024 (GKD), algorithm 1: a step is on-policy with probability `share`, called lambda
+there.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from llmdistill.schedules import Schedule, value
 
 
 class MixedRollout:
-    """`student` writes a step with probability `share`, `other` writes the rest.
+    """Two rollouts, one of which is drawn for each step.
 
-    `share` is a number, or a schedule: a function of the progress (`schedules.py`).  The choice is
-    keyed by seed and step: every rank makes the same one, and so does a resumed run.
+    Args:
+        student: The rollout that writes a step with probability `share`.
+        other: The rollout that writes the other steps.
+        share: 0 to 1: a number, or a schedule, which is a function of the progress
+            (`schedules.py`).
     """
 
     def __init__(self, student: Rollout, other: Rollout, *, share: float | Schedule = 0.5) -> None:
@@ -34,12 +38,15 @@ class MixedRollout:
     def write(
         self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress
     ) -> Sequences:
+        """Return the responses of the rollout that is drawn for this step."""
         share = value(self.share, progress)
+        # Keyed by seed and step, so that every rank and a resumed run make the same choice.
         on_policy = random.Random(f"{progress.seed}/{progress.step}").random() < share
         rollout = self.student if on_policy else self.other
         return rollout.write(prompts, student, teacher, progress)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of the two rollouts, as far as they have any."""
         return {
             name: part.state_dict()
             for name, part in (("student", self.student), ("other", self.other))
@@ -47,6 +54,7 @@ class MixedRollout:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
         for name, part in (("student", self.student), ("other", self.other)):
             if isinstance(part, Stateful):
                 part.load_state_dict(state[name])

@@ -1,7 +1,7 @@
-"""What two writers have written so far: the active rows, and the tokens that stay.
+"""The state of an interleaved rollout: the active rows, and the tokens that are kept.
 
 P = prompt tokens, T = tokens, A = active rows, B = all rows, G = tokens of a block, n = tokens of
-it that stay, N = all that stayed, H = hidden size.
+it that are kept, N = all kept tokens, H = hidden size.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from llmdistill.sampling import Writer
 
 @dataclass(frozen=True)
 class ActiveRows:
-    """The rows whose answers have not ended."""
+    """The rows that are still in the batch; some may have ended and wait to be removed."""
 
-    row_A: Tensor  # their places in the batch
+    row_A: Tensor  # indices in the batch
     last_A1: Tensor  # the last token written, which neither model has read
     prompt_A: Tensor  # tokens of the prompt
-    written_A: Tensor  # tokens of the answer so far
-    room_A: Tensor  # tokens that still fit; 0 once it has ended
+    written_A: Tensor  # tokens of the response so far
+    room_A: Tensor  # tokens that still fit; 0 once the response has ended
 
     @classmethod
     def start(cls, prompts: Prompts, room: int, device: torch.device) -> ActiveRows:
+        """Return all rows, with empty responses and `room` tokens left."""
         row_A = torch.arange(len(prompts), device=device)
         return cls(
             row_A,
@@ -45,15 +46,16 @@ class ActiveRows:
 
     @property
     def last_position_A(self) -> Tensor:
-        """Where each row's answer ends at the latest."""
+        """The position of each row's last possible token, counted from 0: (A,)."""
         return self.prompt_A + self.written_A + self.room_A - 1
 
     def slots(self, size: int) -> Tensor:
-        """The next slots of each answer: (A, G)."""
+        """Return the next `size` positions of each response: (A, G)."""
         return self.written_A[:, None] + torch.arange(size, device=self.row_A.device)
 
     def after(self, tokens_AG: Tensor, count_A: Tensor, ended_A: Tensor) -> ActiveRows:
-        """With the first `count_A` of these tokens kept."""
+        """Return the rows after the first `count_A` of these tokens were kept."""
+        # A row that keeps nothing has no newest token; the clamp only makes its index valid.
         newest_A1 = tokens_AG.gather(1, (count_A - 1).clamp_min(0)[:, None])
         return replace(
             self,
@@ -63,30 +65,30 @@ class ActiveRows:
         )
 
     def select(self, places: Tensor) -> ActiveRows:
+        """Return the rows at these indices."""
         return ActiveRows(
             **{field.name: getattr(self, field.name)[places] for field in fields(self)}
         )
 
 
 class Verified(NamedTuple):
-    """A block as it would be kept: its tokens, their writers, how many of each row's draft
-    stay, and the log-probabilities with which they were written where the rule knows.
-    """
+    """A block after the acceptance rule and the replacements."""
 
     tokens_AG: Tensor
     writer_AG: Tensor
-    accepted_A: Tensor
-    log_prob_AG: Tensor | None
+    accepted_A: Tensor  # drafted tokens of each row before its first refusal
+    log_prob_AG: Tensor | None  # with which they were written, in nats, if the rule knows it
 
     @classmethod
     def join(cls, parts: Sequence[Verified]) -> Verified:
+        """Return the rows of several parts as one block."""
         tokens, writers, accepted, log_probs = zip(*parts, strict=True)
         joined = None if log_probs[0] is None else torch.cat(log_probs)
         return cls(torch.cat(tokens), torch.cat(writers), torch.cat(accepted), joined)
 
 
 class Piece(NamedTuple):
-    """The tokens of one block that stay, with the teacher's states that predict them."""
+    """The kept tokens of one block, with the teacher's states that predict them."""
 
     row_n: Tensor
     slot_n: Tensor
@@ -97,20 +99,22 @@ class Piece(NamedTuple):
 
 
 class Responses:
-    """Pieces in the order of their blocks; `sequences` puts each row's together."""
+    """The pieces of all blocks, which `sequences` joins row by row."""
 
     def __init__(self, num_rows: int) -> None:
         self._pieces: list[Piece] = []
         self._teacher_passes_B = torch.zeros(num_rows, dtype=torch.long)
 
     def add(self, piece: Piece) -> None:
+        """Add the kept tokens of one block, and count one pass of the teacher for its rows."""
         self._pieces.append(piece)
         self._teacher_passes_B[piece.row_n.unique().cpu()] += 1
 
     def sequences(self, prompts: Prompts, head: Head) -> Sequences:
-        """The prompts with their answers, who wrote which token, and the teacher's judgement."""
+        """Return the prompts with their responses, the writers and the teacher's signal."""
         columns = list(zip(*self._pieces, strict=True))
         row_N, slot_N = torch.cat(columns[0]), torch.cat(columns[1])
+        # Pieces are in the order of their blocks; this key sorts them by row, then by position.
         order_N = (row_N * (slot_N.max() + 1) + slot_N).argsort()
         token_N, writer_N, hidden_NH = (torch.cat(column)[order_N] for column in columns[2:5])
         counts = row_N.bincount(minlength=len(prompts)).tolist()
@@ -119,7 +123,7 @@ class Responses:
             [ids.tolist() for ids in token_N.split(counts)],
             prompts.row_ids_B.tolist(),
             writer=Writer.STUDENT,
-            pad_id=0,  # masked everywhere: any id does
+            pad_id=0,  # Every mask leaves padding out, so any id works.
         )
         mask_BT, log_prob_BT = written.response_mask_BT, None
         if columns[5][0] is not None:

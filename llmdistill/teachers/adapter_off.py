@@ -1,6 +1,4 @@
-"""The student's own base as its teacher: one model in memory, judged with its adapter switched
-off.
-"""
+"""A teacher that is the student's base model, with the adapter switched off."""
 
 from __future__ import annotations
 
@@ -18,19 +16,23 @@ if TYPE_CHECKING:
 
 
 class AdapterOffTeacher(LocalTeacher):
-    """Judges and writes with the frozen weights that a PEFT student's adapter stands on.
+    """The frozen base model under a PEFT student's adapter, so that one model is in memory.
 
-    Raises ModelError for a student without an adapter.
+    `student` is the PEFT model that is trained, and `tokenizer` is its tokenizer.  Raises
+    ModelError if the student has no adapter.
     """
 
     def __init__(self, student: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if not hasattr(student, "disable_adapter"):
             raise ModelError(
-                f"{type(student).__name__} has no adapter to switch off: give student.peft"
+                f"{type(student).__name__} has no adapter that could be switched off, so its base "
+                "cannot be the teacher. Set student.peft, or use a teacher of kind local."
             )
+        # Not `super().__init__`, which would freeze the student's adapter too.
         self._take(student, tokenizer)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[PreTrainedModel]:
+        """Give the student's model in eval mode, with its adapter switched off."""
         with super().in_use() as model, eval_mode(model), model.disable_adapter():
             yield model

@@ -1,4 +1,4 @@
-"""A teacher that trains along with the student."""
+"""The base class of teachers that are trained together with the student."""
 
 from __future__ import annotations
 
@@ -17,35 +17,43 @@ if TYPE_CHECKING:
 
 
 class TrainableTeacher(nn.Module, abc.ABC):
-    """A teacher with parameters that learn from its own loss, from the same pair of forward passes.
+    """A teacher with parameters that are trained with a loss of the teacher's own.
 
-    It is a part of the trained module: its parameters with `requires_grad` get their own optimiser
-    group and gradient clipping, named `teacher`, and are saved in checkpoints.  They are not
-    exported with the student.  Gradients never cross: the objectives see a signal without a way
-    back, and `forward` sees a student without one.
+    The loss uses the forward passes of student and teacher that the objectives use.  The teacher is
+    part of the trained module.  Its parameters with `requires_grad` are saved in checkpoints and
+    have a separate optimiser group and gradient clipping, both named `teacher`.  They are not
+    exported with the student.  Gradients never cross: objectives see a detached signal, and
+    `forward` sees a detached student.
     """
 
     provides: ClassVar[frozenset[Need]] = frozenset()
+    """What `judge` can return."""
     own_needs: frozenset[Need] = frozenset({Need.DISTRIBUTION})
-    """What its own loss takes from its own signal."""
+    """What its own loss needs from its own signal."""
     student_needs: frozenset[Need] = frozenset({Need.DISTRIBUTION})
-    """What its own loss takes from the student."""
+    """What its own loss needs from the student."""
     tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer, which must have the student's vocabulary."""
     config: PreTrainedConfig | None = None
+    """The configuration of its model; required if it provides inner states."""
     weight: float | Schedule = 1.0
+    """Factor on the mean of its own loss: a number, or a schedule over the run."""
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode, as every teacher does: dropout would make its targets noise."""
+        """Stay in eval mode, whatever `mode` is: dropout would make the targets noisy."""
         return super().train(False)
 
     @abc.abstractmethod
     def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
-        """As any teacher, but with gradients: what it gives leads back to its parameters."""
+        """Score the predicted tokens as any teacher does, but with gradients to its parameters."""
 
     @abc.abstractmethod
     def forward(self, student: StudentView, signal: TeacherSignal, sequences: Sequences) -> LossSum:
-        """The teacher's own loss on a micro-batch, from its own signal and a detached student."""
+        """Return the teacher's own loss, summed over one micro-batch.
+
+        `signal` has gradients, and `student` is detached.
+        """
 
     def divisor(self, sequences: Sequences) -> Tensor:
-        """What this batch adds to the number that the step's sum is divided by: (), an integer."""
+        """Return what this batch adds to the divisor of the step: (), an integer tensor."""
         return predicted_tokens(sequences)

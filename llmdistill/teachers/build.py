@@ -1,4 +1,4 @@
-"""Who judges?  Builds the teacher that a recipe asks for."""
+"""Builds the teacher of a recipe: who scores the tokens that the student learns on."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def build_teacher(
     student: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Teacher:
-    """The teacher that a recipe asks for.
+    """Return the teacher that a section of a recipe describes.
 
-    `student` with its `tokenizer` is for the sections whose `weights` are None: these teach with
-    the student's own weights.
+    `student` and its `tokenizer` are needed only for sections whose `weights` are None, because
+    these teachers use the student's own weights.
     """
     return _BUILDERS[type(section)](section, student, tokenizer)
 
 
 def load_teacher(section: sections.LocalTeacherRecipe) -> LocalTeacher:
-    """A model on this machine, in the form that the section asks for."""
+    """Load the model of a section onto this machine, and return it as a teacher."""
     return LocalTeacher.load(section.model, **section.model_dump(exclude={"kind", "model"}))
 
 
@@ -40,6 +40,7 @@ def _adapter_off(_: sections.AdapterOffTeacherRecipe, student: Any, tokenizer: A
     return AdapterOffTeacher(student, tokenizer)
 
 
+# One builder for each section; a new teacher adds a line here.
 _BUILDERS: dict[type, Callable[[Any, Any, Any], Teacher]] = {
     sections.LocalTeacherRecipe: _local,
     sections.AdapterOffTeacherRecipe: _adapter_off,

@@ -29,10 +29,17 @@ if TYPE_CHECKING:
 
 
 class LocalTeacher:
-    """A causal LM of transformers that judges and writes.  Its parameters are frozen here.
+    """A frozen causal LM of transformers on this machine, which scores tokens and can write.
 
-    Raises ModelError if the model cannot be split into backbone and head, and VocabularyError if
-    the tokenizer has more ids than the head scores.
+    The model is put in eval mode and its parameters are frozen.  It keeps its own dtype and device.
+
+    Args:
+        model: A causal LM of transformers.
+        tokenizer: The tokenizer of the model, with the student's vocabulary.
+
+    Raises:
+        ModelError: If the model cannot be split into backbone and head.
+        VocabularyError: If the tokenizer has more ids than the model's head scores.
     """
 
     provides = frozenset({Need.DISTRIBUTION, Need.HIDDEN, Need.QUERIES, Need.KEYS, Need.VALUES})
@@ -67,41 +74,41 @@ class LocalTeacher:
         return cls(model, load_tokenizer(name, revision=revision))
 
     def _take(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        # A family whose head works differently is found here, not by a wrong loss.
         check_split(model)
         self.model, self.tokenizer = model, tokenizer
         self.num_tokens = num_tokens(tokenizer)
         if self.num_tokens > num_rows(model):
             raise VocabularyError(
                 f"the teacher's tokenizer '{tokenizer.name_or_path}' has {self.num_tokens} ids, "
-                f"but the head of its model scores {num_rows(model)}. Give the tokenizer that "
+                f"but the model's head scores only {num_rows(model)}. Use the tokenizer that "
                 "belongs to the model."
             )
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The sizes of the model that hidden states come from."""
+        """The text configuration of the model, with the sizes of its hidden states."""
         return self.model.config.get_text_config()
 
     @property
     def device(self) -> torch.device:
+        """The device of the model's first parameter."""
         return next(self.model.parameters()).device
 
     @property
     def ends(self) -> frozenset[int]:
-        """The ids that end what it writes."""
+        """The token ids that end a response of this teacher."""
         return end_ids(self.model, self.tokenizer)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[PreTrainedModel]:
-        """The model as it judges and writes: in its own dtype, whatever the student's products
-        are in.
-        """
+        """Give the model in its own dtype; autocast is for the student and is off here."""
         with torch.autocast(self.device.type, enabled=False):
             yield self.model
 
     @torch.no_grad()
     def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
-        """One forward pass, which takes just what is needed."""
+        """Score the predicted tokens with one forward pass, which keeps only what is needed."""
         with self.in_use() as model:
             seen = read(model, sequences.to(self.device), self.num_tokens, needs)
         dense = Dense(seen.hidden_NH, seen.head) if Need.DISTRIBUTION in needs else None
@@ -116,7 +123,18 @@ class LocalTeacher:
         draw: Draw,
         stop: str = "",
     ) -> Sequences:
-        """The teacher's own answers, judged while they are written; one that holds `stop` ends."""
+        """Write one response to each prompt, and return its states as `signal`.
+
+        Args:
+            prompts: The prompts of B rows.
+            sampling: How tokens are drawn.
+            max_new_tokens: The longest response, in tokens.
+            draw: The key of all randomness.
+            stop: A text that ends a response soon after it appears; "" for none.
+
+        Returns:
+            Prompts and responses on the CPU.  With continuous sampling there is no signal.
+        """
         with self.in_use() as model:
             return sample(
                 model,
@@ -131,5 +149,5 @@ class LocalTeacher:
             )
 
     def session(self, prompts: Prompts) -> AbstractContextManager[Session]:
-        """The teacher as something that can be stepped: for interleaved writing."""
+        """Open a session of the teacher on these prompts, for interleaved rollouts."""
         return session(self.model, self.tokenizer, prompts, within=self.in_use)

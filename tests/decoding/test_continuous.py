@@ -72,5 +72,5 @@ def test_answers_that_were_not_finished_are_an_error(prompts, monkeypatch):
     outputs = {"a": done, "b": SimpleNamespace(generated_tokens=[], error="out of memory")}
     model = toy.model()
     monkeypatch.setattr(type(model), "generate_batch", lambda *a, **k: outputs)
-    with pytest.raises(TrainingError, match="finished 1 of 5 answers"):
+    with pytest.raises(TrainingError, match="finished 1 of 5 responses"):
         write(model, prompts, continuous=True)

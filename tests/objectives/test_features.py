@@ -127,7 +127,7 @@ def test_rows_that_only_fill_a_batch_count_in_nothing():
 
 
 def test_an_unknown_distance_and_a_layer_that_is_not_there_are_named():
-    with pytest.raises(RecipeError, match="unknown distance 'l1'; choose one of mse, cosine"):
+    with pytest.raises(RecipeError, match="unknown distance 'l1'. Use one of mse, cosine"):
         HiddenObjective("l1")
     teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
     objective = prepared(HiddenObjective(teacher_layer=9), toy.model(), teacher)

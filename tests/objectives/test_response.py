@@ -154,7 +154,7 @@ def test_the_chunk_size_changes_nothing(student, teacher_model, tokenizer):
 
 
 def test_unknown_names_and_options_are_refused():
-    with pytest.raises(RecipeError, match="unknown divergence 'kl'; choose one of forward_kl"):
+    with pytest.raises(RecipeError, match="unknown divergence 'kl'. Use one of forward_kl"):
         ResponseObjective("kl")
     with pytest.raises(RecipeError, match="'forward_kl' has no option 'beta'"):
         ResponseObjective("forward_kl", beta=0.5)

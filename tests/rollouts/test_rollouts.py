@@ -131,7 +131,7 @@ def test_the_student_is_asked_each_time_with_its_sampling(scribes):
 
 
 def test_the_student_has_no_number_of_samples():
-    with pytest.raises(RecipeError, match=r"rollout\.samples"):
+    with pytest.raises(RecipeError, match=r"rollout\.samples should be 1 with by: student, got"):
         SampledRollout("student", samples=2)
 
 

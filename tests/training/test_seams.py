@@ -189,7 +189,9 @@ def test_an_option_that_nothing_takes_is_named():
         RecipeError, match="'scaled_kl' has no option 'beta'. Its options are: factor, start"
     ):
         ResponseObjective(scaled_kl, token_weight=later, beta=0.5)
-    with pytest.raises(RecipeError, match="unknown target 'mine'; choose one of teacher, or give"):
+    with pytest.raises(
+        RecipeError, match="unknown target 'mine'. Use one of teacher, or pass a function"
+    ):
         ResponseObjective(target="mine")
 
 
@@ -286,12 +288,12 @@ def test_needs_that_a_teacher_does_not_provide_are_named(tmp_path):
 
 @pytest.mark.parametrize("rollout", [SampledRollout("teacher"), InterleavedRollout()])
 def test_a_rollout_says_if_the_teacher_cannot_write(tmp_path, rollout):
-    with pytest.raises(RecipeError, match="a Uniform cannot (write|be stepped)"):
+    with pytest.raises(RecipeError, match="a Uniform (cannot write|has no 'session' method)"):
         trainer(tmp_path, teacher=Uniform(), rollout=rollout).train()
 
 
 def test_a_tokenizer_with_more_ids_than_the_head_is_refused():
-    with pytest.raises(VocabularyError, match="has 259 ids, but the head of its model scores 200"):
+    with pytest.raises(VocabularyError, match="has 259 ids, but the model's head scores only 200"):
         LocalTeacher(toy.teacher_model(rows=200), toy.tokenizer())
 
 
@@ -514,7 +516,9 @@ def test_a_judgement_that_lacks_something_names_the_teacher(tmp_path):
         def judge(self, sequences, needs):
             return TeacherSignal()
 
-    with pytest.raises(TrainingError, match="Forgetful.judge left something out of: the distrib"):
+    with pytest.raises(
+        TrainingError, match="Forgetful.judge did not return everything .*: the distrib"
+    ):
         trainer(tmp_path, teacher=Forgetful()).train()
 
 
@@ -550,7 +554,9 @@ def test_an_option_that_two_choices_take_is_refused():
     def of_divergence(student_NV, teacher_NV, *, start=0):
         return forward_kl(student_NV, teacher_NV)
 
-    with pytest.raises(RecipeError, match="'start' is taken by divergence and token_weight"):
+    with pytest.raises(
+        RecipeError, match="'start' is a parameter of the divergence and of the token_weight"
+    ):
         ResponseObjective(of_divergence, token_weight=later, start=3)
 
 
