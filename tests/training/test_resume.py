@@ -164,7 +164,7 @@ def test_what_the_teacher_wrote_is_not_written_again(tmp_path):
     [
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 20), "cannot read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot read"),
-        (lambda folder: (folder / "rollout.json").unlink(), "holds no rollout.json"),
+        (lambda folder: (folder / "rollout.json").unlink(), "has no rollout.json"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, harm, message):

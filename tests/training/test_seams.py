@@ -520,12 +520,12 @@ def test_states_without_a_configuration_are_refused_by_name(tmp_path):
     class Shapeless(Uniform):
         provides = frozenset({Need.HIDDEN})
 
-    with pytest.raises(RecipeError, match="Shapeless has no 'config' that says how wide they are"):
+    with pytest.raises(RecipeError, match="Shapeless has no 'config' that gives their size"):
         trainer(tmp_path, teacher=Shapeless(), objectives=[HiddenObjective()])
 
 
 def test_what_cannot_be_a_step_is_refused_when_the_trainer_is_built(tmp_path):
-    with pytest.raises(RecipeError, match="give one at least"):
+    with pytest.raises(RecipeError, match="the list is empty, so there is nothing to train on"):
         Distillation(toy.model(), Uniform(), [], toy.tokenizer())
     nobody = Uniform()
     nobody.tokenizer = None
@@ -576,7 +576,7 @@ def test_a_token_weight_may_be_any_callable_and_bring_its_own_divisor(tmp_path):
 def test_a_divisor_that_is_no_count_is_refused(tmp_path):
     half = ResponseObjective(divisor=lambda sequences: sequences.num_predicted.sum() / 2)
     with pytest.raises(
-        TrainingError, match="the divisor of 'forward_kl' is .*: it must be a count"
+        TrainingError, match="the divisor of 'forward_kl' is .*, but it must be a count"
     ):
         trainer(tmp_path, objectives=[half]).train()
 
@@ -584,7 +584,7 @@ def test_a_divisor_that_is_no_count_is_refused(tmp_path):
 def test_held_out_losses_that_would_all_be_zero_are_refused(tmp_path):
     fading = [ResponseObjective(weight=Linear(1.0, 0.0))]
     made = trainer(tmp_path, objectives=fading, eval_dataset=dataset(4), max_steps=3)
-    with pytest.raises(TrainingError, match="these are all 0; let a schedule end above 0"):
+    with pytest.raises(TrainingError, match="these weights are all 0. Let a schedule end above 0"):
         made.evaluate()
 
 

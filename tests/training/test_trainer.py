@@ -600,7 +600,7 @@ def test_a_sharded_student_does_not_write_interleaved(where):
     elif where == "replayed":
         rollout = ReplayRollout(rollout)
     check_sharding(rollout, sharded=False, requested=False)
-    with pytest.raises(TrainingError, match="do not work with FSDP or ZeRO 3"):
+    with pytest.raises(TrainingError, match="do not work with FSDP or ZeRO-3"):
         check_sharding(rollout, sharded=True, requested=True)
 
 
