@@ -57,13 +57,13 @@ class DistillTrainer(GroupedTrainer):
         student: Causal LM to train, plain or wrapped by PEFT.  Its generation config is updated to
             list every end token of the run.
         teacher: Source of the target distributions and states, such as a `LocalTeacher`.
-        rollout: Writes the responses that the student learns on.
+        rollout: Writer of the responses that the student learns on, such as a `FixedRollout`.
         objectives: Losses that are summed with their weights.  At least one is needed.
-        args: Training arguments.  A few fields are forced: see `training/arguments.py`.
+        args: Training arguments.  `remove_unused_columns`, `logging_nan_inf_filter` and
+            `dispatch_batches` are turned off.
         train_dataset: Rows as dicts in any format of `data/formats.py`, or encoded rows (a
             `PromptDataset` or a `PromptStream`).
-        eval_dataset: Held-out rows in the same forms, with responses.  The evaluation loss is
-            computed on these responses, whatever the rollout is.
+        eval_dataset: Held-out rows in the same forms.  The evaluation loss uses their responses.
         processing_class: The student's tokenizer.  It renders the rows and is exported too.
         callbacks: Callbacks that are added to Trainer's own.
         optimizers: Optimizer and scheduler; each None is built from `args`.
