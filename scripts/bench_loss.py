@@ -33,7 +33,7 @@ from llmdistill.objectives.divergences import DIVERGENCES
 
 CPU_SHAPES = [(512, 576, 576, 49_152), (512, 384, 384, 151_936), (2048, 576, 576, 49_152)]
 GPU_SHAPES = [(8192, 960, 2048, 49_152), (8192, 1024, 2560, 151_936)]
-CHUNK = 256
+CHUNK = 256  # positions that ours and the floor process at a time
 CUDA = torch.cuda.is_available()
 
 
@@ -105,6 +105,7 @@ def trl_gkd(data: Inputs) -> float:
 
 
 def trl_chunked(data: Inputs) -> float:
+    # TRL has no public name for this function (1.16.0).
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     data.forget()
@@ -177,7 +178,7 @@ def jsd_rows(shapes: list[tuple[int, ...]], dtype: str, rounds: int) -> list[dic
 def reference(data: Inputs) -> float:
     """Compute the loss in float64 from logits that are multiplied in the inputs' dtype."""
     total = 0.0
-    for start in range(0, len(data.student_NH), 32):
+    for start in range(0, len(data.student_NH), 32):  # float64 logits of all rows are too large
         rows = slice(start, start + 32)
         student_nV = (data.student_NH[rows] @ data.student_VH.t()).double()
         teacher_nV = (data.teacher_NH[rows] @ data.teacher_VH.t()).double()
@@ -215,6 +216,7 @@ def profile_rows(divergence: str, shape: tuple[int, ...], dtype: str) -> list[di
 
 def peak(name: str, shape: tuple[int, ...], dtype: str) -> float:
     """Measure the MiB that one call needs above its inputs, in a separate process."""
+    # In this process earlier calls have left memory that the allocator would reuse.
     command = [sys.executable, __file__, "--one", json.dumps([name, shape, dtype])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])

@@ -97,6 +97,7 @@ class Bench:
     def rows(self, size: int, rounds: int) -> list[dict[str, Any]]:
         """Measure every writer with batches of `size` prompts: one table row for each."""
         some = prompts(self.tokenizer, size)
+        # Writers end their answers at different tokens, so speed is tokens over time, not rows.
         tokens: dict[str, list[int]] = {}
         seen: dict[str, list[Sequences]] = {}
 
@@ -127,6 +128,7 @@ class Bench:
 
 def _shares(written: list[Sequences]) -> dict[str, Any]:
     """Return the teacher's share and its tokens per pass; empty cells if one model wrote."""
+    # Only an interleaved rollout sets `teacher_passes_B`.
     judged = [
         s for s in written if s.teacher_passes_B is not None and int(s.teacher_passes_B.sum())
     ]

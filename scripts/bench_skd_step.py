@@ -93,6 +93,7 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     logs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    # The variants take turns, so a slow phase of the machine affects both.
     for _ in range(options.rounds):
         for name, rollout in variants.items():
             found = run(rollout(), options)
@@ -100,6 +101,7 @@ def main() -> None:
             logs[name] += found[1]
     median = {name: statistics.median(some) for name, some in seconds.items()}
 
+    # Answers can differ in length, so the time per token is compared as well.
     def _per_token(name: str) -> float:
         return median[name] / statistics.mean(e["predicted_tokens"] for e in logs[name])
 

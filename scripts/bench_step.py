@@ -67,6 +67,7 @@ def model(name: str) -> LlamaForCausalLM:
         pad_token_id=0,
     )  # fmt: skip
     made = LlamaForCausalLM(config)
+    # `generate` needs both ids, which a checkpoint would provide.
     made.generation_config.eos_token_id, made.generation_config.pad_token_id = 2, 0
     return made.to("cuda", torch.bfloat16 if name == "teacher" else torch.float32) if CUDA else made
 
@@ -91,6 +92,7 @@ def rows() -> list[list[dict[str, str]]]:
     draw = random.Random(0)
     made = tokenizer()
     empty = [{"role": "user", "content": ""}]
+    # The template adds this many tokens to the text of a question.
     around = len(made.apply_chat_template(empty, add_generation_prompt=True)["input_ids"])
 
     def text(length: int) -> str:
@@ -107,6 +109,7 @@ def rows() -> list[list[dict[str, str]]]:
 
 def trainer(who: str, kind: str, steps: int, folder: str) -> Any:
     """Build one of the trainers of KINDS, all with the same models, rows and optimizer."""
+    # Nothing is saved or logged, so the times are those of the steps alone.
     common: dict[str, Any] = {
         "output_dir": folder, "use_cpu": not CUDA, "bf16": CUDA, "report_to": "none",
         "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
@@ -182,7 +185,7 @@ def main() -> None:
     peaks = {place: max(run["peak"] for run in some) for place, some in runs.items()}
     table = []
     for kind, who in runs:
-        first = (kind, KINDS[kind][0])
+        first = (kind, KINDS[kind][0])  # the trainer that the others are compared with
         table.append(
             {
                 "answers": kind,

@@ -109,7 +109,7 @@ def settings(world: int) -> dict:
     return {
         "max_steps": STEPS,
         "learning_rate": LEARNING_RATE,
-        "per_device_train_batch_size": ROWS // world,
+        "per_device_train_batch_size": ROWS // world,  # all rows in each step
     }
 
 

@@ -74,7 +74,7 @@ def _means(entries: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # only needed with --write
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     for name, lines in curves.items():

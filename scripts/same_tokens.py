@@ -55,10 +55,11 @@ def rows(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         rollout = InterleavedRollout(block_size=size, max_new_tokens=NEW, **settings | changes)
         return answers(rollout, batch)
 
-    first = interleaved(1, options.rows)
+    first = interleaved(1, options.rows)  # the reference: one token per block
     found = [(f"block size {size}", interleaved(size, options.rows), first) for size in SIZES]
     found.append(("block size 5, batches of 4", interleaved(5, 4), first))
     greedy = Sampling(temperature=0.0)
+    # Greedy top-1 acceptance keeps a drafted token only if the teacher would write it, too.
     own = answers(SampledRollout("teacher", sampling=greedy, max_new_tokens=NEW), options.rows)
     top1 = interleaved(5, options.rows, top_k=1, student_sampling=greedy, teacher_sampling=greedy)
     found.append(("greedy, top 1, against the teacher alone", top1, own))

@@ -28,6 +28,7 @@ def requirements(wanted: str) -> list[str]:
     if name(wanted) not in map(name, dependencies):
         names = ", ".join(map(name, dependencies))
         sys.exit(f"'{wanted}' does not name a dependency of the package. Use one of: {names}")
+    # Of the dev extra only pytest and its plugins are needed to run tests.
     runner = [one for one in project["optional-dependencies"]["dev"] if one.startswith("pytest")]
     return [wanted, *(one for one in dependencies if name(one) != name(wanted)), *runner]
 

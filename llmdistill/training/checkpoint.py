@@ -2,7 +2,7 @@
 
     model.safetensors, config.json, tokenizer ...   the student
     objectives.safetensors                          parameters of objectives (projectors), if any
-    teacher.safetensors                             trained parameters of a teacher that trains
+    teacher.safetensors                             parameters of a teacher that trains along
     rollout.json, or rollout_0.json ...             state of each rank's rollout, if it has any
 
 Trainer adds the optimizer, the scheduler, the random state and its own state.  This package writes
@@ -150,10 +150,15 @@ def load_rollout(rollout: Rollout, folder: Path, rank: int | None) -> None:
 
 
 def _rollout_name(rank: int | None) -> str:
+    # Trainer names the files of random states in the same way.
     return "rollout.json" if rank is None else f"rollout_{rank}.json"
 
 
 def _load_student(student: PreTrainedModel, folder: Path) -> None:
+    """Load the student's weights, or its adapter's if it has one.
+
+    Raises CheckpointError if they do not fit.
+    """
     if hasattr(student, "peft_config"):  # only the adapter was saved
         from peft import set_peft_model_state_dict
 
@@ -163,7 +168,7 @@ def _load_student(student: PreTrainedModel, folder: Path) -> None:
         unexpected: list[str] = []
     else:
         result = student.load_state_dict(_read(folder, "model.safetensors"), strict=False)
-        tied = set(student.all_tied_weights_keys)
+        tied = set(student.all_tied_weights_keys)  # saved under another name
         missing = [name for name in result.missing_keys if name not in tied]
         unexpected = result.unexpected_keys
         student.tie_weights()
@@ -171,6 +176,7 @@ def _load_student(student: PreTrainedModel, folder: Path) -> None:
 
 
 def _refuse_unfit(place: Path, missing: list[str], unexpected: list[str]) -> None:
+    """Raise CheckpointError if there are missing or unexpected weights."""
     if missing or unexpected:
         raise CheckpointError(
             f"{place} does not fit this run: missing {missing[:3]}, unexpected {unexpected[:3]}. "

@@ -1,6 +1,6 @@
-"""A Trainer that treats the parameters of student, projectors and a trainable teacher apart.
+"""A Trainer that optimizes student, projectors and a trainable teacher separately.
 
-Each of these owners has its own optimizer groups and its own gradient clipping.
+Each of these owners of parameters has its own optimizer groups and its own gradient clipping.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class StudentTrainer(Trainer):
         return state.global_step >= max_steps or self._has_lost_patience(state)
 
     def _has_lost_patience(self, state: TrainerState) -> bool:
-        """Whether early stopping with its present patience has stopped this run."""
+        """Whether early stopping with the present patience would have stopped this run."""
         saved = state.stateful_callbacks.get("EarlyStoppingCallback", {})
         counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
         return any(
@@ -144,9 +144,9 @@ class StudentTrainer(Trainer):
             folder: Folder to write to.  It is created, and files of the same names are replaced.
 
         Raises:
-            ModelError: The adapter is to be merged but is not plain LoRA.
+            ModelError: `merge_adapter` is True, but the adapter is not plain LoRA.
         """
-        # Sharded weights are gathered here, which takes part of every rank.
+        # Gathering sharded weights is a collective call, so every rank has to make it.
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
             save = checkpoint.save_merged if self.merge_adapter else checkpoint.save_student
@@ -172,8 +172,8 @@ class StudentTrainer(Trainer):
     ) -> Any:
         """Export the student and upload its folder; Trainer would upload the whole output folder.
 
-        Call it on every rank.  Arguments are Trainer's.  Returns the commit, or a future of it if
-        not `blocking`; None on ranks other than the first.
+        Call it on every rank.  The arguments are those of Trainer.  Returns the commit, or a future
+        of it if not `blocking`.  Returns None on all ranks but the first.
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)

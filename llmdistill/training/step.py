@@ -230,6 +230,7 @@ def _check_needs(objectives: Sequence[Objective], teacher: Teacher) -> None:
                 f"{type(teacher).__name__} provides {_listed(teacher.provides)}. Use another "
                 "objective or another teacher."
             )
+        # An objective on states needs their width to create its projector.
         if kinds & STATES and getattr(teacher, "config", None) is None:
             raise RecipeError(
                 f"objective '{objective.name}' needs {_listed(kinds)}, but "

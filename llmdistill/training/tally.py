@@ -75,7 +75,7 @@ class Tally:
         self._sums = dict.fromkeys(SUMS, 0.0)
         tokens = sums["tokens"]
         figures = {"predicted_tokens": tokens}
-        if len(means) > 1:  # with one term, its mean is in the loss already
+        if len(means) > 1:  # the loss already shows a single term
             figures |= means
         if sums["written"]:
             # Ranks write at the same time, so the time that has passed is their mean.

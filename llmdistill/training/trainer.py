@@ -206,7 +206,7 @@ class DistillTrainer(GroupedTrainer):
         return output.loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate, and report the loss of all rows together where Trainer averages batch means.
+        """Evaluate, and report the loss over all rows together, not Trainer's mean of batch means.
 
         Each objective counts with the weight that it has at the end of the run, so that losses
         from different steps can be compared.  Raises TrainingError if these weights are all 0.
