@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# `X as X` tells type checkers that a name is exported.
 if TYPE_CHECKING:
     from llmdistill.errors import LlmDistillError as LlmDistillError
     from llmdistill.models.load import load_model as load_model
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public names and where they live; each is imported when it is first used.
+# Public names and their modules.  Each is imported when it is first used, so that importing the
+# package does not import torch: reading a recipe and `--help` must be fast.
 _PUBLIC = {
     "CrossEntropyObjective": "llmdistill.objectives.response",
     "DistillTrainer": "llmdistill.training.trainer",

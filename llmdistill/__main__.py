@@ -1,4 +1,4 @@
-"""`python -m llmdistill`, and what `accelerate launch -m llmdistill` starts."""
+"""Entry point of `python -m llmdistill` and of `accelerate launch -m llmdistill`."""
 
 from llmdistill.cli import main
 

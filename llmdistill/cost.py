@@ -1,4 +1,4 @@
-"""What a run will cost, before it is made: memory from the configurations, time from two steps."""
+"""Estimates of what a run will cost: memory from the configurations, time from two steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llmdistill.run import (
 )
 from llmdistill.training.progress import StepClock
 
-TWO_STEPS = {  # two steps that leave nothing behind
+TWO_STEPS = {  # arguments for two steps that write and report nothing
     "max_steps": 2,
     "save_strategy": "no",
     "push_to_hub": False,
@@ -33,11 +33,14 @@ TWO_STEPS = {  # two steps that leave nothing behind
     "eval_on_start": False,
     "report_to": "none",
 }
-LOOKED_AT = 10_000  # rows whose lengths are taken
+LOOKED_AT = 10_000  # rows in which the longest prompt and response are searched
 
 
 def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
-    """Bytes by part, on one device without sharding, when the longest rows come together."""
+    """Estimate the memory of a run: bytes by part, on one device without sharding.
+
+    A batch is taken to consist of the longest rows.  No weights are loaded.
+    """
     section, training = recipe.student, recipe.training
     plan = Plan(**section.carve.model_dump()) if section.carve is not None else None
     student = skeleton(load_config(section.model, revision=section.revision), plan)
@@ -45,12 +48,15 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
     if section.peft is not None:
         options = section.peft.model_dump(exclude={"save", "r"})
         student = add_adapter(student, rank=section.peft.r, seed=recipe.seed, **options)
+    # A teacher without weights of its own is the student with its adapter switched off.
     teacher, teacher_bytes, size = student, 0.0, _dtype_bytes(section.dtype)
     if (weights := recipe.teacher.weights) is not None:
         teacher = skeleton(load_config(weights.model, revision=weights.revision))
         size = _dtype_bytes(weights.dtype)
-        resident = 1 if weights.offload else None
+        resident = 1 if weights.offload else None  # decoder layers on the device at a time
         teacher_bytes = weight_bytes(teacher, size, weights.quantization, resident)
+    # Defaults are those of TrainingArguments, which is not built here.  A rollout writes all rows
+    # of an accumulation window at once; a forward pass reads one micro-batch.
     rows = int(training.get("per_device_train_batch_size", 8))
     window = rows * int(training.get("gradient_accumulation_steps", 1))
     longest = _longest(recipe, train)
@@ -64,15 +70,17 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
     )
     parts = {"teacher's weights": teacher_bytes, "student's weights": student_bytes}
     parts |= footprint(student, load)
-    if recipe.rollout.steps_both_models:
+    if recipe.rollout.steps_both_models:  # the teacher has a cache, too, and scores drafts
         parts["cache while writing"] += load.written_tokens * size * cached_numbers(teacher)
         parts["chunks of logits"] += 4.0 * LOGITS
     return parts
 
 
 def seconds_per_step(recipe: Recipe) -> dict[str, tuple[float, float | None]]:
-    """For each way in which a step may be written: the seconds that it takes on this machine (the
-    second of two that are made and forgotten), and its share of the steps, None where that adapts.
+    """Measure the seconds of a step on this machine, for each way in which it can be written.
+
+    Each value is (seconds, share of the steps); the share is None if it adapts during training.
+    Two steps are made for each way, without saving anything, and the second one is timed.
     """
     tokenizer = load_student_tokenizer(recipe)
     train, _ = load_data(recipe, tokenizer)
@@ -87,13 +95,15 @@ def seconds_per_step(recipe: Recipe) -> dict[str, tuple[float, float | None]]:
             clock = StepClock()
             trainer.add_callback(clock)
             trainer.train()
+        # The first step also allocates memory and tries out block sizes.
         found[rollout.who_writes] = (clock.seconds[-1], share)
     return found
 
 
 def num_steps(recipe: Recipe, train: EncodedRows) -> int:
-    """Steps of the whole run on one device."""
+    """Return the number of optimizer steps of the whole run on one device."""
     training = recipe.training
+    # The length of a stream is not known, so its recipe sets max_steps.
     if training.get("max_steps", -1) > 0 or not isinstance(train, PromptDataset):
         return int(training["max_steps"])
     rows = int(training.get("per_device_train_batch_size", 8))
@@ -102,12 +112,14 @@ def num_steps(recipe: Recipe, train: EncodedRows) -> int:
 
 
 def _longest(recipe: Recipe, train: EncodedRows) -> int:
-    """Tokens of the longest prompt and the longest answer, whoever writes it."""
+    """Return the tokens of the longest prompt and the longest response together."""
     rows = train.head(LOOKED_AT)
     prompt = max(len(row.prompt_ids) for row in rows)
+    # The dataset's responses matter only if the rollout uses them.
     answer = max(len(row.response_ids or ()) for row in rows)
     return prompt + max(recipe.rollout.new_tokens, answer * recipe.rollout.takes_data)
 
 
 def _dtype_bytes(dtype: str) -> float:
+    """Return the bytes of one number in a recipe's dtype, where `auto` depends on the device."""
     return float((DTYPES[dtype] or preferred_dtype(default_device())).itemsize)

@@ -1,22 +1,22 @@
-"""What llmdistill raises on purpose.
+"""Exceptions that llmdistill raises on purpose.
 
     LlmDistillError
     ├── RecipeError      (ValueError)    a recipe, an override or an option is wrong
     ├── ModelError       (ValueError)    a model cannot be loaded, split or carved
     │   └── VocabularyError              teacher and student do not share one vocabulary
     ├── DataError        (ValueError)    a data file or row cannot be used
-    ├── TrainingError    (RuntimeError)  a step cannot be made
+    ├── TrainingError    (RuntimeError)  a training step is impossible
     │   └── NonFiniteLossError           a loss or a gradient is NaN or infinite
-    ├── TeacherError     (RuntimeError)  a remote teacher does not answer
+    ├── TeacherError     (RuntimeError)  a remote teacher gives no usable reply
     └── CheckpointError  (RuntimeError)  a run folder or a checkpoint cannot be used
 
-Each message says what went wrong, where, what was found and what to do.  The second base is the
-built-in exception that a caller who does not know this package would catch.
+Each message says what is wrong, where, what value was got, and what to do.  Each class also derives
+from the built-in exception in brackets, for callers that do not know this package.
 """
 
 
 class LlmDistillError(Exception):
-    """Base of all errors that llmdistill raises on purpose."""
+    """Base class of all errors that llmdistill raises on purpose."""
 
 
 class RecipeError(LlmDistillError, ValueError):
@@ -28,7 +28,7 @@ class ModelError(LlmDistillError, ValueError):
 
 
 class VocabularyError(ModelError):
-    """Teacher and student do not share one vocabulary."""
+    """Teacher and student do not share one vocabulary, so their logits cannot be compared."""
 
 
 class DataError(LlmDistillError, ValueError):
@@ -36,15 +36,15 @@ class DataError(LlmDistillError, ValueError):
 
 
 class TrainingError(LlmDistillError, RuntimeError):
-    """A training step cannot be made."""
+    """A training step is impossible with these models or settings."""
 
 
 class NonFiniteLossError(TrainingError):
-    """A loss or a gradient norm is NaN or infinite; the update was not made."""
+    """A loss or a gradient norm is NaN or infinite.  The weights were not updated."""
 
 
 class TeacherError(LlmDistillError, RuntimeError):
-    """A remote teacher refuses a request, or gives no usable answer."""
+    """A remote teacher refuses a request or gives no usable reply."""
 
 
 class CheckpointError(LlmDistillError, RuntimeError):

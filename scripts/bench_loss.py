@@ -1,11 +1,13 @@
-"""The loss from hidden states to gradients: ours, TRL's and Liger's, against the four products.
+"""Time and memory of the loss from hidden states to gradients: ours, TRL's and Liger's.
 
     python scripts/bench_loss.py [--write docs/results/loss.md] [--dtype bfloat16] [--rounds 5]
     python scripts/bench_loss.py --profile jsd
 
-N positions, hidden size H, vocabulary V; JSD with beta 0.5, gradients for hidden states and head.
-Time is the median of calls in turn, memory what a process of its own needs above its inputs.  On a
-GPU the shapes are those of a student of 360M and a teacher of 1.7B parameters.
+N = positions, H = hidden size, V = vocabulary.  The loss is JSD with beta 0.5, with gradients for
+hidden states and head.  The floor is the four matrix products that every implementation needs.
+Implementations are called in turn, and times are medians.  Memory is what one call in a separate
+process needs above its inputs.  On a GPU the shapes are those of a student of 360M and a teacher of
+1.7B parameters.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ from llmdistill.objectives.divergences import DIVERGENCES
 
 CPU_SHAPES = [(512, 576, 576, 49_152), (512, 384, 384, 151_936), (2048, 576, 576, 49_152)]
 GPU_SHAPES = [(8192, 960, 2048, 49_152), (8192, 1024, 2560, 151_936)]
-CHUNK = 256
+CHUNK = 256  # positions that ours and the floor process at a time
 CUDA = torch.cuda.is_available()
 
 
 class Inputs:
-    """Random hidden states and heads whose JSD is about 0.2 nats."""
+    """Random hidden states and heads of two models whose JSD is about 0.2 nats."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         positions, width, teacher_width, vocabulary = shape
@@ -52,11 +54,15 @@ class Inputs:
         self.teacher_VH = normal(vocabulary, teacher_width, scale=1.5 / teacher_width**0.5)
 
     def forget(self) -> None:
+        """Drop the gradients, so that a call does not add to those of the call before."""
         self.student_NH.grad = self.student_VH.grad = None
 
 
-def products(data: Inputs) -> None:  # it has no loss
-    """The floor: both projections and both gradients, in chunks, in buffers that are used again."""
+def products(data: Inputs) -> None:
+    """Compute both projections and both gradients in chunks, without a loss.
+
+    This is the floor for the time.  Buffers are reused, so memory is close to its floor, too.
+    """
     hidden, head = data.student_NH.detach(), data.student_VH.detach()
     logits_cV = head.new_empty(CHUNK, len(head))
     grad_NH, grad_VH = torch.empty_like(hidden), torch.zeros_like(head)
@@ -69,6 +75,7 @@ def products(data: Inputs) -> None:  # it has no loss
 
 
 def ours(data: Inputs, divergence: str = "jsd") -> float:
+    """Return the mean loss in nats, after its backward pass; so do the three functions below."""
     data.forget()
     teacher = HeadLogits(data.teacher_NH, Head(data.teacher_VH), CHUNK)
     function = DIVERGENCES[divergence]
@@ -94,10 +101,11 @@ def trl_gkd(data: Inputs) -> float:
     )
     loss = GKDTrainer.generalized_jsd_loss(student_NV[None], teacher_NV[None], beta=0.5)
     loss.backward()
-    return loss.item() / len(student_NV)  # it divides by the rows: one here
+    return loss.item() / len(student_NV)  # TRL divides by the batch size, which is 1 here
 
 
 def trl_chunked(data: Inputs) -> float:
+    # TRL has no public name for this function (1.16.0).
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     data.forget()
@@ -140,6 +148,7 @@ PEERS: dict[str, Callable[[Inputs], object]] = {
 
 
 def jsd_rows(shapes: list[tuple[int, ...]], dtype: str, rounds: int) -> list[dict[str, object]]:
+    """Measure every implementation at every shape: one table row for each."""
     rows = []
     for shape in shapes:
         data = Inputs(shape, getattr(torch, dtype))
@@ -151,12 +160,13 @@ def jsd_rows(shapes: list[tuple[int, ...]], dtype: str, rounds: int) -> list[dic
 
         calls = {name: functools.partial(call, name) for name in PEERS}
         seconds = benchmark.in_turn(calls, rounds)
+        # `peak` starts a process with inputs of the same size, so free these first.
         del data, calls, call
         for name in PEERS:
             row: dict[str, object] = {"N, H student, H teacher, V": ", ".join(map(str, shape))}
-            row |= {"": name, "seconds": seconds[name]}
-            row["times the products"] = seconds[name] / seconds["four products"]
-            row["times TRL chunked"] = seconds[name] / seconds["TRL chunked"]
+            row |= {"implementation": name, "seconds": seconds[name]}
+            row["time / four products"] = seconds[name] / seconds["four products"]
+            row["time / TRL chunked"] = seconds[name] / seconds["TRL chunked"]
             row["MiB above inputs"] = round(peak(name, shape, dtype))
             wrong = abs(losses[name] - exact) / exact if losses[name] is not None else None
             row["error of the loss"] = f"{wrong:.0e}" if wrong is not None else "-"
@@ -166,9 +176,9 @@ def jsd_rows(shapes: list[tuple[int, ...]], dtype: str, rounds: int) -> list[dic
 
 @torch.no_grad()
 def reference(data: Inputs) -> float:
-    """The loss in float64 from the very logits that products in this dtype give."""
+    """Compute the loss in float64 from logits that are multiplied in the inputs' dtype."""
     total = 0.0
-    for start in range(0, len(data.student_NH), 32):
+    for start in range(0, len(data.student_NH), 32):  # float64 logits of all rows are too large
         rows = slice(start, start + 32)
         student_nV = (data.student_NH[rows] @ data.student_VH.t()).double()
         teacher_nV = (data.teacher_NH[rows] @ data.teacher_VH.t()).double()
@@ -177,6 +187,7 @@ def reference(data: Inputs) -> float:
 
 
 def divergence_rows(shape: tuple[int, ...], dtype: str, rounds: int) -> list[dict[str, object]]:
+    """Measure our divergences at one shape: one table row for each."""
     data = Inputs(shape, getattr(torch, dtype))
     variants: dict[str, Callable[[], object]] = {"four products": lambda: products(data)}
     for name in DIVERGENCES:
@@ -184,15 +195,15 @@ def divergence_rows(shape: tuple[int, ...], dtype: str, rounds: int) -> list[dic
     seconds = benchmark.in_turn(variants, rounds)
     floor = seconds["four products"]
     return [
-        {"divergence": name, "seconds": some, "times the products": some / floor}
+        {"divergence": name, "seconds": some, "time / four products": some / floor}
         for name, some in seconds.items()
     ]
 
 
 def profile_rows(divergence: str, shape: tuple[int, ...], dtype: str) -> list[dict[str, object]]:
-    """Where the time of one divergence goes, by operation."""
+    """Profile one divergence: the share of the time that each operation takes."""
     data = Inputs(shape, getattr(torch, dtype))
-    ours(data, divergence)
+    ours(data, divergence)  # the first call also allocates memory
     with torch.profiler.profile() as seen:
         ours(data, divergence)
     events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
@@ -204,16 +215,19 @@ def profile_rows(divergence: str, shape: tuple[int, ...], dtype: str) -> list[di
 
 
 def peak(name: str, shape: tuple[int, ...], dtype: str) -> float:
-    """MiB that one call needs above its inputs, in a process of its own."""
+    """Measure the MiB that one call needs above its inputs, in a separate process."""
+    # In this process earlier calls have left memory that the allocator would reuse.
     command = [sys.executable, __file__, "--one", json.dumps([name, shape, dtype])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 
 def one(name: str, shape: tuple[int, ...], dtype: str) -> None:
+    """Print the MiB that one call needs above its inputs; `peak` runs this in a new process."""
     data = Inputs(tuple(shape), getattr(torch, dtype))
     small = Inputs((8, 16, 16, 64), getattr(torch, dtype))
-    PEERS[name](small) if name != "four products" else None  # libraries load before it counts
+    # The first call loads libraries, which should not count.
+    PEERS[name](small) if name != "four products" else None
     benchmark.reset_peak()
     before = benchmark.peak_mib()
     PEERS[name](data)
@@ -222,11 +236,15 @@ def one(name: str, shape: tuple[int, ...], dtype: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write")
-    parser.add_argument("--dtype", default="bfloat16" if CUDA else "float32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--profile", metavar="DIVERGENCE", help="only show where its time goes")
+    parser.add_argument("--write", help="also write the page to this Markdown file")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16" if CUDA else "float32",
+        help="dtype of hidden states and heads",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
+    parser.add_argument("--profile", metavar="DIVERGENCE", help="only profile this divergence")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -239,8 +257,8 @@ def main() -> None:
         parts = [about, benchmark.table(rows)]
         return benchmark.report(options.write, "Where the time of a loss goes", parts)
     parts = [
-        f"JSD with beta 0.5 in {options.dtype}; the error is that of the loss against float64 on "
-        "the same logits.",
+        f"JSD with beta 0.5 in {options.dtype}. The error is the relative difference of the loss "
+        "from float64 on the same logits.",
         benchmark.table(jsd_rows(shapes, options.dtype, options.rounds)),
         f"Our divergences at {', '.join(map(str, shapes[0]))}:",
         benchmark.table(divergence_rows(shapes[0], options.dtype, options.rounds)),

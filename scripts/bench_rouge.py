@@ -1,10 +1,11 @@
-"""How long does it take to compare a new instruction with a pool of 52,000?
+"""Time to compare a new instruction with a pool of 52,000.
 
     python scripts/bench_rouge.py [--pool 52000] [--write PATH]
 
-The filter `rouge` against calling `rouge_score` on every pair, which is timed on a sample of the
-pool and multiplied.  Texts are drawn from the words of the seed tasks, as long as their
-instructions are.  Then 2,000 pairs whose ROUGE-L is within 0.1 of 0.7: do both decide alike?
+The first table compares the filter `rouge` with calling `rouge_score` on every pair, which is timed
+on a sample of the pool and scaled up.  Texts consist of random words of the seed tasks and are as
+long as their instructions.  The second table counts on how many of 2,000 pairs, whose ROUGE-L is
+within 0.1 of 0.7, both make the same decision.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def seeds() -> list[list[str]]:
 
 
 def drawn(number: int, seed: int) -> list[str]:
-    """Texts as long as the seeds' instructions, of their words."""
+    """Return random texts of the seeds' words, as long as the seeds' instructions."""
     draw, known = random.Random(seed), seeds()
     words = [word for text in known for word in text]
     return [" ".join(draw.choices(words, k=len(draw.choice(known)))) for _ in range(number)]
@@ -53,24 +54,25 @@ def timed(pool_size: int) -> list[dict[str, object]]:
         scorer.score(text, queries[0])
     theirs = (time.perf_counter() - start) / SAMPLE * pool_size
     return [
-        {"compared": f"filter `rouge`, mean of {QUERIES} texts", "ms a text": ours * 1e3},
+        {"compared": f"filter `rouge`, mean of {QUERIES} texts", "ms per text": ours * 1e3},
         {
             "compared": f"`rouge_score` on every pair ({SAMPLE} of them timed)",
-            "ms a text": theirs * 1e3,
+            "ms per text": theirs * 1e3,
         },
-        {"compared": "times faster", "ms a text": f"{theirs / ours:.0f}"},
+        {"compared": "times faster", "ms per text": f"{theirs / ours:.0f}"},
         {
             "compared": "(adding one text to the pool)",
-            "ms a text": f"{adding / pool_size * 1e3:.3f}",
+            "ms per text": f"{adding / pool_size * 1e3:.3f}",
         },
     ]
 
 
 def decided() -> dict[str, object]:
-    """Pairs around the threshold: texts and what is left of them after some words were changed."""
+    """Count equal decisions on pairs near the threshold: a text and itself with words replaced."""
     draw, known, scorer = random.Random(2), seeds(), RougeScorer(["rougeL"])
     words = [word for text in known for word in text]
     same = above = 0
+    # Pairs far from the threshold would agree even if the filter were only roughly right.
     for _ in range(PAIRS):
         while True:
             text = draw.choice(known)
@@ -83,13 +85,13 @@ def decided() -> dict[str, object]:
         index.add(" ".join(other))
         same += (index.nearest(" ".join(text), AT_MOST) is not None) == (score > AT_MOST)
         above += score > AT_MOST
-    return {"pairs": PAIRS, "above 0.7": above, "decided alike": same}
+    return {"pairs": PAIRS, "above 0.7": above, "same decision": same}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pool", type=int, default=52_000)
-    parser.add_argument("--write", metavar="PATH")
+    parser.add_argument("--pool", type=int, default=52_000, help="number of texts in the pool")
+    parser.add_argument("--write", metavar="PATH", help="also write the page to this Markdown file")
     options = parser.parse_args()
     about = __doc__.split("\n\n", 2)[2]
     parts = [about, benchmark.table(timed(options.pool)), benchmark.table([decided()])]

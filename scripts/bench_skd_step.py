@@ -1,11 +1,11 @@
-"""A training step in which both models write (SKD) beside one in which the student does.
+"""Time of a training step in which both models write (SKD), and of one in which the student does.
 
     python scripts/bench_skd_step.py --student runs/quickstart/student [--write PATH]
 
-Embedded teacher, its 20-layer student after the quickstart, 8 prompts of 128 tokens, answers of 128
-at the most; the student samples at temperature 0.5 and top-p 0.5 in both, forward KL, AdamW.
-Trainers in turn, a fresh student each time; medians without each one's first step, in which the
-block size is tried out.
+The embedded teacher and its 20-layer student after the quickstart, with 8 prompts of 128 tokens and
+answers of at most 128.  The student samples at temperature 0.5 and top-p 0.5 in both cases.  The
+loss is forward KL, the optimizer AdamW.  Trainers run in turn, each time with a fresh student.
+Times are medians without the first step of each run, which tries out the block size.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PROMPT, NEW, BATCH = 128, 128, 8
 
 
 def rows(tokenizer: Any, number: int) -> PromptDataset:
-    """The seed tasks one behind the other, cut into prompts of one length."""
+    """Return the joined texts of the seed tasks, cut into prompts of equal length."""
     text = " ".join(f"{row['instruction']} {row['output']}" for _, row in read("seed_tasks"))
     ids = tokenizer(text)["input_ids"]
     cuts = [ids[i * PROMPT : (i + 1) * PROMPT] for i in range(number)]
@@ -49,7 +49,7 @@ def rows(tokenizer: Any, number: int) -> PromptDataset:
 
 
 def run(rollout: Any, options: argparse.Namespace) -> tuple[list[float], list[dict[str, float]]]:
-    """Seconds of each step but the first, and what was logged of them."""
+    """Train with `rollout`; return the seconds and the log of each step but the first."""
     tokenizer = load_tokenizer(TEACHER)
     teacher = LocalTeacher(load_model(TEACHER, dtype=options.dtype), tokenizer)
     clock = StepClock()
@@ -72,12 +72,18 @@ def run(rollout: Any, options: argparse.Namespace) -> tuple[list[float], list[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write")
-    parser.add_argument("--student", required=True)
-    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", help="also write the page to this Markdown file")
+    parser.add_argument(
+        "--student", required=True, help="folder of a student of the embedded teacher"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16" if torch.cuda.is_available() else "float32",
+        help="dtype of the teacher; with bfloat16 the student trains under autocast",
+    )
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each run")
+    parser.add_argument("--rounds", type=int, default=2, help="number of measured rounds")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     samplings = {"student_sampling": OWN["student"], "teacher_sampling": OWN["teacher"]}
@@ -87,6 +93,7 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     logs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    # The variants take turns, so a slow phase of the machine affects both.
     for _ in range(options.rounds):
         for name, rollout in variants.items():
             found = run(rollout(), options)
@@ -94,19 +101,20 @@ def main() -> None:
             logs[name] += found[1]
     median = {name: statistics.median(some) for name, some in seconds.items()}
 
+    # Answers can differ in length, so the time per token is compared as well.
     def _per_token(name: str) -> float:
         return median[name] / statistics.mean(e["predicted_tokens"] for e in logs[name])
 
     table = [
         {
             "who writes": name,
-            "seconds a step": median[name],
-            "tokens a step": _mean(logs[name], "predicted_tokens"),
+            "seconds per step": median[name],
+            "tokens per step": _mean(logs[name], "predicted_tokens"),
             "written tokens/s": _mean(logs[name], "written_per_second"),
             "accepted": _mean(logs[name], "acceptance"),
-            "tokens a judgement": _mean(logs[name], "tokens_per_teacher_pass"),
-            "time against the student's": median[name] / median["the student"],
-            "time a token against the student's": _per_token(name) / _per_token("the student"),
+            "tokens per teacher pass": _mean(logs[name], "tokens_per_teacher_pass"),
+            "time / the student's": median[name] / median["the student"],
+            "time per token / the student's": _per_token(name) / _per_token("the student"),
         }
         for name in variants
     ]

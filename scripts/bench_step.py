@@ -1,11 +1,12 @@
-"""A whole training step: ours beside TRL's trainers, on data set answers and on-policy.
+"""Time and memory of a training step: our trainer and TRL's, on dataset answers and on-policy.
 
     python scripts/bench_step.py [--write docs/results/step.md] [--steps 4] [--rounds 2]
 
-Teacher of 30 layers and student of 10 in SmolLM2-135M's shape, random weights, 128 prompt and 128
-response tokens, batches of 4, JSD with beta 0.5, AdamW, float32.  Each trainer runs in a process of
-its own, all of them in turn in each round; the median leaves out each process's first step.  On a
-GPU the shapes are those of SmolLM2-1.7B and 360M, in bfloat16.
+The teacher has 30 layers and the student 10, in SmolLM2-135M's shape with random weights.  Prompts
+and responses have 128 tokens each, batches 4 rows.  The loss is JSD with beta 0.5, the optimizer
+AdamW, the dtype float32.  Each trainer runs in a separate process, and they take turns in each
+round.  The median leaves out the first step of each process.  On a GPU the shapes are those of
+SmolLM2-1.7B and 360M, in bfloat16.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ SHAPES = {  # layers, hidden size, MLP neurons, heads, heads of keys and values
     "gpu teacher": (24, 2048, 8192, 32, 32),
     "gpu student": (32, 960, 2560, 15, 5),
 }
+# `compare_trees.py` passes these names to other checkouts, so they keep their spelling.
 KINDS = {
     "data set answers": ["TRL GKD", "ours"],
     "on-policy": ["TRL DistillationTrainer", "TRL GKD", "ours"],
@@ -55,8 +57,9 @@ ROWS, BATCH, NEW_TOKENS, BETA = 64, 4, 128, 0.5
 
 
 def model(name: str) -> LlamaForCausalLM:
+    """Build "teacher" or "student" with random weights, in the shape for this device."""
     layers, hidden, neurons, heads, shared = SHAPES[f"{'gpu' if CUDA else 'cpu'} {name}"]
-    torch.manual_seed(layers)
+    torch.manual_seed(layers)  # differs between teacher and student
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=neurons,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=shared,
@@ -64,12 +67,13 @@ def model(name: str) -> LlamaForCausalLM:
         pad_token_id=0,
     )  # fmt: skip
     made = LlamaForCausalLM(config)
+    # `generate` needs both ids, which a checkpoint would provide.
     made.generation_config.eos_token_id, made.generation_config.pad_token_id = 2, 0
     return made.to("cuda", torch.bfloat16 if name == "teacher" else torch.float32) if CUDA else made
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and words that no text has, up to the size of the head."""
+    """Build a tokenizer with one token per byte, filled up to the size of the head."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*SPECIAL, *alphabet]
     words += [f"<unused {i}>" for i in range(VOCABULARY - len(words))]
@@ -84,10 +88,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def rows() -> list[list[dict[str, str]]]:
-    """Conversations of 128 tokens of prompt and 128 of answer, its end included."""
+    """Build conversations with 128 prompt tokens and 128 answer tokens, end token included."""
     draw = random.Random(0)
     made = tokenizer()
     empty = [{"role": "user", "content": ""}]
+    # The template adds this many tokens to the text of a question.
     around = len(made.apply_chat_template(empty, add_generation_prompt=True)["input_ids"])
 
     def text(length: int) -> str:
@@ -103,6 +108,8 @@ def rows() -> list[list[dict[str, str]]]:
 
 
 def trainer(who: str, kind: str, steps: int, folder: str) -> Any:
+    """Build one of the trainers of KINDS, all with the same models, rows and optimizer."""
+    # Nothing is saved or logged, so the times are those of the steps alone.
     common: dict[str, Any] = {
         "output_dir": folder, "use_cpu": not CUDA, "bf16": CUDA, "report_to": "none",
         "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
@@ -122,7 +129,7 @@ def trainer(who: str, kind: str, steps: int, folder: str) -> Any:
             train_dataset=chats, processing_class=made,
         )  # fmt: skip
     parts = {"model": student, "teacher_model": teacher, "processing_class": made}
-    common["gradient_checkpointing"] = False
+    common["gradient_checkpointing"] = False  # TRL turns it on, which would cost time
     if who == "TRL GKD":
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -137,7 +144,7 @@ def trainer(who: str, kind: str, steps: int, folder: str) -> Any:
 
 
 def one(who: str, kind: str, steps: int) -> None:
-    """Runs one trainer; prints its seconds a step and its peak of memory."""
+    """Run one trainer; print the seconds of each step but the first and the peak in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         made = trainer(who, kind, steps, folder)
         clock = StepClock()
@@ -148,6 +155,7 @@ def one(who: str, kind: str, steps: int) -> None:
 
 
 def measured(who: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run `one` in a new process and return what it prints: seconds and peak."""
     arguments = json.dumps([who, kind, options.steps])
     command = [sys.executable, __file__, "--threads", str(options.threads), "--one", arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -156,10 +164,10 @@ def measured(who: str, kind: str, options: argparse.Namespace) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", help="also write the page to this Markdown file")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each run")
+    parser.add_argument("--rounds", type=int, default=2, help="number of measured rounds")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -177,15 +185,15 @@ def main() -> None:
     peaks = {place: max(run["peak"] for run in some) for place, some in runs.items()}
     table = []
     for kind, who in runs:
-        first = (kind, KINDS[kind][0])
+        first = (kind, KINDS[kind][0])  # the trainer that the others are compared with
         table.append(
             {
                 "answers": kind,
                 "trainer": who,
-                "seconds a step": seconds[kind, who],
+                "seconds per step": seconds[kind, who],
                 "peak MiB": round(peaks[kind, who]),
-                "time against the first": seconds[kind, who] / seconds[first],
-                "memory against the first": peaks[kind, who] / peaks[first],
+                "time / first trainer": seconds[kind, who] / seconds[first],
+                "memory / first trainer": peaks[kind, who] / peaks[first],
             }
         )
     about = (__doc__ or "").split("\n\n")[2]

@@ -1,6 +1,4 @@
-"""What the benchmarks share: timing in turn, peak memory, and tables with their command, date and
-versions.
-"""
+"""Tools that the benchmarks share: timing, peak memory, and tables with command and versions."""
 
 from __future__ import annotations
 
@@ -19,8 +17,9 @@ PACKAGES = ("torch", "transformers", "trl", "liger-kernel")
 
 
 def in_turn(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each variant, called one after the other in each round; one round before
-    that does not count.
+    """Call all variants in turn, `rounds` times; return the median seconds of each.
+
+    Turns spread a slow phase of the machine over all variants.  A first round does not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
@@ -28,22 +27,22 @@ def in_turn(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
             start = time.perf_counter()
             variant()
             if torch.cuda.is_available():
-                torch.cuda.synchronize()
+                torch.cuda.synchronize()  # a call returns before the GPU is done
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(some) for name, some in seconds.items()}
 
 
 def reset_peak() -> None:
-    """From here on `peak_mib` is the largest that this process has been."""
+    """Make `peak_mib` measure from here on."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
 
 
 def peak_mib() -> float:
-    """The largest that this process, or what it holds on its GPU, has been since `reset_peak`."""
+    """Return the peak in MiB since `reset_peak`: of GPU memory, or of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -51,7 +50,7 @@ def peak_mib() -> float:
 
 
 def conditions() -> str:
-    """When, where and with what a table was made."""
+    """Return a sentence with the command, date, device and versions of a table."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     command = " ".join(["python", *sys.argv])
@@ -59,7 +58,7 @@ def conditions() -> str:
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows of equal keys as a Markdown table."""
+    """Format rows with the same keys as a Markdown table."""
     header = list(rows[0])
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(_cell(row[key]) for key in header) + " |" for row in rows]
@@ -67,7 +66,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def report(path: str | None, title: str, parts: Sequence[str]) -> None:
-    """Prints the parts, and writes them where a path is given."""
+    """Print a page of these parts; also write it to `path` if there is one."""
     text = "\n\n".join([f"# {title}", *parts, conditions()]) + "\n"
     print(text)
     if path is not None:

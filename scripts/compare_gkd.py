@@ -1,11 +1,12 @@
-"""The same distillation by TRL's GKDTrainer and by llmdistill: the loss of each step, side by side.
+"""Losses of the same distillation by TRL's GKDTrainer and by llmdistill, step by step.
 
     python scripts/compare_gkd.py                                  one process
     torchrun --nproc_per_node 2 scripts/compare_gkd.py             two
     python scripts/compare_gkd.py --write docs/correctness.md      both, as the table of that file
 
-Same toy pair, rows, divergence (JSD, beta 0.5), data set answers and plain SGD, all rows in each
-step, so that nothing is left to their order.  Without --write it prints one line of JSON.
+Both use the same toy pair, rows, divergence (JSD, beta 0.5), dataset answers and plain SGD.  Every
+step uses all rows, so their order does not matter.  Without --write the script prints one line of
+JSON.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from tests.training.helpers import arguments
 
 STEPS, ROWS, LEARNING_RATE = 20, 8, 0.2
 BEGIN, END = "<!-- compare_gkd -->", "<!-- /compare_gkd -->"
-# Without the newline that the toys' template puts behind an end token: TRL would train on it too.
+# The toys' template appends a newline to an end token.  TRL would train on it, so it is removed.
 TEMPLATE = toy.TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
 
 
 class Losses(list):
-    """The logged losses of a trainer, in order."""
+    """Logged losses of a trainer, in order."""
 
     def __init__(self, trainer: object) -> None:
         history = trainer.state.log_history
@@ -84,9 +85,10 @@ def theirs(folder: str, world: int) -> list[float]:
         teacher_model=toy.teacher_model(rows=toy.NUM_TOKENS),
         args=GKDConfig(
             output_dir=folder,
-            lmbda=0.0,
+            lmbda=0.0,  # never on-policy
             beta=0.5,
             temperature=1.0,
+            # TRL changes some defaults of TrainingArguments; these are the values of our run.
             bf16=False,
             gradient_checkpointing=False,
             max_length=512,
@@ -107,7 +109,7 @@ def settings(world: int) -> dict:
     return {
         "max_steps": STEPS,
         "learning_rate": LEARNING_RATE,
-        "per_device_train_batch_size": ROWS // world,
+        "per_device_train_batch_size": ROWS // world,  # all rows in each step
     }
 
 
@@ -115,14 +117,14 @@ def compare() -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as folder:
         found = {"ranks": world, "ours": ours(folder, world), "trl": theirs(folder, world)}
-    if world > 1:
+    if world > 1:  # a launcher that failed would leave one process, and the table would be wrong
         assert torch.distributed.get_world_size() == world
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(found))
 
 
 def write(path: Path) -> None:
-    """Puts the table between the two marks of a Markdown file."""
+    """Write the table between the two marks of a Markdown file."""
     one, two = run([sys.executable]), run(["torchrun", "--nproc_per_node", "2"])
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "trl"))
     lines = [

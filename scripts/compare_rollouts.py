@@ -1,11 +1,11 @@
-"""Who should write?  One student, three rollouts: interleaved (SKD), its own, the data set's.
+"""Compare three rollouts for one student: interleaved (SKD), on-policy, and dataset answers.
 
     python scripts/compare_rollouts.py --train gsm8k_train.jsonl --eval gsm8k_test.jsonl \
         [--write docs/results/skd.md]
 
-`recipes/skd_cpu.yaml` with the same student, prompts, order, number of new tokens and seed; only
-the answer to "who writes" differs.  The held-out loss is the forward KL per token on the teacher's
-greedy answers to held-out prompts.  A run that is there already is not made again.
+All runs use `recipes/skd_cpu.yaml` with the same student, prompts, order, number of new tokens and
+seed.  Only the rollout differs.  The held-out loss is the forward KL per token on the teacher's
+greedy answers to held-out prompts.  A finished run with the same recipe is reused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FIGURES = (
 
 
 def overrides(name: str, options: argparse.Namespace) -> list[str]:
-    """What a variant changes in the recipe."""
+    """Return the overrides of the recipe for one variant."""
     written = {
         "interleaved": [f"rollout.max_new_tokens={options.new_tokens}"],
         "on_policy": ["rollout=" + OWN % options.new_tokens],
@@ -50,7 +50,7 @@ def overrides(name: str, options: argparse.Namespace) -> list[str]:
 
 
 def head(source: str, rows: int, folder: Path) -> Path:
-    """The first rows of a file, as a file: few of them are measured on."""
+    """Write the first rows of a file to a new file, so that only these are measured on."""
     lines = Path(source).read_text(encoding="utf-8").splitlines()[:rows]
     path = folder / f"first_{rows}.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -58,7 +58,7 @@ def head(source: str, rows: int, folder: Path) -> Path:
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    """A line every `EVERY` steps: the held-out loss there, means of what was logged since."""
+    """Return one entry per `EVERY` steps: the held-out loss, and means since the entry before."""
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = []
     for entry in (entry for entry in logged if "eval_loss" in entry):
@@ -74,7 +74,7 @@ def _means(entries: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # only needed with --write
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     for name, lines in curves.items():
@@ -89,7 +89,7 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None})  # a date would change the file in every run
 
 
 def report(options: argparse.Namespace, runs: Path, names: list[str]) -> None:
@@ -110,14 +110,13 @@ def report(options: argparse.Namespace, runs: Path, names: list[str]) -> None:
     ends = [{"student": "before"} | _chosen(figures[names[0]]["before"])]
     ends += [{"student": f"after {name}"} | _chosen(figures[name]["after"]) for name in names]
     parts = [
-        "Who writes, at equal steps: `recipes/skd_cpu.yaml` on GSM8K's questions, "
-        f"{options.steps} steps of 8 prompts, at most {options.new_tokens} tokens an answer; "
-        f"measured on those of the first {options.eval_rows} test questions that have at most 80 "
-        "tokens.  Losses are each rollout's own "
-        "and not comparable between columns; the held-out KL is, within the noise of one seed.  "
-        "Figures over steps are means "
-        f"since the line before.  `replaced_q1` and `_q4`: share of the tokens in the first and "
-        "last quarter of an answer that the teacher wrote.",
+        "Three rollouts after the same number of steps: `recipes/skd_cpu.yaml` on GSM8K's "
+        f"questions, with {options.steps} steps of 8 prompts and at most {options.new_tokens} "
+        f"tokens per answer.  Figures are measured on those of the first {options.eval_rows} test "
+        "questions that have at most 80 tokens.  Each loss is on the rollout's own text, so losses "
+        "cannot be compared between columns.  The held-out KL can, within the noise of one seed.  "
+        "Losses and shares are means since the line before.  `replaced_q1` and `replaced_q4` are "
+        "the shares of tokens in the first and last quarter of an answer that the teacher wrote.",
         benchmark.table(table),
         benchmark.table(ends),
     ]
@@ -125,10 +124,13 @@ def report(options: argparse.Namespace, runs: Path, names: list[str]) -> None:
         picture = Path(options.write).with_suffix(".svg")
         plot(curves, picture)
         parts.append(f"![held-out KL and acceptance]({picture.name})")
-    benchmark.report(options.write, "Who writes: SKD beside its neighbours", parts)
+    benchmark.report(
+        options.write, "SKD compared with on-policy and supervised distillation", parts
+    )
 
 
 def _is_done(folder: Path, wanted: recipes.Recipe) -> bool:
+    """Whether the folder contains a finished run of exactly this recipe."""
     made = folder / "recipe.yaml"
     return (folder / "evaluation.json").is_file() and recipes.load(made) == wanted
 
@@ -139,13 +141,15 @@ def _chosen(figures: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--eval", required=True)
-    parser.add_argument("--eval-rows", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--runs", default="runs/compare_rollouts")
-    parser.add_argument("--write")
+    parser.add_argument("--train", required=True, help="JSON lines to train on")
+    parser.add_argument("--eval", required=True, help="JSON lines to evaluate on")
+    parser.add_argument(
+        "--eval-rows", type=int, default=16, help="rows of the evaluation file that are used"
+    )
+    parser.add_argument("--new-tokens", type=int, default=48, help="longest answer, in tokens")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run")
+    parser.add_argument("--runs", default="runs/compare_rollouts", help="folder of the runs")
+    parser.add_argument("--write", help="also write the page to this Markdown file")
     options = parser.parse_args()
     torch.set_num_threads(2)
     runs = Path(options.runs)

@@ -1,11 +1,11 @@
-"""Two checkouts of this repository against each other: did a change cost speed?
+"""Compare the speed of two checkouts of this repository, before and after a change.
 
     git worktree add ../before COMMIT
     python scripts/compare_trees.py ../before . [--write docs/results/seams.md] [--rounds 3]
 
-Each figure is our own part of `scripts/bench_step.py` or `scripts/bench_loss.py`, run by that
-checkout's own scripts.  The checkouts take turns, and each call starts a new process.  Figures are
-medians.
+The figures are those of llmdistill itself in `scripts/bench_step.py` and `scripts/bench_loss.py`.
+Each checkout runs its own copy of these scripts.  The checkouts take turns, and each call starts a
+new process.  Figures are medians.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ print(json.dumps({"seconds": seconds[1:], "peak": None}))
 """
 STEP = "scripts/bench_step.py"
 FIGURES = {
-    "step, data set answers": [STEP, "--one", json.dumps(["ours", "data set answers", STEPS])],
+    "step, dataset answers": [STEP, "--one", json.dumps(["ours", "data set answers", STEPS])],
     "step, on-policy": [STEP, "--one", json.dumps(["ours", "on-policy", STEPS])],
     "loss, jsd": ["-c", LOSS, "jsd"],
     "loss, forward_kl": ["-c", LOSS, "forward_kl"],
@@ -45,7 +45,7 @@ FIGURES = {
 
 
 def measured(tree: Path, command: list[str]) -> dict:
-    """Seconds of each call, and the peak of memory in MiB where it is taken."""
+    """Run a command in a checkout; return its seconds and its peak in MiB (None for a loss)."""
     done = subprocess.run(
         [sys.executable, *command], cwd=tree, capture_output=True, text=True, check=True
     )
@@ -54,12 +54,12 @@ def measured(tree: Path, command: list[str]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
-    parser.add_argument("--write")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("before", type=Path, help="checkout without the change")
+    parser.add_argument("after", type=Path, help="checkout with the change")
+    parser.add_argument("--write", help="also write the page to this Markdown file")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measured rounds")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # as the scripts that it runs
+    torch.set_num_threads(1)  # the report states this number, and the measured scripts use one
     table = []
     for name, command in FIGURES.items():
         runs: dict[str, list[dict]] = {"before": [], "after": []}
@@ -75,7 +75,7 @@ def main() -> None:
         peaks = {side: [r["peak"] for r in some if r["peak"]] for side, some in runs.items()}
         memory = max(peaks["after"]) / max(peaks["before"]) if peaks["after"] else ""
         table.append(row | {"memory, after / before": memory})
-    about = "Seconds; our own step and loss in two checkouts, in turn, one thread, float32."
+    about = "Seconds of our step and loss in two checkouts, in turn, with one thread in float32."
     benchmark.report(options.write, "Before and after", [about, benchmark.table(table)])
 
 

@@ -1,12 +1,13 @@
-"""Are interleaved answers the same with every block size, in every batch?  On real models.
+"""Check on real models that interleaved answers depend on neither block size nor batch.
 
     python scripts/same_tokens.py --student runs/quickstart/student [--write PATH]
 
-In float64 they are, exactly: a test of the suite.  Here rounding differs with the shape of a pass,
-and a token may flip where two scores nearly tie; from there on the row differs.  Embedded teacher
-and its student, answers of 64 tokens at temperature 1 and top-25 acceptance; compared with block
-size 1, all rows in one batch.  Last, greedy with top-1 acceptance is compared with the teacher's
-own greedy answers.
+In float64 the answers are exactly the same, and a test of the suite checks that.  In the dtypes
+below, rounding depends on the shape of a forward pass, so a token can change if two scores nearly
+tie.  The rest of that row then differs, too.  The embedded teacher and its student write answers of
+64 tokens at temperature 1 with top-25 acceptance.  Each setting is compared with block size 1 and
+all rows in one batch.  The last line compares greedy writing with top-1 acceptance with the
+teacher's own greedy answers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ AT = Progress(step=0, epoch=0, seed=0)
 
 
 def rows(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Count the rows that differ in one dtype: one table row for each comparison."""
     tokenizer = load_tokenizer(TEACHER)
     teacher = LocalTeacher(load_model(TEACHER, dtype=dtype), tokenizer)
     student = Distillation(
@@ -53,17 +55,18 @@ def rows(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         rollout = InterleavedRollout(block_size=size, max_new_tokens=NEW, **settings | changes)
         return answers(rollout, batch)
 
-    first = interleaved(1, options.rows)
-    found = [(f"blocks of {size}", interleaved(size, options.rows), first) for size in SIZES]
-    found.append(("blocks of 5, batches of 4", interleaved(5, 4), first))
+    first = interleaved(1, options.rows)  # the reference: one token per block
+    found = [(f"block size {size}", interleaved(size, options.rows), first) for size in SIZES]
+    found.append(("block size 5, batches of 4", interleaved(5, 4), first))
     greedy = Sampling(temperature=0.0)
+    # Greedy top-1 acceptance keeps a drafted token only if the teacher would write it, too.
     own = answers(SampledRollout("teacher", sampling=greedy, max_new_tokens=NEW), options.rows)
     top1 = interleaved(5, options.rows, top_k=1, student_sampling=greedy, teacher_sampling=greedy)
-    found.append(("greedy, top 1, beside the teacher alone", top1, own))
+    found.append(("greedy, top 1, against the teacher alone", top1, own))
     return [
         {
             "dtype": dtype,
-            "what": what,
+            "compared": what,
             "rows": len(some),
             "rows that differ": sum(a != b for a, b in zip(ours, theirs, strict=True)),
         }
@@ -73,11 +76,15 @@ def rows(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write")
-    parser.add_argument("--student", required=True)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", help="also write the page to this Markdown file")
+    parser.add_argument(
+        "--student", required=True, help="folder of a student of the embedded teacher"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes of both models"
+    )
+    parser.add_argument("--rows", type=int, default=16, help="number of prompts")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     table = [row for dtype in options.dtypes for row in rows(dtype, options)]

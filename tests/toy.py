@@ -1,7 +1,7 @@
 """Toys for tests: a byte tokenizer with a chat template, and tiny models that share it.
 
 Teacher and student differ in width, in depth and in the padding rows of their heads, and prompts
-and responses are ragged, so that a test which mixes them up cannot pass by chance.
+and responses are ragged.  A test that mixes them up therefore cannot pass by chance.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ WORDS = [
 
 
 def tokenizer(name: str = "toy") -> PreTrainedTokenizerFast:
-    """One id a byte, and three special tokens."""
+    """Return a tokenizer with one id per byte and three special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     backend = Tokenizer(BPE(vocab=vocab, merges=[]))
@@ -68,7 +68,7 @@ def tokenizer(name: str = "toy") -> PreTrainedTokenizerFast:
 def model(
     *, seed: int = 0, hidden: int = 32, layers: int = 3, rows: int = NUM_TOKENS + 5, **options
 ) -> LlamaForCausalLM:
-    """A Llama with random weights, wide enough apart that its distributions are not flat."""
+    """Return a Llama with random weights, spread so widely that its distributions are not flat."""
     torch.manual_seed(seed)
     options = {
         "tie_word_embeddings": True,
@@ -99,7 +99,7 @@ def teacher_model(**options) -> LlamaForCausalLM:
 
 
 def rows(number: int = 12, *, seed: int = 0, answers: bool = True) -> list[dict]:
-    """Alpaca rows of very different lengths."""
+    """Return Alpaca rows of very different lengths."""
     draw = random.Random(seed)
     made = []
     for _ in range(number):
@@ -113,7 +113,7 @@ def rows(number: int = 12, *, seed: int = 0, answers: bool = True) -> list[dict]
 def sequences(
     number: int = 5, *, seed: int = 0, writer: Writer = Writer.DATA, longest: int = 9
 ) -> Sequences:
-    """Ragged random ids; lengths differ from row to row, prompts and responses alike."""
+    """Return random ids in which prompt and response lengths differ from row to row."""
     draw = random.Random(seed)
     prompts = [
         [draw.randint(3, NUM_TOKENS - 1) for _ in range(draw.randint(1, 6))] for _ in range(number)
@@ -126,7 +126,7 @@ def sequences(
 
 
 def save_pair(folder: Path) -> tuple[str, str]:
-    """Teacher and student as model folders on disk: their paths."""
+    """Save teacher and student as model folders; return their paths."""
     paths = []
     for name, made in (("teacher", teacher_model()), ("student", model())):
         made.save_pretrained(folder / name)

@@ -1,4 +1,4 @@
-"""What a distillation sets in TrainingArguments, and which of them cannot work with it."""
+"""TrainingArguments that a distillation forces, and checks of those that cannot work with it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ logger = logging.getLogger("llmdistill")
 
 
 def compile_layers(trainer: DistillTrainer) -> None:
-    """`torch_compile` compiles the student's decoder layers.
+    """Compile the student's decoder layers if `torch_compile` is set.
 
-    Accelerate would compile the whole step, and fail on it.  A layer of which something is taken
-    from within stays as it is: its hooks would not be seen.
+    A layer whose inner states are taken is not compiled, because its hooks would not run.
     """
     args, model = trainer.args, trainer.model
     if args.torch_compile:
+        # Accelerate would compile the whole step, and fail on it.
         trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         needs = model.student_needs
-        if getattr(model.teacher, "model", None) is model.student:  # its base teaches
+        # An AdapterOffTeacher runs the student's own layers, so its hooks are on them, too.
+        if getattr(model.teacher, "model", None) is model.student:
             needs = needs | model.teacher_needs
         plain = layers_seen_inside(model.student, needs)
         for layer in decoder_layers(model.student):
@@ -39,17 +40,25 @@ def compile_layers(trainer: DistillTrainer) -> None:
 
 
 def forced(args: TrainingArguments, distillation: Distillation) -> TrainingArguments:
-    """The arguments with what a distillation cannot do without."""
-    args.remove_unused_columns = False  # it would look at our module's forward, and raise
-    args.logging_nan_inf_filter = False  # it would log NaN as 0.0; the guard stops instead
-    args.accelerator_config.dispatch_batches = False  # batches are objects of ours
-    if args.n_gpu > 1:  # DataParallel cannot scatter them; several GPUs need a launcher
-        logger.warning("using one GPU of %d; `accelerate launch` uses them all", args.n_gpu)
+    """Return `args`, changed in place, with the values that a distillation cannot do without."""
+    # Trainer would compare the rows' fields with the signature of our forward, and raise.
+    args.remove_unused_columns = False
+    # The filter would hide a NaN loss from the log.  The guard stops the run instead.
+    args.logging_nan_inf_filter = False
+    # Accelerate would read a stream on one rank and slice its batches for the others.  It slices
+    # tensors, not `Prompts`.
+    args.accelerator_config.dispatch_batches = False
+    if args.n_gpu > 1:  # without a launcher Trainer would use DataParallel, which cannot scatter
+        logger.warning(
+            "using one GPU of %d. Start the run with `accelerate launch` to use them all.",
+            args.n_gpu,
+        )
         args._n_gpu = 1
     if args.ddp_find_unused_parameters is None:
-        # With a distribution every parameter gets a gradient, be it zero.  Inner states alone leave
-        # the layers above them without one.
-        # A teacher's own loss sends none to the student.
+        # DDP waits for a gradient of every parameter.  With a distribution each one gets a
+        # gradient, even if it is zero.  Inner states alone leave the layers above them without one.
+        # The loss of a teacher that trains along sends no gradient to the student, so only the
+        # needs of objectives count.
         needs = [need for one in distillation.objectives for need in one.student_needs]  # type: ignore[union-attr]
         reaches_the_head = Need.DISTRIBUTION in needs
         args.ddp_find_unused_parameters = not reaches_the_head
@@ -57,37 +66,40 @@ def forced(args: TrainingArguments, distillation: Distillation) -> TrainingArgum
 
 
 def is_sharded(trainer: DistillTrainer) -> bool:
-    """Are weights gathered for each forward pass?"""
+    """Whether weights are sharded and gathered for each forward pass (FSDP or ZeRO-3)."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
 
 def check_sharding(rollout: Rollout, *, sharded: bool, requested: bool) -> None:
-    """Raises TrainingError for sharding that was asked for and not made, or that cannot work.
+    """Raise TrainingError if sharding was requested but not done, or cannot work.
 
-    On a CPU Accelerate takes `fsdp=` and trains with DDP, without a word.
+    `sharded` is whether Accelerate has sharded the model, `requested` whether `args.fsdp` is set.
     """
     if sharded and steps_both_models(rollout):
         raise TrainingError(
-            "interleaved rollouts do not work with FSDP or ZeRO 3: ranks run different numbers of "
-            "forward passes and would wait for each other for ever. Train with DDP or ZeRO 2, or "
-            "choose rollout.kind: sampled"
+            "interleaved rollouts do not work with FSDP or ZeRO-3: ranks run different numbers of "
+            "forward passes and would deadlock. Train with DDP or ZeRO-2, or use "
+            "rollout.kind: sampled."
         )
+    # On a CPU Accelerate accepts `fsdp` and trains with DDP without a warning.
     if requested and not sharded:
         raise TrainingError(
-            "training.fsdp is set, but Accelerate did not shard the model (it does so on GPUs "
-            "only); remove it or launch on GPUs"
+            "training.fsdp is set, but Accelerate did not shard the model, because it shards only "
+            "on GPUs. Remove training.fsdp or launch on GPUs."
         )
 
 
 def check_checkpointing(args: TrainingArguments, distillation: Distillation) -> None:
-    """Reentrant checkpointing first runs a layer without gradients: what is taken from within it
-    has none.
+    """Raise TrainingError if reentrant checkpointing would lose the gradient of a state.
+
+    Reentrant checkpointing first runs a layer without gradients.  A state that a hook takes inside
+    the layer in that run has no gradient.  Hidden states between layers keep theirs.
     """
     options = args.activation_checkpointing_kwargs or {}
     inside = {need.kind for need in distillation.student_needs} & (STATES - {Need.HIDDEN})
     if args.activation_checkpointing and options.get("use_reentrant") and inside:
         raise TrainingError(
             f"training.activation_checkpointing_kwargs: with use_reentrant the student's "
-            f"{', '.join(sorted(map(str, inside)))} would have no gradient; leave it out"
+            f"{', '.join(sorted(map(str, inside)))} would have no gradient. Remove use_reentrant."
         )

@@ -1,12 +1,12 @@
-"""What a checkpoint holds: the student as any library loads it, and apart from it the rest.
+"""Files of a checkpoint: the student in the format that any library loads, and the rest.
 
     model.safetensors, config.json, tokenizer ...   the student
     objectives.safetensors                          parameters of objectives (projectors), if any
-    teacher.safetensors                             what trains of a teacher that trains along
-    rollout.json, or rollout_0.json ...             what each rank's rollout remembers, if anything
+    teacher.safetensors                             parameters of a teacher that trains along
+    rollout.json, or rollout_0.json ...             state of each rank's rollout, if it has any
 
-Optimiser, scheduler, random state and Trainer's own state are written beside them by Trainer.  No
-file is a pickle of ours, and no file holds a token or a key.
+Trainer adds the optimizer, the scheduler, the random state and its own state.  This package writes
+no pickle, and no file contains a token or a key.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STUDENT_PREFIX = "student."
-# What is trained besides the student: a part of `Distillation`, and its file.
+# Trained parts of `Distillation` other than the student, and the file of each.
 PARTS = {"objectives": "objectives.safetensors", "trained_teacher": "teacher.safetensors"}
 
-# Files of a checkpoint that serve to go on training; the Hub gets the student alone.
+# Files of a checkpoint that only resuming needs.  The Hub gets the student without them.
 TRAINING_ONLY = [
     "optimizer*",
     "scheduler*",
@@ -45,8 +45,9 @@ TRAINING_ONLY = [
 def save_student(
     distillation: Distillation, folder: Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """The student with its tokenizer.  `state` is the whole module's state where a wrapper gathered
-    it.
+    """Write the student and its tokenizer into `folder`.
+
+    `state` is the state of the whole module if a wrapper has gathered it; None reads the student.
     """
     students = None if state is None else _under(state, STUDENT_PREFIX)
     distillation.student.save_pretrained(folder, state_dict=students)
@@ -56,11 +57,15 @@ def save_student(
 def save_merged(
     distillation: Distillation, folder: Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """The student as a plain model, an adapter merged into its weights, with its tokenizer."""
+    """Write the student as a plain model, with its adapter merged, and its tokenizer.
+
+    `state` is as in `save_student`.  Raises ModelError if an adapter is not plain LoRA.
+    """
     student = distillation.student
     if not hasattr(student, "peft_config"):
         return save_student(distillation, folder, state)
     whole = student.state_dict() if state is None else _under(state, STUDENT_PREFIX)
+    # `merged_state` leaves the student as it is, so training can continue after an export.
     student.get_base_model().save_pretrained(folder, state_dict=merged_state(student, whole))
     distillation.tokenizer.save_pretrained(folder)
 
@@ -68,7 +73,7 @@ def save_merged(
 def save_parts(
     distillation: Distillation, folder: Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """What is trained besides the student, a file for each part that holds anything."""
+    """Write one file for each trained part other than the student, if it has any tensors."""
     state = distillation.state_dict() if state is None else state
     frozen = _frozen_teacher(distillation)
     for part, file in PARTS.items():
@@ -78,13 +83,14 @@ def save_parts(
 
 
 def _once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights under one of their names: a file of safetensors holds no tensor twice."""
+    """Keep one name of each tied weight, because safetensors refuses shared memory."""
+    # The shape and stride are compared, too: a view can start at the same address.
     by_place = {(t.data_ptr(), t.shape, t.stride()): name for name, t in tensors.items()}
     return {name: tensors[name] for name in by_place.values()}
 
 
 def _frozen_teacher(distillation: Distillation) -> set[str]:
-    """Parameters of the teacher's that do not train: they come from its own model."""
+    """Return the names of the teacher's frozen parameters, which its own model provides."""
     named = distillation.named_parameters(remove_duplicate=False)  # tied weights by every name
     return {
         name
@@ -94,14 +100,17 @@ def _frozen_teacher(distillation: Distillation) -> set[str]:
 
 
 def save_rollout(rollout: Rollout, folder: Path, rank: int | None) -> None:
-    """What this rank's rollout remembers, if anything; `rank` None where there is but one."""
+    """Write the state of this rank's rollout, if it has any; `rank` is None for one process."""
     if isinstance(rollout, Stateful):
         text = json.dumps(rollout.state_dict())
         (folder / _rollout_name(rank)).write_text(text, encoding="utf-8")
 
 
 def load(distillation: Distillation, folder: Path) -> None:
-    """Puts a checkpoint's student, objectives and teacher back; every weight must be there."""
+    """Load a checkpoint's student, objectives and teacher in place.
+
+    Raises CheckpointError if a file or a weight is missing, damaged or unexpected.
+    """
     _load_student(distillation.student, folder)
     frozen = _frozen_teacher(distillation)
     for part, file in PARTS.items():
@@ -109,44 +118,57 @@ def load(distillation: Distillation, folder: Path) -> None:
         if not (wanted := [name for name in wanted if name not in frozen]):
             continue
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder} holds no {file}, but there are weights in it to load")
+            raise CheckpointError(
+                f"{folder} has no {file}, but this run has weights to load from it. Resume from "
+                "another checkpoint, or use the recipe that this one was made with."
+            )
         found = _read(folder, file)
         module = getattr(distillation, part)
         live = module.state_dict(keep_vars=True)
         loaded = {id(tensor) for name, tensor in live.items() if name in found}
         names = [name.removeprefix(f"{part}.") for name in wanted]
-        missing = [name for name in names if id(live[name]) not in loaded]  # or tied to one that is
+        # Of tied weights only one name is saved, so tensors are compared and not names.
+        missing = [name for name in names if id(live[name]) not in loaded]
         unexpected = module.load_state_dict(found, strict=False).unexpected_keys
         _refuse_unfit(folder / file, missing, unexpected)
 
 
 def load_rollout(rollout: Rollout, folder: Path, rank: int | None) -> None:
+    """Load the state of this rank's rollout, if it keeps any.
+
+    Raises CheckpointError if the file of this rank is missing.
+    """
     if not isinstance(rollout, Stateful):
         return
     path = folder / _rollout_name(rank)
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} holds no {path.name}: it was written by another kind of rollout, or by "
-            "another number of processes"
+            f"{folder} has no {path.name}: it was written with another kind of rollout or another "
+            "number of processes. Resume with the same rollout and number of processes."
         )
     rollout.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _rollout_name(rank: int | None) -> str:
+    # Trainer names the files of random states in the same way.
     return "rollout.json" if rank is None else f"rollout_{rank}.json"
 
 
 def _load_student(student: PreTrainedModel, folder: Path) -> None:
-    if hasattr(student, "peft_config"):
+    """Load the student's weights, or its adapter's if it has one.
+
+    Raises CheckpointError if they do not fit.
+    """
+    if hasattr(student, "peft_config"):  # only the adapter was saved
         from peft import set_peft_model_state_dict
 
         loaded = _read(folder, "adapter_model.safetensors")
         missing = set_peft_model_state_dict(student, loaded).missing_keys
-        missing = [name for name in missing if "lora_" in name]
+        missing = [name for name in missing if "lora_" in name]  # base weights are not saved
         unexpected: list[str] = []
     else:
         result = student.load_state_dict(_read(folder, "model.safetensors"), strict=False)
-        tied = set(student.all_tied_weights_keys)
+        tied = set(student.all_tied_weights_keys)  # saved under another name
         missing = [name for name in result.missing_keys if name not in tied]
         unexpected = result.unexpected_keys
         student.tie_weights()
@@ -154,15 +176,19 @@ def _load_student(student: PreTrainedModel, folder: Path) -> None:
 
 
 def _refuse_unfit(place: Path, missing: list[str], unexpected: list[str]) -> None:
+    """Raise CheckpointError if there are missing or unexpected weights."""
     if missing or unexpected:
         raise CheckpointError(
             f"{place} does not fit this run: missing {missing[:3]}, unexpected {unexpected[:3]}. "
-            "It belongs to another model; give the recipe that it was made with."
+            "It belongs to another model. Use the recipe that it was made with."
         )
 
 
 def _read(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, or of the shards that its index lists."""
+    """Return the tensors of one safetensors file, or of the shards that its index lists.
+
+    Raises CheckpointError if a file is missing or damaged.
+    """
     index = folder / f"{name}.index.json"
     names = [name]
     if index.is_file():
@@ -172,11 +198,14 @@ def _read(folder: Path, name: str) -> dict[str, Tensor]:
         try:
             tensors.update(safetensors.torch.load_file(folder / part))
         except Exception as error:
-            raise CheckpointError(f"cannot read {folder / part}: {error}") from error
+            raise CheckpointError(
+                f"cannot read {folder / part}: {error}. Resume from another checkpoint."
+            ) from error
     return tensors
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with `prefix`, without it in their names."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in state.items()

@@ -1,6 +1,6 @@
-"""A Trainer whose parameters have owners: student, projectors, and a teacher that trains along.
+"""A Trainer that optimizes student, projectors and a trainable teacher separately.
 
-Each owner has its own optimiser groups and its own gradient clipping.
+Each of these owners of parameters has its own optimizer groups and its own gradient clipping.
 """
 
 from __future__ import annotations
@@ -19,24 +19,30 @@ from llmdistill.training.saving import StudentTrainer
 
 
 class GroupedTrainer(StudentTrainer):
-    """Makes the optimiser's groups, and clips, by owner."""
+    """StudentTrainer with optimizer groups and gradient clipping for each owner."""
 
     optimizer: torch.optim.Optimizer | None
 
     def create_optimizer(self, model: Module | None = None) -> torch.optim.Optimizer:
-        """One pair of groups (with and without weight decay) for each owner, named after it."""
+        """Create one pair of groups (with and without weight decay) for each owner.
+
+        Each group is named after its owner: `student`, `projectors` or `teacher`.  Raises
+        TrainingError if there are several owners and `optim` builds its own groups.
+        """
         groups = dict(self.model.parameter_groups())
         if self.optimizer is not None or list(groups) == ["student"]:
-            optimizer = super().create_optimizer(model)  # all of Trainer's optimisers
+            # One owner needs no grouping, so every optimizer that Trainer knows can train it.
+            optimizer = super().create_optimizer(model)
             for group in optimizer.param_groups:
                 group.setdefault("name", "student")
             return optimizer
         decayed = set(self.get_decay_parameter_names(self.model))
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        # Trainer passes one of these to optimizers that group parameters themselves.
         if {"params", "model", "optimizer_dict"} & options.keys():
             raise TrainingError(
                 f"training.optim: {self.args.optim} makes its own parameter groups and cannot "
-                f"train {' and '.join(groups)} together; choose adamw_torch"
+                f"train {' and '.join(groups)} together. Use adamw_torch."
             )
         self.optimizer = optimizer_class(
             _optimizer_groups(groups, decayed, self.args.weight_decay), **options
@@ -44,15 +50,19 @@ class GroupedTrainer(StudentTrainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model: Module) -> Tensor | float | None:
-        """Each owner's gradient is clipped on its own: one clip would couple them.  Gives the norm
-        of all.
+        """Clip each owner's gradient by its own norm; return the norm of all of them together.
+
+        With one norm a large gradient of a projector would shrink the student's update.
         """
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # DeepSpeed clips internally, by one norm over all parameters.
             return super()._clip_grad_norm(model)
         owners = [list(named.values()) for _, named in self.model.parameter_groups()]
         if len(owners) == 1:
             return self.accelerator.clip_grad_norm_(owners[0], self.args.max_grad_norm)
-        self.accelerator.unscale_gradients()  # once: Accelerate's clipping would for each owner
+        # float16's scaler refuses to unscale twice in a step.  Accelerate's clipping would unscale
+        # for each owner, so torch's clips here.
+        self.accelerator.unscale_gradients()
         norms = [clip_grad_norm_(owned, self.args.max_grad_norm) for owned in owners]
         return torch.stack([torch.as_tensor(norm) for norm in norms]).norm()
 
@@ -60,6 +70,7 @@ class GroupedTrainer(StudentTrainer):
 def _optimizer_groups(
     groups: Mapping[str, Mapping[str, Parameter]], decayed: set[str], weight_decay: float
 ) -> list[dict[str, Any]]:
+    """Return two groups for each owner; `decayed` are the names that get weight decay."""
     return [
         {
             "params": [p for name, p in named.items() if (name in decayed) is decays],

@@ -1,4 +1,4 @@
-"""What stops a run before it does harm.
+"""The guard that stops a run before an update that would spoil the weights.
 
 R = ranks.
 """
@@ -19,21 +19,23 @@ if TYPE_CHECKING:
 def stop_if_not_finite(
     accelerator: Accelerator, loss: Tensor, grad_norm: Tensor | float, step: int
 ) -> None:
-    """Raises NonFiniteLossError on every rank if any rank's loss or gradient norm is NaN or
-    infinite.
+    """Raise NonFiniteLossError on all ranks if the loss or gradient norm of one is not finite.
 
-    Called before the optimiser's update, so the weights stay those of the last good step.
+    Call it on every rank before the optimizer's update, so that the weights stay those of the last
+    good step.
     """
+    # The flags are gathered because a rank that stopped alone would leave the others waiting.
     norm = torch.as_tensor(grad_norm, device=loss.device)
     finite_R2 = accelerator.gather(torch.stack([torch.isfinite(loss), torch.isfinite(norm)])[None])
     if bool(finite_R2.all()):
         return
-    # Gradients are shared by then, so a bad loss names its rank and a bad gradient names them all.
+    # The ranks have averaged their gradients by now, so a bad gradient shows on all of them.  A bad
+    # loss still shows which rank it came from.
     bad_R = ~finite_R2[:, 0] if not finite_R2[:, 0].all() else ~finite_R2[:, 1]
     ranks = bad_R.nonzero()[:, 0].tolist()
     here = f"loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}"
     raise NonFiniteLossError(
         f"step {step}, rank {', '.join(map(str, ranks))}: the loss or its gradient is not finite "
-        f"({here} on rank {accelerator.process_index}). The update was not made. Lower "
-        "training.learning_rate, look at the rows of this step, or resume from the last checkpoint."
+        f"({here} on rank {accelerator.process_index}). The weights were not updated. Lower "
+        "training.learning_rate, check the rows of this step, or resume from the last checkpoint."
     )

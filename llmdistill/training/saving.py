@@ -1,6 +1,7 @@
-"""A Trainer that saves, loads and publishes the student, though the module it trains is more.
+"""A Trainer that saves, loads and publishes the student alone, although it trains more than that.
 
-What the files are is `checkpoint.py`'s matter; here stand the places where Trainer asks for them.
+`checkpoint.py` defines the files.  This module overrides the methods in which Trainer reads and
+writes them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ logger = logging.getLogger("llmdistill")
 
 
 class StudentTrainer(Trainer):
-    """Trainer around a `Distillation`: its checkpoints, best model, exports and pushes are the
-    student's.  `model_card` is what a push puts beside the student.
+    """Trainer of a `Distillation` whose checkpoints, exports and pushes hold the student.
+
+    `model_card` is the text of the README.md that is pushed with the student.
     """
 
     model: Distillation
@@ -35,8 +37,11 @@ class StudentTrainer(Trainer):
     # ---- resuming ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trainer looks whether a run is over only after a step, so it would train a finished one
-        further.  Here a finished run is loaded, its best student if that is asked for.
+        """Train, or only load the student if the run that is resumed is finished.
+
+        Trainer checks whether a run is over only after a step, so it would train a finished run
+        one step further.  If `load_best_model_at_end` is set, the best student is loaded.  Raises
+        CheckpointError for a finished run under FSDP or DeepSpeed.
         """
         folder = resume_from_checkpoint or None
         if folder is True:
@@ -45,29 +50,33 @@ class StudentTrainer(Trainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise CheckpointError(
-                f"{folder} is the end of a finished run, and a sharded student is "
-                "loaded only to be trained. Raise training.max_steps, or use its student as it is."
+                f"{folder} is the end of a finished run, and with FSDP or DeepSpeed a student can "
+                "be loaded only for further training. Raise training.max_steps, or use the "
+                "student that the run exported."
             )
         self._load_from_checkpoint(folder)
         self.state = TrainerState.load_from_json(_state_file(folder))
-        logger.warning("the run is finished at step %d: not trained", self.state.global_step)
+        logger.warning(
+            "the run is already finished at step %d, so nothing was trained", self.state.global_step
+        )
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def _is_finished(self, folder: Path) -> bool:
-        """Has this checkpoint made all steps that are asked for, or lost its patience for good?
+        """Whether the checkpoint's run has made all its steps or stopped early.
 
-        A run that a signal or a callback stopped is not finished.
+        A run that a signal or another callback stopped is not finished.
         """
         if not Path(_state_file(folder)).is_file():
             return False
         state = TrainerState.load_from_json(_state_file(folder))
+        # The steps are counted again, because the resumed run may have been given more of them.
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         return state.global_step >= max_steps or self._has_lost_patience(state)
 
     def _has_lost_patience(self, state: TrainerState) -> bool:
-        """Would today's early stopping have stopped this run?"""
+        """Whether early stopping with the present patience would have stopped this run."""
         saved = state.stateful_callbacks.get("EarlyStoppingCallback", {})
         counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
         return any(
@@ -79,8 +88,10 @@ class StudentTrainer(Trainer):
     # ---- checkpoints: the student apart from the rest ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer would write the whole module (tied weights raise) and pickle its arguments, keys
-        included.
+        """Write the student and the other trained parts as separate files.
+
+        Trainer would save the whole module, which raises for tied weights, and pickle its
+        arguments with the Hub token in them.
         """
         if not self.args.should_save:
             return
@@ -90,18 +101,23 @@ class StudentTrainer(Trainer):
         checkpoint.save_parts(self.model, folder, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Each rank's own: its random state, and what its rollout remembers."""
+        """Write this rank's random state and the state of its rollout."""
+        # Trainer calls this method on every rank, unlike `_save`.
         super()._save_rng_state(output_dir)
         checkpoint.save_rollout(self.rollout, Path(output_dir), self._rank())
 
     def _rank(self) -> int | None:
-        """None where there is but one process, as Trainer names its files."""
+        """Rank for file names; None if there is one process, as in Trainer's own names."""
         return self.args.process_index if self.args.world_size > 1 else None
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        """Trainer would load with strict=False and, finding no name that fits, load nothing."""
+        """Load a checkpoint's weights and the state of this rank's rollout.
+
+        Trainer would load with strict=False.  No name in the file has the prefix of the student in
+        `Distillation`, so it would load nothing and not complain.
+        """
         folder = Path(resume_from_checkpoint)
         checkpoint.load_rollout(self.rollout, folder, self._rank())
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -109,16 +125,28 @@ class StudentTrainer(Trainer):
         checkpoint.load(self.model, folder)
 
     def _load_best_model(self) -> None:
+        """Load the best checkpoint's weights, for the reason given in `_load_from_checkpoint`."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         checkpoint.load(self.model, Path(self.state.best_model_checkpoint))
 
     def export_student(self, folder: str | Path) -> None:
-        """The student alone, as `from_pretrained` takes it.  Call it on every rank.
+        """Write the student to `folder` in the format that `from_pretrained` loads.
 
-        An adapter is merged into its base, unless the trainer was made with `merge_adapter=False`.
+        Call it on every rank; the first one writes.  The files are `model.safetensors` (or shards
+        with an index), `config.json`, `generation_config.json`, and the tokenizer with its chat
+        template.  A LoRA adapter is merged into its base model.  With `merge_adapter=False` the
+        adapter is saved alone, as `adapter_model.safetensors` and `adapter_config.json`.
+        Projectors, a trained teacher and the state of training are not exported.
+
+        Args:
+            folder: Folder to write to.  It is created, and files of the same names are replaced.
+
+        Raises:
+            ModelError: `merge_adapter` is True, but the adapter is not plain LoRA.
         """
+        # Gathering sharded weights is a collective call, so every rank has to make it.
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
             save = checkpoint.save_merged if self.merge_adapter else checkpoint.save_student
@@ -127,7 +155,7 @@ class StudentTrainer(Trainer):
     # ---- the Hub: the student alone ----
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The run's own card beside the student, where one was given; else nothing is made up."""
+        """Write `model_card` next to the student; without one, write nothing."""
         if self.is_world_process_zero() and self.model_card is not None:
             folder = self._export_folder()
             folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +170,11 @@ class StudentTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Uploads the student's folder; Trainer would upload the whole output folder."""
+        """Export the student and upload its folder; Trainer would upload the whole output folder.
+
+        Call it on every rank.  The arguments are those of Trainer.  Returns the commit, or a future
+        of it if not `blocking`.  Returns None on all ranks but the first.
+        """
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         folder = self._export_folder()
@@ -155,12 +187,14 @@ class StudentTrainer(Trainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer would copy weights into the output folder and push that, pickled arguments
-        included.
+        """Upload a checkpoint's student, if `hub_strategy` asks for more than the end.
+
+        Trainer would copy weights into the output folder and push that, pickled arguments included.
         """
         if self.is_world_process_zero() and self.args.hub_strategy != "end":
             message = f"Training in progress, step {self.state.global_step}"
             folder = Path(checkpoint_folder)
+            # Blocking: with `save_total_limit` Trainer may delete this folder at a later save.
             self._upload(folder, message, self.args.hub_token, None, blocking=True)
 
     def _upload(
@@ -171,6 +205,7 @@ class StudentTrainer(Trainer):
         revision: str | None,
         blocking: bool,
     ) -> Any:
+        """Upload `folder` without the files that only resuming needs."""
         from huggingface_hub import HfApi
 
         options: dict[str, Any] = {"run_as_future": not blocking}

@@ -1,10 +1,10 @@
-"""One step's mathematics.
+"""The mathematics of one step.
 
-N = predicted tokens, K = terms of the loss.  `Distillation` is the module that a trainer wraps: the
-student, the objectives and a teacher that trains along, all that has parameters.  It has three
-entrances: `forward` (one micro-batch: judge and match), `write` (the student writes) and `session`
-(it writes token by token).  Nothing else touches the student while it is wrapped.  A frozen teacher
-is not part of the module: it is neither saved, nor moved, nor put in training mode.
+N = predicted tokens, K = terms of the loss.  `Distillation` is the module that a trainer wraps.  It
+contains everything that is trained: the student, the objectives, and a teacher that trains along.
+Code outside reaches the wrapped student through three methods only: `forward` (score and compare
+one micro-batch), `write` (the student writes responses) and `session` (it writes token by token).
+A frozen teacher is not part of the module, so it is not saved, moved or put in training mode.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from llmdistill.teachers.base import TrainableTeacher
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What Trainer, Accelerate and PEFT look up on the model they train: the student answers.
+# Attributes that Trainer, Accelerate and PEFT look up on the model that they train.  The student's
+# values are returned.
 FORWARDED_TO_STUDENT = (
     "config",
     "activation_checkpointing_enable",
@@ -48,10 +49,11 @@ TEACHER_TERM = "teacher"
 
 
 class StepOutput(NamedTuple):
-    """`loss` is the weighted sum of all terms, each divided by its divisor of the whole step.
+    """Loss of one micro-batch, and the numbers to log.
 
-    `terms` are each term's own sum over this micro-batch, and what it adds to the term's divisor;
-    neither has a way back for gradients.
+    `loss` is the weighted sum of all terms, each divided by its divisor of the whole step.
+    `terms` maps each term to its unweighted sum over the micro-batch and to what the micro-batch
+    adds to the term's divisor; both are detached.
     """
 
     loss: Tensor
@@ -59,10 +61,11 @@ class StepOutput(NamedTuple):
 
 
 class Distillation(nn.Module):
-    """A student and its objectives, with a teacher at hand.
+    """A student and its objectives, with access to the teacher.
 
-    Raises RecipeError if an objective needs what the teacher does not provide, and ModelError if a
-    model does not have what is to be taken from it.
+    Raises RecipeError if there are no objectives or the teacher does not provide what one of them
+    needs.  Raises ModelError if a model has no head that can be split off, or lacks a layer from
+    which a state is taken.
     """
 
     def __init__(
@@ -78,7 +81,8 @@ class Distillation(nn.Module):
         self.student = student
         self.objectives = nn.ModuleList(objectives)
         self.trained_teacher = teacher if isinstance(teacher, TrainableTeacher) else None
-        self._teacher = [teacher]  # in a list: a module in an attribute would become a part of this
+        # nn.Module registers a module in an attribute as its own part, but not one in a list.
+        self._teacher = [teacher]
         self.tokenizer = tokenizer
         self.num_tokens = num_tokens(tokenizer)
         self.student_needs = frozenset().union(*(one.student_needs for one in objectives))
@@ -88,30 +92,35 @@ class Distillation(nn.Module):
             self.teacher_needs |= self.trained_teacher.own_needs
         check_taps(student, self.student_needs)
         teacher_model = getattr(teacher, "model", None)
-        if isinstance(teacher_model, nn.Module):  # else it is found when it judges
+        if isinstance(teacher_model, nn.Module):  # any other teacher is checked when it scores
             check_taps(teacher_model, self.teacher_needs)
         teacher_config = getattr(teacher, "config", None)
         for objective in objectives:
             objective.prepare(student.config.get_text_config(), teacher_config)
         names = [objective.name for objective in objectives]
         names += [TEACHER_TERM] * (self.trained_teacher is not None)
+        # Terms are columns of the log, so equal names get their position appended.
         self.term_names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
         self.objective_names = self.term_names[: len(objectives)]
 
     @property
     def teacher(self) -> Teacher:
+        """The run's teacher, frozen or trained."""
         return self._teacher[0]
 
     def forward(self, sequences: Sequences, scales_K: Tensor | None = None) -> StepOutput:
-        """One micro-batch: its share of the step's loss.
+        """Return one micro-batch's share of the step's loss.
 
-        `scales_K` are each term's weight divided by its divisor of the whole step, the teacher's
-        own term last; without them the micro-batch counts as the whole step.
+        `scales_K` contains each term's weight divided by its divisor of the whole step, with the
+        teacher's own term last.  Without it the micro-batch counts as the whole step, and weights
+        are those of the first step.
         """
         if scales_K is None:
             scales_K = self.scales(self.divisors(sequences), START)
         signal = teacher_signal(self.teacher, sequences, self.num_tokens, self.teacher_needs)
         student = read(self.student, sequences, self.num_tokens, self.student_needs)
+        # Gradients do not cross: objectives train the student alone, and the teacher's own loss
+        # trains the teacher alone.
         seen = None if signal is None else signal.detach()
         sums: list[LossSum] = [one(student, seen, sequences) for one in self.objectives]
         if self.trained_teacher is not None:
@@ -125,38 +134,45 @@ class Distillation(nn.Module):
 
     @property
     def _terms(self) -> list[Any]:
-        """The objectives, and the teacher if it has a loss."""
+        """Terms of the loss: the objectives, then the teacher if it trains along."""
         teacher = [] if self.trained_teacher is None else [self.trained_teacher]
         return [*self.objectives, *teacher]
 
     def divisors(self, sequences: Sequences) -> Tensor:
-        """What a batch adds to each term's divisor: (K,), integers."""
+        """Return what a batch adds to each term's divisor: (K,), integers.
+
+        Raises TrainingError if a term's divisor is not an integer.
+        """
         counts = [term.divisor(sequences) for term in self._terms]
         for name, count in zip(self.term_names, counts, strict=True):
             if count.is_floating_point():
-                raise TrainingError(f"the divisor of '{name}' is {count:g}: it must be a count")
+                raise TrainingError(
+                    f"the divisor of '{name}' is {count:g}, but it must be a count. Return an "
+                    "integer tensor from its divisor."
+                )
         return torch.stack(counts)
 
     def weights(self, progress: Progress) -> dict[str, float]:
-        """Each term's weight now."""
+        """Return each term's weight at this point of training."""
         pairs = zip(self.term_names, self._terms, strict=True)
         return {name: value(term.weight, progress) for name, term in pairs}
 
     @property
     def scheduled(self) -> list[str]:
-        """The terms whose weight changes."""
+        """Names of the terms whose weight is a schedule."""
         pairs = zip(self.term_names, self._terms, strict=True)
         return [name for name, term in pairs if callable(term.weight)]
 
     def scales(self, divisors_K: Tensor, progress: Progress) -> Tensor:
-        """Each term's weight over its divisor: (K,), on their device."""
+        """Return each term's weight divided by its divisor: (K,), on the device of `divisors_K`."""
         weights = list(self.weights(progress).values())
+        # If a divisor is 0, no rank has anything to sum, and the term is 0 as well.
         return torch.tensor(weights, device=divisors_K.device) / divisors_K.clamp_min(1)
 
     def write(
         self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
     ) -> Sequences:
-        """The student's own responses, in eval mode and without gradients."""
+        """Write one response to each prompt with the student, in eval mode without gradients."""
         return sample(
             self.student,
             self.tokenizer,
@@ -168,11 +184,15 @@ class Distillation(nn.Module):
         )
 
     def session(self, prompts: Prompts) -> AbstractContextManager[Session]:
-        """The student as something that can be stepped: for interleaved writing."""
+        """Return a session in which the student writes token by token (interleaved rollouts)."""
         return session(self.student, self.tokenizer, prompts)
 
     def parameter_groups(self) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
-        """Trainable parameters by who owns them, each under its name in this module."""
+        """Yield each owner with its trainable parameters, by their names in this module.
+
+        Owners are `student`, `projectors` and `teacher`; those without trainable parameters are
+        left out.
+        """
         owners = {
             "student": "student",
             "projectors": "objectives",
@@ -189,31 +209,36 @@ class Distillation(nn.Module):
                 yield group, trained
 
     def __getattr__(self, name: str) -> Any:
+        # Python calls this for names that it does not find elsewhere; nn.Module finds submodules.
         if name in FORWARDED_TO_STUDENT:
             return getattr(super().__getattr__("student"), name)
         return super().__getattr__(name)
 
 
 def _check_needs(objectives: Sequence[Objective], teacher: Teacher) -> None:
-    """Raises RecipeError that names an objective and a teacher which do not fit."""
+    """Raise RecipeError if the teacher does not provide what an objective needs."""
     if not objectives:
-        raise RecipeError("objectives: give one at least; there is nothing to train on")
+        raise RecipeError(
+            "objectives: the list is empty, so there is nothing to train on. Add at least one."
+        )
     for objective in objectives:
         kinds = {need.kind for need in objective.teacher_needs}
         missing = kinds - teacher.provides
         if missing:
             raise RecipeError(
                 f"objective '{objective.name}' needs {_listed(missing)} from the teacher, but "
-                f"{type(teacher).__name__} provides {_listed(teacher.provides)}. Choose another "
+                f"{type(teacher).__name__} provides {_listed(teacher.provides)}. Use another "
                 "objective or another teacher."
             )
+        # An objective on states needs their width to create its projector.
         if kinds & STATES and getattr(teacher, "config", None) is None:
             raise RecipeError(
-                f"objective '{objective.name}' needs {_listed(kinds)}, but the "
-                f"{type(teacher).__name__} has no 'config' that says how wide they are; give it "
-                "the configuration of its model"
+                f"objective '{objective.name}' needs {_listed(kinds)}, but "
+                f"{type(teacher).__name__} has no 'config' that gives their size. Set its config "
+                "to the configuration of its model."
             )
 
 
 def _listed(needs: set[Need] | frozenset[Need]) -> str:
+    """Return the needs in words, in a fixed order."""
     return ", ".join(sorted(map(str, needs))) or "nothing"

@@ -1,6 +1,6 @@
-"""What a log line says of the steps since the one before: sums on each rank, figures over all.
+"""Figures of a log line about the steps since the line before: sums on each rank, then over all.
 
-B = sequences, N = predicted tokens, Q = quarters of an answer.
+B = sequences, N = predicted tokens, Q = quarters of a response.
 """
 
 from __future__ import annotations
@@ -23,34 +23,39 @@ SUMS = (
 
 
 class Tally:
-    """Counts what was written and lost.  Sums are equal in name on all ranks at all times."""
+    """Sums of who wrote what, and of the terms of the loss, on one rank.
+
+    All ranks must have the same names of sums, because `over_ranks` adds them up in one tensor.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
         self._terms: dict[str, tuple[Tensor | float, Tensor | float]] = {}
 
     def add_terms(self, terms: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
-        """Each term's sum over one micro-batch, and what it adds to the term's divisor."""
+        """Add each term's (sum over one micro-batch, addition to the term's divisor)."""
         for name, (total, divisor) in terms.items():
             totals, divisors = self._terms.get(name, (0.0, 0.0))
             self._terms[name] = (totals + total, divisors + divisor)
 
     def term_means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Each term's mean since the last call, over all ranks."""
+        """Return each term's mean since the last call, over all ranks; then forget the sums."""
         totals = over_ranks(accelerator, {name: total for name, (total, _) in self._terms.items()})
         counts = over_ranks(accelerator, {name: count for name, (_, count) in self._terms.items()})
         self._terms = {}
         return {name: total / max(counts[name], 1) for name, total in totals.items()}
 
     def add_written(self, sequences: Sequences, seconds: float) -> None:
-        """What a rollout gave, and how long it took."""
+        """Add what a rollout wrote in `seconds`."""
         count_B = sequences.num_predicted
         writer_N = sequences.target_writers_N
         found: dict[str, Any] = {
             "tokens": count_B.sum(),
             "by_teacher": (writer_N == Writer.TEACHER).sum(),
         }
-        if sequences.teacher_passes_B is not None:  # written now by both; others may have been kept
+        # Both models have written these now.  Other rollouts may return responses that they kept,
+        # so their speed would mean nothing.
+        if sequences.teacher_passes_B is not None:
             found["seconds"] = seconds
             found["written"] = count_B.sum()
             found["accepted"] = (writer_N == Writer.STUDENT).sum()
@@ -61,14 +66,19 @@ class Tally:
             self._sums[name] += float(value)
 
     def figures(self, accelerator: Accelerator) -> dict[str, float]:
-        """The figures since the last call, over all ranks; the sums start anew."""
+        """Return the figures since the last call, over all ranks; then forget the sums.
+
+        `acceptance`, `teacher_token_share` and `replaced_q1` to `replaced_q4` are shares from 0 to
+        1.  `written_per_second` is in tokens per second of all ranks together.
+        """
         sums, means = over_ranks(accelerator, self._sums), self.term_means(accelerator)
         self._sums = dict.fromkeys(SUMS, 0.0)
         tokens = sums["tokens"]
         figures = {"predicted_tokens": tokens}
-        if len(means) > 1:
+        if len(means) > 1:  # the loss already shows a single term
             figures |= means
         if sums["written"]:
+            # Ranks write at the same time, so the time that has passed is their mean.
             seconds = sums["seconds"] / accelerator.num_processes
             figures["written_per_second"] = sums["written"] / seconds
             figures["acceptance"] = sums["accepted"] / sums["written"]
@@ -80,7 +90,7 @@ class Tally:
 
 
 def _by_quarter(sequences: Sequences) -> list[list[int]]:
-    """Tokens in each quarter of the answers, and those that the teacher wrote: Q pairs."""
+    """Count the tokens in each quarter of the responses, and the teacher's: Q pairs."""
     count_B = sequences.num_predicted
     slot_N = torch.cat([torch.arange(int(count)) for count in count_B])
     quarter_N = 4 * slot_N // count_B.repeat_interleave(count_B)
@@ -90,11 +100,13 @@ def _by_quarter(sequences: Sequences) -> list[list[int]]:
 
 
 def over_ranks(accelerator: Accelerator, terms: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Each term summed over all ranks; one rank alone leaves them on the CPU (not each device has
-    float64).
+    """Return each term summed over all ranks, in float64.
+
+    All ranks must call it with the same names.
     """
-    names = sorted(terms)
+    names = sorted(terms)  # the ranks must agree on the order
     sums = torch.tensor([float(terms[name]) for name in names], dtype=torch.float64)
+    # A single process stays on the CPU, because some devices have no float64.
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums.to(accelerator.device))
     return dict(zip(names, sums.tolist(), strict=True))

@@ -2,9 +2,9 @@
 
 B = sequences, K = terms of the loss, T = tokens.
 
-Trainer expects one model that is trained, saved and pushed; here the trained module is more than
-the student.  Each override below is one place where that difference shows, and each has a test that
-fails without it.  Everything else (arguments, callbacks, trackers, wrapping, resuming) is
+Trainer expects a single model that it trains, saves and pushes.  Here the trained module holds more
+than the student.  Each override below handles one consequence of that difference, and each has a
+test that fails without it.  Everything else (arguments, callbacks, trackers, wrapping, resuming) is
 Trainer's.
 """
 
@@ -49,14 +49,39 @@ if TYPE_CHECKING:
 
 
 class DistillTrainer(GroupedTrainer):
-    """Distils `teacher` into `student`: `rollout` writes, `teacher` judges, `objectives` match.
+    """Trainer that distils `teacher` into `student`.
 
-    `train_dataset` and `eval_dataset` are rows in any of `data/`'s formats, or encoded ones (a
-    PromptDataset, a PromptStream).  The evaluation loss is taken on the responses of
-    `eval_dataset`.  Raises VocabularyError where teacher and student do not share a vocabulary.
+    The rollout writes responses, the teacher scores them, and the objectives compare both models.
+
+    Args:
+        student: Causal LM to train, plain or wrapped by PEFT.  Its generation config is updated to
+            list every end token of the run.
+        teacher: Source of the target distributions and states, such as a `LocalTeacher`.
+        rollout: Writer of the responses that the student learns on, such as a `FixedRollout`.
+        objectives: Losses that are summed with their weights.  At least one is needed.
+        args: Training arguments.  `remove_unused_columns`, `logging_nan_inf_filter` and
+            `dispatch_batches` are turned off.
+        train_dataset: Rows as dicts in any format of `data/formats.py`, or encoded rows (a
+            `PromptDataset` or a `PromptStream`).
+        eval_dataset: Held-out rows in the same forms.  The evaluation loss uses their responses.
+        processing_class: The student's tokenizer.  It renders the rows and is exported too.
+        callbacks: Callbacks that are added to Trainer's own.
+        optimizers: Optimizer and scheduler; each None is built from `args`.
+        model_card: Text of the README.md that a push to the Hub uploads.  None uploads none.
+        merge_adapter: Whether `export_student` merges a LoRA adapter into its base model.
+
+    Raises:
+        RecipeError: There are no objectives, the teacher has no tokenizer, or the teacher does not
+            provide what an objective needs.
+        VocabularyError: Teacher and student do not share a vocabulary.
+        ModelError: A model cannot be split into backbone and head, or lacks a requested layer.
+        DataError: A row cannot be used.
+        TrainingError: Sharding or activation checkpointing is set in a way that cannot work.
     """
 
-    loss_is_scaled_for_ga = True  # our loss is divided by the whole step's count already
+    # Trainer would divide by the accumulation steps, but the loss is divided by the counts of the
+    # whole step already.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -77,7 +102,7 @@ class DistillTrainer(GroupedTrainer):
         if teacher.tokenizer is None:
             raise RecipeError(
                 f"{type(teacher).__name__} has no tokenizer, so its vocabulary cannot be compared "
-                "with the student's; give it one"
+                "with the student's. Set its tokenizer."
             )
         require_same(teacher.tokenizer, processing_class, None, num_rows(student))
         self.teacher, self.rollout = teacher, rollout
@@ -87,8 +112,10 @@ class DistillTrainer(GroupedTrainer):
         ends = getattr(teacher, "ends", ())
         list_end_ids(unwrap_adapters(student), processing_class, ends)
         use_cache = student.config.use_cache
-        with torch.random.fork_rng(devices=[]):  # projectors are made on the CPU
-            torch.manual_seed(args.seed)  # and start alike on all ranks
+        # Projectors are created on the CPU.  The seed gives them the same weights on all ranks, and
+        # the fork leaves the caller's generator as it was.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
             distillation = Distillation(student, teacher, objectives, processing_class)
         super().__init__(
             model=distillation,
@@ -100,13 +127,14 @@ class DistillTrainer(GroupedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        student.config.use_cache = use_cache  # Trainer turns it off; it would be saved so
+        # Trainer overwrites use_cache with args.use_cache, and the export would save that value.
+        student.config.use_cache = use_cache
         check_sharding(rollout, sharded=is_sharded(self), requested=bool(self.args.fsdp))
         check_checkpointing(self.args, distillation)
         compile_layers(self)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """Trainer does not see how long our rows are."""
+        """Group rows by length if `args` asks for it: Trainer cannot see how long they are."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         by_length = self.args.train_sampling_strategy == "group_by_length"
         if not by_length or not isinstance(rows, PromptDataset):
@@ -114,15 +142,15 @@ class DistillTrainer(GroupedTrainer):
         window = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return ByLength(rows, window, seed=self.args.seed)
 
-    # ---- who writes: the rollouts of a whole accumulation window, and the exact divisor ----
+    # ---- who writes: the responses of an accumulation window, and the divisors of its step ----
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Prompts], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """The window's micro-batches, written in one large batch, and its predicted tokens on all
-        ranks.
+        """Return the window's micro-batches and this rank's number of predicted tokens.
 
-        Rows of similar length share a micro-batch: the sum is the same, the padding less.
+        The responses of the whole window are written in one large batch.  Rows of similar length
+        then share a micro-batch, which leaves the sum of the loss as it is and saves padding.
         """
         parts = list(itertools.islice(epoch_iterator, num_batches))
         if not parts:
@@ -130,31 +158,20 @@ class DistillTrainer(GroupedTrainer):
         prompts = Prompts.join(parts, pad_id=0)
         start = time.perf_counter()
         with self.accelerator.autocast():
-            sequences = self.rollout.write(prompts, self.model, self.teacher, self._progress())
+            sequences = self.rollout.write(prompts, self.model, self.teacher, _progress(self))
         seconds = time.perf_counter() - start
         rest = _real_rows_in_last_batch(self.train_dataset, self.args)
+        # Filler rows lose their loss before they are counted, so they are in no divisor or figure.
         sequences = sequences.without_loss(_filler_rows(self.accelerator, parts, rest))
         self._tally.add_written(sequences, seconds)
         sequences = sequences.to(device)
         order = sequences.attention_mask_BT.sum(1).argsort(descending=True, stable=True)
         rows = order.split([len(part) for part in parts])
         divisors_K = self.accelerator.reduce(self.model.divisors(sequences), reduction="sum")
-        scales_K = self.model.scales(divisors_K, self._progress()) * self.accelerator.num_processes
+        # DDP averages the ranks' gradients; the factor turns that average into the sum.
+        scales_K = self.model.scales(divisors_K, _progress(self)) * self.accelerator.num_processes
         inputs = [{"sequences": sequences.select(some), "scales": scales_K} for some in rows]
         return inputs, sequences.num_predicted.sum()
-
-    def _progress(self) -> Progress:
-        # After an epoch's last step state.epoch is a whole number: that of the epoch that begins.
-        epoch = int((self.state.epoch or 0.0) + 1e-6)
-        return Progress(
-            step=self.state.global_step,
-            epoch=epoch,
-            seed=self.args.seed,
-            num_steps=self.state.max_steps,
-            eval_losses=tuple(
-                entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry
-            ),
-        )
 
     # ---- what is matched ----
 
@@ -165,10 +182,10 @@ class DistillTrainer(GroupedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the step's loss.
+        """Return this micro-batch's share of the step's loss, a scalar.
 
-        The scales hold each term's divisor of the whole step, and the number of ranks: DDP averages
-        gradients, and the loss is a sum over ranks.
+        The scales already contain each term's weight, its divisor of the whole step and the number
+        of ranks, so `num_items_in_batch` is not used.
         """
         output = model(inputs["sequences"], inputs["scales"])
         self._step_loss = self._step_loss + output.loss.detach()
@@ -178,8 +195,8 @@ class DistillTrainer(GroupedTrainer):
     def prediction_step(
         self, model: Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """The loss on the evaluation rows' own responses."""
-        sequences = FixedRollout().write(inputs, self.model, self.teacher, self._progress())
+        """Return the loss on the evaluation rows' own responses; logits and labels are None."""
+        sequences = FixedRollout().write(inputs, self.model, self.teacher, _progress(self))
         rest = self.accelerator.gradient_state.remainder
         filler_B = _filler_rows(self.accelerator, [inputs], rest)
         sequences = sequences.without_loss(filler_B).to(self.args.device)
@@ -189,21 +206,20 @@ class DistillTrainer(GroupedTrainer):
         return output.loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Trainer averages batch means; the loss reported is that of all rows as one step.
+        """Evaluate, and report the loss over all rows together, not Trainer's mean of batch means.
 
-        Objectives count with the weights that they end with, so that losses can be compared.
-        Raises TrainingError if these are all 0.
+        Each objective counts with the weight that it has at the end of the run, so that losses
+        from different steps can be compared.  Raises TrainingError if these weights are all 0.
         """
-        weights = self.model.weights(self._end())
+        weights = self.model.weights(_end(self))
         if not any(weights[name] for name in self.model.objective_names):
             raise TrainingError(
-                "the held-out loss counts each objective with the weight that it ends with, and "
-                "these are all 0; let a schedule end above 0, or measure no held-out loss"
+                "the held-out loss uses each objective's weight at the end of the run, and these "
+                "weights are all 0. Let a schedule end above 0, or turn off the held-out loss."
             )
         self._eval_tally = Tally()
-        self._eval_tally.add_terms(
-            dict.fromkeys(self.model.objective_names, (0.0, 0.0))
-        )  # on all ranks
+        # The ranks add up one number per name, so a rank without a batch needs the names, too.
+        self._eval_tally.add_terms(dict.fromkeys(self.model.objective_names, (0.0, 0.0)))
         result = super().evaluation_loop(*args, **kwargs)
         means = self._eval_tally.term_means(self.accelerator)
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -211,43 +227,66 @@ class DistillTrainer(GroupedTrainer):
         result.metrics[f"{prefix}_loss"] = loss
         return result
 
-    def _end(self) -> Progress:
-        """The last step of the run, also before it has begun."""
-        steps = self.state.max_steps or self.args.max_steps
-        if steps <= 0 and self.train_dataset is not None:
-            loader = self.get_train_dataloader()
-            *_, steps = self.set_initial_training_values(self.args, loader)
-        return replace(self._progress(), step=max(steps - 1, 0), num_steps=max(steps, 1))
-
     # ---- what stops a step, and what is logged ----
 
     def _get_grad_norm(self, model: Module, grad_norm: Any = None) -> Any:
-        """Trainer's last call before the update: the place to stop a step that is not finite."""
+        """Return the gradient norm; raises NonFiniteLossError if it or the loss is not finite.
+
+        This is Trainer's last call before the update.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss = torch.as_tensor(self._step_loss, device=self.args.device)
-        checked = norm if self.accelerator.scaler is None else 0.0  # float16's scaler looks itself
+        # The scaler of float16 expects overflows: it skips such a step and lowers its scale.
+        checked = norm if self.accelerator.scaler is None else 0.0
         stop_if_not_finite(self.accelerator, loss, checked, self.state.global_step)
         self._step_loss = 0.0
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was written and each objective's mean since the last line, over all ranks."""
-        if "loss" in logs:
+        """Log `logs` with who wrote and each term's mean since the last line, over all ranks."""
+        if "loss" in logs:  # a line about training, not about an evaluation
             logs.update(self._tally.figures(self.accelerator))
-            logs.update(self._scheduled_weights())
+            logs.update(_scheduled_weights(self))
         super().log(logs, start_time)
 
-    def _scheduled_weights(self) -> dict[str, float]:
-        """The weights that the step just made had, of objectives with a schedule."""
-        progress = replace(self._progress(), step=max(self.state.global_step - 1, 0))
-        weights = self.model.weights(progress)
-        return {f"weight_{name}": weights[name] for name in self.model.scheduled}
+
+def _progress(trainer: DistillTrainer) -> Progress:
+    """Return where training is now."""
+    state = trainer.state
+    return Progress(
+        step=state.global_step,
+        # After an epoch's last step, state.epoch is the number of the epoch that begins.  It is a
+        # float, and 1e-6 keeps one just below a whole number from falling into the epoch before.
+        epoch=int((state.epoch or 0.0) + 1e-6),
+        seed=trainer.args.seed,
+        num_steps=state.max_steps,
+        eval_losses=tuple(
+            entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry
+        ),
+    )
+
+
+def _end(trainer: DistillTrainer) -> Progress:
+    """Return the progress at the last step of the run, even if training has not begun."""
+    steps = trainer.state.max_steps or trainer.args.max_steps
+    if steps <= 0 and trainer.train_dataset is not None:
+        loader = trainer.get_train_dataloader()
+        *_, steps = trainer.set_initial_training_values(trainer.args, loader)
+    return replace(_progress(trainer), step=max(steps - 1, 0), num_steps=max(steps, 1))
+
+
+def _scheduled_weights(trainer: DistillTrainer) -> dict[str, float]:
+    """Return the weights with a schedule, as they were in the step that was just made."""
+    # Trainer has already counted that step when it logs.
+    progress = replace(_progress(trainer), step=max(trainer.state.global_step - 1, 0))
+    weights = trainer.model.weights(progress)
+    return {f"weight_{name}": weights[name] for name in trainer.model.scheduled}
 
 
 def _real_rows_in_last_batch(rows: Any, args: TrainingArguments) -> int:
-    """Rows of the last batch of all ranks together that are not filler; 0 if it has no filler.
+    """Count the real rows in the last batch of all ranks together; 0 if it has no filler rows.
 
-    Accelerate's own count is lost when a run is resumed within an epoch.
+    Accelerate has this number too, but loses it when a run resumes within an epoch.
     """
     if args.dataloader_drop_last or not isinstance(rows, PromptDataset):
         return 0
@@ -255,9 +294,11 @@ def _real_rows_in_last_batch(rows: Any, args: TrainingArguments) -> int:
 
 
 def _filler_rows(accelerator: Accelerator, parts: list[Prompts], num_real: int) -> Tensor:
-    """True for rows that Accelerate repeats to make an epoch's last batch even: (B,)."""
+    """Mark the rows that Accelerate repeats to fill up an epoch's last batch: (B,), bool."""
     filler_B = torch.zeros(sum(map(len, parts)), dtype=torch.bool)
     if accelerator.gradient_state.end_of_dataloader and num_real > 0:
+        # Only the last micro-batch is filled up.  Rank r holds its rows r * size to (r + 1) * size
+        # of all ranks together, and the filler rows come last.
         size = len(parts[-1])
         place = accelerator.process_index * size + torch.arange(size)
         filler_B[-size:] = place >= num_real

@@ -1,7 +1,7 @@
-"""Every entry of every table, found in the table: a new one is tested without being listed here.
+"""Every entry of every table, read from the table, so that a new entry is tested without a change.
 
-An entry is a part of a recipe as a user would write it.  A section that cannot be built from its
-defaults alone says in REQUIRED what else a test gives it.
+An entry is a part of a recipe as a user would write it.  If a section cannot be built from its
+defaults alone, REQUIRED gives the other fields that a test needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NEW_TOKENS = 5
 
 
 def _variants(sections: dict[type, Any]) -> Iterator[dict[str, Any]]:
-    """Each section with its defaults, and with each entry of its tables in turn."""
+    """Yield each section with its defaults, and with each entry of its tables in turn."""
     for section in sections:
         fields = section.model_fields
         given = {"kind": fields["kind"].default}
@@ -44,7 +44,7 @@ def teachers() -> dict[str, dict[str, Any]]:
 
 
 def shorter(section: dict[str, Any]) -> dict[str, Any]:
-    """With every length that it has cut to NEW_TOKENS, in its parts too, and a small memory."""
+    """Return the section with lengths cut to NEW_TOKENS, inner ones too, and a small buffer."""
     kind = next(one for one in ROLLOUTS if one.model_fields["kind"].default == section["kind"])
     cut = dict(section)
     for name, field in kind.model_fields.items():
@@ -62,7 +62,7 @@ def _label(section: dict[str, Any]) -> str:
 
 
 def recipe(**parts: Any) -> recipes.Recipe:
-    """A recipe with these parts."""
+    """Return a recipe with these parts."""
     given = {
         "output": "run",
         "teacher": {"model": "t"},

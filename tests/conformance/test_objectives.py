@@ -1,4 +1,4 @@
-"""What must hold for every objective, with every divergence, target, token weight and distance."""
+"""Properties of every objective, with every divergence, target, token weight and distance."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_its_section_says_what_it_needs(name):
 
 @each
 def test_its_weight_scales_the_gradient(tmp_path, name):
-    """N0: it changes the student at all, and its weight does what it says."""
+    """N0: the objective changes the student, and its weight scales that change."""
     once = gradient(tmp_path, objectives=[objective(name)])
     assert once.norm() > 1e-3
     twice = gradient(tmp_path, objectives=[objective(name, weight=2.0)])
@@ -47,7 +47,7 @@ def test_its_weight_scales_the_gradient(tmp_path, name):
 
 @each
 def test_accumulation_changes_nothing(tmp_path, name):
-    """N4, for every objective; one that compares samples is excepted."""
+    """N4: every objective gives the same gradient, except one that compares samples."""
     if objective(name).compares_samples:
         pytest.skip("it compares the samples of a micro-batch")
     expected = gradient(tmp_path, objectives=[objective(name)], per_device_train_batch_size=8)
@@ -71,7 +71,7 @@ def test_padding_changes_nothing(tmp_path, monkeypatch, name):
 
 @each
 def test_a_batch_without_predicted_tokens_adds_nothing(tmp_path, name):
-    """N6: rows whose response is empty add nothing to the loss of what is predicted."""
+    """N6: rows with an empty response add nothing to the loss of the predicted tokens."""
     data = dataset()
     few = type(data)(data.rows[:4])
     expected = gradient(tmp_path, rows=few, objectives=[objective(name)])
@@ -85,7 +85,7 @@ def test_a_batch_without_predicted_tokens_adds_nothing(tmp_path, name):
 
 @each
 def test_the_teacher_is_left_as_it_was(tmp_path, name):
-    """N8."""
+    """N8: training does not change the teacher."""
     teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
     before = weights(teacher.model)
     trainer(tmp_path, teacher=teacher, objectives=[objective(name)], max_steps=2).train()
@@ -95,7 +95,7 @@ def test_the_teacher_is_left_as_it_was(tmp_path, name):
 
 @each
 def test_a_resume_is_bit_equal_and_the_export_holds_the_student_alone(tmp_path, name):
-    """R1, R12: with whatever parameters the objective has."""
+    """R1, R12: this includes the parameters of the objective."""
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     straight = trainer(tmp_path / "a", objectives=[objective(name)], **options)
     straight.train()

@@ -1,4 +1,4 @@
-"""What must hold for every rollout, with every acceptance rule."""
+"""Properties of every rollout, with every acceptance rule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rollout(name):
 
 @each
 def test_its_section_says_what_it_does(tmp_path, name):
-    """Lengths, who steps, and whether it can do without the data set's responses."""
+    """The section gives lengths, who steps, and whether the dataset's responses are needed."""
     asked, made = section(name), rollout(name)
     assert steps_both_models(made) == asked.steps_both_models
     assert asked.who_writes
@@ -45,7 +45,7 @@ def test_its_section_says_what_it_does(tmp_path, name):
 
 @each
 def test_accumulation_changes_nothing(tmp_path, name):
-    """N4: a row is written the same in any micro-batch."""
+    """N4: a row gets the same response in any micro-batch."""
     expected = gradient(tmp_path, rollout=rollout(name), per_device_train_batch_size=8)
     found = gradient(
         tmp_path, rollout=rollout(name), per_device_train_batch_size=2,
@@ -57,7 +57,7 @@ def test_accumulation_changes_nothing(tmp_path, name):
 
 @each
 def test_a_resumed_run_is_a_straight_one(tmp_path, name):
-    """R1, with whatever the rollout remembers; equal up to rounding, since blocks may differ."""
+    """R1: the rollout's state is restored; equality is up to rounding, as block sizes may differ."""
     options = {"rows": dataset(8), "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     straight = trainer(tmp_path / "a", rollout=rollout(name), **options)
     straight.train()

@@ -1,4 +1,4 @@
-"""What a recipe may say is what the tables hold, and every section has its builder."""
+"""Recipes accept exactly the entries of the tables, and every section has its builder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.conformance import entries
 
 
 def members(union: Any) -> set[type]:
-    """The classes of an annotated union of recipe sections."""
+    """Return the classes of an annotated union of recipe sections."""
     if isinstance(union, type):
         return {union} if issubclass(union, BaseModel) else set()
     return {found for part in get_args(union) for found in members(part)}
@@ -59,7 +59,7 @@ CHOICES = [
 
 @pytest.mark.parametrize(("section", "field", "entry"), CHOICES)
 def test_every_entry_of_a_table_is_built_from_a_recipe(section, field, entry):
-    """With the defaults of its options."""
+    """Each entry is built with the defaults of its options."""
     given, table = (
         {"kind": section.model_fields["kind"].default, field: entry},
         section.CHOICES[field],
@@ -77,7 +77,7 @@ def test_every_entry_of_a_table_is_built_from_a_recipe(section, field, entry):
 
 
 def test_a_field_that_names_an_entry_is_listed_with_its_table():
-    """So that the tests above find the table: fields of this kind are checked by `one_of`."""
+    """`one_of` checks such fields, so the tests above can find the table."""
     for module in (objective_builders, rollout_builders):
         for section in module._BUILDERS:
             named = {
@@ -103,7 +103,7 @@ def test_every_schedule_has_a_section():
     assert kinds(Weight) | kinds(Share) == {*SCHEDULES, "constant"}
 
 
-ROWS = [  # of any format; a new format adds one here
+ROWS = [  # one per format; add a row here for a new format
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     {"prompt": "a", "completion": "b"},

@@ -1,4 +1,4 @@
-"""What must hold for every kind of teacher that a recipe can ask for."""
+"""Properties of every kind of teacher that a recipe can have."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ each = pytest.mark.parametrize("name", TEACHERS)
 
 
 def loaded(name, pair, **parts):
-    """A recipe of this teacher on the toy pair, the teacher and the student."""
+    """Return a recipe with this teacher on the toy pair, the teacher and the student."""
     teacher, student = pair
     asked = TEACHERS[name]
     fields = next(
@@ -57,7 +57,7 @@ def test_it_gives_all_that_it_provides_and_nothing_else(name, pair):
 
 @each
 def test_a_step_leaves_its_weights_as_they_were(name, pair, tmp_path):
-    """N8: and what it finds of its own text is the same before and after."""
+    """N8: the teacher also scores its own text the same before and after."""
     _, teacher, student = loaded(name, pair)
     sequences = toy.sequences()
     needs = frozenset({Need.DISTRIBUTION})

@@ -1,4 +1,4 @@
-"""D1, D2, D3, D4, D5: two gloo ranks equal one."""
+"""D1, D2, D3, D4, D5: two gloo ranks give the same result as one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def two_ranks(case: str, folder: Path) -> torch.Tensor | None:
-    """Runs a case of worker.py on two ranks; the tensor that it left, if any."""
+    """Run a case of worker.py on two ranks; return the tensor that it saved, if any."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
         "--rdzv-endpoint=localhost:0", "-m", "tests.distributed.worker", case, str(folder),
@@ -54,7 +54,7 @@ def test_the_same_global_batch_gives_the_same_weights(tmp_path):
 
 
 def test_rows_that_even_out_the_ranks_weigh_nothing(tmp_path):
-    """10 rows on 2 ranks, two epochs."""
+    """10 rows on 2 ranks need filler rows; two epochs are trained."""
     expected = one_rank(
         tmp_path / "one",
         rows=dataset(10),
@@ -133,7 +133,7 @@ def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):
 
 @pytest.mark.parametrize("case", ["gradients", "empty_rank", "bad_rank", "kept_answers"])
 def test_on_two_ranks(tmp_path, case):
-    """D3, D5, N6, S1: what `worker.py` asserts on both ranks."""
+    """D3, D5, N6, S1: `worker.py` asserts these on both ranks."""
     two_ranks(case, tmp_path)
 
 
@@ -153,7 +153,7 @@ def test_hidden_states_alone_on_two_ranks(tmp_path):
 
 
 def test_every_objective_and_rollout_is_the_same_on_two_ranks(tmp_path):
-    """D2, D5, for all that a recipe can ask for; the eighth row is filler."""
+    """D2, D5: this covers everything that a recipe can have; the eighth row is filler."""
     two_ranks("conformance", tmp_path)
     names = []
     for name, options in every_entry():
@@ -167,5 +167,5 @@ def test_every_objective_and_rollout_is_the_same_on_two_ranks(tmp_path):
 
 
 def test_inner_states_of_a_sharded_student(tmp_path):
-    """D7."""
+    """D7: `worker.py` asserts it."""
     two_ranks("sharded", tmp_path)

@@ -1,6 +1,4 @@
-"""What each rank of a distributed test runs: `torchrun ... -m tests.distributed.worker CASE
-FOLDER`.
-"""
+"""The cases that ranks run: `torchrun ... -m tests.distributed.worker CASE FOLDER`."""
 
 from __future__ import annotations
 
@@ -34,9 +32,7 @@ from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
 
 def same_weights(folder: Path, **options) -> list[dict]:
-    """Trains and leaves the weights of rank 0, after a check that all ranks hold the same; gives
-    what was logged.
-    """
+    """Train, check that all ranks have the same weights, and save those of rank 0; return the log."""
     made = trainer(folder / "run", **options)
     made.train()
     mine = weights(made.model.student)
@@ -62,7 +58,7 @@ def uneven(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
-    """10 rows, stopped in the middle of the second epoch: its filler rows weigh nothing either."""
+    """10 rows, stopped in the second epoch: filler rows add nothing after a resume either."""
     options = {"rows": dataset(10), "per_device_train_batch_size": 2, "num_train_epochs": 2}
     options |= {"max_steps": -1, "save_strategy": "steps", "save_steps": 1}
     trainer(folder / "run", **options).train()
@@ -73,7 +69,7 @@ def resumed(folder: Path) -> None:
 
 
 def kept_answers(folder: Path) -> None:
-    """The teacher answers each of 8 prompts once, whichever rank they come to in which epoch."""
+    """The teacher answers each of 8 prompts once, whichever rank and epoch they come to."""
     rollout = SampledRollout("teacher", max_new_tokens=4)
     made = trainer(
         folder / "run", rows=dataset(8), rollout=rollout, per_device_train_batch_size=2,
@@ -94,7 +90,7 @@ def on_policy(folder: Path) -> None:
 
 
 def interleaved(folder: Path) -> None:
-    """Both models write; the log is over both ranks."""
+    """Both models write, and the log covers both ranks."""
     options = {"rows": dataset(16), "per_device_train_batch_size": 4, "max_steps": 2}
     logs = same_weights(folder, rollout=InterleavedRollout(**INTERLEAVED), **options)
     if dist.get_rank() == 0:
@@ -102,7 +98,7 @@ def interleaved(folder: Path) -> None:
 
 
 def generating(folder: Path) -> None:
-    """Calls are shared out; one rank writes."""
+    """The calls are divided between the ranks, and one rank writes."""
     loaded = recipes.load_generation(folder / "recipe.yaml")
     asked = []
     responder = RemoteResponder if loaded.teacher.is_remote else LocalResponder
@@ -110,11 +106,13 @@ def generating(folder: Path) -> None:
     responder.respond = lambda self, some: asked.extend(some) or answer(self, some)
     made = generate(loaded)
     assert made.counts.kept == 12
-    assert {one.call % 4 // 2 for one in asked} == {dist.get_rank()}  # rounds of 4, two each
+    assert {one.call % 4 // 2 for one in asked} == {
+        dist.get_rank()
+    }  # rounds of 4 calls, two per rank
 
 
 def gradients(folder: Path) -> None:
-    """D3: after backward all ranks hold the same gradient, though their rows differ."""
+    """D3: all ranks have the same gradient after the backward pass, although their rows differ."""
     made = trainer(folder / "run", rows=dataset(16), per_device_train_batch_size=4)
     seen: list[torch.Tensor] = []
     original = made._get_grad_norm
@@ -132,7 +130,7 @@ def gradients(folder: Path) -> None:
 
 
 def empty_rank(folder: Path) -> None:
-    """D5, N6: rank 1 has no predicted token at all; no hang, and the gradient is rank 0's rows'."""
+    """D5, N6: rank 1 has no predicted token; nothing hangs, and rank 0's rows give the gradient."""
 
     class HalfEmpty(FixedRollout):
         def write(self, prompts, *others):
@@ -188,13 +186,13 @@ def seams(folder: Path) -> None:
 
 
 def hidden_alone(folder: Path) -> None:
-    """Layers above what is matched get no gradient, and no rank waits for one."""
+    """Layers above the matched one get no gradient, and no rank waits for it."""
     options = {"rows": dataset(16), "per_device_train_batch_size": 4, "max_steps": 2}
     same_weights(folder, objectives=[HiddenObjective(student_layer=1)], **options)
 
 
 def sharded(folder: Path) -> None:
-    """D7: FSDP2 on the CPU: inner states and their gradients are those of the plain module."""
+    """D7: with FSDP2 on the CPU, inner states and their gradients equal the plain module's."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -223,7 +221,7 @@ def sharded(folder: Path) -> None:
 
 
 def conformance(folder: Path) -> None:
-    """Every objective and every rollout that a recipe can ask for."""
+    """Every objective and every rollout that a recipe can have."""
     for name, options in every_entry():
         made = trainer(folder / "run", rows=dataset(7), per_device_train_batch_size=4, **options())
         made.train()
@@ -232,7 +230,7 @@ def conformance(folder: Path) -> None:
 
 
 def every_entry():
-    """(name, what makes trainer's arguments) of each objective and rollout."""
+    """Yield (name, function that makes the trainer's arguments) of each objective and rollout."""
     for name, one in entries.objectives().items():
         section = entries.recipe(objectives=[one]).objectives[0]
         yield name, lambda section=section: {"objectives": [build_objective(section)]}
@@ -274,4 +272,4 @@ if __name__ == "__main__":
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # the case is decided; tearing down native threads aborts now and then
+    os._exit(0)  # the case is decided, and tearing down native threads sometimes aborts

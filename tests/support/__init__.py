@@ -1,1 +1,1 @@
-"""What test modules share; tests import it from here, never from each other."""
+"""Helpers that test modules share. Tests import them from here, never from each other."""

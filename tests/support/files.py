@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
-    """Writes one row per line; returns the path."""
+    """Write one row per line; return the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

@@ -1,4 +1,4 @@
-"""What a test lets torch say of the machine, in this process and in those that it starts."""
+"""What torch reports about the machine, forced in this process and in those that it starts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ VARIABLE = "TEST_NATIVE_BFLOAT16"
 
 
 def with_python_path(*folders: Path) -> str:
-    """PYTHONPATH with `folders` before what it holds already."""
+    """Return PYTHONPATH with `folders` before its other entries."""
     held = os.environ.get("PYTHONPATH")
     return os.pathsep.join([*map(str, folders), *([held] if held else [])])
 
 
 def force_native_bfloat16() -> None:
-    """Does what TEST_NATIVE_BFLOAT16 says, if it is set.  Call it once."""
+    """Apply TEST_NATIVE_BFLOAT16 if it is set. Call this once."""
     if VARIABLE not in os.environ:
         return
     os.environ["PYTHONPATH"] = with_python_path(FOLDER)

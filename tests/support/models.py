@@ -25,7 +25,7 @@ GPT2_SIZES = {
     "n_positions": 64,
     "initializer_range": 0.3,
 }
-# Each with the one thing that its head does beyond a matrix product, set so that it matters.
+# Each with the extra operation of its head (if it has one), set so that it changes the logits.
 FAMILIES = {
     "Llama": SIZES,
     "Qwen2": SIZES,
@@ -45,7 +45,7 @@ CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
 def family(name: str, **options) -> transformers.PreTrainedModel:
-    """A model in eval mode; `options` go to its configuration, and replace the sizes above."""
+    """Return a model in eval mode. `options` go to its configuration and replace the sizes above."""
     torch.manual_seed(0)
     sizes = FAMILIES.get(name, SIZES) | options
     config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**sizes)
@@ -54,7 +54,7 @@ def family(name: str, **options) -> transformers.PreTrainedModel:
 
 
 def sliding(name: str, window: int = 4, **options) -> transformers.PreTrainedModel:
-    """A model in float64 with sliding-window layers: all of Mistral's, the first of Gemma2's."""
+    """Return a float64 model with sliding windows: all layers of Mistral, the first of Gemma2."""
     sizes = {
         "vocab_size": toy.NUM_TOKENS,
         "hidden_size": 16,

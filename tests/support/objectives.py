@@ -1,4 +1,4 @@
-"""An objective with parameters, and a watch on how large tensors get."""
+"""An objective with parameters, and a mode that records how large tensors become."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmdistill.objectives.base import Objective
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements that any operation made."""
+    """Records the largest number of elements that any operation produced."""
 
     def __init__(self):
         super().__init__()
@@ -26,7 +26,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 class Projected(Objective):
-    """A term with a parameter of its own, of a size that clipping notices."""
+    """A term with its own parameter, large enough for clipping to matter."""
 
     name = "projected"
 

@@ -9,7 +9,7 @@ from llmdistill import recipe as recipes
 
 
 def build_generation(values: dict[str, Any]) -> recipes.GenerationRecipe:
-    """What `recipes.load_generation` makes of a file that holds `values`."""
+    """Return the result of `recipes.load_generation` for a file with `values`."""
     return recipes.build_part(recipes.GenerationRecipe, values, "recipe")
 
 

@@ -9,7 +9,7 @@ from llmdistill.rollouts.fixed import FixedRollout
 
 
 class Repadded:
-    """A fixed rollout whose sequences stand elsewhere in a wider rectangle."""
+    """A fixed rollout whose sequences have extra padding columns."""
 
     def __init__(self, left: int, right: int) -> None:
         self.left, self.right = left, right

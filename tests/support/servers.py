@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol, and misbehaves as it is told to."""
+"""A server that speaks OpenAI's protocol and fails in the ways that a test asks for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import toy
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with the last word asked; `faults` are done first, one a request."""
+    """Answers with the last word of the request; `faults` come first, one per request."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -108,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {"id": "1", "choices": {"text": 1}})
 
     def do_drip(self, body):
-        """A byte now and then: each read is in time, the whole is not."""
+        """Send a byte now and then: each read is in time, but the whole reply is not."""
         message = {"role": "assistant", "content": "too late"}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         reply = json.dumps(
@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(8 + len(reply)))
         self.end_headers()
-        with contextlib.suppress(OSError):  # it is not waited for
+        with contextlib.suppress(OSError):  # the client may have left
             for _ in range(8):
                 self.wfile.write(b" ")
                 self.wfile.flush()
@@ -154,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving() -> Iterator[Server]:
-    """A server on a free port, until the block ends."""
+    """Run a server on a free port until the block ends."""
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server

@@ -1,4 +1,4 @@
-"""A method that is called as before, and its results kept."""
+"""A method that is called as before, while its results are recorded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def spy(target: Any, method: str) -> list[Any]:
-    """Replaces a method of one object; returns the list to which each call adds its result."""
+    """Replace a method of one object; return the list to which each call adds its result."""
     results: list[Any] = []
     call = getattr(target, method)
 

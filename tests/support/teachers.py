@@ -1,4 +1,4 @@
-"""A teacher that trains along, and objectives that use every seam beside it."""
+"""A teacher that trains along, and objectives that use every extension point with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests import toy
 
 
 class Learner(TrainableTeacher):
-    """A frozen model with a trained shift of its final states; it is drawn towards the student."""
+    """A frozen model with a trained shift of its final states, which moves towards the student."""
 
     provides = frozenset({Need.DISTRIBUTION, Need.HIDDEN})
 
@@ -55,7 +55,7 @@ def seam_objectives() -> list[Objective]:
 
 
 def trained(trainer) -> torch.Tensor:
-    """All that a trainer trains, the teacher's part included."""
+    """Return everything that a trainer trains, including the teacher's part."""
     return torch.cat(
         [p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]
     ).clone()

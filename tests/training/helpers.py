@@ -13,7 +13,7 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.trainer import DistillTrainer
 from tests import toy
 
-INTERLEAVED = {  # a rollout whose acceptance is neither 0 nor 1 on the toys
+INTERLEAVED = {  # its acceptance on the toys is neither 0 nor 1
     "top_k": 120,
     "block_size": 3,
     "max_new_tokens": 6,
@@ -28,7 +28,7 @@ def arguments(folder, **options) -> TrainingArguments:
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
-        "optim": "sgd",  # AdamW hides a wrong scale
+        "optim": "sgd",  # AdamW would hide a wrongly scaled gradient
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
@@ -43,7 +43,7 @@ def arguments(folder, **options) -> TrainingArguments:
 def trainer(
     folder, *, student=None, teacher=None, rows=None, rollout=None, objectives=None, **options
 ):
-    """Rows and `options` (of TrainingArguments) make the difference; the rest are toys."""
+    """Build a trainer on toys; arguments replace its parts, and `options` go to TrainingArguments."""
     tokenizer = toy.tokenizer()
     kept = {
         name: options.pop(name)
@@ -72,7 +72,7 @@ def weights(model) -> torch.Tensor:
 
 
 def gradient(folder, **options) -> torch.Tensor:
-    """The gradient of one step under SGD at learning rate 1: old weights minus new ones."""
+    """Return the gradient of one SGD step at learning rate 1: old weights minus new ones."""
     made = trainer(folder, learning_rate=1.0, **options)
     before = weights(made.model.student)
     made.train()

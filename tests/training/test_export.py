@@ -1,4 +1,4 @@
-"""The exported student is what plain transformers loads: it ends where it ended in training."""
+"""Plain transformers loads the exported student, and it stops where it stopped in training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.training.helpers import trainer
 
 pytestmark = pytest.mark.slow
 
-END_OF_TEXT = 7  # what a base model ends with; the chat template ends with 2
+END_OF_TEXT = 7  # the end token of a base model; that of the chat template is 2
 
 
 def base_student():
@@ -23,7 +23,7 @@ def base_student():
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_the_export_ends_where_its_responses_end(tmp_path, adapted):
-    """A base model with an instruct tokenizer: nothing is written past the first end token."""
+    """A base model with an instruct tokenizer writes nothing after the first end token."""
     student = base_student()
     if adapted:
         student = add_adapter(student, rank=16, alpha=32, targets="all-linear", dropout=0.0, seed=0)
@@ -46,7 +46,7 @@ def test_the_export_ends_where_its_responses_end(tmp_path, adapted):
     written = model.generate(**ids, max_new_tokens=60)[0, ids["input_ids"].shape[1] :]
     assert len(written) < 60
     assert (written == tokenizer.eos_token_id).nonzero().tolist() == [[len(written) - 1]]
-    if not adapted:  # which learns less in as many steps
+    if not adapted:  # an adapter learns less in the same number of steps
         assert tokenizer.decode(written) == "the sea is blue<|im_end|>"
 
 

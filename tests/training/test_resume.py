@@ -62,7 +62,7 @@ def losses(trainer):
     "step", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
 )
 def test_a_resumed_run_ends_like_a_straight_one(tmp_path, rollout, step):
-    """10 rows in batches of 4: three steps an epoch, the last one smaller; dropout on."""
+    """10 rows in batches of 4 make three steps per epoch, the last one smaller; dropout is on."""
     straight = made(tmp_path / "straight", rollout)
     straight.train()
     resumed = made(tmp_path / "resumed", rollout)
@@ -89,7 +89,7 @@ def test_rows_grouped_by_length_resume_too(tmp_path, step):
 
 
 def test_dropout_matters_in_this_test(tmp_path):
-    """Otherwise the random state would not be tested."""
+    """Without this the random state would not be tested."""
     with_dropout, without = made(tmp_path / "a"), made(tmp_path / "b", student=toy.model())
     with_dropout.train(), without.train()
     assert not torch.equal(weights(with_dropout.model.student), weights(without.model.student))
@@ -105,7 +105,7 @@ def test_with_accumulation_in_the_middle_of_an_epoch(tmp_path):
 
 
 def test_the_weights_after_a_resume_are_those_saved(tmp_path):
-    """A learning rate of zero: what is there at the end is what was loaded."""
+    """With a learning rate of zero the final weights are those that were loaded."""
     made(tmp_path / "first").train()
     saved = safetensors.torch.load_file(tmp_path / "first" / "checkpoint-4" / "model.safetensors")
     resumed = made(tmp_path / "second", learning_rate=0.0)
@@ -129,7 +129,7 @@ def test_projectors_are_saved_and_loaded(tmp_path):
 
 
 def test_a_peft_student_resumes(tmp_path):
-    """The adapter alone is saved; resuming gives the straight run's."""
+    """R1: only the adapter is saved, and resuming gives the weights of the straight run."""
     from peft import LoraConfig, get_peft_model
 
     def adapted(folder):
@@ -164,11 +164,11 @@ def test_what_the_teacher_wrote_is_not_written_again(tmp_path):
     [
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 20), "cannot read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot read"),
-        (lambda folder: (folder / "rollout.json").unlink(), "holds no rollout.json"),
+        (lambda folder: (folder / "rollout.json").unlink(), "has no rollout.json"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, harm, message):
-    """R5."""
+    """R5: the error names the checkpoint."""
     made(tmp_path / "first", "seqkd").train()
     folder = tmp_path / "first" / "checkpoint-2"
     harm(folder)
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path):
 
 
 def test_a_stream_resumes_where_it_was(tmp_path):
-    """10 rows in batches of 4 in the stream's order; the last two rows of each pass are left."""
+    """10 rows come in batches of 4 in order; the last two rows of each pass are left out."""
     seen = []
 
     def rows():
@@ -210,7 +210,7 @@ def test_a_stream_resumes_where_it_was(tmp_path):
 
 
 def finished(folder, steps=5, resume=None, **options):
-    """10 rows in batches of 4 are three steps per epoch, so step 5 ends in the middle of one."""
+    """Train 10 rows in batches of 4: three steps per epoch, so step 5 is within an epoch."""
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": steps} | options
     made = trainer(folder, rows=dataset(10), **options)
     made.train(resume_from_checkpoint=resume)
@@ -246,7 +246,7 @@ def test_a_finished_run_of_whole_epochs_is_not_trained_further(tmp_path):
 
 
 class StopsAndSaves(TrainerCallback):
-    """As a signal handler does: not because the run is over."""
+    """Stops as a signal handler does, before the run is over."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -264,7 +264,7 @@ def test_a_run_that_was_stopped_from_outside_goes_on(tmp_path):
 
 
 def diverging(steps):
-    """Options of a run whose held-out loss soon rises."""
+    """Return options of a run whose held-out loss soon rises."""
     return {
         "steps": steps, "eval_dataset": dataset(4, seed=3), "eval_strategy": "steps", "eval_steps": 2,
         "load_best_model_at_end": True, "learning_rate": 20.0,

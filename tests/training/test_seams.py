@@ -1,5 +1,7 @@
-"""What a user can put in: objectives on hidden states, functions for names, weights that change,
-teachers of their own and teachers that train along.
+"""Parts that a user can supply.
+
+These are objectives on hidden states, functions in place of names, weights that change, the user's
+own teachers, and teachers that train along.
 
 K = terms of the loss.
 """
@@ -44,7 +46,7 @@ def first_loss(folder, rows, **options):
 
 
 def test_a_sequence_mean_counts_every_response_once(tmp_path):
-    """It is the mean of the responses' own means, whatever their lengths; of one alone, its mean."""
+    """It is the mean over responses of their means, whatever their lengths."""
     rows = sorted(dataset(12).rows, key=lambda row: len(row.response_ids))[:6]
     lengths = [len(row.response_ids) for row in rows]
     assert len(set(lengths)) > 3
@@ -64,7 +66,7 @@ def test_a_sequence_mean_counts_every_response_once(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [2, 8])
 def test_every_divisor_is_that_of_the_whole_step(tmp_path, accumulation):
-    """N4: two objectives with two divisors, and a third one over all tokens: 8 rows however cut."""
+    """N4: three objectives with different divisors give the same gradient however 8 rows are cut."""
     objectives = [
         lambda: ResponseObjective(token_weight="sequence_mean", weight=0.5),
         lambda: ResponseObjective("jsd"),
@@ -117,7 +119,7 @@ def test_the_teacher_runs_once_for_all_that_is_needed(tmp_path):
 
 
 def test_what_was_judged_while_writing_is_judged_again_for_hidden_states(tmp_path):
-    """The writer kept the distribution alone."""
+    """The writer kept only the distribution."""
     rollout = InterleavedRollout(top_k=120, block_size=2, max_new_tokens=5)
     judged = []
     teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
@@ -160,7 +162,7 @@ def test_ddp_looks_for_unused_parameters_only_below_hidden_states(tmp_path):
     assert alone.args.ddp_find_unused_parameters is True
 
 
-# ---- functions where names go ----
+# ---- functions in place of names ----
 
 
 def scaled_kl(student_NV, teacher_NV, *, factor=1.0):
@@ -168,7 +170,7 @@ def scaled_kl(student_NV, teacher_NV, *, factor=1.0):
 
 
 def later(sequences, *, start=0):
-    """Only tokens from the `start`th on count."""
+    """Count only tokens from the `start`th on."""
     place = torch.cat([torch.arange(int(n)) for n in sequences.num_predicted])
     return (place >= start).float()
 
@@ -218,7 +220,7 @@ def test_a_scheduled_weight_is_that_of_the_step_and_is_logged(tmp_path):
 
 
 def test_a_resumed_run_has_the_weights_of_a_straight_one(tmp_path):
-    """R1, with a projector and a schedule."""
+    """R1: this run has a projector and a schedule."""
 
     def run(folder, steps, resume=None):
         made = trainer(
@@ -235,11 +237,11 @@ def test_a_resumed_run_has_the_weights_of_a_straight_one(tmp_path):
     assert torch.equal(straight, resumed)
 
 
-# ---- a teacher of the user's own ----
+# ---- a teacher that the user wrote ----
 
 
 class Uniform:
-    """Finds every token equally likely.  It has no model and cannot write."""
+    """A teacher that gives every token the same probability. It has no model and cannot write."""
 
     provides = frozenset({Need.DISTRIBUTION})
 
@@ -261,7 +263,7 @@ def test_a_teacher_needs_three_things_only(tmp_path):
 
 
 def test_a_teacher_that_scores_more_ids_than_are_shared_is_narrowed(tmp_path):
-    """As a local one is: its padding rows are in no softmax."""
+    """Its padding rows are in no softmax, as with a local teacher."""
 
     class Wide:
         provides = frozenset({Need.DISTRIBUTION})
@@ -314,8 +316,9 @@ def test_a_teacher_trains_along_with_its_own_group_and_loss(tmp_path):
 
 
 def test_gradients_of_student_and_teacher_never_cross(tmp_path):
-    """The student's is that of a frozen teacher; the teacher's base and the student's weights get
-    nothing from the teacher's loss.
+    """The student learns as from a frozen teacher.
+
+    The teacher's loss changes neither the teacher's base nor the student.
     """
     frozen = LocalTeacher(toy.teacher_model(), toy.tokenizer())
     torch.testing.assert_close(
@@ -334,7 +337,7 @@ def test_gradients_of_student_and_teacher_never_cross(tmp_path):
 
 
 def test_the_teacher_is_clipped_on_its_own(tmp_path):
-    """A loud teacher does not shrink the student's step."""
+    """A large gradient of the teacher does not shrink the student's step."""
 
     class Loud(Learner):
         weight = 1e4
@@ -385,7 +388,7 @@ def test_a_frozen_teacher_that_is_a_module_is_no_part_of_what_is_trained(tmp_pat
     assert not [name for name, _ in made.model.named_parameters() if "unused" in name]
 
 
-# ---- an objective of the user's own ----
+# ---- an objective that the user wrote ----
 
 
 def test_an_objective_sees_just_what_it_needs(tmp_path):
@@ -402,7 +405,7 @@ def test_an_objective_sees_just_what_it_needs(tmp_path):
             )
 
     trainer(tmp_path, objectives=[Look()]).train()
-    assert seen == [({Need.HIDDEN.after(1)}, None)]  # the teacher was not asked at all
+    assert seen == [({Need.HIDDEN.after(1)}, None)]  # the teacher was not called at all
 
 
 def test_projectors_start_alike_and_leave_the_global_randomness_alone(tmp_path):
@@ -416,11 +419,11 @@ def test_projectors_start_alike_and_leave_the_global_randomness_alone(tmp_path):
     assert not torch.equal(first, other.projector.weight)
 
 
-# ---- what two readings of these seams found ----
+# ---- mistakes that reviews of these parts found ----
 
 
 def test_a_trained_teacher_learns_from_text_that_it_judged_while_writing(tmp_path):
-    """That signal was made without gradients, so the teacher judges again."""
+    """The writer's signal has no gradients, so the teacher scores the text again."""
 
     class Writing(Learner):
         def session(self, prompts):
@@ -460,7 +463,7 @@ def test_tied_weights_of_a_trained_teacher_are_saved_once_and_loaded(tmp_path):
 
 
 class Crossing(Learner):
-    """Its hidden state depends on what it trains, and its loss on the student's states."""
+    """Its hidden state depends on its trained shift, and its loss on the student's states."""
 
     def judge(self, sequences, needs):
         signal = super().judge(sequences, needs)
@@ -473,7 +476,10 @@ class Crossing(Learner):
 
 
 def test_no_gradient_leads_through_states_from_one_to_the_other(tmp_path):
-    """Where no objective happens to cut it: hidden states, and the student's in the teacher's loss."""
+    """No gradient crosses, even where no objective cuts it.
+
+    These are hidden states, and the student's states in the teacher's loss.
+    """
 
     def parts(weight, teacher_weight):
         teacher = Crossing()
@@ -526,12 +532,12 @@ def test_states_without_a_configuration_are_refused_by_name(tmp_path):
     class Shapeless(Uniform):
         provides = frozenset({Need.HIDDEN})
 
-    with pytest.raises(RecipeError, match="Shapeless has no 'config' that says how wide they are"):
+    with pytest.raises(RecipeError, match="Shapeless has no 'config' that gives their size"):
         trainer(tmp_path, teacher=Shapeless(), objectives=[HiddenObjective()])
 
 
 def test_what_cannot_be_a_step_is_refused_when_the_trainer_is_built(tmp_path):
-    with pytest.raises(RecipeError, match="give one at least"):
+    with pytest.raises(RecipeError, match="the list is empty, so there is nothing to train on"):
         Distillation(toy.model(), Uniform(), [], toy.tokenizer())
     nobody = Uniform()
     nobody.tokenizer = None
@@ -562,7 +568,7 @@ def test_an_option_that_two_choices_take_is_refused():
 
 @dataclass
 class Ramp:
-    """A token weight that is no function, and cannot be a key."""
+    """A token weight that is not a function and cannot be a dict key."""
 
     length: int
 
@@ -584,7 +590,7 @@ def test_a_token_weight_may_be_any_callable_and_bring_its_own_divisor(tmp_path):
 def test_a_divisor_that_is_no_count_is_refused(tmp_path):
     half = ResponseObjective(divisor=lambda sequences: sequences.num_predicted.sum() / 2)
     with pytest.raises(
-        TrainingError, match="the divisor of 'forward_kl' is .*: it must be a count"
+        TrainingError, match="the divisor of 'forward_kl' is .*, but it must be a count"
     ):
         trainer(tmp_path, objectives=[half]).train()
 
@@ -592,7 +598,7 @@ def test_a_divisor_that_is_no_count_is_refused(tmp_path):
 def test_held_out_losses_that_would_all_be_zero_are_refused(tmp_path):
     fading = [ResponseObjective(weight=Linear(1.0, 0.0))]
     made = trainer(tmp_path, objectives=fading, eval_dataset=dataset(4), max_steps=3)
-    with pytest.raises(TrainingError, match="these are all 0; let a schedule end above 0"):
+    with pytest.raises(TrainingError, match="these weights are all 0. Let a schedule end above 0"):
         made.evaluate()
 
 
@@ -609,7 +615,7 @@ def test_the_held_out_loss_is_that_of_the_end_whenever_it_is_taken(tmp_path, whe
 
 @pytest.mark.parametrize("owners", ["one", "two"])
 def test_a_scaler_unscales_once_whoever_is_clipped(tmp_path, owners):
-    """float16's scaler refuses to unscale twice in one step."""
+    """The scaler of float16 refuses to unscale twice in one step."""
     objectives = [ResponseObjective()] if owners == "one" else [HiddenObjective()]
     made = trainer(tmp_path, objectives=objectives, max_grad_norm=1.0)
     made.create_optimizer()

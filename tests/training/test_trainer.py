@@ -1,6 +1,4 @@
-"""Every override of DistillTrainer, by a test that fails without it; and invariance of the
-gradient.
-"""
+"""Tests that fail without each override of DistillTrainer, and invariances of the gradient."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ from tests.training.helpers import INTERLEAVED, arguments, dataset, gradient, tr
 
 pytestmark = pytest.mark.upgrade
 
-# ---- the divisor, and what must not matter ----
+# ---- the divisor, and what must not change the gradient ----
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4), (1, 8)])
@@ -49,7 +47,7 @@ def test_accumulation_changes_nothing(tmp_path, batch, accumulation):
 
 
 def test_the_gradient_is_that_of_the_mean_over_predicted_tokens(tmp_path):
-    """Against a dense loss of our own; and not that of a mean of means."""
+    """It equals that of a dense loss written here, and not that of a mean of means."""
     data = dataset()
     found = gradient(
         tmp_path, rows=data, per_device_train_batch_size=4, gradient_accumulation_steps=2
@@ -94,7 +92,7 @@ def test_the_chunk_size_changes_nothing(tmp_path, chunk_size):
 
 
 def test_extra_vocabulary_rows_change_nothing(tmp_path):
-    """Padding rows of either head, with weights that would matter if they were in the softmax."""
+    """Both heads have padding rows whose weights would matter if they were in the softmax."""
     expected = gradient(tmp_path, student=untied(0), teacher=padded_teacher(0))
     found = gradient(tmp_path, student=untied(9), teacher=padded_teacher(30))
     real = [p.numel() for p in untied(0).parameters()]
@@ -131,7 +129,7 @@ def _grown(model, extra: int):
 
 
 def test_a_micro_batch_without_predicted_tokens_is_harmless(tmp_path):
-    """N6: rows whose answer is empty add nothing, not even to the divisor."""
+    """N6: rows with an empty answer add nothing, not even to the divisor."""
     data = dataset()
     expected = gradient(
         tmp_path, rows=data.rows and type(data)(data.rows[:4]), per_device_train_batch_size=4
@@ -158,7 +156,7 @@ def test_the_rollout_is_written_once_for_the_whole_window(tmp_path):
 
 
 def test_rows_can_be_grouped_by_length(tmp_path):
-    """Every row once an epoch, in another order each time, with much less padding."""
+    """Every row comes once per epoch, in a new order each time, with much less padding."""
     rows = dataset(64)
 
     def padding(strategy):
@@ -210,7 +208,7 @@ def test_epochs_are_counted_for_the_rollout(tmp_path):
 
 
 def test_the_teacher_is_never_changed(tmp_path):
-    """N8: no gradient, eval mode, bit-equal after training, and no part of the trained module."""
+    """N8: it gets no gradient, stays in eval mode and bit-equal, and is not in the trained module."""
     teacher = LocalTeacher(toy.teacher_model(attention_dropout=0.5), toy.tokenizer())
     before = weights(teacher.model)
     made = trainer(tmp_path, teacher=teacher, max_steps=3)
@@ -223,7 +221,7 @@ def test_the_teacher_is_never_changed(tmp_path):
 
 
 def test_another_vocabulary_is_refused_before_any_step(tmp_path):
-    """N11."""
+    """N11: the error names both tokenizers and their sizes."""
     other = toy.tokenizer("other")
     other.add_tokens(["<extra>"])
     with pytest.raises(VocabularyError, match=r"teacher 'other' \(260 tokens.*student 'toy' \(259"):
@@ -251,7 +249,7 @@ def test_on_policy_steps_train_on_what_the_student_wrote(tmp_path):
 
 
 def test_what_the_teacher_just_wrote_is_not_judged_again(tmp_path):
-    """Its judgement of its own text came with it; in the second epoch it has to judge."""
+    """Its text comes with its signal; in the second epoch it must score the text."""
     calls = []
 
     class Counting(LocalTeacher):
@@ -298,7 +296,7 @@ def test_the_student_writes_in_eval_mode_and_trains_in_train_mode(tmp_path):
     assert modes[-1] == (True, True)
 
 
-# ---- optimiser groups, clipping, guard ----
+# ---- optimizer groups, clipping, guard ----
 
 
 def test_groups_are_named_after_their_owners(tmp_path):
@@ -315,7 +313,7 @@ def test_groups_are_named_after_their_owners(tmp_path):
 
 
 def test_a_projector_alone_does_not_change_how_the_student_is_clipped(tmp_path):
-    """One norm over all would shrink the student's gradient a thousandfold."""
+    """One norm for both would shrink the student's gradient a thousandfold."""
     options = {"max_grad_norm": 0.5, "learning_rate": 1.0}
     plain = trainer(tmp_path, objectives=[Projected(0.0), ResponseObjective()], **options)
     loud = trainer(tmp_path, objectives=[DetachedProjector(1e4), ResponseObjective()], **options)
@@ -346,7 +344,7 @@ def test_optimisers_that_group_for_themselves_are_refused_with_projectors(tmp_pa
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_stops_before_the_update(tmp_path, what):
-    """S1: with step and rank, and the weights of the last good step."""
+    """S1: the error names step and rank, and the weights are those of the last good step."""
 
     class Bad(ResponseObjective):
         calls = 0
@@ -391,14 +389,14 @@ def test_logs_the_loss_and_each_term_per_predicted_token(tmp_path):
 
 
 def test_logs_who_wrote_what(tmp_path):
-    """Against the sequences themselves, over an accumulation window."""
+    """The figures equal those counted from the sequences of an accumulation window."""
     rollout = InterleavedRollout(**INTERLEAVED)
     seen = spy(rollout, "write")
     made = trainer(tmp_path, rollout=rollout, gradient_accumulation_steps=2)
     judged = spy(made.teacher, "judge")
     made.train()
     logs, (written,) = made.state.log_history[0], seen
-    assert judged == []  # the rollout has judged what it kept
+    assert judged == []  # the rollout has the signal of the kept tokens
     writers = [
         w[m].tolist() for w, m in zip(written.writer_BT, written.response_mask_BT, strict=True)
     ]
@@ -427,7 +425,7 @@ def test_logs_no_writers_where_there_is_one(tmp_path):
 
 
 def test_logs_no_speed_of_what_was_kept(tmp_path):
-    """A buffer hands out tokens that nobody writes."""
+    """A replay buffer returns tokens that no model writes now."""
     rollout = ReplayRollout(SampledRollout(max_new_tokens=4), capacity=4)
     made = trainer(tmp_path, rollout=rollout, max_steps=3)
     made.train()
@@ -465,7 +463,7 @@ def test_the_evaluation_loss_is_the_mean_over_tokens_not_over_batches(tmp_path):
 
 
 def test_saves_the_student_alone_and_no_pickled_arguments(tmp_path):
-    """R12: plain from_pretrained gives the same logits; the rest stands apart."""
+    """R12: plain from_pretrained gives the same logits; other parts are in other files."""
     made = trainer(
         tmp_path, objectives=[ResponseObjective(), Projected()], save_strategy="steps", save_steps=1
     )
@@ -504,7 +502,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub that only writes down what it is given: (folder's files, ignored patterns)."""
+    """A Hub that only records uploads: (the folder's files, the ignored patterns)."""
     uploads = []
 
     def upload_folder(self, *, folder_path, ignore_patterns, **options):
@@ -554,7 +552,7 @@ def test_pushes_checkpoints_without_their_training_state(tmp_path, hub):
 
 
 def test_a_token_is_in_no_file(tmp_path):
-    """S9, as far as checkpoints go."""
+    """S9: this test covers checkpoints."""
     made = trainer(tmp_path, save_strategy="steps", save_steps=1, hub_token="hf_" + "x" * 30)
     made.train()
     for path in tmp_path.rglob("*"):
@@ -575,7 +573,7 @@ def test_several_gpus_without_a_launcher_are_not_data_parallel(tmp_path, caplog)
 
 
 def test_an_overflow_is_left_to_the_scaler_of_float16(tmp_path):
-    """It skips the step and scales less; without one the same step stops the run."""
+    """The scaler skips the step and lowers its scale; without one, the step stops the run."""
     made = trainer(tmp_path, max_grad_norm=1.0)
     made.args.max_steps = 1
     for parameter in made.model.student.parameters():
@@ -600,7 +598,7 @@ def test_a_sharded_student_does_not_write_interleaved(where):
     elif where == "replayed":
         rollout = ReplayRollout(rollout)
     check_sharding(rollout, sharded=False, requested=False)
-    with pytest.raises(TrainingError, match="do not work with FSDP or ZeRO 3"):
+    with pytest.raises(TrainingError, match="do not work with FSDP or ZeRO-3"):
         check_sharding(rollout, sharded=True, requested=True)
 
 
@@ -632,16 +630,16 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
 
 @pytest.fixture
 def _environment(monkeypatch):
-    """TrainingArguments writes what to compile with into the environment, for good."""
+    """TrainingArguments writes its compile options into the environment for good."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
     monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_environment")
-@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own insides
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its internals
 def test_a_compiled_step_has_the_same_gradient(tmp_path):
-    """The blocks are compiled, and only for training: the student writes uncompiled."""
+    """Decoder layers are compiled, and only for training: the student writes uncompiled."""
     write = SampledRollout("student", max_new_tokens=4)
     plain = gradient(tmp_path, rollout=write)
     frames = CompileCounter()
@@ -653,13 +651,13 @@ def test_a_compiled_step_has_the_same_gradient(tmp_path):
         block.compile(backend=frames)
     before = weights(made.model.student)
     made.train()
-    assert 0 < frames.frame_count <= 3 * 2  # a frame for each block, and one more when lengths vary
+    assert 0 < frames.frame_count <= 3 * 2  # one frame per layer, and one more when lengths vary
     torch.testing.assert_close(before - weights(made.model.student), plain, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_environment")
-@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own insides
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its internals
 def test_torch_compile_on_this_machine(tmp_path):
     plain, compiled = (gradient(tmp_path, torch_compile=on) for on in (False, True))
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
@@ -681,7 +679,7 @@ def test_a_trainer_state_is_plain_json(tmp_path):
 
 @pytest.mark.parametrize("by", ["student", "teacher"])
 def test_writes_under_bf16_autocast(tmp_path, by):
-    """What a run does on a machine whose CPU multiplies bfloat16."""
+    """A run does this on a machine whose CPU multiplies bfloat16."""
     teacher = LocalTeacher(toy.teacher_model().bfloat16(), toy.tokenizer())
     rollout = SampledRollout(by, max_new_tokens=5)
     made = trainer(tmp_path, rollout=rollout, teacher=teacher, bf16=True, max_steps=2)

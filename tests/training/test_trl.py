@@ -1,4 +1,4 @@
-"""Twenty steps of GKD by TRL and by us: the same curve on one rank, and ours the same on two."""
+"""Twenty steps of GKD by TRL and by llmdistill: the same losses on one rank, and ours on two."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ def test_the_same_curve_as_trl_on_one_rank_and_our_own_on_two():
     assert len(one["ours"]) == 20
     assert one["ours"] == pytest.approx(one["trl"], abs=1e-4)
     assert two["ours"] == pytest.approx(one["ours"], abs=1e-6)
-    assert one["ours"][0] - one["ours"][-1] > 0.03  # it learned something
+    assert one["ours"][0] - one["ours"][-1] > 0.03  # the student learned something

@@ -1,7 +1,7 @@
-"""Forces what torch says of this CPU: TEST_NATIVE_BFLOAT16=1 (it multiplies bfloat16), or 0.
+"""Force what torch reports about this CPU: TEST_NATIVE_BFLOAT16=1 (native bfloat16), or 0.
 
-Python imports this module at its start if this folder is on PYTHONPATH, so it imports nothing heavy
-itself: it waits for `torch.cpu` to be imported.
+Python imports this module at its start if this folder is on PYTHONPATH. It therefore imports
+nothing heavy itself, and waits until `torch.cpu` is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def set_answer(cpu: ModuleType, native: bool) -> None:
 
 
 class AfterImport:
-    """A finder that leaves the import of `torch.cpu` to others, and sets its answer then."""
+    """A finder that lets others import `torch.cpu`, and then sets its answer."""
 
     def __init__(self, native: bool) -> None:
         self.native = native
