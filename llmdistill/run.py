@@ -107,10 +107,7 @@ def distill(
     if recipe.generate is not None:
         logger.info("generating the dataset %s", recipe.generate.output)
         generate(recipe.generate, resume=True)
-    logger.info("reading %s", ", ".join(source.source for source in recipe.data.train))
     train, held = load_data(recipe, tokenizer)
-    if isinstance(train, PromptDataset):
-        logger.info("%d rows to train on (%s)", len(train), train.counts)
     teacher, student = load_pair(recipe, tokenizer, train)
     evaluation = _evaluation(recipe, teacher, held)
     before: Measurement | None = None
@@ -130,13 +127,18 @@ def distill(
         if evaluation is not None and before is not None:
             logger.info("measuring the student after training")
             result = _write_evaluation(folder, evaluation, before, evaluation.measure(student))
-        run_folder.discard_old(folder)
-        trainer.model_card = model_card(recipe, result.evaluation)
-        (result.student / "README.md").write_text(trainer.model_card, encoding="utf-8")
+        _publish(recipe, trainer, result)
     PartialState().wait_for_everyone()
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return result
+
+
+def _publish(recipe: Recipe, trainer: DistillTrainer, result: Result) -> None:
+    """Write the model card, and delete the run that this one replaces."""
+    run_folder.discard_old(result.folder)
+    trainer.model_card = model_card(recipe, result.evaluation)
+    (result.student / "README.md").write_text(trainer.model_card, encoding="utf-8")
 
 
 def _begin(recipe: Recipe, folder: Path, *, overwrite: bool) -> None:
@@ -164,8 +166,12 @@ def load_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[EncodedRows, PromptDataset | None]:
     """Return the rows to train on, and the held-out rows (None if the recipe has none)."""
+    logger.info("reading %s", ", ".join(source.source for source in recipe.data.train))
     needed = recipe.rollout.takes_data
-    return build_rows(recipe.data, tokenizer, needs_response=needed, seed=recipe.seed)
+    train, held = build_rows(recipe.data, tokenizer, needs_response=needed, seed=recipe.seed)
+    if isinstance(train, PromptDataset):
+        logger.info("%d rows to train on (%s)", len(train), train.counts)
+    return train, held
 
 
 def load_pair(

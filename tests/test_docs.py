@@ -19,13 +19,13 @@ from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.sampling import Writer
+from scripts import write_reference
 from tests import toy
 from tests.support.spies import spy
 from tests.training.helpers import arguments, gradient, weights
 from tests.training.helpers import trainer as make_trainer
 
 ROOT = Path(__file__).parents[1]
-DOCS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # ---- the examples of docs/extending.md ----
 
@@ -225,10 +225,11 @@ def test_the_tests_of_a_code_exist_and_name_it(code):
 
 # ---- names in the documents ----
 
-# Files that are still to be merged; what is listed here may be missing.
+
+DEVELOPERS = ["CONTRIBUTING", *(f"docs/{n}" for n in ("architecture", "extending", "invariants", "upgrading", "correctness"))]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [ROOT / f"{name}.md" for name in DEVELOPERS], ids=DEVELOPERS)
 def test_files_and_tests_that_a_document_names_exist(path):
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"`([\w/]+/[\w/]*(?:\.(?:py|md|toml))?)`", text):
@@ -284,3 +285,41 @@ def test_the_layers_are_those_of_pyproject():
 
 def test_the_architecture_is_short():
     assert (ROOT / "docs/architecture.md").read_text(encoding="utf-8").count("\n") <= 150
+
+
+# ---- pages that are generated, and what a page may be ----
+
+
+@pytest.mark.parametrize("name", write_reference.PAGES)
+def test_the_reference_is_what_the_code_says(name):
+    """If this fails, run `python scripts/write_reference.py`."""
+    committed = (ROOT / "docs/reference" / name).read_text(encoding="utf-8")
+    assert committed == write_reference.PAGES[name]()
+
+
+def test_every_key_of_a_recipe_is_in_the_reference():
+    """Found without the script: by the fields of every section class."""
+    text = (ROOT / "docs/reference/recipe.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
+    sections = [cls for cls in write_reference.classes().values() if "kind" in cls.model_fields]
+    fields = {name for cls in sections for name in cls.model_fields}
+    assert len(fields) > 40
+    assert fields - described == {"kind"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
+def test_links_to_files_lead_somewhere(path):
+    """mkdocs checks the pages in docs/; these are the others."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_the_readme_is_short():
+    """A first page: the manual is in docs/."""
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 120
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if page not in menu] == []

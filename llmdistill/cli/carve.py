@@ -5,11 +5,16 @@ B = sequences, P = prompt tokens.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmdistill.cli.output import Quiet, Verbose
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llmdistill.recipe import CarveRecipe
 
 
 def carve(
@@ -48,25 +53,36 @@ def carve(
     if layers is not None:
         places = [recipes.parse_yaml(part, "--layers") for part in layers.split(",")]
         given["layers"] = places if "," in layers else places[0]
-    answer = recipes.build_part(recipes.CarveRecipe, given, "carve")
+    section = recipes.build_part(recipes.CarveRecipe, given, "carve")
 
-    import itertools
     from pathlib import Path
 
-    from llmdistill.cli import output as shown
+    from llmdistill.cli.output import set_up
     from llmdistill.cli.show import console, next_steps
+
+    set_up(quiet=quiet, verbose=verbose)
+    folder = Path(output)
+    before, after = _carve(model, folder, section, data, max_rows, dtype)
+    if quiet:
+        print(folder)
+        return
+    console.print(f"{before:,} -> {after:,} parameters ({after / before:.0%}): {folder}")
+    next_steps({"Distil into it": f"llmdistill train RECIPE student.model={folder}"})
+
+
+def _carve(
+    model: str, folder: Path, section: CarveRecipe, data: str, max_rows: int, dtype: str
+) -> tuple[int, int]:
+    """Carve the model and save it; return the numbers of parameters before and after."""
+    import itertools
+
     from llmdistill.data.collate import PromptDataset, sample_text
     from llmdistill.data.sources import read
     from llmdistill.data.validate import Rules
     from llmdistill.errors import CheckpointError
-    from llmdistill.models.carve import Plan
-    from llmdistill.models.carve import carve as cut
+    from llmdistill.models.carve import Plan, carve
     from llmdistill.models.load import load_model, load_tokenizer
 
-    shown.set_up(quiet=quiet, verbose=verbose)
-    if not verbose:
-        shown.hide_library_bars(downloads=quiet)
-    folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is not empty. Choose a new folder.")
     tokenizer = load_tokenizer(model)
@@ -75,12 +91,7 @@ def carve(
     whole = load_model(model, dtype=dtype)
     text = sample_text(rows, max_rows)
     sample = (part.to(whole.device) for part in (text.input_ids_BP, text.attention_mask_BP))
-    student = cut(whole, Plan(**answer.model_dump()), *sample)
+    student = carve(whole, Plan(**section.model_dump()), *sample)
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    before, after = whole.num_parameters(), student.num_parameters()
-    if quiet:
-        print(folder)
-        return
-    console.print(f"{before:,} -> {after:,} parameters ({after / before:.0%}): {folder}")
-    next_steps({"Distil into it": f"llmdistill train RECIPE student.model={folder}"})
+    return whole.num_parameters(), student.num_parameters()

@@ -42,8 +42,6 @@ def check(
     from llmdistill.data.collate import PromptDataset
     from llmdistill.run import load_data
 
-    if not verbose:
-        output.hide_library_bars()
     run_folder = f"The run folder would be {loaded.output}."
     console.print(f"recipe       {recipe} is valid. {run_folder}", soft_wrap=True)
     tokenizer, fits = _pair(loaded)

@@ -55,22 +55,26 @@ def evaluate(
     if answer_pattern is not None and (wrong := wrong_pattern(answer_pattern)):
         raise RecipeError(f"--answer-pattern: {wrong}")
 
+    from llmdistill.cli.output import set_up
+
+    set_up(quiet=quiet, verbose=verbose)
+    figures, counts = _measure(
+        students, teacher, data, max_rows, max_new_tokens, answer_pattern, seed
+    )
+    _show(figures, f"Figures on {data}: {counts}", output, quiet=quiet)
+
+
+def _show(figures: dict[str, Figures], title: str, output: str | None, *, quiet: bool) -> None:
+    """Print the figures as a table, or as JSON if `quiet`; write them to a file if one is named."""
     import json
     from dataclasses import asdict
     from pathlib import Path
 
-    from llmdistill.cli import output as shown
     from llmdistill.cli import show
     from llmdistill.publish.card import figures_table
 
-    shown.set_up(quiet=quiet, verbose=verbose)
-    if not verbose:
-        shown.hide_library_bars(downloads=quiet)
-    figures, counts = _measure(
-        students, teacher, data, max_rows, max_new_tokens, answer_pattern, seed
-    )
     if not quiet:
-        show.table(figures_table(figures), f"Figures on {data}: {counts}")
+        show.table(figures_table(figures), title)
         show.console.print(show.MEANING, highlight=False, soft_wrap=True)
     text = json.dumps({name: asdict(value) for name, value in figures.items()}, indent=2)
     if output is not None:

@@ -58,8 +58,6 @@ def generate(
     from llmdistill.cli import output
 
     output.set_up(quiet=quiet, verbose=verbose)
-    if not verbose:
-        output.hide_library_bars(downloads=quiet)
     if dry_run:
         _show_request(loaded)
     else:

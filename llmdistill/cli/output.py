@@ -46,7 +46,10 @@ def is_main() -> bool:
 
 
 def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Send log messages to stderr: steps unless `quiet`, the libraries' noise only if `verbose`."""
+    """Send log messages to stderr: our steps unless `quiet`, the libraries' noise if `verbose`.
+
+    Imports transformers, so a command calls it after it has read its arguments.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(Elapsed())
     logging.basicConfig(handlers=[handler])
@@ -56,17 +59,18 @@ def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
         return
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    _hide_bars(downloads=quiet)
 
 
-def hide_library_bars(*, downloads: bool = False) -> None:
+def _hide_bars(*, downloads: bool) -> None:
     """Hide transformers' bars of loading and saving weights, and those of `downloads` if asked to.
 
-    Imports transformers, so a command calls it after it has read its arguments.
+    A download can take an hour, so its bar is worth a line.
     """
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # disables the Hub's bars, too
-    # Setting the variable decides for the Hub; asking for anything else would print a warning.
+    # The variable decides for the Hub; asking for anything else would print a warning.
     if not downloads and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         enable_progress_bars()

@@ -45,8 +45,6 @@ def train(
 
     from llmdistill.run import distill
 
-    if not verbose:
-        output.hide_library_bars(downloads=quiet)
     result = distill(loaded, resume=resume, overwrite=overwrite, show_progress=not quiet)
     if output.is_main():
         _show(result, loaded, quiet=quiet)

@@ -14,10 +14,10 @@ from llmdistill.recipe.reading import (
     build_part,
     command_of,
     dump,
-    load,
     load_generation,
     parse_yaml,
 )
+from llmdistill.recipe.reading import load_recipe as load
 from llmdistill.recipe.rollouts import RolloutRecipe
 from llmdistill.recipe.schema import (
     CarveRecipe,

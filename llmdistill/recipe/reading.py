@@ -24,7 +24,7 @@ NEVER_A_KEY = {
 }
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a training recipe from a YAML file and apply overrides of the form `dotted.path=value`.
 
     Raises RecipeError with every mistake and its dotted path, or if the file is a recipe of

@@ -76,7 +76,7 @@ class Desk:
         if text.startswith("# ") and text.partition("\n")[0].endswith(".yaml"):
             recipes.build(given)
             self.save(given, text.partition("\n")[0].removeprefix("# "))
-        elif set(given) - set(recipes.Recipe.model_fields):
+        elif given.keys() - recipes.Recipe.model_fields or "remote" in str(given.get("teacher")):
             self._generates(GENERATED | given)
         else:
             self._trains(TRAINED | given)
