@@ -108,8 +108,8 @@ def _ranks() -> None:
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=RANKS_WAIT)
     if state.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise RecipeError(
-            f"{os.environ['WORLD_SIZE']} processes were started, but they do not form one group: "
-            "each would write the whole data set"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not form one group: "
+            "each of them would write the whole dataset. Start them with torchrun."
         )
 
 
@@ -143,7 +143,10 @@ def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> list[s
                 requests = call.send([Reply("(what it wrote)") for _ in requests])
         if texts:
             return texts
-    raise DataError("there is nothing to ask: no row of generator.prompts can be used")
+    raise DataError(
+        "no row of generator.prompts can be used, so there is nothing to ask the teacher. Check "
+        "that the rows have what the generator needs (for 'rewrite', an answer)."
+    )
 
 
 def _filled(recipe: recipes.GenerationRecipe, request: Request) -> str:
@@ -174,7 +177,7 @@ def _check(
 ) -> None:
     """Raises CheckpointError if the folder may not be used like this, or its recipe changed."""
     is_going_on = resume and run_folder.is_used(folder)
-    run_folder.check(folder, resume=is_going_on, overwrite=overwrite, noun="data set")
+    run_folder.check(folder, resume=is_going_on, overwrite=overwrite, noun="dataset")
     if not is_going_on:
         return
     record = folder / run_folder.RECORD
@@ -183,8 +186,9 @@ def _check(
         key = changed[0]
         may_change = ", ".join(f"'{name}'" for name in recipe.MAY_CHANGE)
         raise CheckpointError(
-            f"'{key}' was {before.get(key)} in {record} and is {now[key]} now; of a run that is "
-            f"resumed only {may_change} and how a server is reached may change"
+            f"'{key}' was {before.get(key)} in {record} and is {now[key]} now. A resumed run can "
+            f"change only {may_change} and how a server is reached. Restore '{key}', or choose "
+            "another folder."
         )
 
 

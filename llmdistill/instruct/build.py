@@ -73,7 +73,7 @@ def build_responder(
 def _builder(table: Mapping[type, Callable[..., Any]], section: Any) -> Callable[..., Any]:
     if type(section) not in table:
         raise NotImplementedError(
-            f"nothing builds {type(section).__name__}: add it to the tables of {__name__}"
+            f"{type(section).__name__} has no builder. Add one to the tables of {__name__}."
         )
     return table[type(section)]
 

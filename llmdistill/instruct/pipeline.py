@@ -84,7 +84,10 @@ class Pipeline:
         settings: Settings,
     ) -> None:
         if generator.num_calls == 0:
-            raise DataError("there is nothing to ask: 'generator.prompts' holds no row")
+            raise DataError(
+                "'generator.prompts' has no rows, so there is nothing to ask the teacher. Give a "
+                "source with at least one row."
+            )
         self.generator, self.responder, self.filters = generator, responder, filters
         self.settings = settings
         self.counts = TaskCounts()
@@ -115,8 +118,8 @@ class Pipeline:
             if barren == BARREN_ROUNDS and self.generator.num_calls is None:
                 raise DataError(
                     f"no row was kept in the last {barren} rounds of {self.settings.round_size} "
-                    f"calls; dropped so far: {dict(self.counts.dropped)}. Change the filters or "
-                    "the generator (texts that are cut off are longer than its limits of tokens)."
+                    f"calls. Dropped so far: {dict(self.counts.dropped)}. Change the filters or "
+                    "the generator; if most texts were cut off, raise its token limits."
                 )
 
     def _check_answered(self, made: Sequence[Made]) -> None:
@@ -126,8 +129,8 @@ class Pipeline:
         self._is_answered |= refused[""] > 0 or not replies
         if not self._is_answered:
             raise TeacherError(
-                f"the teacher answered none of {len(replies)} requests: {dict(refused)}. The first "
-                "refusals are said above. Mend what it refuses, and pass resume to go on."
+                f"the teacher answered none of {len(replies)} requests: {dict(refused)}. Fix the "
+                "cause (see any warnings above), then pass resume to continue."
             )
 
     def _is_done(self) -> bool:
@@ -229,8 +232,8 @@ class Pipeline:
             lines = recorded[len(whole) : len(whole) + len(numbers)]
             if [line["call"] for line in lines] != numbers:
                 raise DataError(
-                    f"{self.settings.folder / 'calls.jsonl'} holds calls of another round size; "
-                    "go on with the settings that it was begun with, or choose another folder"
+                    f"{self.settings.folder / 'calls.jsonl'} was recorded with a different round "
+                    "size. Resume with the original settings, or choose another folder."
                 )
             whole += lines
             self._next_call = numbers[-1] + 1
@@ -251,19 +254,19 @@ class Pipeline:
 
     def _check_same(self, recorded: Mapping[str, Any], made: Made) -> None:
         """A recorded call is only taken up if it was asked of this teacher in these words."""
-        where = f"recorded in {self.settings.folder / 'calls.jsonl'}"
+        where = self.settings.folder / "calls.jsonl"
         if recorded["prompt_hash"] != made.prompt_hash:
             raise DataError(
-                f"call {made.call} would ask something else today than it did when it was {where}: "
-                "prompts, seeds or the version of llmdistill changed. Restore them, or choose "
-                "another folder."
+                f"call {made.call} would now send a different request than the one recorded in "
+                f"{where}: the prompts, the seed or the version of llmdistill changed. Restore "
+                "them, or choose another folder."
             )
         revision = self.settings.about.get("revision")
         if recorded["revision"] != revision:
             raise DataError(
-                f"call {made.call} was {where} with the teacher's revision "
-                f"'{recorded['revision']}', and the teacher is at '{revision}' now. Give "
-                "teacher.revision, or choose another folder."
+                f"call {made.call} in {where} was recorded with the teacher's revision "
+                f"'{recorded['revision']}', but the teacher is now at '{revision}'. Set "
+                "teacher.revision to the recorded one, or choose another folder."
             )
 
 

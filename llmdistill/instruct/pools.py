@@ -49,11 +49,12 @@ def tell_apart(
         found = json.loads(record.read_text(encoding="utf-8"))
         if found["pool"] != pool:
             raise DataError(
-                f"generator.pool is not the one that {record} was made from; restore it"
+                f"generator.pool differs from the pool that {record} was made from. Restore the "
+                "original pool, or choose another folder."
             )
         gaps = found["gaps"]
     else:
-        logger.info("telling hard tasks from easy ones")
+        logger.info("sorting the tasks of the pool into hard and easy ones")
         is_main = PartialState().is_main_process
         found = [_gaps(recipe, section, responder, tasks, begin) if is_main else None]
         gaps = broadcast_object_list(found)[0]

@@ -22,7 +22,7 @@ def read_whole_lines(path: Path) -> Iterator[Any]:
         try:
             yield json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path}:{number + 1} is damaged: {error}; restore it") from None
+            raise DataError(f"{path}:{number + 1} is damaged: {error}. Restore the file.") from None
 
 
 def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -58,5 +58,5 @@ def drop_half_line(path: Path) -> None:
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
-        logger.warning("%s ended in half a line, which is dropped", path)
+        logger.warning("%s ended in an incomplete line, which was dropped", path)
         os.truncate(path, whole)

@@ -13,7 +13,10 @@ from llmdistill.instruct.tasks import Task
 def likelihood(tasks: Sequence[Task]) -> list[float]:
     """The teacher's own mean log-probability, in nats per token."""
     if any(task.log_prob is None for task in tasks):
-        raise ValueError("the teacher was not asked for log-probabilities")
+        raise ValueError(
+            "'likelihood' compares log-probabilities, but some answers have none. Create the "
+            "responder with scored=True."
+        )
     return [task.log_prob or 0.0 for task in tasks]
 
 

@@ -17,8 +17,8 @@ def read_tasks(sources: Iterable[SourceRecipe]) -> list[Task]:
     sources = list(sources)
     if weighted := [source for source in sources if source.weight != 1]:
         raise RecipeError(
-            f"'{weighted[0].source}' has weight {weighted[0].weight}: weights are for training; "
-            "here each row is read once"
+            f"'{weighted[0].source}' has weight {weighted[0].weight}, but weights apply only to "
+            "training data: here each row is read once. Remove 'weight'."
         )
     return [
         _task(row, place, source.format)
@@ -32,7 +32,10 @@ def _task(row: Any, place: str, form: str) -> Task:
         raise row
     example = to_examples(row, place, form=form)[0]
     if len(example.prompt) != 1:
-        raise DataError(f"{place}: a task is one user turn, got {len(example.prompt)} messages")
+        raise DataError(
+            f"{place}: a task must have a single user turn as its prompt, got "
+            f"{len(example.prompt)} messages. Use rows of one turn."
+        )
     classifies = str(row.get("is_classification", False)).strip().lower() in ("true", "yes", "1")
     if form_of(row, place, form) == "alpaca":
         instruction, given, output = (

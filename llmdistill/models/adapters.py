@@ -52,7 +52,8 @@ def add_adapter(
             layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
             names = sorted({name.rpartition(".")[2] for name, _ in layers})
             raise ModelError(
-                f"student.peft.targets: {error} Linear layers here: {', '.join(names)}."
+                f"student.peft.targets: {error} Choose among the linear layers of this model: "
+                f"{', '.join(names)}."
             ) from error
 
 
@@ -88,8 +89,8 @@ def _lora_layers(student: PeftModel, adapter: str) -> list[tuple[str, Any]]:
         if isinstance(layer, LoraLayer):
             if adapter not in layer.lora_A or layer.use_dora.get(adapter) or layer.merged:
                 raise ModelError(
-                    f"the adapter on {name} is not plain LoRA and cannot be merged here; export it "
-                    "as an adapter (student.peft.save: adapter)"
+                    f"the adapter on {name} is not plain LoRA, so it cannot be merged. Export it "
+                    "as an adapter: set student.peft.save: adapter."
                 )
             layers.append((name, layer))
     return layers

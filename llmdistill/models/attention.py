@@ -46,8 +46,8 @@ def projections(model: Any, layer: nn.Module, part: str) -> Projections:
             if fused is not None and cut.fits(model.config):
                 return Projections(fused, cut.part(model.config.get_text_config(), part))
     raise ModelError(
-        f"{type(model).__name__}: the {part} of its {type(layer).__name__} are made in a way that "
-        f"is not known here; match its hidden states instead"
+        f"{type(model).__name__}: llmdistill does not know how {type(layer).__name__} computes its "
+        f"{part}. Match hidden states instead."
     )
 
 

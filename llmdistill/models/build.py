@@ -47,8 +47,9 @@ def build_student(
     alone = section.peft is not None and section.peft.save == "adapter"
     if getattr(base, "is_quantized", False) and not alone:
         raise RecipeError(
-            f"student.model: '{section.model}' is quantised, and such weights can be neither "
-            "trained nor merged into; train an adapter on it (student.peft with save: adapter)"
+            f"student.model: '{section.model}' is quantised, and quantised weights can neither be "
+            "trained nor merged with an adapter. Train an adapter and save it alone: set "
+            "student.peft with save: adapter."
         )
     if section.peft is None:
         return base.requires_grad_(True)

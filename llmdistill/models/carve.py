@@ -56,7 +56,7 @@ def carve(
     if plan.heads is not None:
         widths.check_heads(model, plan.heads)
     layers = _layers(model, plan, sample_BT, attention_mask_BT)
-    logger.info("carving: layers %s", ", ".join(map(str, layers)))
+    logger.info("carving: keeping layers %s", ", ".join(map(str, layers)))
     student = keep_layers(model, layers)
     if plan.mlp_width is not None:
         activity_LI = widths.neuron_activity(student, sample_BT, attention_mask_BT)
@@ -76,8 +76,9 @@ def _check_whole(student: PreTrainedModel) -> None:
     for name, tensor in student.state_dict().items():
         if shapes.get(name) != tuple(tensor.shape):
             raise ModelError(
-                f"{type(student).__name__} cannot be cut like this: its configuration would make "
-                f"{name} {shapes.get(name)} when it is loaded, and it is {tuple(tensor.shape)}"
+                f"{type(student).__name__} cannot be carved like this: {name} has shape "
+                f"{tuple(tensor.shape)}, but its configuration gives it shape {shapes.get(name)} "
+                "when it is loaded. Carve only whole layers of this model."
             )
 
 
@@ -91,7 +92,10 @@ def _layers(
     if not isinstance(plan.layers, int):
         return list(plan.layers)
     if not 0 < plan.layers <= count:
-        raise ModelError(f"carve.layers: got {plan.layers}, the model has {count} layers")
+        raise ModelError(
+            f"carve.layers: got {plan.layers}, but the model has {count} layers. Use a number from "
+            f"1 to {count}."
+        )
     if plan.by == "even":
         return evenly_spaced(count, plan.layers)
     return most_influential(influence(model, sample_BT, attention_mask_BT), plan.layers)
@@ -101,9 +105,12 @@ def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
     """A new model with these layers of the teacher, in this order; shares no tensor with it."""
     own = decoder_layers(teacher)
     if not layers or not all(0 <= layer < len(own) for layer in layers):
-        raise ModelError(f"cannot keep layers {list(layers)} of a model that has {len(own)}")
+        raise ModelError(
+            f"cannot keep layers {list(layers)}: the model has {len(own)} layers. Use indices from "
+            f"0 to {len(own) - 1}."
+        )
     if len(set(layers)) < len(layers):
-        raise ModelError(f"cannot keep a layer twice, got {list(layers)}")
+        raise ModelError(f"cannot keep a layer twice: got {list(layers)}. List each layer once.")
     with layers_replaced(teacher, nn.ModuleList(own[layer] for layer in layers)):
         student = copy.deepcopy(teacher)
     _renumber(student, layers)

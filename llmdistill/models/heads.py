@@ -40,7 +40,10 @@ class Head:
         if num_tokens == self.num_tokens:
             return self
         if num_tokens > self.num_tokens:
-            raise ModelError(f"a head over {self.num_tokens} tokens cannot score {num_tokens}")
+            raise ModelError(
+                f"cannot narrow a head over {self.num_tokens} tokens to {num_tokens} tokens. "
+                f"Use at most {self.num_tokens}."
+            )
         bias_V = None if self.bias_V is None else self.bias_V[:num_tokens]
         return replace(self, weight_VH=self.weight_VH[:num_tokens], bias_V=bias_V)
 
@@ -84,13 +87,14 @@ def split(model: Any) -> tuple[nn.Module, Head]:
     output = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if backbone is None or backbone is inner or output is None:
         raise ModelError(
-            f"{type(inner).__name__} has no base model with an output layer to split off"
+            f"{type(inner).__name__} cannot be split into a base model and an output layer. Use a "
+            "causal language model of transformers that has both."
         )
     weight_VH = getattr(output, "weight", None)
     if not isinstance(weight_VH, Tensor) or weight_VH.dim() != 2 or hasattr(output, "base_layer"):
         raise ModelError(
-            f"the output layer of {type(inner).__name__} is a {type(output).__name__}, not one "
-            "plain linear layer; train it unquantised and without an adapter on it"
+            f"the output layer of {type(inner).__name__} is a {type(output).__name__}, not a plain "
+            "linear layer. Leave it unquantised and without an adapter."
         )
     config = inner.config.get_text_config()
     return backbone, Head(
@@ -141,6 +145,6 @@ def check_split(model: nn.Module) -> None:
         gap = float((found.float() - expected.float()).abs().max())
         raise ModelError(
             f"{type(unwrap_adapters(model)).__name__}: head(backbone(x)) differs from the model's "
-            f"own logits by up to {gap:.3g}. This family's head is not known to llmdistill; "
-            "please report it."
+            f"own logits by up to {gap:.3g}. llmdistill does not know the head of this family. "
+            "Please report it."
         )

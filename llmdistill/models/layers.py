@@ -39,7 +39,7 @@ def _place(model: PreTrainedModel) -> tuple[nn.Module, str]:
     names = [name for name, child in backbone.named_children() if isinstance(child, nn.ModuleList)]
     if len(names) != 1:
         raise ModelError(
-            f"{type(backbone).__name__} has {len(names)} lists of decoder layers; only models with "
-            "one can be carved, offloaded or observed layer by layer"
+            f"{type(backbone).__name__} has {len(names)} lists of decoder layers, but carving, "
+            "offloading and matching inner states need exactly one. Use another model."
         )
     return backbone, names[0]

@@ -61,7 +61,9 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     Raises ModelError for another kind, or where its package is missing.
     """
     if kind not in QUANTIZATIONS:
-        raise ModelError(f"unknown quantization '{kind}'; choose one of {', '.join(QUANTIZATIONS)}")
+        raise ModelError(
+            f"unknown quantization '{kind}'. Choose one of {', '.join(QUANTIZATIONS)}."
+        )
     package = QUANTIZATIONS[kind].package
     if importlib.util.find_spec(package) is None:
         raise ModelError(

@@ -167,8 +167,8 @@ def _layer(model: Any, need: Need) -> nn.Module:
     first = 0 if need.what == "hidden" else 1
     if not (first <= need.layer <= len(layers) or -len(layers) <= need.layer < 0):
         raise ModelError(
-            f"layer {need.layer} of {type(unwrap_adapters(model)).__name__}: it has "
-            f"{len(layers)} decoder layers, so give {first} to {len(layers)}, or -1 for the last"
+            f"layer {need.layer} does not exist: {type(unwrap_adapters(model)).__name__} has "
+            f"{len(layers)} decoder layers. Use {first} to {len(layers)}, or -1 for the last one."
         )
     return layers[need.layer - 1 if need.layer > 0 else need.layer]
 
@@ -184,5 +184,5 @@ def _first(output: Any) -> Tensor:
 
 def _only(taken: list[Tensor], need: Need) -> Tensor:
     if not taken:
-        raise ModelError(f"the forward pass did not run the {need}")
+        raise ModelError(f"the forward pass did not compute {need}. Run all layers of the model.")
     return taken[0]

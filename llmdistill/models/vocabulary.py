@@ -53,7 +53,8 @@ def compare(
     rows = [student_rows_V] if teacher_rows_V is None else [teacher_rows_V, student_rows_V]
     if not reason and shared > min(rows):
         reason = (
-            f"the tokenizer has {shared} ids but the heads score {' and '.join(map(str, rows))}"
+            f"the tokenizer has {shared} ids, but the heads have "
+            f"{' and '.join(map(str, rows))} rows"
         )
     if reason:
         return VocabularyComparison(VocabularyMatch.DIFFERENT, 0, reason)
@@ -75,7 +76,7 @@ def require_same(
         raise VocabularyError(
             f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens{teacher_head}) and student "
             f"'{student.name_or_path}' ({len(student)} tokens, head of {student_rows_V} rows) do "
-            f"not share a vocabulary: {found.reason}. Choose a pair with one tokenizer."
+            f"not share a vocabulary: {found.reason}. Use models with the same tokenizer."
         )
     return found.shared
 
@@ -88,7 +89,7 @@ def _difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBa
         missing = [token for token in theirs if token not in ours]
         token = (moved or missing)[0]
         return (
-            f"{len(moved) + len(missing)} tokens differ, {token!r} for one is "
+            f"{len(moved) + len(missing)} tokens differ; for example, {token!r} has the id "
             f"{ours.get(token)} in the teacher and {theirs.get(token)} in the student"
         )
     if teacher.eos_token_id != student.eos_token_id:
@@ -97,7 +98,7 @@ def _difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBa
             f"{student.eos_token!r} ({student.eos_token_id}) in the student"
         )
     mine, yours = (t(PROBE_TEXT, add_special_tokens=False)["input_ids"] for t in (teacher, student))
-    return "" if mine == yours else f"they split {PROBE_TEXT[:24]!r}... into different tokens"
+    return "" if mine == yours else f"they tokenise {PROBE_TEXT[:24]!r}... differently"
 
 
 def num_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

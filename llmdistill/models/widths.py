@@ -27,7 +27,10 @@ def check_mlp_width(model: PreTrainedModel, width: int) -> None:
     """Raises ModelError unless the model's MLPs can be cut to this width."""
     neurons = _parts(model, "mlp", ("up_proj", "down_proj"))[0].up_proj.out_features
     if not 0 < width <= neurons:
-        raise ModelError(f"carve.mlp_width: got {width}, an MLP here has {neurons} neurons")
+        raise ModelError(
+            f"carve.mlp_width: got {width}, but an MLP of this model has {neurons} neurons. Use a "
+            f"number from 1 to {neurons}."
+        )
 
 
 def check_heads(model: PreTrainedModel, heads: int) -> None:
@@ -40,13 +43,14 @@ def check_heads(model: PreTrainedModel, heads: int) -> None:
         odd += [name for name in NORMS if name in weights and weights[name].numel() != size]
         if odd or attention.q_proj.out_features != num_heads * size:
             raise ModelError(
-                f"carve.heads: {type(attention).__name__} does more with its heads than plain "
-                f"attention ({', '.join(odd) or 'q_proj'}); llmdistill cannot drop some of them"
+                f"carve.heads: {type(attention).__name__} is not plain attention "
+                f"({', '.join(odd) or 'q_proj'}), so llmdistill cannot drop some of its heads. "
+                "Remove carve.heads."
             )
     if not 0 < heads <= num_heads or heads % shared:
         raise ModelError(
-            f"carve.heads: got {heads}; the model has {num_heads}, and {shared} at a time share "
-            f"keys and values, so it must be a multiple of {shared}"
+            f"carve.heads: got {heads}, but the model has {num_heads} heads, and each group of "
+            f"{shared} shares its keys and values. Use a multiple of {shared} up to {num_heads}."
         )
 
 
@@ -109,8 +113,8 @@ def _parts(model: PreTrainedModel, part: str, layers: tuple[str, ...]) -> list[A
     for module in found:
         if not all(isinstance(getattr(module, name, None), nn.Linear) for name in layers):
             raise ModelError(
-                f"{type(model).__name__} has no blocks with {part}.{{{', '.join(layers)}}} as "
-                "plain linear layers; only its layers can be carved"
+                f"{type(model).__name__} does not have {part}.{{{', '.join(layers)}}} as plain "
+                "linear layers in each decoder layer. Carve only whole layers: set carve.layers."
             )
     return found
 

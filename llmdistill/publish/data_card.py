@@ -66,8 +66,8 @@ def prepare_push(name: str) -> HfApi:
         private = api.dataset_info(name).private
     if not private:
         raise CheckpointError(
-            f"{name} is a public data set on the Hub, and nothing is published by chance. Make it "
-            "private first, or push to another name."
+            f"{name} is a public dataset on the Hub, but llmdistill pushes only to private ones. "
+            "Make it private, or push to another name."
         )
     return api
 
@@ -79,8 +79,8 @@ def _clear_errors(name: str) -> Iterator[None]:
     except Exception as error:  # no network, not logged in, no right to write there
         raise CheckpointError(
             f"cannot use {name} on the Hub: {type(error).__name__}: {error}. Log in with 'hf auth "
-            "login', or do not push: what is made stays in its folder. Later, pass resume and pass "
-            "push to upload it."
+            "login', or run without pushing: the dataset stays in its folder. To upload it later, "
+            "pass resume and pass push."
         ) from error
 
 

@@ -39,9 +39,10 @@ TRY_AGAIN = (408, 409, 425, 429)  # and all from 500 on
 REFUSED_STATUS = (400, 413, 422)  # this request, and perhaps no other
 REFUSED_BY_SERVER = "refused by the server"
 HINTS = {
-    401: ". Name the variable that holds your key in teacher.key_from.",
-    403: ". Name the variable that holds your key in teacher.key_from.",
-    404: ". Does teacher.url end as the server wants it (.../v1), and does it serve this model?",
+    401: ". Set teacher.key_from to the environment variable that holds your key.",
+    403: ". Set teacher.key_from to the environment variable that holds your key.",
+    404: ". Check that teacher.url has the path of the server's API (.../v1) and that the server "
+    "has this model.",
 }
 
 # What reading a reply raises that is no JSON, or JSON of another form: the client checks neither.
@@ -106,7 +107,8 @@ class RemoteTeacher:
     ) -> None:
         if importlib.util.find_spec("openai") is None:
             raise RecipeError(
-                "a remote teacher needs the openai client: pip install 'llmdistill[remote]'"
+                "a remote teacher needs the openai package. Install it with: "
+                "pip install 'llmdistill[remote]'"
             )
         self.url, self.model, self.tokenizer = url, model, tokenizer
         self.key = _key(url, key_from)
@@ -154,7 +156,8 @@ class RemoteTeacher:
         """
         if self.tokenizer is None:
             raise RecipeError(
-                f"teacher '{self.model}' at {self.url} has no tokenizer: give teacher.tokenizer"
+                f"teacher '{self.model}' at {self.url} has no tokenizer, and prompts of token ids "
+                "need one. Set teacher.tokenizer."
             )
         keys = (row_keys(draw, prompts.row_ids_B, Writer.TEACHER) % 2**31).tolist()
         spoken = self.answer(
@@ -164,7 +167,7 @@ class RemoteTeacher:
             ]
         )
         if any(one.refused for one in spoken):
-            raise TeacherError(f"{self.url} refuses a prompt of this batch; see above")
+            raise TeacherError(f"{self.url} refused a prompt of this batch. Drop that prompt.")
         return Sequences.pack(
             prompts.ids(),
             [self._ids(one)[:max_new_tokens] for one in spoken],
@@ -223,23 +226,25 @@ class RemoteTeacher:
             except openai.APIStatusError as error:
                 wrong = f"HTTP {error.status_code}: {error.message}"
                 if error.status_code in REFUSED_STATUS:
-                    self._say_once(f"{self.url} refuses a request: {wrong[:500]}")
+                    self._say_once(f"{self.url} refused a request: {wrong[:500]}")
                     return Spoken("", refused=REFUSED_BY_SERVER)
                 if error.status_code not in TRY_AGAIN and error.status_code < 500:
                     hint = HINTS.get(error.status_code, "")
-                    raise TeacherError(f"{self.url} refuses: {wrong[:500]}{hint}") from error
+                    raise TeacherError(
+                        f"{self.url} rejected the request: {wrong[:500]}{hint}"
+                    ) from error
                 wait = _asked_to_wait(error.response)
             except UNUSABLE as error:
                 wrong = f"unusable reply: {error}"
-            self._say_once(f"{self.url}: {wrong[:200]}; asking again")
+            self._say_once(f"{self.url}: {wrong[:200]}; retrying")
             if attempt < self.retries:
                 pause = min(self.pause * 2**attempt, LONGEST_PAUSE)
                 # Not all at the same moment again.
                 await asyncio.sleep(max(wait, pause * random.uniform(0.5, 1.0)))
         raise TeacherError(
-            f"{self.url} gave no usable reply in {self.retries + 1} attempts; the last: "
-            f"{wrong[:500]} Does it run, and is its address right? What was recorded is kept: pass "
-            "resume to go on once it is well."
+            f"{self.url} gave no usable reply in {self.retries + 1} attempts. The last error: "
+            f"{wrong[:500]} Check that the server is running and that teacher.url is right. "
+            "Earlier replies are recorded: pass resume to continue."
         )
 
     async def _ask(self, client: Any, question: Question) -> Any:
@@ -268,7 +273,7 @@ class RemoteTeacher:
     def _check_model(self, reply: Any) -> None:
         served = getattr(reply, "model", None)
         if isinstance(served, str) and served and served != self.model:
-            self._say_once(f"{self.url} was asked for '{self.model}' and answers as '{served}'")
+            self._say_once(f"{self.url} was asked for '{self.model}' but replies as '{served}'")
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -282,7 +287,10 @@ def _key(url: str, key_from: str | None) -> str:
         is_openai = urlsplit(url).hostname == "api.openai.com"
         return (is_openai and os.environ.get("OPENAI_API_KEY")) or NO_KEY
     if not os.environ.get(key_from):
-        raise RecipeError(f"teacher.key_from: the environment variable {key_from} is not set")
+        raise RecipeError(
+            f"teacher.key_from: the environment variable {key_from} is not set. Set it to the "
+            "server's API key."
+        )
     return os.environ[key_from]
 
 
@@ -304,7 +312,7 @@ def _spoken(reply: Any, *, scored: bool) -> Spoken:
     """The text of a reply; ValueError for one that is empty, broken off, or not of this form."""
     choices = getattr(reply, "choices", None)
     if not choices:
-        raise ValueError("it holds no choice")
+        raise ValueError("it has no choices")
     choice = choices[0]
     message = getattr(choice, "message", None)
     text = getattr(message, "content", None) if message else getattr(choice, "text", None)
@@ -312,7 +320,7 @@ def _spoken(reply: Any, *, scored: bool) -> Spoken:
     if reason == "content_filter" or getattr(message, "refusal", None):
         return Spoken("", refused=REFUSED_BY_SERVER)
     if not isinstance(text, str) or reason not in ("stop", "length"):
-        raise ValueError(f"text {str(text)[:40]!r}, finish_reason {reason!r}")
+        raise ValueError(f"its text is {str(text)[:40]!r}, its finish_reason {reason!r}")
     text.encode()  # half a character of two: ValueError
     log_prob = _mean_log_prob(choice) if scored and text else None
     return Spoken(text, truncated=reason == "length", log_prob=log_prob)
@@ -329,8 +337,8 @@ def _mean_log_prob(choice: Any) -> float:
     )
     if each is None:
         raise TeacherError(
-            "the server gives no log-probabilities: leave out the filter 'perplexity' and "
-            "'best_by: likelihood'"
+            "the server returned no log-probabilities, which the filter 'perplexity' and "
+            "'best_by: likelihood' need. Remove them from the recipe, or use another server."
         )
     return sum(each) / max(len(each), 1)
 

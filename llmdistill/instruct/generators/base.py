@@ -82,8 +82,8 @@ def require(seeds: Sequence[Task], examples: int) -> None:
     """Raises DataError if there are too few seed tasks for the examples of a prompt."""
     if len(seeds) < examples:
         raise DataError(
-            f"'seed_tasks' holds {len(seeds)} tasks, but each prompt shows {examples}: give more, "
-            "or a smaller generator.examples"
+            f"'seed_tasks' has {len(seeds)} tasks, but each prompt needs {examples}. Add seed "
+            "tasks, or lower generator.examples."
         )
 
 

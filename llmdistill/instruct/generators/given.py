@@ -42,8 +42,8 @@ class Answer(TaskGenerator):
         self.best_by = best_by
         if best_by == "reference" and any(task.reference is None for task in tasks):
             raise DataError(
-                "generator.best_by: reference compares with the answers of 'prompts', and some "
-                "have none; choose likelihood or consensus"
+                "'generator.best_by: reference' compares replies with the answers in 'prompts', "
+                "but some rows have no answer. Use 'likelihood' or 'consensus'."
             )
         self.answering = answering
 

@@ -94,8 +94,8 @@ class Lion(Variants):
         if not hard or not easy:
             empty = "easy" if hard else "hard"
             raise DataError(
-                f"no task of the pool is {empty} for the student: give a larger or more mixed "
-                "generator.pool"
+                f"no task in generator.pool is {empty} for the student. Use a larger or more "
+                "varied pool."
             )
         super().__init__(**options)
         self.hard, self.easy = hard, easy
