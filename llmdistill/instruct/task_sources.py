@@ -13,7 +13,11 @@ from llmdistill.recipe import SourceRecipe
 
 
 def read_tasks(sources: Iterable[SourceRecipe]) -> list[Task]:
-    """The rows of sources as tasks: the user's turn, and the answer if there is one."""
+    """Return the rows of sources as tasks: the user's turn, and the answer if there is one.
+
+    Raises RecipeError for a source with a weight, and DataError for a malformed row or one with
+    several turns.
+    """
     sources = list(sources)
     if weighted := [source for source in sources if source.weight != 1]:
         raise RecipeError(
@@ -28,6 +32,7 @@ def read_tasks(sources: Iterable[SourceRecipe]) -> list[Task]:
 
 
 def _task(row: Any, place: str, form: str) -> Task:
+    # `read` yields the error of a malformed row in its place; tasks have no `on_bad_row: skip`.
     if isinstance(row, DataError):
         raise row
     example = to_examples(row, place, form=form)[0]
@@ -36,8 +41,10 @@ def _task(row: Any, place: str, form: str) -> Task:
             f"{place}: a task must have a single user turn as its prompt, got "
             f"{len(example.prompt)} messages. Use rows of one turn."
         )
+    # Tables (CSV) have only text, so "False" must be read as a word.
     classifies = str(row.get("is_classification", False)).strip().lower() in ("true", "yes", "1")
     if form_of(row, place, form) == "alpaca":
+        # From the row, not the example, which joins instruction and input into one text.
         instruction, given, output = (
             str(row.get(key) or "") for key in ("instruction", "input", "output")
         )
