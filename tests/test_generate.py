@@ -92,7 +92,7 @@ def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, format
         assert len(taken) == size
     card = DatasetCard.load(out / "README.md")
     assert card.data.license == "other"
-    assert f"Of {made.counts.made} tasks 9 were kept" in card.text
+    assert f"9 of {made.counts.made} tasks were kept" in card.text
     loaded = recipes.load_generation(out / "recipe.yaml")
     assert recipes.dump(loaded.model_copy(update={"output": "set"})) in card.text
     assert all(json.loads(line["sampling"]) for line in lines)
@@ -194,7 +194,7 @@ def test_lion_keeps_as_many_hard_ones_as_easy_ones(teacher, rows, tmp_path):
     made = generate(recipe(teacher, rows, tmp_path / "set", "lion", target=8))
     assert made.counts.variants == {"hard": 4, "easy": 4}
     card = (made.folder / "README.md").read_text()
-    assert "Kept, by variant: easy 4, hard 4." in card
+    assert "Kept by variant: easy 4, hard 4." in card
 
 
 def test_rows_are_dropped_by_their_perplexity(teacher, rows, tmp_path):
@@ -326,7 +326,7 @@ def test_a_card_of_given_prompts_claims_neither_their_text_nor_their_licence(
         made = generate(recipe(teacher, rows, tmp_path / kind, kind))
         card = DatasetCard.load(made.folder / "README.md")
         assert card.data.license == terms
-        assert ("Answers to given prompts, written by" in card.text) is (kind == "answer")
+        assert ("answers to given prompts, written by" in card.text) is (kind == "answer")
         assert str(tmp_path / kind) not in card.text
 
 
