@@ -82,6 +82,7 @@ def generate(
         card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, revision))
         replace_text(folder / "README.md", card)
         run_folder.discard_old(folder)
+        # Last, because a run that is killed before this point resumes from these replies.
         if isinstance(responder, RemoteResponder):
             responder.forget()
     PartialState().wait_for_everyone()
@@ -154,10 +155,11 @@ def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> list[s
     calls = generator.num_calls if generator.num_calls is not None else 1
     for call in (generator.call(number, []) for number in range(calls)):
         texts: list[str] = []
+        # The exchange ends by itself: StopIteration carries its tasks, which are of no interest.
         with contextlib.suppress(StopIteration):
             requests = next(call)
             while True:
-                texts.append(_filled(recipe, requests[0]))
+                texts.append(_filled(recipe, requests[0]))  # the others of a stage look the same
                 requests = call.send([Reply("(what it wrote)") for _ in requests])
         if texts:
             return texts

@@ -80,7 +80,7 @@ class Blacklist(Filter):
 class OddStart(Filter):
     """Drops instructions that start with punctuation, outside ASCII, or with "Write a program".
 
-    Alpaca (Taori et al. 2023) drops them, too.
+    The rule is that of Alpaca (Taori et al. 2023).
     """
 
     def reason(self, task: Task) -> str | None:
@@ -94,8 +94,8 @@ class OddStart(Filter):
 class RepeatedLines(Filter):
     """Drops answers that repeat their lines or runs of words.
 
-    `max_share` bounds the share of lines, and of runs of `ngram` words, that occurred before in the
-    same answer.
+    Neither the share of repeated lines nor that of repeated runs of `ngram` words may be larger
+    than `max_share`.
     """
 
     def __init__(self, max_share: float = 0.3, ngram: int = 4) -> None:
@@ -110,7 +110,7 @@ class RepeatedLines(Filter):
 
 
 class EmptyAnswer(Filter):
-    """Drops empty answers.  The pipeline always applies it."""
+    """Drops empty answers.  It is no option of recipes, because the pipeline always applies it."""
 
     def reason(self, task: Task) -> str | None:
         return None if task.output.strip() else "empty answer"
@@ -138,8 +138,8 @@ class OpenEnd(Filter):
 class Rouge(Filter):
     """Drops instructions that are too similar to a seed or to an instruction that was kept.
 
-    Similarity is the ROUGE-L F-measure, which may be at most `at_most` (Wang et al. 2023,
-    Self-Instruct).
+    The ROUGE-L F-measure to each of them may be at most `at_most`, as in Self-Instruct (Wang et al.
+    2023).
     """
 
     def __init__(self, at_most: float = 0.7, seeds: Iterable[str] = ()) -> None:
@@ -252,7 +252,7 @@ class Perplexity(Filter):
 
     def __init__(self, at_most: float | None = None, at_least: float | None = None) -> None:
         # Compared as logarithms: servers give impossible tokens log-probabilities such as -9999,
-        # and exp of that overflows a float.
+        # and the perplexity of those overflows a float.
         self.highest = math.log(at_most) if at_most else math.inf
         self.lowest = math.log(at_least) if at_least else -math.inf
 

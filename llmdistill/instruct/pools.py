@@ -64,7 +64,7 @@ def tell_apart(
         gaps = broadcast_object_list(found)[0]
         if is_main:
             replace_lines(record, [{"pool": pool, "gaps": gaps}])
-        PartialState().wait_for_everyone()  # the file must exist before any rank goes on
+        PartialState().wait_for_everyone()  # no rank continues before the file exists
     if section.compare_by == "referee":
         return by_referee(gaps, tasks)
     return by_divergence(gaps, tasks, section.hard_share)

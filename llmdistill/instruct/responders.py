@@ -190,7 +190,7 @@ class RemoteResponder:
     @cached_property
     def _recorded(self) -> dict[str, Reply]:
         """Recorded replies of an earlier run on any rank, by the key of their request."""
-        # Each rank repairs only its own file; other ranks may be doing so with theirs.
+        # Each rank repairs only its own file: the other ranks repair theirs at the same time.
         if self.record:
             drop_half_line(self._file(PartialState().process_index))
         lines = (line for file in self._files() for line in read_whole_lines(file))
@@ -221,8 +221,8 @@ class RemoteResponder:
 def written_log_probs(teacher: LocalTeacher, written: Sequences) -> list[Tensor]:
     """Return the teacher's log-probabilities of the tokens that it wrote, in nats.
 
-    There is one tensor (G,) for each row.  They are computed at temperature 1, regardless of the
-    sampling settings.
+    There is one tensor (G,) for each row.  They are computed at temperature 1, whatever the
+    sampling settings were.
     """
     responses = written.responses()
     (judged,) = judge(teacher, [written])

@@ -43,8 +43,9 @@ class RougePool:
         self._texts.append(self._encode(text))
 
     def nearest(self, text: str, above: float) -> Match | None:
-        """Return the text with the highest ROUGE-L F, the first of several; None if it is not over
-        `above`.
+        """Return the text with the highest ROUGE-L F, or None if that is not over `above`.
+
+        The first one wins if several are equal.
         """
         encoded = self._encode(text)
         # rapidfuzz rounds differently from rouge_score, so its cutoff is a little lower, and the

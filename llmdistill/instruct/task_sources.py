@@ -15,8 +15,8 @@ from llmdistill.recipe import SourceRecipe
 def read_tasks(sources: Iterable[SourceRecipe]) -> list[Task]:
     """Return the rows of sources as tasks: the user's turn, and the answer if there is one.
 
-    Raises RecipeError for a source with a weight, and DataError for a malformed row or one with
-    several turns.
+    Raises RecipeError for a source with a weight, and DataError for a row that is malformed or has
+    more than one turn.
     """
     sources = list(sources)
     if weighted := [source for source in sources if source.weight != 1]:

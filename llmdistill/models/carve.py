@@ -51,7 +51,7 @@ def carve(
     """Return a new model with the parts that the plan keeps; it shares no tensor with `model`.
 
     Influence and activity are measured on the sample text.  Layers are removed first, and widths
-    are then measured on the remaining ones.  Raises ModelError if the model cannot be carved so.
+    are then measured on the remaining ones.  Raises ModelError if that is not possible.
     """
     # Checks come first, because the measurements below run the model on the whole sample.
     if plan.mlp_width is not None:
@@ -109,9 +109,10 @@ def _layers(
 
 
 def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """Return a new model with these layers of the teacher, in this order; it shares no tensor.
+    """Return a copy of the teacher with only these layers, in this order.
 
-    Raises ModelError for an index that does not exist or is repeated.
+    It shares no tensor with the teacher.  Raises ModelError for an index that does not exist or is
+    repeated, and for an empty list.
     """
     own = decoder_layers(teacher)
     if not layers or not all(0 <= layer < len(own) for layer in layers):
@@ -129,7 +130,10 @@ def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
 
 
 def evenly_spaced(num_layers: int, num_kept: int) -> list[int]:
-    """Return `num_kept` of `num_layers` indices, with the first and the last; [0] for one."""
+    """Return `num_kept` evenly spaced indices of `num_layers` layers.
+
+    The first and the last layer are among them; a single index is 0.
+    """
     if num_kept == 1:
         return [0]
     return [round(i * (num_layers - 1) / (num_kept - 1)) for i in range(num_kept)]

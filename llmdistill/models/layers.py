@@ -26,7 +26,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 @contextlib.contextmanager
 def layers_replaced(model: PreTrainedModel, others: nn.ModuleList) -> Iterator[None]:
-    """Give a model other decoder layers inside the context, and its own ones back afterwards."""
+    """Replace the decoder layers of a model inside the context, and restore them afterwards."""
     backbone, name = _place(model)
     own = getattr(backbone, name)
     setattr(backbone, name, others)

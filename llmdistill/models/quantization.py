@@ -65,8 +65,8 @@ QUANTIZATIONS: dict[str, QuantizationKind] = {
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     """Return the configuration for `from_pretrained` of a kind, a key of QUANTIZATIONS.
 
-    All linear layers except the head are quantised.  Raises ModelError for an unknown kind or a
-    missing package.
+    All linear layers except the head are quantised.  Raises ModelError if the kind is unknown or
+    its package is not installed.
     """
     if kind not in QUANTIZATIONS:
         raise ModelError(

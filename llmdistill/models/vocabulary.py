@@ -30,7 +30,11 @@ class VocabularyMatch(enum.Enum):
 
 @dataclass(frozen=True)
 class VocabularyComparison:
-    """Result of `compare`: the number of shared ids, and the first difference if there is one."""
+    """Result of `compare`.
+
+    `shared` is the number of ids that mean the same in both, or 0 if the vocabularies differ.
+    `reason` is the first difference.
+    """
 
     match: VocabularyMatch
     shared: int

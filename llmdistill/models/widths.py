@@ -95,7 +95,7 @@ def keep_heads(model: PreTrainedModel, activity_LA: Tensor, heads: int) -> None:
     """Narrow each attention of the model to its `heads` most active heads, in place."""
     _, shared, size = _attention_shape(model)
     counts = {"num_attention_heads": heads, "num_key_value_heads": heads // shared}
-    attributes = counts | {"num_heads": heads}  # the attention of some families has copies
+    attributes = counts | {"num_heads": heads}  # some attentions store copies of these
     parts = _parts(model, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
     for attention, activity_A in zip(parts, activity_LA, strict=True):
         # Groups of heads with the same keys and values are ranked by the sum of their activity.

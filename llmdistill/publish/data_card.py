@@ -63,8 +63,8 @@ def push(folder: Path, name: str) -> None:
 def prepare_push(name: str) -> HfApi:
     """Make sure that a private dataset with this name exists, and return the Hub's client.
 
-    Raises CheckpointError if the Hub cannot be reached or refuses access, or if the dataset is
-    public.
+    Raises CheckpointError if the dataset is public, or if the Hub cannot be reached or denies
+    access.
     """
     from huggingface_hub import HfApi
 

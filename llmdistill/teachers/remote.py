@@ -74,8 +74,8 @@ class Spoken:
     """A server's reply.
 
     `truncated`: the limit of new tokens cut it off.  `refused`: why there is no reply; empty if
-    there is one.  `log_prob`: its mean log-probability in nats per token, or None if replies are
-    not scored.
+    there is one.  `log_prob`: its mean log-probability in nats per token; None without
+    scoring.
     """
 
     text: str

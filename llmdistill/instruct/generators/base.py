@@ -68,6 +68,7 @@ def varied(request: Request, answering: Answering) -> Call:
     (reply,) = yield [request]
     if reply.refused:
         return Parsed([], {reply.refused: 1})
+    # Half an instruction may still look whole, so it is not answered.
     if reply.truncated or not reply.text.strip():
         return Parsed([], {"endless instruction" if reply.truncated else "empty instruction": 1})
     made = Task(reply.text.strip())

@@ -62,6 +62,7 @@ class Answer(TaskGenerator):
         made = yield from answered(copies, self.answering)
         if self.best_by is None or not made.tasks:
             return made
+        # Counted as dropped, so that the counts of kept and dropped tasks add up to all tasks.
         others = Counter({NOT_THE_BEST: len(made.tasks) - 1})
         return Parsed([best(made.tasks, self.best_by)], Counter(made.dropped) + others)
 
@@ -103,6 +104,7 @@ class Rewrite(TaskGenerator):
             log_prob=reply.log_prob,
             variant="rewritten",
         )
+        # Without a usable answer, the row keeps the given one and is not lost.
         if reply.refused or reply.truncated or not self._stands(made, task.output.strip()):
             made = replace(task, reference=task.output, variant="original")
         return Parsed([made])

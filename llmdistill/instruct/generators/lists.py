@@ -98,8 +98,8 @@ class Alpaca(TaskGenerator):
 class SelfInstruct(TaskGenerator):
     """The teacher writes instructions, classifies them, and writes an instance of each.
 
-    It is asked whether an instruction can only be answered by fixed labels, because an instance of
-    such a task is written output first.
+    An instance is an input and its output.  If an instruction can only be answered by a few fixed
+    labels (a classification), the output is written first.
 
     A prompt shows `examples` instructions, of which up to `machine_examples` are generated ones
     that were kept before (Wang et al. 2023, Self-Instruct).
@@ -126,11 +126,13 @@ class SelfInstruct(TaskGenerator):
 
     @property
     def at_most(self) -> Cost:
+        # One request for the list, and two for each instruction: its kind and its instance.
         tasks, each = self.tasks_per_call, self.max_instance_tokens + KIND_TOKENS
         return Cost(tasks, 1 + 2 * tasks, self.max_new_tokens + tasks * each)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         draw = draw_of(self.seed, number)
+        # Early calls have few or no generated tasks to show, and take more seeds instead.
         own = draw.sample(list(machine), min(self.machine_examples, len(machine)))
         chosen = own + draw.sample(self.seeds, self.examples - len(own))
         draw.shuffle(chosen)
@@ -166,9 +168,9 @@ class SelfInstruct(TaskGenerator):
         return Parsed(tasks, dropped)
 
     def _kind(self, instruction: str, draw: random.Random) -> Request:
-        """Return the request whether an instruction is a classification.
+        """Return the request that asks whether an instruction is a classification.
 
-        As in Self-Instruct, it shows 12 examples that are and 19 that are not.
+        It shows up to 12 examples that are and 19 that are not, as in Self-Instruct.
         """
         places = [i for i, label in enumerate(self.classifies) if label]
         others = [i for i, label in enumerate(self.classifies) if not label]

@@ -71,6 +71,7 @@ class Variants(TaskGenerator):
         """Return the exchange that sends the prompt `asked` and answers the new instruction."""
         request = Request(user(asked), self.sampling, self.max_instruction_tokens)
         made = yield from varied(request, self.answering)
+        # The variant is recorded in the row, and `Balanced` counts it.
         return Parsed([replace(task, variant=variant) for task in made.tasks], made.dropped)
 
 
