@@ -232,7 +232,7 @@ def test_the_teachers_revision_must_stay_the_same(teacher, rows, tmp_path, monke
     made = generate(recipe(teacher, rows, out, target=3))
     (row, *_) = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert row["revision"] == "abc"
-    assert ", abc\n" in (made.folder / "README.md").read_text()
+    assert ", revision abc\n" in (made.folder / "README.md").read_text()
     monkeypatch.setattr("llmdistill.generate.revision_of", lambda model, name: "abd")
     with pytest.raises(DataError, match="revision 'abc', but the teacher is now at 'abd'"):
         generate(recipe(teacher, rows, out), resume=True)

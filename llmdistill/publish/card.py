@@ -41,7 +41,6 @@ def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    # The student learned from the teacher's output, so the teacher's licence is the one to state.
     terms = license_of(recipe.teacher_source[0])
     data = ModelCardData(
         base_model=_hub_name(recipe.student.model),
@@ -90,7 +89,7 @@ def _origin(recipe: Recipe, license_name: str | None) -> str:
         else "The teacher's licence could not be read. Look it up before you share this model."
     )
     return (
-        "A causal language model distilled with "
+        "This is a causal language model that was distilled with "
         f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n- **Student**: {student}\n- "
         f"**Teacher**: `{shown(recipe.teacher_source[0])}`\n- **Rollout**: "
         f"{_describe(recipe.rollout)}\n- **Objectives**: "

@@ -170,7 +170,7 @@ def _origin(recipe: recipes.GenerationRecipe, terms: str | None, revision: str) 
         f"This dataset contains {written}, written by a language model. It was generated with "
         f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n"
         f"- **Teacher**: `{shown(recipe.teacher.model)}`"
-        f"{f', {shown(revision)}' if revision else ''}\n"
+        f"{f', revision {shown(revision)}' if revision else ''}\n"
         f"- **Generator**: {shown(recipe.generator.kind)}\n"
         f"- **Made from**: {_material(recipe)}\n\n{stated}"
     )

@@ -74,8 +74,7 @@ class Spoken:
     """A server's reply.
 
     `truncated`: the limit of new tokens cut it off.  `refused`: why there is no reply; empty if
-    there is one.  `log_prob`: its mean log-probability in nats per token; None without
-    scoring.
+    there is one.  `log_prob`: its mean log-probability in nats per token; None if not scored.
     """
 
     text: str
@@ -142,9 +141,8 @@ class RemoteTeacher:
             running.append((asyncio.get_running_loop(), task))
             return await self._answer(questions, heard)
 
-        with concurrent.futures.ThreadPoolExecutor(
-            1
-        ) as thread:  # the caller may run a loop (a notebook)
+        # In a thread, because the caller may already run an event loop (a notebook).
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
             future = thread.submit(lambda: asyncio.run(run()))
             try:
                 return future.result()
