@@ -1,4 +1,4 @@
-"""`generate(recipe)`: teacher, generator, filters, pipeline, data set."""
+"""`generate(recipe)`: build teacher, generator and filters, run the pipeline, write the dataset."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from llmdistill.models.load import load_tokenizer, revision_of
 from llmdistill.publish.data_card import Outcome, data_card
 from llmdistill.recipe.generators import LionRecipe
 
-RANKS_WAIT = timedelta(hours=6)  # while one rank measures, or a server answers
+# Ranks wait this long for each other: one may compare two models, or wait for a slow server.
+RANKS_WAIT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a run left: its folder, the rows of each split, and what became of the tasks."""
+    """Result of a run: its folder, the number of rows in each split, and the counts of tasks."""
 
     folder: Path
     sizes: dict[str, int]
@@ -51,18 +52,24 @@ def generate(
     overwrite: bool = False,
     progress: Callable[[TaskCounts, float], None] = lambda counts, seconds: None,
 ) -> Generated:
-    """Runs a recipe to its target.
+    """Generate the dataset of a recipe.
 
-    A folder that is there already is only used with `resume` (go on where it stopped) or
-    `overwrite` (replace it); else CheckpointError.  Nothing is written before recipe, rows and
-    teacher are loaded.  A data set that is replaced is kept as `<output>.old` until the splits of
-    the new one are written: before that, the filters may still drop every row.
+    `progress` is called with the counts so far and the seconds of each round.
+
+    An existing folder is only used with `resume` (continue the run in it) or `overwrite` (replace
+    it); otherwise CheckpointError is raised.  Nothing is written before recipe, rows and teacher
+    are loaded.  A replaced dataset is kept as `<output>.old` until the splits of the new one are
+    written, because until then the filters may still drop every row.
+
+    Raises other LlmDistillErrors for mistakes in the recipe, its rows, the models or the server.
     """
     folder = Path(recipe.output)
     _ranks()
+    # Only the first rank checks the folder, because only that one writes there.  The others wait.
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             _check(folder, recipe, resume=resume, overwrite=overwrite)
+    # Cached, so that it runs once: Lion's comparison already calls it while the parts are built.
     begin = functools.cache(functools.partial(_begin, folder, recipe, overwrite=overwrite))
     pipeline, responder = _load(recipe, folder, begin=begin, is_new=overwrite)
     begin()
@@ -75,6 +82,7 @@ def generate(
         card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, revision))
         replace_text(folder / "README.md", card)
         run_folder.discard_old(folder)
+        # Last, because a run that is killed before this point resumes from these replies.
         if isinstance(responder, RemoteResponder):
             responder.forget()
     PartialState().wait_for_everyone()
@@ -84,7 +92,8 @@ def generate(
 def _load(
     recipe: recipes.GenerationRecipe, folder: Path, *, begin: Callable[[], None], is_new: bool
 ) -> tuple[Pipeline, LocalResponder | RemoteResponder]:
-    """Rows, filters, teacher and generator; only Lion's comparison begins to write in `folder`."""
+    """Build the pipeline and its responder.  Only Lion's comparison may write to `folder` here."""
+    # Rows and filters first: their mistakes show in seconds, the teacher may take minutes to load.
     seed_tasks = read_tasks(recipe.seed_tasks)
     filters = build_filters(recipe, seed_tasks)
     responder = build_responder(recipe, folder)
@@ -104,17 +113,21 @@ def _load(
 
 
 def _ranks() -> None:
-    """Ranks that know of each other, on a CPU too; they wait as long as a server may take."""
+    """Set up the group of ranks, on CPUs as well.
+
+    Raises RecipeError if several processes were started that do not form one group.
+    """
+    # accelerate takes the timeout from the first PartialState that is made, so it is made here.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=RANKS_WAIT)
     if state.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise RecipeError(
-            f"{os.environ['WORLD_SIZE']} processes were started, but they do not form one group: "
-            "each would write the whole data set"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not form one group: "
+            "each of them would write the whole dataset. Start them with torchrun."
         )
 
 
 def _revision(recipe: recipes.GenerationRecipe, responder: LocalResponder | RemoteResponder) -> str:
-    """The teacher's, as exactly as it is known."""
+    """Return the teacher's revision: the commit that was loaded if known, else the recipe's."""
     found = ""
     if isinstance(responder, LocalResponder):
         found = revision_of(responder.teacher.model, recipe.teacher.model)
@@ -122,7 +135,10 @@ def _revision(recipe: recipes.GenerationRecipe, responder: LocalResponder | Remo
 
 
 def planned(recipe: recipes.GenerationRecipe) -> TaskGenerator:
-    """The generator, before any model is loaded; which tasks are hard is not known yet."""
+    """Return the generator of a recipe without loading a model, for a dry run.
+
+    Lion's pools are not known yet, so both of them are the whole pool.
+    """
 
     def unsplit(section: LionRecipe) -> Pools:
         tasks = read_tasks(section.pool)
@@ -132,23 +148,32 @@ def planned(recipe: recipes.GenerationRecipe) -> TaskGenerator:
 
 
 def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> list[str]:
-    """What the teacher will be asked first, as text, and what then, where that asks for more."""
+    """Return the text of the first request of each stage of the first call that makes requests.
+
+    Stands in for the teacher with a fixed reply.  Raises DataError if no call makes a request.
+    """
     calls = generator.num_calls if generator.num_calls is not None else 1
     for call in (generator.call(number, []) for number in range(calls)):
         texts: list[str] = []
+        # The exchange ends by itself: StopIteration carries its tasks, which are of no interest.
         with contextlib.suppress(StopIteration):
             requests = next(call)
             while True:
-                texts.append(_filled(recipe, requests[0]))
+                texts.append(_filled(recipe, requests[0]))  # the others of a stage look the same
                 requests = call.send([Reply("(what it wrote)") for _ in requests])
         if texts:
             return texts
-    raise DataError("there is nothing to ask: no row of generator.prompts can be used")
+    raise DataError(
+        "no row of generator.prompts can be used, so there is nothing to ask the teacher. Check "
+        "that the rows have what the generator needs (for 'rewrite', an answer)."
+    )
 
 
 def _filled(recipe: recipes.GenerationRecipe, request: Request) -> str:
-    """A request as text; a user's turn as the template opens it.  A server is not told how its
-    reply is to begin.
+    """Return a request as text.
+
+    A user's turn is shown as the chat template opens it.  The start of the reply is left out for a
+    server, which is not told about it.
     """
     teacher = recipe.teacher
     if request.turn == "user":
@@ -163,7 +188,7 @@ def _filled(recipe: recipes.GenerationRecipe, request: Request) -> str:
 
 
 def _samplings(recipe: recipes.GenerationRecipe) -> str:
-    """How replies are drawn, as JSON."""
+    """Return the sampling settings of the generator as JSON, by their dotted keys."""
     samplings = recipe.generator.samplings
     drawn = {name: sampling.model_dump(mode="json") for name, sampling in samplings.items()}
     return json.dumps(drawn, sort_keys=True)
@@ -172,9 +197,10 @@ def _samplings(recipe: recipes.GenerationRecipe) -> str:
 def _check(
     folder: Path, recipe: recipes.GenerationRecipe, *, resume: bool, overwrite: bool
 ) -> None:
-    """Raises CheckpointError if the folder may not be used like this, or its recipe changed."""
+    """Raise CheckpointError if the folder may not be used, or its recipe has changed."""
+    # A folder with only a recipe is from a start that failed.  There is nothing to resume.
     is_going_on = resume and run_folder.is_used(folder)
-    run_folder.check(folder, resume=is_going_on, overwrite=overwrite, noun="data set")
+    run_folder.check(folder, resume=is_going_on, overwrite=overwrite, noun="dataset")
     if not is_going_on:
         return
     record = folder / run_folder.RECORD
@@ -183,13 +209,14 @@ def _check(
         key = changed[0]
         may_change = ", ".join(f"'{name}'" for name in recipe.MAY_CHANGE)
         raise CheckpointError(
-            f"'{key}' was {before.get(key)} in {record} and is {now[key]} now; of a run that is "
-            f"resumed only {may_change} and how a server is reached may change"
+            f"'{key}' was {before.get(key)} in {record} and is {now[key]} now. A resumed run can "
+            f"change only {may_change} and how a server is reached. Restore '{key}', or choose "
+            "another folder."
         )
 
 
 def _begin(folder: Path, recipe: recipes.GenerationRecipe, *, overwrite: bool) -> None:
-    """The run begins to write: the first rank claims the folder and records the recipe there."""
+    """Claim the folder on the first rank, and record the recipe in it."""
     if PartialState().is_main_process:
         run_folder.claim(folder, overwrite=overwrite, results=[f"{name}.jsonl" for name in SPLITS])
         replace_text(folder / run_folder.RECORD, recipes.dump(recipe))

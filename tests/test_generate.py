@@ -92,7 +92,7 @@ def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, format
         assert len(taken) == size
     card = DatasetCard.load(out / "README.md")
     assert card.data.license == "other"
-    assert f"Of {made.counts.made} tasks 9 were kept" in card.text
+    assert f"9 of {made.counts.made} tasks were kept" in card.text
     loaded = recipes.load_generation(out / "recipe.yaml")
     assert recipes.dump(loaded.model_copy(update={"output": "set"})) in card.text
     assert all(json.loads(line["sampling"]) for line in lines)
@@ -109,7 +109,7 @@ def files(folder):
         ("magpie", {"filters": [{"kind": "contamination", "sources": "none.jsonl"}]}, "no such file: none.jsonl"),
         ("magpie", {"teacher_of": {"model": "none/at/all"}}, "none/at/all"),
         ("answer", {"generator": {"kind": "answer", "prompts": "none.jsonl"}}, "no such file: none.jsonl"),
-        ("answer", {"generator": {"kind": "answer", "prompts": "empty.jsonl"}}, "holds no row"),
+        ("answer", {"generator": {"kind": "answer", "prompts": "empty.jsonl"}}, "has no rows"),
         ("lion", {"generator": {"kind": "lion", "pool": "none.jsonl", "student": "s"}}, "no such file: none.jsonl"),
         ("lion", {"generator": {"kind": "lion", "pool": "seeds.jsonl", "student": "none/at/all"}}, "none/at/all"),
     ],
@@ -194,7 +194,7 @@ def test_lion_keeps_as_many_hard_ones_as_easy_ones(teacher, rows, tmp_path):
     made = generate(recipe(teacher, rows, tmp_path / "set", "lion", target=8))
     assert made.counts.variants == {"hard": 4, "easy": 4}
     card = (made.folder / "README.md").read_text()
-    assert "Kept, by variant: easy 4, hard 4." in card
+    assert "Kept by variant: easy 4, hard 4." in card
 
 
 def test_rows_are_dropped_by_their_perplexity(teacher, rows, tmp_path):
@@ -232,9 +232,9 @@ def test_the_teachers_revision_must_stay_the_same(teacher, rows, tmp_path, monke
     made = generate(recipe(teacher, rows, out, target=3))
     (row, *_) = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert row["revision"] == "abc"
-    assert ", abc\n" in (made.folder / "README.md").read_text()
+    assert ", revision abc\n" in (made.folder / "README.md").read_text()
     monkeypatch.setattr("llmdistill.generate.revision_of", lambda model, name: "abd")
-    with pytest.raises(DataError, match="revision 'abc', and the teacher is at 'abd' now"):
+    with pytest.raises(DataError, match="revision 'abc', but the teacher is now at 'abd'"):
         generate(recipe(teacher, rows, out), resume=True)
 
 
@@ -246,7 +246,7 @@ def test_half_a_line_is_dropped_with_a_note(teacher, rows, tmp_path, caplog):
         with (out / name).open("a") as file:
             file.write('{"half')
     generate(recipe(teacher, rows, out), resume=True)
-    assert caplog.text.count("ended in half a line, which is dropped") == 2
+    assert caplog.text.count("ended in an incomplete line, which was dropped") == 2
     for line in (out / "log.jsonl").read_text().splitlines():
         json.loads(line)
 
@@ -255,7 +255,7 @@ def test_the_pool_of_lion_must_stay_the_same(teacher, rows, tmp_path):
     generate(recipe(teacher, rows, tmp_path / "set", "lion", target=3))
     with open(rows, "a") as file:
         file.write('\n{"instruction": "Name a new bird.", "output": "A wren."}')
-    with pytest.raises(DataError, match="generator.pool is not the one that"):
+    with pytest.raises(DataError, match="generator.pool differs from the pool that"):
         generate(recipe(teacher, rows, tmp_path / "set", "lion"), resume=True)
 
 
@@ -311,7 +311,7 @@ def test_a_row_without_an_answer_is_never_kept(teacher, rows, tmp_path, monkeypa
 
 def test_prompts_without_a_row_are_an_error(teacher, rows, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match="'generator.prompts' holds no row"):
+    with pytest.raises(DataError, match="'generator.prompts' has no rows"):
         generate(recipe(teacher, str(tmp_path / "empty.jsonl"), tmp_path / "set", "answer"))
     assert (
         generate(recipe(teacher, rows, tmp_path / "set", "answer")).counts.kept == 9
@@ -326,7 +326,7 @@ def test_a_card_of_given_prompts_claims_neither_their_text_nor_their_licence(
         made = generate(recipe(teacher, rows, tmp_path / kind, kind))
         card = DatasetCard.load(made.folder / "README.md")
         assert card.data.license == terms
-        assert ("Answers to given prompts, written by" in card.text) is (kind == "answer")
+        assert ("answers to given prompts, written by" in card.text) is (kind == "answer")
         assert str(tmp_path / kind) not in card.text
 
 
@@ -371,7 +371,7 @@ def test_an_unknown_key_is_named_where_it_stands(teacher, rows, tmp_path):
 
 def test_a_weight_is_refused_where_it_does_nothing(teacher, rows, tmp_path):
     weighted = [{"source": rows, "weight": 2}]
-    with pytest.raises(RecipeError, match="weights are for training"):
+    with pytest.raises(RecipeError, match="weights apply only to training data"):
         generate(recipe(teacher, rows, tmp_path / "set", seed_tasks=weighted))
 
 
@@ -392,7 +392,7 @@ def test_a_data_set_goes_on_and_is_not_overwritten_by_chance(teacher, rows, tmp_
     with pytest.raises(CheckpointError, match="is not empty"):
         generate(recipe(teacher, rows, parts))
     with pytest.raises(
-        CheckpointError, match="'seed' was 0 in .* and is 1 now; .* only 'target', 'format'"
+        CheckpointError, match="'seed' was 0 in .* and is 1 now. .* change only 'target', 'format'"
     ):
         generate(recipe(teacher, rows, parts, seed=1), resume=True)
     generate(recipe(teacher, rows, parts), resume=True)
@@ -400,7 +400,7 @@ def test_a_data_set_goes_on_and_is_not_overwritten_by_chance(teacher, rows, tmp_
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
     generate(recipe(teacher, rows, parts, seed=1), overwrite=True)
     assert (parts / "rows.jsonl").read_bytes() != (whole / "rows.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match="holds no data set"):
+    with pytest.raises(CheckpointError, match="holds no dataset"):
         generate(recipe(teacher, rows, tmp_path), overwrite=True)
     killed = tmp_path / "killed"
     killed.mkdir()
@@ -532,5 +532,5 @@ def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch,
     public.append("me/open")
     del pushed[:]
     assert run("--overwrite", "target=5", "--push", "me/open") == 2
-    assert "me/open is a public data set" in capsys.readouterr().err
+    assert "me/open is a public dataset" in capsys.readouterr().err
     assert len(pushed) == 1  # nothing was uploaded

@@ -1,1 +1,1 @@
-"""The second job: a teacher turns seed tasks into a clean instruction data set."""
+"""What `llmdistill generate` does: a teacher turns seed tasks into an instruction dataset."""

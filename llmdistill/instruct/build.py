@@ -1,4 +1,4 @@
-"""Who makes tasks, who replies, and what is kept: builds what the sections of a recipe ask for."""
+"""Build the generator, the filters and the responder that the sections of a recipe describe."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ Split = Callable[[generator_sections.LionRecipe], Pools]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What generators are made of apart from their own options; `split` gives Lion's pools."""
+    """Inputs of a generator besides the options of its section.
+
+    `split` sorts the tasks of Lion's pool into hard and easy ones.
+    """
 
     seed: int
     seed_tasks: Sequence[Task]
@@ -44,17 +47,26 @@ class Inputs:
 def build_generator(
     recipe: recipes.GenerationRecipe, seed_tasks: Sequence[Task], split: Split
 ) -> TaskGenerator:
-    """The generator that a recipe asks for; `split` tells the tasks of a pool apart."""
+    """Return the generator of a recipe.
+
+    Only Lion calls `split`, which sorts the tasks of its pool into hard and easy ones.  Raises
+    DataError if there are too few tasks.
+    """
     section = recipe.generator
     return _builder(_GENERATORS, section)(section, Inputs(recipe.seed, seed_tasks, split))
 
 
 def build_filters(recipe: recipes.GenerationRecipe, seed_tasks: Sequence[Task]) -> list[Filter]:
-    """The filters that a recipe asks for, in its order."""
+    """Return the filters of a recipe in the order in which they run.
+
+    Generators with balanced variants (Lion) get a `Balanced` filter at the end.
+    """
+    # New rows must differ from everything that the teacher was shown, so Lion's pool counts too.
     known = [*seed_tasks, *read_tasks(recipe.generator.compared_sources)]
     built = [_builder(_FILTERS, section)(section, known) for section in recipe.filters]
     if variants := recipe.generator.num_balanced_variants:
         assert recipe.target is not None  # such a recipe is refused without one
+        # Rounded up, so that the variants together reach a target that does not divide evenly.
         built.append(filters.Balanced(-(-recipe.target // variants)))
     return built
 
@@ -62,7 +74,10 @@ def build_filters(recipe: recipes.GenerationRecipe, seed_tasks: Sequence[Task]) 
 def build_responder(
     recipe: recipes.GenerationRecipe, folder: Path
 ) -> LocalResponder | RemoteResponder:
-    """Who replies; what a server said is recorded in `folder` as it comes."""
+    """Return the responder for the teacher of a recipe.
+
+    A remote responder records each reply of the server in `folder` as soon as it arrives.
+    """
     common: dict[str, Any] = {
         "scored": recipe.needs_log_probs,
         "chat_template_kwargs": recipe.chat_template_kwargs,
@@ -71,15 +86,17 @@ def build_responder(
 
 
 def _builder(table: Mapping[type, Callable[..., Any]], section: Any) -> Callable[..., Any]:
+    # By exact type: a new section that nobody registered must fail here, and not be built as the
+    # section that it derives from.
     if type(section) not in table:
         raise NotImplementedError(
-            f"nothing builds {type(section).__name__}: add it to the tables of {__name__}"
+            f"{type(section).__name__} has no builder. Add one to the tables of {__name__}."
         )
     return table[type(section)]
 
 
 def _options(section: GeneratorSection, *inputs: str) -> dict[str, Any]:
-    """The fields of a section as keyword arguments, without those that the builder itself uses."""
+    """Return the fields of a section as keyword arguments, except `kind` and `inputs`."""
     names = [name for name in type(section).model_fields if name not in ("kind", *inputs)]
     options = {name: getattr(section, name) for name in names}
     if "sampling" in options:
@@ -102,12 +119,14 @@ def _alpaca(section: generator_sections.AlpacaRecipe, inputs: Inputs) -> TaskGen
 
 
 def _self_instruct(section: generator_sections.SelfInstructRecipe, inputs: Inputs) -> TaskGenerator:
+    # The seeds' own labels are the examples for the question whether a task is a classification.
     classifies = [task.classifies for task in inputs.seed_tasks]
     options = _options(section)
     return lists.SelfInstruct(inputs.seed_tasks, classifies, seed=inputs.seed, **options)
 
 
 def _magpie(section: generator_sections.MagpieRecipe, inputs: Inputs) -> TaskGenerator:
+    # No seed: each call asks for the same thing, and only the teacher's sampling varies.
     return variants.Magpie(**_options(section))
 
 
@@ -125,6 +144,7 @@ def _evolve(section: generator_sections.EvolveRecipe, inputs: Inputs) -> TaskGen
 
 def _lion(section: generator_sections.LionRecipe, inputs: Inputs) -> TaskGenerator:
     pools = inputs.split(section)
+    # `inputs.split` has read these fields; the generator only gets the two pools.
     used = ("student", "pool", "compare_by", "hard_share", "max_compared_tokens")
     return variants.Lion(pools.hard, pools.easy, seed=inputs.seed, **_options(section, *used))
 
@@ -145,7 +165,9 @@ def _remote(
     folder: Path,
     common: Mapping[str, Any],
 ) -> RemoteResponder:
+    # `revision` and `license` are only stated in rows and on the card, never sent to the server.
     options = section.model_dump(exclude={"kind", "revision", "tokenizer", "license"})
+    # Each rank paces its own requests, so the limit is divided among the ranks.
     if section.per_minute is not None:
         options["per_minute"] = section.per_minute / PartialState().num_processes
     known = load_tokenizer(section.tokenizer) if section.tokenizer else None
@@ -154,7 +176,7 @@ def _remote(
 
 
 def _plain(filter_class: Callable[..., Filter]) -> Callable[[Any, Sequence[Task]], Filter]:
-    """Builds a filter whose options are all fields of its section."""
+    """Return a builder for a filter whose options are the fields of its section."""
     return lambda section, known: filter_class(**section.model_dump(exclude={"kind"}))
 
 
@@ -163,6 +185,7 @@ def _rouge(section: filter_sections.RougeRecipe, known: Sequence[Task]) -> Filte
 
 
 def _contamination(section: filter_sections.ContaminationRecipe, known: Sequence[Task]) -> Filter:
+    # Question and answer count as two texts: a copied question is found with any answer.
     texts = (text for task in read_tasks(section.sources) for text in (task.prompt, task.output))
     return filters.Contamination(texts, section.ngram)
 

@@ -1,8 +1,8 @@
-"""The data set that a run leaves: JSON lines and Parquet, in two splits.
+"""The files of a finished dataset: JSON lines and Parquet, in two splits.
 
-train.jsonl  train.parquet          the rows to train on
-test.jsonl   test.parquet           those to measure on, chosen by their text
-README.md                           how it was made, and what it is good for
+train.jsonl  train.parquet          rows to train on
+test.jsonl   test.parquet           rows to evaluate on, chosen by a hash of their text
+README.md                           dataset card: how the rows were made, and their intended use
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 from llmdistill.instruct.records import read_whole_lines, replace_lines
 
 SPLITS = ("train", "test")
-FORMER_SPLITS = ("held",)  # what `test` was called before 0.1.0: its files go when splits come
+FORMER_SPLITS = ("held",)  # name of `test` before 0.1.0; such files are deleted as outdated
 
 
 def write_splits(folder: Path, *, format: str, test_share: float) -> dict[str, int]:
-    """Writes the files from rows.jsonl; gives the number of rows of each split that has some."""
+    """Write the files of each split from rows.jsonl, and return the number of rows in each split.
+
+    `format` is a key of `ROW_FORMATS`.  Splits without rows are left out.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -27,12 +30,14 @@ def write_splits(folder: Path, *, format: str, test_share: float) -> dict[str, i
     for row in read_whole_lines(folder / "rows.jsonl"):
         name = "test" if _share(row) < test_share else "train"
         splits[name].append(ROW_FORMATS[format](row))
+    # A resumed run may change `test_share` or `format`, so no file of an earlier run may remain.
     for name in (*SPLITS, *FORMER_SPLITS):
         for old in folder.glob(f"{name}.*"):
             old.unlink()
     for name, rows in splits.items():
         if rows:
             replace_lines(folder / f"{name}.jsonl", rows)
+            # Written under another name and renamed, so that a kill leaves no half file.
             fresh = folder / f"{name}.parquet.new"
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), fresh)
             fresh.replace(folder / f"{name}.parquet")
@@ -50,10 +55,12 @@ def _as_messages(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _share(row: Mapping[str, Any]) -> float:
-    """A number in [0, 1) that depends on what is asked alone: the same question is never in both
-    splits.
+    """Return a number in [0, 1) that depends only on the question.
+
+    All rows with the same question, up to case, therefore go into the same split.
     """
     text = f"{row['instruction']}\n{row['input']}".lower()
+    # 12 hex digits are 48 bits, which a float holds exactly, so the result is below 1.
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12
 
 

@@ -1,7 +1,7 @@
-"""Which tasks are kept.  A filter gives the reason why one is dropped, or None.
+"""Filters decide which tasks become rows.  Each returns the reason to drop a task, or None.
 
-Those that compare with what was kept before are told of each task that all filters let pass.  The
-defaults are those of Self-Instruct (Wang et al. 2023) and Alpaca (Taori et al. 2023).
+`kept` is called for each task that passes all filters, so that a filter can compare later tasks
+with it.  The defaults follow Self-Instruct (Wang et al. 2023) and Alpaca (Taori et al. 2023).
 """
 
 from __future__ import annotations
@@ -17,26 +17,34 @@ from llmdistill.evaluation.text import result_of
 from llmdistill.instruct.similarity import RougePool
 from llmdistill.instruct.tasks import Task
 
-# What a model that reads and writes text cannot do.
+# Instructions with these words tend to ask for what a model that only writes text cannot do.
 BLACKLIST = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
     *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
 )
-MIN_MATCHED_WORDS = 4  # fewer words can match by chance
+MIN_MATCHED_WORDS = 4  # shorter texts, such as the answer "Paris", occur in many rows by chance
 
 
 class Filter(ABC):
+    """A test that drops some tasks."""
+
     @abstractmethod
     def reason(self, task: Task) -> str | None:
-        """Why this task is dropped, in a few words that can be counted; None keeps it."""
+        """Return why the task is dropped, or None to keep it.
+
+        Reasons are counted in the log and on the card, so they are a few fixed words.
+        """
 
     def kept(self, task: Task) -> None:
-        """Every filter let this task pass; few have to remember it."""
+        """Record a task that passed all filters.  Does nothing by default."""
         return
 
 
 class Length(Filter):
-    """The number of words of one field, by default the instruction."""
+    """Drops tasks whose `field` has fewer than `min_words` or more than `max_words` words.
+
+    The default bounds of an instruction are those of Self-Instruct (Wang et al. 2023).
+    """
 
     def __init__(self, min_words: int = 4, max_words: int = 150, field: str = "instruction"):
         self.min_words, self.max_words, self.field = min_words, max_words, field
@@ -49,14 +57,17 @@ class Length(Filter):
 
 
 class Truncated(Filter):
-    """An answer that the limit of new tokens cut off."""
+    """Drops answers that the limit of new tokens cut off."""
 
     def reason(self, task: Task) -> str | None:
         return "truncated" if task.truncated else None
 
 
 class Blacklist(Filter):
-    """Whole words of the instruction that ask for more than text, by default `BLACKLIST`."""
+    """Drops instructions that contain one of `words` as a whole word, in any case.
+
+    The default `BLACKLIST` names images, files, music and the like (Taori et al. 2023, Alpaca).
+    """
 
     def __init__(self, words: Sequence[str] | None = None) -> None:
         alternatives = "|".join(map(re.escape, words or BLACKLIST))
@@ -67,7 +78,10 @@ class Blacklist(Filter):
 
 
 class OddStart(Filter):
-    """Starts with punctuation or outside ASCII, or asks to write a program."""
+    """Drops instructions that start with punctuation, outside ASCII, or with "Write a program".
+
+    The rule is that of Alpaca (Taori et al. 2023).
+    """
 
     def reason(self, task: Task) -> str | None:
         first = task.instruction.lstrip()[:1]
@@ -78,7 +92,11 @@ class OddStart(Filter):
 
 
 class RepeatedLines(Filter):
-    """The answer says the same line, or the same run of words, too often."""
+    """Drops answers that repeat their lines or runs of words.
+
+    Neither the share of repeated lines nor that of repeated runs of `ngram` words may be larger
+    than `max_share`.
+    """
 
     def __init__(self, max_share: float = 0.3, ngram: int = 4) -> None:
         self.max_share, self.ngram = max_share, ngram
@@ -92,14 +110,14 @@ class RepeatedLines(Filter):
 
 
 class EmptyAnswer(Filter):
-    """Nothing was answered."""
+    """Drops empty answers.  It is no option of recipes, because the pipeline always applies it."""
 
     def reason(self, task: Task) -> str | None:
         return None if task.output.strip() else "empty answer"
 
 
 class EmptyOrEcho(Filter):
-    """Nothing was answered, or punctuation, or the question."""
+    """Drops answers that are empty, only punctuation, or a copy of the question or input."""
 
     def reason(self, task: Task) -> str | None:
         output = _plain(task.output)
@@ -110,7 +128,7 @@ class EmptyOrEcho(Filter):
 
 
 class OpenEnd(Filter):
-    """The input or the answer ends in a colon: something was to follow."""
+    """Drops tasks whose input or answer ends with a colon, because its continuation is missing."""
 
     def reason(self, task: Task) -> str | None:
         ends = (task.input.rstrip()[-1:], task.output.rstrip()[-1:])
@@ -118,7 +136,11 @@ class OpenEnd(Filter):
 
 
 class Rouge(Filter):
-    """Too like an instruction that is there already: ROUGE-L F above `at_most`."""
+    """Drops instructions that are too similar to a seed or to an instruction that was kept.
+
+    The ROUGE-L F-measure to each of them may be at most `at_most`, as in Self-Instruct (Wang et al.
+    2023).
+    """
 
     def __init__(self, at_most: float = 0.7, seeds: Iterable[str] = ()) -> None:
         self.at_most, self.pool = at_most, RougePool()
@@ -133,16 +155,19 @@ class Rouge(Filter):
 
 
 class NearDuplicates(Filter):
-    """Word runs of prompt and answer that nearly all stand in another row: MinHash (Broder 1997).
+    """Drops rows that are nearly the same as a kept one, by MinHash (Broder 1997).
 
-    `threshold` is the Jaccard similarity of the sets of runs.
+    A row is dropped if the Jaccard similarity of its set of `ngram`-word runs (of prompt and
+    answer) to that of a kept row is at least `threshold`.  `permutations` is the number of hash
+    functions: more estimate the similarity more exactly.
     """
 
     def __init__(self, threshold: float = 0.8, ngram: int = 3, permutations: int = 128) -> None:
         from datasketch import MinHashLSH
 
         self.threshold, self.ngram, self.permutations = threshold, ngram, permutations
-        # Its candidates are a guess: asked for more of them than wanted, each is looked at.
+        # The index returns approximate candidates.  A lower threshold makes it return more of them,
+        # so that few rows are missed; `reason` then compares each one.
         self.index = MinHashLSH(threshold=max(threshold - 0.25, 0.1), num_perm=permutations)
         self.sketches: list[Any] = []
 
@@ -158,6 +183,7 @@ class NearDuplicates(Filter):
     def _sketch(self, task: Task) -> Any:
         from datasketch import MinHash
 
+        # A fixed seed: sketches are only comparable if they use the same permutations.
         sketch = MinHash(num_perm=self.permutations, seed=1)
         sketch.update_batch(
             [run.encode() for run in _runs(f"{task.prompt}\n{task.output}", self.ngram)]
@@ -166,13 +192,16 @@ class NearDuplicates(Filter):
 
 
 class Contamination(Filter):
-    """Shares a run of `ngram` words with a text of an evaluation set, or holds all of a shorter
-    text of `MIN_MATCHED_WORDS` or more.  A question and its answer count as two texts.
+    """Drops rows that share a run of `ngram` words with a text of an evaluation set.
+
+    `texts` are the questions and answers of that set.  A text with fewer than `ngram` words matches
+    if a row contains all of it and it has at least `MIN_MATCHED_WORDS` words.
     """
 
     def __init__(self, texts: Iterable[str], ngram: int = 10) -> None:
         runs = {run: run.count(" ") + 1 for text in texts for run in _runs(text, ngram)}
         self.runs = {run for run, words in runs.items() if words >= min(MIN_MATCHED_WORDS, ngram)}
+        # Texts shorter than `ngram` are runs of their own length, so rows are cut at each length.
         self.lengths = sorted({runs[run] for run in self.runs})
 
     def reason(self, task: Task) -> str | None:
@@ -182,7 +211,10 @@ class Contamination(Filter):
 
 
 class Language(Filter):
-    """Prompt and answer are in one of these languages (ISO 639-1), by `py3langid`."""
+    """Drops rows in a language other than `languages` (ISO 639-1 codes).
+
+    `py3langid` classifies prompt and answer together.
+    """
 
     def __init__(self, languages: Sequence[str] = ("en",)) -> None:
         self.languages = tuple(languages)
@@ -195,7 +227,11 @@ class Language(Filter):
 
 
 class SameResult(Filter):
-    """The result in the answer is the reference's, as `result_of` finds it (for maths)."""
+    """Drops answers whose result differs from that of the reference answer, as in maths.
+
+    `pattern` finds the result as in `evaluation.text.result_of`.  Rows without a reference pass;
+    an answer without a result is dropped.
+    """
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -208,13 +244,15 @@ class SameResult(Filter):
 
 
 class Perplexity(Filter):
-    """How likely the teacher found its text: exp of the mean negative log-probability per token.
+    """Drops answers whose perplexity under the teacher is above `at_most` or below `at_least`.
 
-    High where it rambled, very low where it recites or repeats.
+    The perplexity is exp of the mean negative log-probability per token.  It is high if the teacher
+    rambled, and very low if it recited or repeated itself.
     """
 
     def __init__(self, at_most: float | None = None, at_least: float | None = None) -> None:
-        # As logarithms: exp of what a server says of an impossible token is no float.
+        # Compared as logarithms: servers give impossible tokens log-probabilities such as -9999,
+        # and the perplexity of those overflows a float.
         self.highest = math.log(at_most) if at_most else math.inf
         self.lowest = math.log(at_least) if at_least else -math.inf
 
@@ -227,7 +265,7 @@ class Perplexity(Filter):
 
 
 class Balanced(Filter):
-    """No more than a number of each variant (Lion's 1:1)."""
+    """Keeps at most `at_most` rows of each variant: Lion keeps hard and easy tasks 1:1."""
 
     def __init__(self, at_most: int) -> None:
         self.at_most, self.counts = at_most, Counter[str]()
@@ -240,15 +278,19 @@ class Balanced(Filter):
 
 
 def _repeated(parts: Sequence[object]) -> float:
-    """Share of parts that stood earlier already."""
+    """Return the share of parts that occurred earlier in the list; 0 for an empty list."""
     return 1 - len(set(parts)) / len(parts) if parts else 0.0
 
 
 def _plain(text: str) -> str:
+    """Return the text in lower case, without outer punctuation and extra white space."""
     return " ".join(text.lower().split()).strip(" .!?:\"'")
 
 
 def _runs(text: str, length: int) -> list[str]:
-    """Runs of words in lower case without punctuation; a shorter text is one run."""
+    """Return all runs of `length` words, in lower case and without punctuation.
+
+    A text with fewer words is a single run.
+    """
     words = re.findall(r"\w+", text.lower())
     return [" ".join(words[i : i + length]) for i in range(max(len(words) - length + 1, 1))]

@@ -1,9 +1,12 @@
-"""Which tasks are hard for a student: where its answers fall behind its teacher's.
+"""Sort tasks into hard and easy ones for a student: Lion's discrimination step.
 
-N = predicted tokens, V = vocabulary.  Jiang et al. 2023 (Lion), the step of discrimination: a
-referee scores both answers from 1 to 10, twice, with their places swapped; a task is hard where the
-teacher's mean score is higher by 1 or more.  With both models at hand the mean KL on the teacher's
-answer says it without a referee, and the hardest share of the tasks is hard.
+N = predicted tokens, V = vocabulary.
+
+In Jiang et al. 2023 (Lion), a referee scores the answers of teacher and student from 1 to 10, twice
+and in both orders.  A task is hard if the teacher's mean score is higher by at least 1.
+
+If both models run on this machine, no referee is needed: tasks are ranked by the mean KL divergence
+on the teacher's answer, and a given share with the largest values is hard.
 """
 
 from __future__ import annotations
@@ -32,27 +35,34 @@ if TYPE_CHECKING:
 
     from llmdistill.teachers.local import LocalTeacher
 
-HARD_BY = 1.0  # points of the referee
+HARD_BY = 1.0  # gap between mean scores of the referee, which are from 1 to 10
 REFEREE = Sampling(temperature=0.2)
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Tasks that are hard for the student, and those that are easy."""
+    """Tasks that are hard for the student, and tasks that are easy for it."""
 
     hard: list[Task]
     easy: list[Task]
 
 
 def by_divergence(gaps: Sequence[float], tasks: Sequence[Task], hard_share: float) -> Pools:
-    """The share of the tasks with the largest gaps is hard."""
+    """Return pools in which the `hard_share` of the tasks with the largest gaps is hard.
+
+    With two or more tasks, neither pool is empty.
+    """
+    # Ties go by place, so that every run sorts the tasks in the same way.
     order = sorted(range(len(tasks)), key=lambda place: (-gaps[place], place))
     cut = max(1, min(len(tasks) - 1, round(hard_share * len(tasks))))
     return Pools([tasks[i] for i in order[:cut]], [tasks[i] for i in order[cut:]])
 
 
 def by_referee(gaps: Sequence[float | None], tasks: Sequence[Task]) -> Pools:
-    """Hard where the teacher is better by a point or more; unscored tasks are in neither pool."""
+    """Return pools in which tasks are hard if the gap is at least `HARD_BY`.
+
+    Tasks whose gap is None are in neither pool.
+    """
     scored = [(gap, task) for gap, task in zip(gaps, tasks, strict=True) if gap is not None]
     return Pools(
         [task for gap, task in scored if gap >= HARD_BY],
@@ -70,7 +80,10 @@ def divergences(
     batch_size: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[float]:
-    """Mean forward KL in nats per token on the teacher's greedy answer to each task."""
+    """Return the mean forward KL of each task in nats per token, on the teacher's greedy answer.
+
+    The student uses the teacher's tokenizer, so both must share one vocabulary.
+    """
     tokenizer = teacher.tokenizer
     examples = [Example(user(task.prompt), None, task.instruction) for task in tasks]
     ids = [render(tokenizer, example, chat_template_kwargs)[0] for example in examples]
@@ -80,6 +93,7 @@ def divergences(
         packed = Prompts.pack([ids[i] for i in some], some, pad_id=0)
         written = teacher.write(packed, GREEDY, max_new_tokens=max_new_tokens, draw=Draw(0))
         (judged,) = judge(teacher, [written])
+        # Dropout must be off, whichever mode the caller left the student in.
         with eval_mode(student):
             means += row_kl(student, judged, num_tokens(tokenizer)).tolist()
     return means
@@ -91,10 +105,12 @@ def referee_gaps(
     teachers: Sequence[Reply],
     students: Sequence[Reply],
 ) -> list[float | None]:
-    """The teacher's mean score less the student's; None where one did not answer, or the referee
-    gave no two numbers.
+    """Return the teacher's mean score minus the student's for each task.
+
+    A gap is None if one of them did not answer, or if the referee did not give two scores.
     """
     pairs = list(zip(teachers, students, strict=True))
+    # Each pair is shown in both orders: referees tend to prefer the first answer.
     asked = [
         Asked(number, 0, place, _question(task, (first.text, second.text)))
         for number, (task, pair) in enumerate(zip(tasks, pairs, strict=True))
@@ -106,16 +122,22 @@ def referee_gaps(
         if first is None or swapped is None or any(reply.refused for reply in pair):
             gaps.append(None)
         else:
+            # In the swapped question, the teacher's score is the second one.
             gaps.append((first[0] + swapped[1] - first[1] - swapped[0]) / 2)
     return gaps
 
 
 def _question(task: Task, answers: tuple[str, str]) -> Request:
+    # 16 tokens are enough for two numbers.
     return Request(user(prompts.compared(task, *answers)), REFEREE, max_new_tokens=16)
 
 
 def _scores(text: str) -> tuple[float, float] | None:
-    """A referee's two numbers from 1 to 10, where it said no others; labels and "/10" aside."""
+    """Return the two scores in a referee's reply, or None.
+
+    The reply must contain exactly two numbers, both from 1 to 10, apart from labels such as
+    "Answer 1" and from "/10".
+    """
     plain = re.sub(r"[Aa]nswer\s+[12]|/\s*10\b", " ", text)
     found = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", plain)]
     if len(found) != 2 or not all(1 <= score <= 10 for score in found):

@@ -1,12 +1,13 @@
-"""Call after call until enough rows are kept, in a folder that survives being killed anywhere.
+"""Make calls to a generator until enough rows are kept.  A run can be killed at any point.
 
-    calls.jsonl    what the teacher said, one line per call: all that cannot be made again
+    calls.jsonl    the teacher's replies, one line per call: all that cannot be computed again
     rows.jsonl     the rows that were kept, one per line
-    log.jsonl      when, how fast and why not: the only file with times
+    log.jsonl      times, speed and counts of each round: the only file that depends on the clock
 
-Calls are made in rounds of a fixed size.  What a round asks depends on the rounds before it alone,
-so rows are the same however often a run was stopped, and on any number of ranks up to the rounding
-of the teacher.  A round that was not finished is made again whole: its batches are then the same.
+Calls are made in rounds of a fixed size, and the requests of a round depend only on earlier rounds.
+The rows are therefore the same however often a run was stopped, and on any number of ranks up to
+the rounding of the teacher.  An unfinished round is made again as a whole, so that its batches are
+the same as without the interruption.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from llmdistill.instruct.requests import Asked, Reply, Request
 from llmdistill.instruct.responders import Responder
 from llmdistill.instruct.tasks import Task
 
-ALWAYS = (EmptyAnswer(),)  # no data set takes such a row
-BARREN_ROUNDS = 20  # after so many without a row a run without an end stops
+ALWAYS = (EmptyAnswer(),)  # a row without an answer is of no use in any dataset
+BARREN_ROUNDS = 20  # rounds without a kept row after which an endless generator is stopped
 
 
 @dataclass(frozen=True)
 class Made:
-    """One call that is done: what it made, a hash of what was asked, and what was said."""
+    """A finished call: its tasks, a hash of all its requests, and the replies of each stage."""
 
     call: int
     parsed: Parsed
@@ -52,7 +53,10 @@ class Made:
 
 @dataclass
 class TaskCounts:
-    """What became of the tasks so far; `variants` counts the kept ones by how they were made."""
+    """Number of tasks that were kept, and dropped by reason.
+
+    `variants` counts the kept ones by the variant of the generator that made them.
+    """
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -60,12 +64,17 @@ class TaskCounts:
 
     @property
     def made(self) -> int:
+        """Number of tasks so far, kept and dropped."""
         return self.kept + sum(self.dropped.values())
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`about` stands in every row: generator, teacher, sampling, seed."""
+    """Options of a pipeline.
+
+    A `target` of None means all calls of the generator.  `about` is added to every row: generator,
+    teacher, revision, sampling and seed.
+    """
 
     folder: Path
     target: int | None
@@ -74,7 +83,10 @@ class Settings:
 
 
 class Pipeline:
-    """Runs a generator against a responder; filters decide in the order of the calls."""
+    """Runs a generator against a responder, and filters the tasks in the order of the calls.
+
+    Raises DataError if the generator has no calls.
+    """
 
     def __init__(
         self,
@@ -84,7 +96,10 @@ class Pipeline:
         settings: Settings,
     ) -> None:
         if generator.num_calls == 0:
-            raise DataError("there is nothing to ask: 'generator.prompts' holds no row")
+            raise DataError(
+                "'generator.prompts' has no rows, so there is nothing to ask the teacher. Give a "
+                "source with at least one row."
+            )
         self.generator, self.responder, self.filters = generator, responder, filters
         self.settings = settings
         self.counts = TaskCounts()
@@ -95,9 +110,11 @@ class Pipeline:
     def run(
         self, progress: Callable[[TaskCounts, float], None] = lambda counts, seconds: None
     ) -> None:
-        """Until the target is met or the generator is done.
+        """Make rounds until the target is reached or the generator has no more calls.
 
-        `progress` hears of each round and its seconds, and first of what was there already.
+        `progress` is called after each round with its seconds, and once before, with 0 seconds, for
+        the rows of an earlier run.  Raises DataError if recorded calls do not fit this run or if
+        an endless generator keeps no more rows, and TeacherError if the teacher answers nothing.
         """
         self._take_up()
         progress(self.counts, 0.0)
@@ -106,6 +123,7 @@ class Pipeline:
             start, before = time.perf_counter(), self.counts.kept
             made = self._round(self._numbers())
             self._check_answered(made)
+            # Replies are recorded before rows: rows can be derived from replies, not vice versa.
             self._record(made)
             self._keep(made)
             seconds = time.perf_counter() - start
@@ -115,19 +133,23 @@ class Pipeline:
             if barren == BARREN_ROUNDS and self.generator.num_calls is None:
                 raise DataError(
                     f"no row was kept in the last {barren} rounds of {self.settings.round_size} "
-                    f"calls; dropped so far: {dict(self.counts.dropped)}. Change the filters or "
-                    "the generator (texts that are cut off are longer than its limits of tokens)."
+                    f"calls. Dropped so far: {dict(self.counts.dropped)}. Change the filters or "
+                    "the generator; if most texts were cut off, raise its token limits."
                 )
 
     def _check_answered(self, made: Sequence[Made]) -> None:
-        """A teacher that has refused all so far is not asked on, and none of it is recorded."""
+        """Raise TeacherError if the teacher has refused every request of this run so far.
+
+        The round is not recorded, so that a resumed run asks again after the cause was fixed.
+        """
         replies = [reply for one in made for stage in one.replies for reply in stage]
         refused = Counter(reply.refused for reply in replies)
+        # A call may make no request at all (a row without an answer to rewrite): no refusal.
         self._is_answered |= refused[""] > 0 or not replies
         if not self._is_answered:
             raise TeacherError(
-                f"the teacher answered none of {len(replies)} requests: {dict(refused)}. The first "
-                "refusals are said above. Mend what it refuses, and pass resume to go on."
+                f"the teacher answered none of {len(replies)} requests: {dict(refused)}. Fix the "
+                "cause (see any warnings above), then pass resume to continue."
             )
 
     def _is_done(self) -> bool:
@@ -144,18 +166,20 @@ class Pipeline:
         return list(range(self._next_call, end))
 
     def _round(self, numbers: Sequence[int]) -> list[Made]:
-        """The calls of these numbers, shared out over the ranks."""
+        """Make these calls, divided among the ranks.  Every rank gets the results of all calls."""
         state = PartialState()
+        # Contiguous shares, so that the gathered list is in the order of the calls.
         share = -(-len(numbers) // state.num_processes)
         own = numbers[state.process_index * share : (state.process_index + 1) * share]
         made = exchange(self.generator, self.responder, own, self._kept)
         return gather_object(made) if state.num_processes > 1 else made
 
     def _keep(self, made: Sequence[Made]) -> None:
-        """Filters what was made; what passes goes into rows.jsonl."""
+        """Filter the tasks of a round, and append the kept ones to rows.jsonl."""
         rows, before = [], list(self._kept)
         for call in made:
             self._is_answered |= any(not r.refused for stage in call.replies for r in stage)
+            # Tasks beyond the target are neither kept nor counted, so the counts add up.
             if self._is_met():
                 continue
             self.counts.dropped.update(call.parsed.dropped)
@@ -168,6 +192,8 @@ class Pipeline:
         self._append("rows.jsonl", rows)
 
     def _passes(self, task: Task) -> bool:
+        """Whether all filters keep the task; counts it either way."""
+        # Evaluated lazily: the first reason ends the search, so cheap filters should come first.
         reasons = (one.reason(task) for one in (*ALWAYS, *self.filters))
         if reason := next(filter(None, reasons), None):
             self.counts.dropped[reason] += 1
@@ -216,59 +242,67 @@ class Pipeline:
         self._append("log.jsonl", [entry])
 
     def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        # All ranks know all calls of a round; only the first one writes.
         if PartialState().is_main_process:
             append_lines(self.settings.folder / name, lines)
 
     def _take_up(self) -> None:
-        """What an earlier run recorded, as if it had just been said; half a round is forgotten."""
+        """Replay the rounds that an earlier run recorded, and delete an incomplete last round.
+
+        Rows are filtered again, so that `target` may change between runs.  Raises DataError if the
+        recorded calls do not fit the settings of this run.
+        """
         PartialState().wait_for_everyone()
         recorded = list(read_whole_lines(self.settings.folder / "calls.jsonl"))
         whole: list[Any] = []
         numbers = self._numbers()
+        # `_next_call` only counts here; it starts again from 0 for the replay below.
         while numbers and len(recorded) >= len(whole) + len(numbers):
             lines = recorded[len(whole) : len(whole) + len(numbers)]
             if [line["call"] for line in lines] != numbers:
                 raise DataError(
-                    f"{self.settings.folder / 'calls.jsonl'} holds calls of another round size; "
-                    "go on with the settings that it was begun with, or choose another folder"
+                    f"{self.settings.folder / 'calls.jsonl'} was recorded with a different round "
+                    "size. Resume with the original settings, or choose another folder."
                 )
             whole += lines
             self._next_call = numbers[-1] + 1
             numbers = self._numbers()
         self._next_call = 0
-        PartialState().wait_for_everyone()  # all have read before one writes
+        PartialState().wait_for_everyone()  # every rank has read before the first one writes
         if PartialState().is_main_process:
             drop_half_line(self.settings.folder / "calls.jsonl")
             drop_half_line(self.settings.folder / "log.jsonl")
             replace_lines(self.settings.folder / "calls.jsonl", whole)
+            # The replay below writes all rows again, so rows.jsonl may be damaged or missing.
             replace_lines(self.settings.folder / "rows.jsonl", [])
         said = {line["call"]: line["replies"] for line in whole}
         while self._next_call < len(said) and not self._is_done():
             made = exchange(self.generator, Recorded(said), self._numbers(), self._kept)
             for one in made:
-                self._check_same(whole[one.call], one)
+                _check_same(self.settings, whole[one.call], one)
             self._keep(made)
 
-    def _check_same(self, recorded: Mapping[str, Any], made: Made) -> None:
-        """A recorded call is only taken up if it was asked of this teacher in these words."""
-        where = f"recorded in {self.settings.folder / 'calls.jsonl'}"
-        if recorded["prompt_hash"] != made.prompt_hash:
-            raise DataError(
-                f"call {made.call} would ask something else today than it did when it was {where}: "
-                "prompts, seeds or the version of llmdistill changed. Restore them, or choose "
-                "another folder."
-            )
-        revision = self.settings.about.get("revision")
-        if recorded["revision"] != revision:
-            raise DataError(
-                f"call {made.call} was {where} with the teacher's revision "
-                f"'{recorded['revision']}', and the teacher is at '{revision}' now. Give "
-                "teacher.revision, or choose another folder."
-            )
+
+def _check_same(settings: Settings, recorded: Mapping[str, Any], made: Made) -> None:
+    """Raise DataError unless a recorded call has the same requests and teacher revision now."""
+    where = settings.folder / "calls.jsonl"
+    if recorded["prompt_hash"] != made.prompt_hash:
+        raise DataError(
+            f"call {made.call} would now send a different request than the one recorded in "
+            f"{where}: the prompts, the seed or the version of llmdistill changed. Restore "
+            "them, or choose another folder."
+        )
+    revision = settings.about.get("revision")
+    if recorded["revision"] != revision:
+        raise DataError(
+            f"call {made.call} in {where} was recorded with the teacher's revision "
+            f"'{recorded['revision']}', but the teacher is now at '{revision}'. Set "
+            "teacher.revision to the recorded one, or choose another folder."
+        )
 
 
 class Recorded:
-    """Replies that were given before."""
+    """Responder that returns recorded replies: `said[call][stage][place]`."""
 
     def __init__(self, said: Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
         self.said = said
@@ -283,7 +317,11 @@ def exchange(
     numbers: Sequence[int],
     machine: Sequence[Task],
 ) -> list[Made]:
-    """Makes these calls side by side: what they ask at the same stage is written together."""
+    """Run the calls with these numbers in parallel, and return them in order.
+
+    All calls advance one stage at a time, so that the requests of a stage are written as batches.
+    `machine` are the tasks that were kept before.
+    """
     calls = {number: generator.call(number, machine) for number in numbers}
     asking: dict[int, list[Request]] = {}
     said: dict[int, list[list[Reply]]] = {number: [] for number in numbers}
@@ -291,6 +329,7 @@ def exchange(
     done: dict[int, Parsed] = {}
 
     def go_on(number: int, replies: list[Reply] | None) -> None:
+        # A call is a Python generator: it yields requests, and returns its tasks at the end.
         try:
             asking[number] = calls[number].send(replies)  # type: ignore[arg-type]
         except StopIteration as stop:
@@ -306,7 +345,7 @@ def exchange(
             for place, request in enumerate(requests)
         ]
         replies = iter(responder.respond(asked))
-        for number, requests in list(asking.items()):
+        for number, requests in list(asking.items()):  # a copy: `go_on` changes `asking`
             asked_text[number] += map(repr, requests)
             said[number].append([next(replies) for _ in requests])
             go_on(number, said[number][-1])

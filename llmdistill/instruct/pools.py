@@ -1,4 +1,4 @@
-"""Lion's pools: hard and easy tasks, told apart once and then read from gaps.json."""
+"""Lion's pools of hard and easy tasks: compared once, then read from gaps.json."""
 
 from __future__ import annotations
 
@@ -38,9 +38,11 @@ def tell_apart(
     begin: Callable[[], None] = lambda: None,
     is_new: bool = False,
 ) -> Pools:
-    """The tasks of a section's pool in two, as gaps.json in `folder` has it, or by comparing.
+    """Return the hard and easy tasks of a section's pool.
 
-    A comparison calls `begin` before it asks or writes anything.  With `is_new` it is always made.
+    The gaps between teacher and student are read from gaps.json in `folder`.  If that file does not
+    exist, or with `is_new`, they are measured: this calls `begin` before it sends or writes
+    anything.  Raises DataError if gaps.json was made from another pool.
     """
     record = folder / "gaps.json"
     tasks = read_tasks(section.pool)
@@ -49,17 +51,20 @@ def tell_apart(
         found = json.loads(record.read_text(encoding="utf-8"))
         if found["pool"] != pool:
             raise DataError(
-                f"generator.pool is not the one that {record} was made from; restore it"
+                f"generator.pool differs from the pool that {record} was made from. Restore the "
+                "original pool, or choose another folder."
             )
         gaps = found["gaps"]
     else:
-        logger.info("telling hard tasks from easy ones")
+        logger.info("sorting the tasks of the pool into hard and easy ones")
+        # Only the first rank compares: the student is a second model in memory, and all ranks need
+        # the same gaps.
         is_main = PartialState().is_main_process
         found = [_gaps(recipe, section, responder, tasks, begin) if is_main else None]
         gaps = broadcast_object_list(found)[0]
         if is_main:
             replace_lines(record, [{"pool": pool, "gaps": gaps}])
-        PartialState().wait_for_everyone()
+        PartialState().wait_for_everyone()  # no rank continues before the file exists
     if section.compare_by == "referee":
         return by_referee(gaps, tasks)
     return by_divergence(gaps, tasks, section.hard_share)
@@ -72,6 +77,8 @@ def _gaps(
     tasks: list[Task],
     begin: Callable[[], None],
 ) -> list[float] | list[float | None]:
+    """Return the gap of each task: KL in nats per token, or the referee's difference in points."""
+    # The student is wrapped as a LocalTeacher because it writes answers in the same way.
     student = LocalTeacher(
         load_model(section.student, dtype="auto"), load_tokenizer(section.student)
     )
@@ -85,6 +92,7 @@ def _gaps(
             num_rows(teacher.model),
             num_rows(student.model),
         )
+        # Both models are loaded and fit together, so an old dataset in the folder may go now.
         begin()
         return divergences(
             teacher, student.model, tasks, max_new_tokens=size, batch_size=recipe.batch_size,

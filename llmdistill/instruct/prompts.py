@@ -1,5 +1,6 @@
-"""What a teacher is told.  Small teachers follow short prompts: nothing here is longer than it
-must be.
+"""The prompts that a teacher reads.
+
+They are as short as possible, because small teachers follow short prompts better.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from llmdistill.instruct.tasks import Task
 
 
 def task_list(examples: Sequence[Task], count: int) -> str:
-    """Asks to go on with a list of tasks, up to `count` of them (Alpaca)."""
+    """Return a prompt that asks to continue a list of tasks up to number `count`.
+
+    Taori et al. 2023, Alpaca.
+    """
     listed = "".join(write_task(i + 1, task) for i, task in enumerate(examples))
     new = count - len(examples)
     return (
@@ -28,7 +32,10 @@ def task_list(examples: Sequence[Task], count: int) -> str:
 
 
 def instruction_list(examples: Sequence[str]) -> str:
-    """Asks to go on with a list of instructions alone (Self-Instruct)."""
+    """Return a prompt that asks to continue a list of instructions.
+
+    Wang et al. 2023, Self-Instruct.
+    """
     listed = "\n".join(f"{i + 1}. {text}" for i, text in enumerate(examples))
     return (
         "Go on with this list of tasks for a text assistant. Each new one is different from all "
@@ -37,7 +44,10 @@ def instruction_list(examples: Sequence[str]) -> str:
 
 
 def is_classification(instruction: str, examples: Sequence[Task], labels: Sequence[bool]) -> str:
-    """Asks whether the answers are a few fixed labels."""
+    """Return a prompt that asks whether an instruction can only be answered by a few fixed labels.
+
+    `labels` are the right answers for `examples`.
+    """
     shown = "\n".join(
         f"Task: {task.instruction}\nFixed answers: {'yes' if label else 'no'}"
         for task, label in zip(examples, labels, strict=True)
@@ -49,8 +59,10 @@ def is_classification(instruction: str, examples: Sequence[Task], labels: Sequen
 
 
 def instance(instruction: str, *, output_first: bool) -> str:
-    """Asks for an input and its output; where answers are labels, for the label first, so that not
-    all inputs get the same one.
+    """Return a prompt that asks for an input and its output.
+
+    For classification, use `output_first`: if the input came first, most inputs would get the same
+    label (Wang et al. 2023, Self-Instruct).
     """
     fields = ("Output", "Input") if output_first else ("Input", "Output")
     first = "Choose one possible answer, then write an input that it is right for."
@@ -62,7 +74,7 @@ def instance(instruction: str, *, output_first: bool) -> str:
 
 
 def rewritten(task: Task) -> str:
-    """Asks for a given answer in the teacher's own words (SDFT)."""
+    """Return a prompt that asks for an answer in the teacher's own words (SDFT)."""
     return (
         f"Question:\n{task.prompt}\n\nA correct answer:\n{task.output}\n\n"
         "Answer the question in your own words. Keep every fact and the result of the answer "
@@ -71,7 +83,7 @@ def rewritten(task: Task) -> str:
 
 
 def harder(task: Task) -> str:
-    """Asks for a more demanding variant."""
+    """Return a prompt that asks for a harder variant of a task."""
     return (
         f"{task.prompt}\n\nWrite a new task from the same field as the one above that is harder: "
         "it needs one more step or one more condition. Write the task alone, in one or two "
@@ -80,7 +92,7 @@ def harder(task: Task) -> str:
 
 
 def rarer(task: Task) -> str:
-    """Asks for a task of the same field and difficulty that hardly anyone asks for (Lion)."""
+    """Return a prompt that asks for a rare task of the same field and difficulty (Lion)."""
     return (
         f"{task.prompt}\n\nWrite a new task from the same field and as difficult as the one above, "
         "but much less common. Write the task alone, in one or two sentences."
@@ -88,7 +100,7 @@ def rarer(task: Task) -> str:
 
 
 def compared(task: Task, first: str, second: str) -> str:
-    """Asks a referee for two scores (Lion)."""
+    """Return a prompt that asks a referee to score two answers from 1 to 10 (Lion)."""
     return (
         f"Question:\n{task.prompt}\n\nAnswer 1:\n{first}\n\nAnswer 2:\n{second}\n\n"
         "Score each answer from 1 to 10 for being right, helpful and complete; their order and "
@@ -97,7 +109,7 @@ def compared(task: Task, first: str, second: str) -> str:
 
 
 def alike(task: Task) -> str:
-    """Asks for another task of the same field and kind (Lion)."""
+    """Return a prompt that asks for a new task of the same field and kind (Lion)."""
     return (
         f"{task.prompt}\n\nWrite a new task from the same field and of the same kind as the one "
         "above. Write the task alone, in one or two sentences."

@@ -1,4 +1,4 @@
-"""What a generator asks of a teacher, and what comes back."""
+"""Requests of a generator to a teacher, and replies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from llmdistill.sampling import Sampling
 
 @dataclass(frozen=True)
 class Request:
-    """A conversation to go on with.
+    """A conversation that the teacher continues.
 
-    `turn` is whose text comes next: a teacher can be asked to write what a user would say.
-    `start` is what that text begins with, `stop` what it ends before; neither comes back with the
-    reply.
+    `turn` is the role whose text comes next: a teacher can also write what a user would say.  The
+    text begins with `start` and ends before `stop`; the reply contains neither.
     """
 
     messages: tuple[Message, ...]
@@ -30,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request with what its randomness is keyed by: the call, its stage, the place there."""
+    """A request with the key of its randomness: call, stage of the call, and place in the stage."""
 
     call: int
     stage: int
@@ -40,10 +39,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Reply:
-    """The text, and whether the limit of new tokens cut it off.
+    """The teacher's text.
 
-    `refused` is why there is no text: a request that was not, or could not be, answered.
-    `log_prob` is the text's mean log-probability in nats per token, where it was asked for.
+    `truncated`: the limit of new tokens cut the text off.  `refused`: why there is no text; empty
+    if there is one.  `log_prob`: the mean log-probability of the text in nats per token, or None if
+    the responder does not score replies.
     """
 
     text: str
@@ -52,11 +52,12 @@ class Reply:
     log_prob: float | None = None
 
 
-# One call of a generator: it asks some things at once, is told, asks again, and ends with what it
-# made.  The same number and the same replies give the same tasks.
+# One call of a task generator, as a Python generator.  It yields several requests at once, is sent
+# their replies, yields the next ones, and returns its tasks.  The same number of the call and the
+# same replies must give the same tasks, because resumed runs replay recorded replies.
 Call = Generator[list[Request], list[Reply], Parsed]
 
 
 def user(text: str) -> tuple[Message, ...]:
-    """A conversation of one user turn."""
+    """Return a conversation that consists of one user turn."""
     return ({"role": "user", "content": text},)

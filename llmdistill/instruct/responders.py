@@ -1,10 +1,10 @@
-"""Who replies to a generator: a teacher on this machine, or one behind a server.
+"""Responders get replies to the requests of a generator, from a local or a remote teacher.
 
-N = predicted tokens.
+N = predicted tokens, G = tokens of one response.
 
-Randomness is keyed by the request.  On this machine a reply does not depend on the rest of its
-batch, up to the rounding of the teacher, and requests of a round come in the same batches each
-time.  A server is sent a seed that is made in the same way, and may or may not use it.
+Randomness is keyed by the request.  On this machine, a reply does not depend on the other rows of
+its batch, up to the rounding of the teacher, and the requests of a round form the same batches in
+every run.  A server is sent a seed that is made from the same key, but it may ignore it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from llmdistill.teachers.local import LocalTeacher
 
 CONTROL_TOKEN, NO_UNICODE = "control token in the text", "text that is not Unicode"
-# What servers of the common families read as a control token wherever it stands.
+# Control tokens of the common model families.  A server renders the chat template itself and reads
+# them anywhere in a text, so a user's text could open or close turns.
 _CONTROL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c\s]{1,40}\uff5c>|</?s>|\[/?INST\]|<</?SYS>>"
     r"|<(?:start|end)_of_turn>|<\|?turn\|?>|<(?:bos|eos|pad|unk)>|</?tool_(?:call|response)>"
@@ -48,15 +49,18 @@ _CONTROL = re.compile(
 
 
 class Responder(Protocol):
+    """Anything that replies to requests."""
+
     def respond(self, asked: Sequence[Asked]) -> list[Reply]:
-        """A reply to each request, in their order."""
+        """Return a reply to each request, in the same order."""
         ...
 
 
 class LocalResponder:
-    """Writes `batch_size` replies at a time, those of similar length together.
+    """Responder with a teacher on this machine.
 
-    With `scored` replies come with their log-probability.
+    It writes `batch_size` replies at a time and batches prompts of similar length.  With `scored`,
+    each reply has its log-probability.
     """
 
     def __init__(
@@ -70,11 +74,14 @@ class LocalResponder:
     ) -> None:
         self.teacher, self.seed, self.batch_size = teacher, seed, batch_size
         self.scored, self.template_options = scored, dict(chat_template_kwargs or {})
+        # Any special token ends a reply: one that opens a turn means that the teacher has started
+        # to write the next turn.
         known = teacher.tokenizer.added_tokens_decoder.items()
         special = {number for number, token in known if token.special}
         self._ends = end_ids(teacher.model, teacher.tokenizer) | special
 
     def respond(self, asked: Sequence[Asked]) -> list[Reply]:
+        # A batch has one setting for everything but its prompts, so requests are grouped first.
         prompts = [self._prompt(one.request) for one in asked]
         replies: dict[int, Reply] = {}
         groups: dict[tuple[Sampling, int, int, str], list[int]] = {}
@@ -85,6 +92,7 @@ class LocalResponder:
             groups.setdefault(key, []).append(place)
         for (sampling, max_new_tokens, stage, stop), places in groups.items():
             places.sort(key=lambda place: len(prompts[place]))
+            # With continuous batching, transformers forms the batches itself.
             size = len(places) if sampling.continuous else self.batch_size
             for start in range(0, len(places), size):
                 some = places[start : start + size]
@@ -92,6 +100,7 @@ class LocalResponder:
                     [prompts[place] for place in some], [asked[place].call for place in some],
                     pad_id=self.teacher.tokenizer.pad_token_id,
                 )  # fmt: skip
+                # The key of the randomness: row = call, epoch = stage, sample = place in the stage.
                 sample = tuple(asked[place].place for place in some)
                 written = self.teacher.write(
                     batch, sampling, max_new_tokens=max_new_tokens,
@@ -101,6 +110,7 @@ class LocalResponder:
         return [replies[place] for place in range(len(asked))]
 
     def _prompt(self, request: Request) -> list[int]:
+        """Return the ids up to where the teacher's text begins, `request.start` included."""
         tokenizer, options = self.teacher.tokenizer, self.template_options
         if request.turn == "user":
             ids = open_user_turn(tokenizer, options)
@@ -109,8 +119,9 @@ class LocalResponder:
         return ids + continued(tokenizer, request.start, "a request")
 
     def _replies(self, written: Sequences, stop: str) -> list[Reply]:
-        """Each text up to the first token that only a template writes (an end, another turn), or to
-        `stop`.
+        """Return the text of each row up to `stop` or to the first special token.
+
+        Only a template writes special tokens: they end a turn or open another one.
         """
         tokenizer, replies = self.teacher.tokenizer, []
         each = written_log_probs(self.teacher, written) if self.scored else None
@@ -119,20 +130,24 @@ class LocalResponder:
             text = tokenizer.decode(ids[:end])
             cut = text.find(stop) if stop else -1
             mean = None
-            if each is not None:  # of the text, and of the token that ends it
+            if each is not None:  # over the tokens of the text and the one that ends it
                 count = end + 1 if cut < 0 else _tokens_of(tokenizer, ids, cut)
                 mean = float(each[row][:count].mean())
+            # Neither ended nor stopped: the limit of new tokens cut it off.
             is_whole = end < len(ids) or cut >= 0
             replies.append(Reply(text if cut < 0 else text[:cut], not is_whole, log_prob=mean))
         return replies
 
 
 class RemoteResponder:
-    """Asks a server: conversations as chats, what a user would say as plain text.
+    """Responder with a teacher behind a server.
 
-    What was said is recorded reply by reply in `record`, a folder, so that a run that stops within
-    a round asks nothing twice.  A server reads control tokens wherever they stand, so a request
-    whose text holds one is not made.
+    Conversations go to its chat endpoint.  The text of a user goes to its completions endpoint,
+    after the opening of the turn by the chat template.
+
+    Each reply is recorded in the folder `record` as it arrives, so that a run that stops within a
+    round sends no request twice.  A request whose text contains a control token is not sent,
+    because the server would interpret the token.
     """
 
     def __init__(self, teacher: RemoteTeacher, *, seed: int, record: Path | None = None) -> None:
@@ -147,7 +162,8 @@ class RemoteResponder:
             text = _after(asked[place].request.start, spoken.text)
             reply = Reply(text, spoken.truncated, spoken.refused, spoken.log_prob)
             replies[place] = reply
-            if self.record and not spoken.refused:  # what is refused may be mended
+            # Refusals are not recorded: their cause may be fixed before the run is resumed.
+            if self.record and not spoken.refused:
                 line = {"key": _key(asked[place]), "reply": asdict(reply)}
                 append_lines(self._file(PartialState().process_index), [line])
 
@@ -156,23 +172,25 @@ class RemoteResponder:
         return [reply for reply in replies if reply is not None]
 
     def _withheld(self, request: Request) -> Reply | None:
-        """A reply in place of the server's, where the request is not to be sent."""
+        """Return a refusal for a request that must not be sent, or None."""
         known = self.teacher.tokenizer.all_special_tokens if self.teacher.tokenizer else ()
         for text in (message["content"] for message in request.messages):
             if _CONTROL.search(text) or any(token in text for token in known):
                 return Reply("", refused=CONTROL_TOKEN)
+            # A lone surrogate is half a character: it cannot be encoded as UTF-8.
             if any("\ud800" <= character <= "\udfff" for character in text):
                 return Reply("", refused=NO_UNICODE)
         return None
 
     def forget(self) -> None:
-        """The run is over, and all that was said is recorded with its calls."""
+        """Delete the recorded replies of a finished run: calls.jsonl has them all."""
         for file in self._files():
             file.unlink()
 
     @cached_property
     def _recorded(self) -> dict[str, Reply]:
-        """What an earlier run was told, by the key of what was asked."""
+        """Recorded replies of an earlier run on any rank, by the key of their request."""
+        # Each rank repairs only its own file: the other ranks repair theirs at the same time.
         if self.record:
             drop_half_line(self._file(PartialState().process_index))
         lines = (line for file in self._files() for line in read_whole_lines(file))
@@ -187,6 +205,7 @@ class RemoteResponder:
 
     def _question(self, asked: Asked) -> Question:
         request = asked.request
+        # The same key as on this machine, reduced to the 31 bits that servers accept as a seed.
         draw = Draw(self.seed, epoch=asked.stage, sample=asked.place)
         seed = int(row_keys(draw, torch.tensor([asked.call]), Writer.TEACHER)) % 2**31
         prompt: str | tuple[dict[str, str], ...] = request.messages
@@ -200,9 +219,10 @@ class RemoteResponder:
 
 
 def written_log_probs(teacher: LocalTeacher, written: Sequences) -> list[Tensor]:
-    """The teacher's log-probability of each token that it wrote, in nats: one (G,) per row.
+    """Return the teacher's log-probabilities of the tokens that it wrote, in nats.
 
-    At temperature 1, whatever it was drawn with.
+    There is one tensor (G,) for each row.  They are computed at temperature 1, whatever the
+    sampling settings were.
     """
     responses = written.responses()
     (judged,) = judge(teacher, [written])
@@ -212,31 +232,35 @@ def written_log_probs(teacher: LocalTeacher, written: Sequences) -> list[Tensor]
 
 
 def _stop(request: Request, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
-    """What the text of a turn ends before."""
+    """Return the text that ends a turn, or "" if only tokens end it."""
     return request.stop or (close_user_turn(tokenizer, options) if request.turn == "user" else "")
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
-    """What opens a user's turn, without the first token that a server writes itself."""
+    """Return the text that opens a user's turn, without the BOS token if the server adds it."""
     text = str(tokenizer.decode(open_user_turn(tokenizer, options)))
+    # A server adds BOS to a plain prompt if its tokenizer, which is this one, does.
     writes_it = tokenizer.bos_token and tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
     return text.removeprefix(tokenizer.bos_token) if writes_it else text
 
 
 def _tokens_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) -> int:
-    """How many tokens it takes to write so many characters; one or more."""
+    """Return how many of the first tokens decode to at least `length` characters; at least 1."""
+    # Decoded from the start each time: a character may need several tokens.
     return next(n for n in range(1, len(ids) + 1) if len(tokenizer.decode(ids[:n])) >= length)
 
 
 def _key(asked: Asked) -> str:
+    """Return a hash of the whole request, so that a changed prompt finds no old reply."""
     return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
 
 
 def _after(start: str, text: str) -> str:
-    """The reply behind what it was to begin with.
+    """Return the part of a server's reply after `start`, the text that it should continue.
 
-    A chat goes on from there (then its first item has a later number), or says it again, perhaps
-    after a greeting, or starts counting again.
+    A server is not told how its reply should start.  The model may continue from there, in
+    which case the first numbered item has a later number.  Or it repeats the start, perhaps after a
+    greeting, or counts again from 1; then everything up to and including that item's mark is cut.
     """
     last = re.match(r"(\d+)[.)]? ?(.*)", start.rpartition("\n")[2])
     if last is None:

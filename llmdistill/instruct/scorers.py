@@ -1,5 +1,6 @@
-"""Which of several answers to one prompt is kept.  A scorer is a pure function: tasks in, a score
-for each, higher is better.
+"""Scorers choose the best of several answers to one prompt.
+
+A scorer is a pure function from tasks to one score for each, where higher is better.
 """
 
 from __future__ import annotations
@@ -11,15 +12,25 @@ from llmdistill.instruct.tasks import Task
 
 
 def likelihood(tasks: Sequence[Task]) -> list[float]:
-    """The teacher's own mean log-probability, in nats per token."""
+    """Return the teacher's mean log-probability of each answer, in nats per token.
+
+    Raises ValueError if an answer has none.
+    """
     if any(task.log_prob is None for task in tasks):
-        raise ValueError("the teacher was not asked for log-probabilities")
+        raise ValueError(
+            "'likelihood' compares log-probabilities, but some answers have none. Create the "
+            "responder with scored=True."
+        )
     return [task.log_prob or 0.0 for task in tasks]
 
 
 def consensus(tasks: Sequence[Task]) -> list[float]:
-    """Mean ROUGE-L to the other answers: minimum Bayes risk (Eikema and Aziz 2020)."""
+    """Return the similarity (ROUGE-L F) of each answer to the others.
+
+    The best answer minimises the Bayes risk (Eikema and Aziz 2020).
+    """
     texts = [task.output for task in tasks]
+    # The sum ranks answers as the mean would: each is compared with equally many others.
     return [
         sum(rouge_l(text, other) for j, other in enumerate(texts) if j != i)
         for i, text in enumerate(texts)
@@ -27,7 +38,7 @@ def consensus(tasks: Sequence[Task]) -> list[float]:
 
 
 def reference(tasks: Sequence[Task]) -> list[float]:
-    """ROUGE-L to the answer that was there; 0 where there was none."""
+    """Return the ROUGE-L F of each answer to its reference; 0 without a reference."""
     return [rouge_l(task.output, task.reference or "") for task in tasks]
 
 
@@ -39,7 +50,10 @@ SCORERS: dict[str, Callable[[Sequence[Task]], list[float]]] = {
 
 
 def best(tasks: Sequence[Task], by: str) -> Task:
-    """The answer with the highest score, the first of several; one that was cut off comes last."""
+    """Return the answer with the highest score by the scorer `by`, a key of `SCORERS`.
+
+    Truncated answers rank below all others, and the first of several equal answers wins.
+    """
     scores = SCORERS[by](tasks)
     order = range(len(tasks))
     return tasks[max(order, key=lambda i: (not tasks[i].truncated, scores[i], -i))]

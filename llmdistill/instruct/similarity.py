@@ -1,8 +1,9 @@
-"""How alike two texts are: ROUGE-L against a large pool, fast and to the last digit.
+"""ROUGE-L between a text and a large pool of texts, fast and with the results of `rouge_score`.
 
-ROUGE-L's F-measure of two token lists is 2 LCS / (m + n), which is the normalised indel similarity.
-Every token is written as one character, so that `rapidfuzz` compares whole pools as strings and
-gives up on a pair as soon as it cannot reach the threshold.
+The F-measure of ROUGE-L for lists of m and n tokens is 2 LCS / (m + n), with LCS the length of the
+longest common subsequence.  This equals the normalised indel similarity.  Each token is encoded as
+one character, so that `rapidfuzz` can compare a whole pool as strings, and stop with a pair as soon
+as it cannot reach the threshold.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from rapidfuzz import process
 from rapidfuzz.distance import Indel
 from rouge_score import tokenize
 
-FIRST_CHARACTER = 0x100  # one each for up to a million different tokens
-ROUNDING = 1e-9
+FIRST_CHARACTER = 0x100  # Unicode has over a million code points from here: one for each token
+ROUNDING = 1e-9  # pairs this close below the threshold are computed exactly as well
 
 
 class Match(NamedTuple):
-    """The most similar text of a pool: ROUGE-L F, and its place there."""
+    """The most similar text of a pool: its ROUGE-L F, and its index in the pool."""
 
     score: float
     place: int
 
 
 class RougePool:
-    """Texts, and the one among them that a new text is most like.
+    """A pool of texts that finds the one most similar to a new text.
 
-    Tokens are `rouge_score`'s: lower case, letters and digits of ASCII, no stemming.
+    Tokens are those of `rouge_score`: ASCII letters and digits in lower case, without stemming.
     """
 
     def __init__(self) -> None:
@@ -38,11 +39,17 @@ class RougePool:
         return len(self._texts)
 
     def add(self, text: str) -> None:
+        """Add a text; its index is the number of texts before it."""
         self._texts.append(self._encode(text))
 
     def nearest(self, text: str, above: float) -> Match | None:
-        """The text with the highest ROUGE-L F, where that is more than `above`; else None."""
+        """Return the text with the highest ROUGE-L F, or None if that is not over `above`.
+
+        The first one wins if several are equal.
+        """
         encoded = self._encode(text)
+        # rapidfuzz rounds differently from rouge_score, so its cutoff is a little lower, and the
+        # candidates are scored again in rouge_score's way.
         found = process.extract(
             encoded,
             self._texts,
@@ -56,6 +63,7 @@ class RougePool:
         return best if best is not None and best.score > above else None
 
     def _encode(self, text: str) -> str:
+        """Return the tokens as one character each; the same token always gets the same one."""
         known = self._characters
         return "".join(
             known.setdefault(token, chr(FIRST_CHARACTER + len(known)))
@@ -64,7 +72,7 @@ class RougePool:
 
 
 def rouge_l(first: str, second: str) -> float:
-    """ROUGE-L F of two texts."""
+    """Return the ROUGE-L F of two texts, in [0, 1]."""
     pool = RougePool()
     pool.add(second)
     match = pool.nearest(first, 0.0)
@@ -72,9 +80,10 @@ def rouge_l(first: str, second: str) -> float:
 
 
 def _f_measure(first: str, second: str) -> float:
-    """As `rouge_score` rounds it."""
+    """Return the F-measure with the operations, and so the rounding, of `rouge_score`."""
     if not first or not second:
         return 0.0
+    # The indel distance is m + n - 2 LCS.
     common = (len(first) + len(second) - Indel.distance(first, second)) // 2
     precision, recall = common / len(first), common / len(second)
     return 2 * precision * recall / (precision + recall) if common else 0.0

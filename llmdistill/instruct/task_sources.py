@@ -13,12 +13,16 @@ from llmdistill.recipe import SourceRecipe
 
 
 def read_tasks(sources: Iterable[SourceRecipe]) -> list[Task]:
-    """The rows of sources as tasks: the user's turn, and the answer if there is one."""
+    """Return the rows of sources as tasks: the user's turn, and the answer if there is one.
+
+    Raises RecipeError for a source with a weight, and DataError for a row that is malformed or has
+    more than one turn.
+    """
     sources = list(sources)
     if weighted := [source for source in sources if source.weight != 1]:
         raise RecipeError(
-            f"'{weighted[0].source}' has weight {weighted[0].weight}: weights are for training; "
-            "here each row is read once"
+            f"'{weighted[0].source}' has weight {weighted[0].weight}, but weights apply only to "
+            "training data: here each row is read once. Remove 'weight'."
         )
     return [
         _task(row, place, source.format)
@@ -28,13 +32,19 @@ def read_tasks(sources: Iterable[SourceRecipe]) -> list[Task]:
 
 
 def _task(row: Any, place: str, form: str) -> Task:
+    # `read` yields the error of a malformed row in its place; tasks have no `on_bad_row: skip`.
     if isinstance(row, DataError):
         raise row
     example = to_examples(row, place, form=form)[0]
     if len(example.prompt) != 1:
-        raise DataError(f"{place}: a task is one user turn, got {len(example.prompt)} messages")
+        raise DataError(
+            f"{place}: a task must have a single user turn as its prompt, got "
+            f"{len(example.prompt)} messages. Use rows of one turn."
+        )
+    # Tables (CSV) have only text, so "False" must be read as a word.
     classifies = str(row.get("is_classification", False)).strip().lower() in ("true", "yes", "1")
     if form_of(row, place, form) == "alpaca":
+        # From the row, not the example, which joins instruction and input into one text.
         instruction, given, output = (
             str(row.get(key) or "") for key in ("instruction", "input", "output")
         )

@@ -1,4 +1,4 @@
-"""What a generator makes: an instruction, perhaps with an input, and its answer."""
+"""The tasks that generators make."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """`truncated`: the teacher was cut off by the limit of new tokens.  `reference` is the answer
-    that a data set already had, where the task comes from one; `classifies`: its answers are a few
-    fixed labels; `variant`: which way of its generator made it; `log_prob`: the teacher's mean
-    log-probability of what it wrote, in nats per token, where it was asked for.
+    """An instruction, perhaps with an input, and its answer.
+
+    - `truncated`: the limit of new tokens cut the answer off.
+    - `reference`: the answer in the dataset that the task comes from, if it has one.
+    - `classifies`: the answers are a few fixed labels.
+    - `variant`: how its generator made the task, for example "harder".
+    - `log_prob`: the teacher's mean log-probability of the text that it wrote, in nats per token;
+      None if it was not scored.
     """
 
     instruction: str
@@ -24,5 +28,5 @@ class Task:
 
     @property
     def prompt(self) -> str:
-        """What a user would say: the instruction, its input below."""
+        """The user's turn: the instruction, and the input below it if there is one."""
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction

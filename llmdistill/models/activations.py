@@ -1,4 +1,4 @@
-"""What a sample text shows of a model's parts: means over its tokens, a few rows at a time.
+"""Measure modules of a model on a sample text: means over its tokens, a few rows at a time.
 
 B = sequences, T = tokens.
 """
@@ -16,7 +16,7 @@ from llmdistill.models.heads import split
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS = 8
+ROWS = 8  # rows in one forward pass, which bounds the memory
 
 
 @torch.no_grad()
@@ -27,13 +27,15 @@ def mean_over_tokens(
     input_ids_BT: Tensor,
     attention_mask_BT: Tensor,
 ) -> Tensor:
-    """The mean over real tokens of `measure(args, kwargs, output) -> (B, T, ...)` at each part, in
-    the order in which they run: (parts, ...).
+    """Return the mean of a measure over all tokens except padding: (number of parts, ...).
+
+    `measure(args, kwargs, output)` gets the arguments and the output of the forward pass of a part,
+    and returns (B, T, ...).  The result is in the order in which the parts run.
     """
     sums: list[Tensor] = []
     for start in range(0, len(input_ids_BT), ROWS):
         ids_BT, mask_BT = (x[start : start + ROWS] for x in (input_ids_BT, attention_mask_BT))
-        columns = mask_BT.any(0)
+        columns = mask_BT.any(0)  # columns that are padding in all of these rows are left out
         found = _sums(model, parts, measure, ids_BT[:, columns], mask_BT[:, columns])
         sums = found if not sums else [a + b for a, b in zip(sums, found, strict=True)]
     return torch.stack(sums) / attention_mask_BT.sum()
@@ -46,6 +48,7 @@ def _sums(
     ids_BT: Tensor,
     mask_BT: Tensor,
 ) -> list[Tensor]:
+    """Return the sum of the measure over the tokens of some rows, for each part."""
     real_BT = mask_BT.bool()
     found: list[Tensor] = []
 
@@ -54,6 +57,7 @@ def _sums(
 
     hooks = [part.register_forward_hook(record, with_kwargs=True) for part in parts]
     try:
+        # Without the head: no part needs logits, and they would be the largest tensor.
         backbone, _ = split(model)
         backbone(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
     finally:

@@ -1,4 +1,4 @@
-"""A student that trains a small adapter beside frozen weights (LoRA), alone or merged at the end.
+"""LoRA adapters: a student with frozen weights that trains a small adapter, merged or saved alone.
 
 A, B = the two factors of a layer's change, I = inputs, O = outputs, R = rank:
 W' = W + scaling * B A (Hu et al. 2021, eq. 3).
@@ -28,10 +28,10 @@ def add_adapter(
     dropout: float,
     seed: int,
 ) -> PeftModel:
-    """The model with its weights frozen and a LoRA adapter on the target layers.
+    """Return the model with frozen weights and a trainable LoRA adapter on the target layers.
 
-    `targets` are names of linear layers, or `all-linear`: all but the head.  Raises ModelError
-    where a name is none of the model's layers.
+    `targets` are names of linear layers, or "all-linear" for all of them except the head.  Raises
+    ModelError if no layer has one of the names.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -41,27 +41,32 @@ def add_adapter(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2
+        # GPT-2's layers are Conv1D, whose weights are stored transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
+    # All ranks and runs start with the same adapter, and the global generator is left as it was.
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # the same start on every rank and in every run
+        torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)
         except ValueError as error:
             layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
             names = sorted({name.rpartition(".")[2] for name, _ in layers})
             raise ModelError(
-                f"student.peft.targets: {error} Linear layers here: {', '.join(names)}."
+                f"student.peft.targets: {error} Choose among the linear layers of this model: "
+                f"{', '.join(names)}."
             ) from error
 
 
 def merged_state(student: PeftModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the plain model that the adapted one amounts to, under its own names.
+    """Return the weights of the plain model with the adapter merged, under the plain model's names.
 
-    `state` is the adapted model's whole state: live, or gathered where a wrapper shards it.  Raises
-    ModelError for adapters that are not plain LoRA.
+    `state` is the complete state dict of the adapted model; a sharded one must be gathered first.
+    Raises ModelError for adapters that are not plain LoRA.
     """
+    # Computed from a state dict instead of by PEFT's merge: this works with a gathered state, and
+    # it leaves the model as it is, so that training can continue.
     prefix = "base_model.model."
     weights = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     merged = {
@@ -73,6 +78,7 @@ def merged_state(student: PeftModel, state: Mapping[str, Tensor]) -> dict[str, T
     for name, layer in _lora_layers(student, adapter):
         down_RI = weights[f"{name}.lora_A.{adapter}.weight"]
         up_OR = weights[f"{name}.lora_B.{adapter}.weight"]
+        # Added in float32, so that the sum is rounded only once.
         change_OI = layer.scaling[adapter] * (up_OR.float() @ down_RI.float())
         change = change_OI.t() if layer.fan_in_fan_out else change_OI
         base = merged[f"{name}.weight"]
@@ -81,6 +87,7 @@ def merged_state(student: PeftModel, state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _lora_layers(student: PeftModel, adapter: str) -> list[tuple[str, Any]]:
+    """Return the names and modules of the layers that the adapter is on."""
     from peft.tuners.lora import LoraLayer
 
     layers = []
@@ -88,8 +95,8 @@ def _lora_layers(student: PeftModel, adapter: str) -> list[tuple[str, Any]]:
         if isinstance(layer, LoraLayer):
             if adapter not in layer.lora_A or layer.use_dora.get(adapter) or layer.merged:
                 raise ModelError(
-                    f"the adapter on {name} is not plain LoRA and cannot be merged here; export it "
-                    "as an adapter (student.peft.save: adapter)"
+                    f"the adapter on {name} is not plain LoRA, so it cannot be merged. Export it "
+                    "as an adapter: set student.peft.save: adapter."
                 )
             layers.append((name, layer))
     return layers

@@ -1,4 +1,4 @@
-"""Builds the student that a recipe asks for.
+"""Build the student that a recipe describes.
 
 B = sequences, T = tokens.
 """
@@ -27,11 +27,15 @@ def build_student(
     device: torch.device | str | None,
     seed: int,
 ) -> PreTrainedModel:
-    """The student as it is trained: carved, and with an adapter, where the recipe says so.
+    """Return the student as it is trained: carved and with an adapter if the recipe has them.
 
-    `base` is its model where that is loaded already; only a carved student, which copies what it
-    keeps, can use it.  `sample` is text to carve by: ids and mask, (B, T) each.
+    `base` is the model of the student if it is already loaded (as the teacher).  It is used only
+    for a carved student, which copies the weights that it keeps.  `sample` is the text on which
+    influence and activity are measured: ids and mask, (B, T) each.
+
+    Raises RecipeError for a quantised base that is not trained by an adapter which is saved alone.
     """
+    # A student that is not carved would share its weights with the teacher, so it is loaded again.
     if base is None or section.carve is None:
         base = load_model(
             section.model,
@@ -47,8 +51,9 @@ def build_student(
     alone = section.peft is not None and section.peft.save == "adapter"
     if getattr(base, "is_quantized", False) and not alone:
         raise RecipeError(
-            f"student.model: '{section.model}' is quantised, and such weights can be neither "
-            "trained nor merged into; train an adapter on it (student.peft with save: adapter)"
+            f"student.model: '{section.model}' is quantised, and quantised weights can neither be "
+            "trained nor merged with an adapter. Train an adapter and save it alone: set "
+            "student.peft with save: adapter."
         )
     if section.peft is None:
         return base.requires_grad_(True)

@@ -1,8 +1,9 @@
-"""A student cut out of a teacher: fewer layers, narrower MLPs, fewer attention heads.
+"""Carve a student out of a teacher: fewer layers, narrower MLPs, fewer attention heads.
 
-A = attention heads, I = MLP neurons, B = sequences, T = tokens, H = hidden size, L = layers.  A
-block's influence is 1 - cos(its input, its output), averaged over the tokens of a sample text: a
-block that hardly turns the residual stream is hardly missed (Men et al. 2024, "ShortGPT", eq. 1).
+A = attention heads, I = MLP neurons, B = sequences, T = tokens, H = hidden size, L = layers.
+
+The influence of a layer is 1 - cos(input, output), averaged over the tokens of a sample text.  A
+layer that hardly turns the residual stream contributes little (Men et al. 2024, "ShortGPT", eq. 1).
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ logger = logging.getLogger("llmdistill")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is kept.
+    """The parts of a model that are kept.
 
-    `layers`: how many, chosen `by` influence or evenly spaced, or which ones; None is all of them.
-    `mlp_width` and `heads`: so many in each layer, those that are most active.
+    - `layers`: a number of layers, or the indices of layers; None keeps all of them.
+    - `by`: how a number of layers is chosen: "influence", or "even" for evenly spaced.
+    - `mlp_width` and `heads`: number of neurons and attention heads in each layer.  The most active
+      ones are kept; None keeps all of them.
     """
 
     layers: int | Sequence[int] | None = None
@@ -45,18 +48,18 @@ class Plan:
 def carve(
     model: PreTrainedModel, plan: Plan, sample_BT: Tensor, attention_mask_BT: Tensor
 ) -> PreTrainedModel:
-    """A new model with what the plan keeps, measured on a sample text; shares no tensor with
-    `model`.
+    """Return a new model with the parts that the plan keeps; it shares no tensor with `model`.
 
-    Layers go first, and widths are measured on what they leave.  Raises ModelError where the model
-    cannot be cut so.
+    Influence and activity are measured on the sample text.  Layers are removed first, and widths
+    are then measured on the remaining ones.  Raises ModelError if that is not possible.
     """
+    # Checks come first, because the measurements below run the model on the whole sample.
     if plan.mlp_width is not None:
         widths.check_mlp_width(model, plan.mlp_width)
     if plan.heads is not None:
         widths.check_heads(model, plan.heads)
     layers = _layers(model, plan, sample_BT, attention_mask_BT)
-    logger.info("carving: layers %s", ", ".join(map(str, layers)))
+    logger.info("carving: keeping layers %s", ", ".join(map(str, layers)))
     student = keep_layers(model, layers)
     if plan.mlp_width is not None:
         activity_LI = widths.neuron_activity(student, sample_BT, attention_mask_BT)
@@ -69,41 +72,57 @@ def carve(
 
 
 def _check_whole(student: PreTrainedModel) -> None:
-    """Raises ModelError where the cut model's configuration would give a model of other shapes."""
-    with torch.device("meta"):
+    """Raise ModelError if the carved model's configuration describes a model of other shapes.
+
+    Some families derive sizes from others: StableLM computes the size of a head from the number of
+    heads.  A model with fewer heads could then be saved, but not loaded.
+    """
+    with torch.device("meta"):  # shapes without memory
         rebuilt = type(student)(student.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
     for name, tensor in student.state_dict().items():
         if shapes.get(name) != tuple(tensor.shape):
             raise ModelError(
-                f"{type(student).__name__} cannot be cut like this: its configuration would make "
-                f"{name} {shapes.get(name)} when it is loaded, and it is {tuple(tensor.shape)}"
+                f"{type(student).__name__} cannot be carved like this: {name} has shape "
+                f"{tuple(tensor.shape)}, but its configuration gives it shape {shapes.get(name)} "
+                "when it is loaded. Carve only whole layers of this model."
             )
 
 
 def _layers(
     model: PreTrainedModel, plan: Plan, sample_BT: Tensor, attention_mask_BT: Tensor
 ) -> list[int]:
-    """The layers that a plan keeps."""
+    """Return the indices of the layers that a plan keeps."""
     count = len(decoder_layers(model))
     if plan.layers is None:
         return list(range(count))
     if not isinstance(plan.layers, int):
         return list(plan.layers)
     if not 0 < plan.layers <= count:
-        raise ModelError(f"carve.layers: got {plan.layers}, the model has {count} layers")
+        raise ModelError(
+            f"carve.layers: got {plan.layers}, but the model has {count} layers. Use a number from "
+            f"1 to {count}."
+        )
     if plan.by == "even":
         return evenly_spaced(count, plan.layers)
     return most_influential(influence(model, sample_BT, attention_mask_BT), plan.layers)
 
 
 def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A new model with these layers of the teacher, in this order; shares no tensor with it."""
+    """Return a copy of the teacher with only these layers, in this order.
+
+    It shares no tensor with the teacher.  Raises ModelError for an index that does not exist or is
+    repeated, and for an empty list.
+    """
     own = decoder_layers(teacher)
     if not layers or not all(0 <= layer < len(own) for layer in layers):
-        raise ModelError(f"cannot keep layers {list(layers)} of a model that has {len(own)}")
+        raise ModelError(
+            f"cannot keep layers {list(layers)}: the model has {len(own)} layers. Use indices from "
+            f"0 to {len(own) - 1}."
+        )
     if len(set(layers)) < len(layers):
-        raise ModelError(f"cannot keep a layer twice, got {list(layers)}")
+        raise ModelError(f"cannot keep a layer twice: got {list(layers)}. List each layer once.")
+    # Only the kept layers are copied: a copy of the whole model would need more memory.
     with layers_replaced(teacher, nn.ModuleList(own[layer] for layer in layers)):
         student = copy.deepcopy(teacher)
     _renumber(student, layers)
@@ -111,22 +130,26 @@ def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
 
 
 def evenly_spaced(num_layers: int, num_kept: int) -> list[int]:
-    """`num_kept` of `num_layers`, first and last among them."""
+    """Return `num_kept` evenly spaced indices of `num_layers` layers.
+
+    The first and the last layer are among them; a single index is 0.
+    """
     if num_kept == 1:
         return [0]
     return [round(i * (num_layers - 1) / (num_kept - 1)) for i in range(num_kept)]
 
 
 def most_influential(influence_L: Tensor, num_kept: int) -> list[int]:
-    """The layers with the largest influence, in the model's order."""
+    """Return the indices of the `num_kept` layers with the largest influence, sorted."""
     return sorted(influence_L.topk(num_kept).indices.tolist())
 
 
 @torch.no_grad()
 def influence(teacher: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-    """Each layer's influence on this sample text: (L,), in [0, 2]."""
+    """Return the influence of each layer on the sample text: (L,), in [0, 2]."""
 
     def turn(args: tuple, kwargs: dict, output: Any) -> Tensor:
+        # Families call their layers in different ways, and return a tensor or a tuple.
         before_BTH = args[0] if args else kwargs["hidden_states"]
         after_BTH = output[0] if isinstance(output, tuple) else output
         return 1 - torch.cosine_similarity(before_BTH.float(), after_BTH.float(), dim=-1)
@@ -137,13 +160,15 @@ def influence(teacher: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT:
 
 
 def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Config and blocks count anew: caches find a layer by its number, configs list types per
-    layer.
+    """Renumber the layers of a carved model, and cut the lists in its configuration.
+
+    Caches find a layer by its `layer_idx`, and configurations list a type for each layer.
     """
     config = student.config.get_text_config()
     for name, value in list(vars(config).items()):
         per_layer = isinstance(value, list) and len(value) == config.num_hidden_layers
-        if per_layer and not name.endswith("_token_id"):  # layer_types, no_rope_layers, ...
+        # Such as layer_types and no_rope_layers.  A list of end tokens may have the same length.
+        if per_layer and not name.endswith("_token_id"):
             setattr(config, name, [value[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
     for index, block in enumerate(decoder_layers(student)):

@@ -1,8 +1,9 @@
-"""How much memory a run will hold, by part: from configurations alone, nothing is loaded.
+"""Estimate the memory of a run by part, from configurations alone: no weights are loaded.
 
-A = attention heads, H = hidden size, I = MLP neurons, L = layers, V = vocabulary.  An estimate of
-what lies on one device without sharding; the test compares its activations with those that autograd
-keeps.
+A = attention heads, H = hidden size, I = MLP neurons, L = layers, V = vocabulary.
+
+The estimate is for one device without sharding.  A test compares the activations with those that
+autograd saves; they agree within a quarter.
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ from llmdistill.models.quantization import QUANTIZATIONS
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ADAM_BYTES = 8.0  # two moments of four bytes
+# Bytes for each trained parameter.
+ADAM_BYTES = 8.0  # two moments in float32
 OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.0, "adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0}
-CHUNK_BUFFERS = 3  # chunks of logits in float32: of both sides, and what is made of them
+CHUNK_BUFFERS = 3  # float32 chunks: logits of student and teacher, and one computed from them
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a step works on: the tokens of a micro-batch, and of the window that is written at
-    once.
+    """What a training step works on.
+
+    - `tokens`: tokens of a micro-batch.
+    - `written_tokens`: tokens of the window of micro-batches whose responses are written at once.
+    - `product_bytes`: bytes of a number in activations and caches.
+    - `checkpointing`: whether activations are computed again in the backward pass.
+    - `optimizer`: its name in `transformers.TrainingArguments`.
     """
 
     tokens: int
@@ -40,7 +47,7 @@ class Load:
 
 
 def num_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's weights as they are held, quantised ones too."""
+    """Return the bytes of a model's weights in memory, including those of quantised weights."""
     total = 0
     for parameter in model.parameters():
         inner = [parameter]
@@ -51,7 +58,7 @@ def num_bytes(model: PreTrainedModel) -> int:
 
 
 def skeleton(config: PreTrainedConfig, plan: Plan | None = None) -> PreTrainedModel:
-    """A model of this shape without any weights, of the plan's size where one is given."""
+    """Return a model of this configuration without weights, carved if there is a plan."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -59,6 +66,7 @@ def skeleton(config: PreTrainedConfig, plan: Plan | None = None) -> PreTrainedMo
     if plan is None:
         return model
     count = len(decoder_layers(model))
+    # Which layers, neurons and heads are kept does not change the size, so nothing is measured.
     kept = count if plan.layers is None else plan.layers
     model = keep_layers(model, evenly_spaced(count, kept) if isinstance(kept, int) else kept)
     text = model.config.get_text_config()
@@ -79,9 +87,10 @@ def weight_bytes(
     quantization: str | None = None,
     resident_layers: int | None = None,
 ) -> float:
-    """Bytes of a model's weights at `size` bytes each.
+    """Return the bytes of a model's weights on the device, at `size` bytes each.
 
-    Its decoder layers may be quantised, or only `resident_layers` of them on the device at a time.
+    With `quantization`, a key of QUANTIZATIONS, the decoder layers take less.  With
+    `resident_layers`, only that many of them are on the device at a time.
     """
     in_layers = sum(p.numel() for p in decoder_layers(model).parameters())
     others = sum(p.numel() for p in model.parameters()) - in_layers
@@ -92,7 +101,7 @@ def weight_bytes(
 
 
 def footprint(student: PreTrainedModel, load: Load) -> dict[str, float]:
-    """Bytes by part that training a student adds to the weights of both models."""
+    """Return the bytes by part that training needs in addition to the weights of both models."""
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     optimizer = OPTIMIZER_BYTES.get(load.optimizer, ADAM_BYTES)
     vocab_size = student.config.get_text_config().vocab_size
@@ -106,14 +115,16 @@ def footprint(student: PreTrainedModel, load: Load) -> dict[str, float]:
 
 
 def activation_bytes(student: PreTrainedModel, load: Load) -> float:
-    """What a backward pass needs of the forward pass, without the head.
+    """Return the bytes that the backward pass needs from the forward pass, without the head.
 
-    A block keeps two residual states, two normalised ones, queries, keys and values before and
-    after their rotation, the attention's output, and four rows of its MLP; with checkpointing one
-    residual state, and all of one block at a time.  The final norm keeps two states.
+    Each decoder layer saves two residual states, two normalised ones, queries, keys and values
+    before and after the rotary embedding, the output of the attention, and four states of its MLP.
+    With checkpointing, it saves one residual state, and only one layer at a time saves everything.
+    The final norm saves two states.
     """
     config = student.config.get_text_config()
     keys = cached_numbers(student) / config.num_hidden_layers
+    # Two residual and two normalised states, queries twice, and the attention's output: 7 of H.
     block = 7 * config.hidden_size + 2 * keys + 4 * getattr(config, "intermediate_size", 0)
     if load.checkpointing:
         kept = config.num_hidden_layers * config.hidden_size + block
@@ -123,7 +134,7 @@ def activation_bytes(student: PreTrainedModel, load: Load) -> float:
 
 
 def cached_numbers(model: PreTrainedModel) -> float:
-    """Numbers that a cache holds for one token: keys and values of all layers."""
+    """Return how many numbers a cache stores for one token: keys and values of all layers."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

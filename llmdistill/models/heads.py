@@ -1,10 +1,13 @@
-"""A causal language model as a backbone and a head.
+"""Split a causal language model into a backbone and a head.
 
 B = sequences, T = tokens, N = positions, H = hidden size, V = vocabulary.
-The head is what turns final hidden states into logits: a matrix, perhaps a bias, a scale and a soft
-cap.  Kept apart from the backbone it can be applied to the predicted positions only, a chunk at a
-time.  `split` is called where it is used and its result is never kept: a wrapper (FSDP2, say) may
-put another tensor object behind the same parameter.
+
+The head turns final hidden states into logits: a matrix, and in some families a bias, a scale and a
+softcap.  Separate from the backbone, it can be applied to the predicted positions only, and to a
+chunk of them at a time.
+
+Call `split` again for each use, and do not keep its result: a wrapper such as FSDP2 may replace the
+tensor of a parameter in between.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from llmdistill.errors import ModelError
 
 @dataclass(frozen=True)
 class Head:
-    """logits = cap(scale * (hidden @ weight.T + bias)), with cap(x) = softcap * tanh(x /
-    softcap).
+    """The output matrix of a model with everything that is applied to its products.
+
+    logits = cap(scale * (hidden @ weight.T + bias)), where cap(x) = softcap * tanh(x / softcap).
     """
 
     weight_VH: Tensor
@@ -33,24 +37,31 @@ class Head:
 
     @property
     def num_tokens(self) -> int:
+        """Number of ids that the head scores, including padding rows."""
         return self.weight_VH.shape[0]
 
     def narrow(self, num_tokens: int) -> Head:
-        """The head over the first `num_tokens` ids: what two padded vocabularies share."""
+        """Return the head over the first `num_tokens` ids, for models whose padding rows differ.
+
+        The weight is shared, so gradients reach it.  Raises ModelError if the head has fewer ids.
+        """
         if num_tokens == self.num_tokens:
             return self
         if num_tokens > self.num_tokens:
-            raise ModelError(f"a head over {self.num_tokens} tokens cannot score {num_tokens}")
+            raise ModelError(
+                f"cannot narrow a head over {self.num_tokens} tokens to {num_tokens} tokens. "
+                f"Use at most {self.num_tokens}."
+            )
         bias_V = None if self.bias_V is None else self.bias_V[:num_tokens]
         return replace(self, weight_VH=self.weight_VH[:num_tokens], bias_V=bias_V)
 
     def detach(self) -> Head:
-        """The same head without a way back for gradients."""
+        """Return the same head without gradients."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()
         return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
 
     def finish(self, products_NV: Tensor) -> Tensor:
-        """Logits from the products hidden @ weight.T: (N, V), in the products' dtype."""
+        """Return the logits of the products hidden @ weight.T: (N, V), in their dtype."""
         logits_NV = products_NV
         if self.bias_V is not None:
             logits_NV = logits_NV + self.bias_V.to(products_NV.dtype)
@@ -61,36 +72,40 @@ class Head:
         return logits_NV
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
-        """All logits at once: (..., V).
-        For a few positions; `objectives.chunked` does the rest.
+        """Return all logits at once: (..., V).
+
+        Use this for a few positions only, and `objectives.chunked` for more.
         """
         return self.finish(nn.functional.linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH))
 
 
 def unwrap_adapters(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper, its adapter layers in place; others as they
-    are.
+    """Return the transformers model inside a PEFT wrapper, with its adapter layers still active.
+
+    Other models are returned as they are.
     """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def split(model: Any) -> tuple[nn.Module, Head]:
-    """The backbone (ids -> final hidden states) and the head of a causal LM of transformers.
+    """Return the backbone (ids to final hidden states) and the head of a causal LM.
 
-    Raises ModelError for a model without the common form: a base model and one linear output layer.
+    Raises ModelError unless the model consists of a base model and one linear output layer.
     """
     inner = unwrap_adapters(model)
     backbone = getattr(inner, "base_model", None)
     output = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if backbone is None or backbone is inner or output is None:
         raise ModelError(
-            f"{type(inner).__name__} has no base model with an output layer to split off"
+            f"{type(inner).__name__} cannot be split into a base model and an output layer. Use a "
+            "causal language model of transformers that has both."
         )
+    # With an adapter on the head (PEFT's "base_layer"), its weight alone would not be the head.
     weight_VH = getattr(output, "weight", None)
     if not isinstance(weight_VH, Tensor) or weight_VH.dim() != 2 or hasattr(output, "base_layer"):
         raise ModelError(
-            f"the output layer of {type(inner).__name__} is a {type(output).__name__}, not one "
-            "plain linear layer; train it unquantised and without an adapter on it"
+            f"the output layer of {type(inner).__name__} is a {type(output).__name__}, not a plain "
+            "linear layer. Leave it unquantised and without an adapter."
         )
     config = inner.config.get_text_config()
     return backbone, Head(
@@ -99,24 +114,29 @@ def split(model: Any) -> tuple[nn.Module, Head]:
 
 
 def num_rows(model: Any) -> int:
-    """Ids that the model's head scores, padding rows included."""
+    """Return the number of ids that the model's head scores, including padding rows."""
     return unwrap_adapters(model).get_output_embeddings().weight.shape[0]
 
 
 def _scale(config: Any) -> float:
-    """Cohere multiplies its logits by `logit_scale`; Granite divides them by `logits_scaling`."""
+    """Return the factor of the logits.
+
+    Cohere multiplies them by `logit_scale`, and Granite divides them by `logits_scaling`.
+    """
     return getattr(config, "logit_scale", None) or 1.0 / (
         getattr(config, "logits_scaling", None) or 1.0
     )
 
 
 def _softcap(config: Any) -> float | None:
+    """Return the softcap of the final logits (Gemma 2), or None."""
     return getattr(config, "final_logit_softcapping", None)
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode for a while, and each of its modules back as it was."""
+    """Put a model in eval mode, and restore the mode of each of its modules afterwards."""
+    # Module by module: `train()` would also change modules that were put in eval mode by hand.
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -128,9 +148,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def check_split(model: nn.Module) -> None:
-    """Raises ModelError unless backbone and head give the model's own logits on a few tokens.
+    """Raise ModelError unless backbone and head reproduce the model's own logits on a few tokens.
 
-    A family whose head does something that `split` does not know of is found here, by numbers.
+    This finds families whose head does something that `split` does not know.
     """
     ids_BT = torch.arange(1, 6, device=next(model.parameters()).device)[None]
     with eval_mode(model):
@@ -141,6 +161,6 @@ def check_split(model: nn.Module) -> None:
         gap = float((found.float() - expected.float()).abs().max())
         raise ModelError(
             f"{type(unwrap_adapters(model)).__name__}: head(backbone(x)) differs from the model's "
-            f"own logits by up to {gap:.3g}. This family's head is not known to llmdistill; "
-            "please report it."
+            f"own logits by up to {gap:.3g}. llmdistill does not know the head of this family. "
+            "Please report it."
         )

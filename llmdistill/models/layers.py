@@ -1,4 +1,4 @@
-"""The decoder layers of a causal LM."""
+"""Find and replace the decoder layers of a causal language model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Raises ModelError for a backbone that has not exactly one list of decoder layers."""
+    """Return the decoder layers of a model.
+
+    Raises ModelError if its backbone does not have exactly one list of them.
+    """
     backbone, name = _place(model)
     return getattr(backbone, name)
 
 
 @contextlib.contextmanager
 def layers_replaced(model: PreTrainedModel, others: nn.ModuleList) -> Iterator[None]:
-    """The model with other decoder layers while it lasts."""
+    """Replace the decoder layers of a model inside the context, and restore them afterwards."""
     backbone, name = _place(model)
     own = getattr(backbone, name)
     setattr(backbone, name, others)
@@ -34,12 +37,16 @@ def layers_replaced(model: PreTrainedModel, others: nn.ModuleList) -> Iterator[N
 
 
 def _place(model: PreTrainedModel) -> tuple[nn.Module, str]:
-    """The backbone and where its decoder layers are: `layers` in most families, `h` in GPT-2's."""
+    """Return the backbone and the name of its list of decoder layers.
+
+    The name is "layers" in most families, and "h" in GPT-2.
+    """
     backbone, _ = split(model)
+    # Found by type, so that a new family needs no entry here.
     names = [name for name, child in backbone.named_children() if isinstance(child, nn.ModuleList)]
     if len(names) != 1:
         raise ModelError(
-            f"{type(backbone).__name__} has {len(names)} lists of decoder layers; only models with "
-            "one can be carved, offloaded or observed layer by layer"
+            f"{type(backbone).__name__} has {len(names)} lists of decoder layers, but carving, "
+            "offloading and matching inner states need exactly one. Use another model."
         )
     return backbone, names[0]

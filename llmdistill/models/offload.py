@@ -1,4 +1,4 @@
-"""A model larger than its device: blocks stay in the CPU's memory and visit the device in turn."""
+"""Run a model that is larger than its device, with its decoder layers in the CPU's memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 
 def offload_layers(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The same model, on the CPU before; embeddings, final norm and head move to `device` for good.
+    """Offload the decoder layers of a model on the CPU, and return the model.
 
-    Each block's weights are copied there for its own forward pass only: device memory for one
-    block, at the price of moving all weights once a pass.  For models without gradients.
+    Embeddings, final norm and head move to `device` and stay there.  The weights of a decoder layer
+    are copied to the device only for its own forward pass.  The device therefore needs memory for
+    one layer, but all weights are copied in each forward pass.  Gradients are not supported.
     """
     from accelerate import cpu_offload
 
+    # Without its layers, `to` moves the rest of the model.
     with layers_replaced(model, nn.ModuleList()):
         model.to(device)
     for block in decoder_layers(model):

@@ -1,4 +1,7 @@
-"""Quantised weights: a teacher, or a student's frozen base, in a quarter or half of the memory."""
+"""Quantised weights for a teacher, or for the frozen base of a student.
+
+They take about a quarter or a half of the memory of bfloat16 weights.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ import torch
 from llmdistill.errors import ModelError
 
 
+# These functions import what they need: transformers is slow to import, and torchao is optional.
 def _bnb_4bit(dtype: torch.dtype) -> Any:
-    """4-bit NormalFloat, doubly quantised.  Dettmers et al. 2023, "QLoRA", section 3."""
+    """Return 4-bit NormalFloat, doubly quantised (Dettmers et al. 2023, "QLoRA", section 3)."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -24,14 +28,14 @@ def _bnb_4bit(dtype: torch.dtype) -> Any:
 
 
 def _bnb_8bit(dtype: torch.dtype) -> Any:
-    """8-bit rows with outliers kept apart.  Dettmers et al. 2022, "LLM.int8()"."""
+    """Return 8-bit weights with separate outliers (Dettmers et al. 2022, "LLM.int8()")."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
 def _torchao_int8(dtype: torch.dtype) -> Any:
-    """8-bit weights, products in the model's dtype."""
+    """Return 8-bit weights whose products are computed in the dtype of the model."""
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -39,8 +43,11 @@ def _torchao_int8(dtype: torch.dtype) -> Any:
 
 
 class QuantizationKind(NamedTuple):
-    """The package that it needs, what `from_pretrained` takes for a dtype, and the bytes that a
-    weight then takes, scales included.
+    """A kind of quantisation.
+
+    - `package`: the package that it needs.
+    - `config`: makes the configuration for `from_pretrained` from the compute dtype.
+    - `bytes_per_weight`: bytes of one weight in memory, including its share of the scales.
     """
 
     package: str
@@ -56,12 +63,15 @@ QUANTIZATIONS: dict[str, QuantizationKind] = {
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:
-    """What `from_pretrained` takes for a kind of QUANTIZATIONS; all but the head is quantised.
+    """Return the configuration for `from_pretrained` of a kind, a key of QUANTIZATIONS.
 
-    Raises ModelError for another kind, or where its package is missing.
+    All linear layers except the head are quantised.  Raises ModelError if the kind is unknown or
+    its package is not installed.
     """
     if kind not in QUANTIZATIONS:
-        raise ModelError(f"unknown quantization '{kind}'; choose one of {', '.join(QUANTIZATIONS)}")
+        raise ModelError(
+            f"unknown quantization '{kind}'. Choose one of {', '.join(QUANTIZATIONS)}."
+        )
     package = QUANTIZATIONS[kind].package
     if importlib.util.find_spec(package) is None:
         raise ModelError(

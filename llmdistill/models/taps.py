@@ -1,10 +1,13 @@
-"""Hooks that take a model's inner states while it reads.
+"""Hooks that record a model's inner states during a forward pass.
 
 B = sequences, T = tokens, H = hidden size, D = width of all attention heads together.
-Decoder layers count from 1, so "after layer 0" are the embeddings; negative numbers count from the
-end, so -1 is the last layer, before the final norm.  A hook keeps a tensor as it comes and computes
-nothing, so activation checkpointing sees the same operations when it runs a layer again; by then
-the hooks are gone, so nothing is taken twice.
+
+Decoder layers are numbered from 1, so "after layer 0" means the embeddings.  Negative numbers count
+from the end: -1 is the last layer, before the final norm.
+
+A hook only stores a tensor and computes nothing.  Activation checkpointing therefore sees the same
+operations when it runs a layer again.  The hooks are removed before that, so nothing is recorded
+twice.
 """
 
 from __future__ import annotations
@@ -27,11 +30,12 @@ Tokens = Literal["predicted", "all"]
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that an objective asks of a model, or that a teacher can give.
+    """One thing that an objective needs from a model, or that a teacher provides.
 
-    `what` is the next-token distribution, the hidden states after a decoder layer, or the queries,
-    keys or values of a decoder layer before the rotary embedding.  `layer` None means any layer:
-    a teacher that provides `Need.HIDDEN` gives all of them.  `tokens` says which ones are kept.
+    - `what`: the next-token distribution, the hidden states after a decoder layer, or the queries,
+      keys or values of a decoder layer before the rotary embedding.
+    - `layer`: None means any layer: a teacher that provides `Need.HIDDEN` provides all of them.
+    - `tokens`: whether states of all tokens are kept, or only those that predict a token.
     """
 
     what: Literal["distribution", "hidden", "queries", "keys", "values"]
@@ -45,12 +49,12 @@ class Need:
     VALUES: ClassVar[Need]
 
     def after(self, layer: int, tokens: Tokens = "predicted") -> Need:
-        """The same at one layer: Need.HIDDEN.after(-1)."""
+        """Return the same need for one layer, as in `Need.HIDDEN.after(-1)`."""
         return replace(self, layer=layer, tokens=tokens)
 
     @property
     def kind(self) -> Need:
-        """Without the layer and the tokens: what a teacher's `provides` lists."""
+        """The need without its layer and tokens, as a teacher's `provides` lists it."""
         return Need(self.what)
 
     def __str__(self) -> str:
@@ -60,6 +64,7 @@ class Need:
 
 LABELS = {"distribution": "the distribution", "hidden": "hidden states"}
 
+# Set after the class, because they are instances of it.
 Need.DISTRIBUTION = Need("distribution")
 Need.HIDDEN = Need("hidden")
 Need.QUERIES = Need("queries")
@@ -72,11 +77,11 @@ Record = Callable[[tuple, Any], None]  # (positional arguments, output) of a mod
 
 @contextlib.contextmanager
 def taps(model: Any, needs: Iterable[Need]) -> Iterator[dict[Need, Tensor]]:
-    """Fills a dict with what one forward pass inside the context shows, when the context ends.
+    """Yield a dict that is filled with the states of one forward pass when the context ends.
 
-    Hidden states are (B, T, H); queries, keys and values are (B, T, D).  Needs for the distribution
-    are left out: no hook is needed for it.  Raises ModelError for a layer that the model does not
-    have, or whose attention has another form than `attention.py` knows.
+    Hidden states are (B, T, H); queries, keys and values are (B, T, D).  Needs without a layer
+    (the distribution) are left out, because they need no hook.  Raises ModelError for a layer that
+    does not exist or whose attention has a form that `attention.py` does not know.
     """
     found: dict[Need, Tensor] = {}
     wanted = [need for need in needs if need.layer is not None]
@@ -89,11 +94,12 @@ def taps(model: Any, needs: Iterable[Need]) -> Iterator[dict[Need, Tensor]]:
             tap = _hidden if need.what == "hidden" else _projected
             finish[need] = tap(model, need, stack)
         yield found
+        # Reshaped only now: a hook must not add operations to a layer (see above).
         found |= {need: take() for need, take in finish.items()}
 
 
 def check_taps(model: Any, needs: Iterable[Need]) -> None:
-    """Raises ModelError for a need that this model cannot serve; reads nothing."""
+    """Raise ModelError for a need that the model cannot provide.  Runs no forward pass."""
     with contextlib.ExitStack() as stack:
         for need in needs:
             if need.layer is not None:
@@ -101,15 +107,18 @@ def check_taps(model: Any, needs: Iterable[Need]) -> None:
 
 
 def layers_seen_inside(model: Any, needs: Iterable[Need]) -> list[nn.Module]:
-    """The decoder layers of which a need takes something from within: these must not be compiled.
+    """Return the decoder layers with a need for queries, keys or values; do not compile them.
 
-    A compiled layer runs without the hooks that were put on its parts after it was compiled.
+    A compiled layer ignores hooks that were registered on its parts after it was compiled.
     """
     return [_layer(model, need) for need in needs if need.kind in STATES - {Need.HIDDEN}]
 
 
 def _hidden(model: Any, need: Need, stack: contextlib.ExitStack) -> Callable[[], Tensor]:
-    """Layer 0, the embeddings, are what the first layer is given."""
+    """Register a hook for hidden states, and return a function that returns them: (B, T, H).
+
+    The states of layer 0, the embeddings, are the input of the first decoder layer.
+    """
     taken: list[Tensor] = []
     embeddings = need.layer == 0
 
@@ -122,12 +131,14 @@ def _hidden(model: Any, need: Need, stack: contextlib.ExitStack) -> Callable[[],
 
 
 def _projected(model: Any, need: Need, stack: contextlib.ExitStack) -> Callable[[], Tensor]:
+    """Register a hook for queries, keys or values, and return a function for them: (B, T, D)."""
     source: Projections = projections(unwrap_adapters(model), _layer(model, need), need.what)
     taken: list[Tensor] = []
     swapped: list[bool] = []
 
     def record(arguments: tuple, output: Any) -> None:
         taken[:] = [output]
+        # A norm returns the layout of its input: (B, heads, T, size) or (B, T, heads, size).
         swapped[:] = [_heads_first(arguments[0])]
 
     stack.enter_context(_observed(source.module, record))
@@ -136,10 +147,8 @@ def _projected(model: Any, need: Need, stack: contextlib.ExitStack) -> Callable[
 
 @contextlib.contextmanager
 def _observed(module: nn.Module, record: Record) -> Iterator[None]:
-    """Calls `record` after each pass of a module, compiled or not.
-
-    A compiled module does not look for hooks again, so its compiled call is wrapped instead.
-    """
+    """Call `record` after each forward pass of a module, whether it is compiled or not."""
+    # A compiled module ignores hooks that come later, so its compiled call is wrapped instead.
     compiled = module._compiled_call_impl
     if compiled is None:
         handle = module.register_forward_hook(lambda _module, args, output: record(args, output))
@@ -162,27 +171,32 @@ def _observed(module: nn.Module, record: Record) -> Iterator[None]:
 
 
 def _layer(model: Any, need: Need) -> nn.Module:
+    """Return the decoder layer of a need; ModelError if it does not exist."""
     layers = decoder_layers(model)
     assert need.layer is not None
+    # The embeddings (layer 0) are hidden states, but they have no queries, keys or values.
     first = 0 if need.what == "hidden" else 1
     if not (first <= need.layer <= len(layers) or -len(layers) <= need.layer < 0):
         raise ModelError(
-            f"layer {need.layer} of {type(unwrap_adapters(model)).__name__}: it has "
-            f"{len(layers)} decoder layers, so give {first} to {len(layers)}, or -1 for the last"
+            f"layer {need.layer} does not exist: {type(unwrap_adapters(model)).__name__} has "
+            f"{len(layers)} decoder layers. Use {first} to {len(layers)}, or -1 for the last one."
         )
     return layers[need.layer - 1 if need.layer > 0 else need.layer]
 
 
 def _heads_first(states: Tensor) -> bool:
-    """Is a norm given (B, heads, T, size) and not (B, T, heads, size)?  Told by the strides."""
+    """Whether the input of a norm is (B, heads, T, size) instead of (B, T, heads, size)."""
+    # The shapes may be equal.  Heads come first if the tensor is a transposed view of the
+    # projection, in which the heads of one token are next to each other in memory.
     return states.dim() == 4 and states.stride(1) < states.stride(2)
 
 
 def _first(output: Any) -> Tensor:
+    """Return the hidden states in a layer's output: the tensor, or the first item of a tuple."""
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _only(taken: list[Tensor], need: Need) -> Tensor:
     if not taken:
-        raise ModelError(f"the forward pass did not run the {need}")
+        raise ModelError(f"the forward pass did not compute {need}. Run all layers of the model.")
     return taken[0]

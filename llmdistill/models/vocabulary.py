@@ -1,8 +1,10 @@
-"""Do two tokenizers agree?  Proved from the tokenizers, never from sizes.
+"""Compare the vocabularies of two tokenizers, by what their ids mean and never by their sizes.
 
-V = vocabulary.  A distribution can be compared token by token only where an id means the same text
-on both sides.  Many families pad the embedding matrix with rows that no token uses; those may
-differ and are cut off before the softmax.
+V = vocabulary.
+
+Distributions can be compared token by token only if each id means the same text in both models.
+Many families pad the embedding matrix with rows that no token uses.  Their number may differ, and
+they are cut off before the softmax.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 
 class VocabularyMatch(enum.Enum):
+    """Result of a comparison of two vocabularies."""
+
     SAME = "same vocabulary"
     PADDING_DIFFERS = "same vocabulary, padding rows differ"
     DIFFERENT = "different vocabularies"
@@ -26,15 +30,20 @@ class VocabularyMatch(enum.Enum):
 
 @dataclass(frozen=True)
 class VocabularyComparison:
-    """`shared` ids mean the same on both sides; `reason` says what differs where they do not."""
+    """Result of `compare`.
+
+    `shared` is the number of ids that mean the same in both, or 0 if the vocabularies differ.
+    `reason` is the first difference.
+    """
 
     match: VocabularyMatch
     shared: int
     reason: str = ""
 
 
-# Between them: letters, digits, space runs, a tab, accents, other scripts, code, a control-like
-# tag.
+# Equal vocabularies may still split a text differently (normalisation, pre-tokenizer).  This text
+# has what such rules treat specially: digits, runs of spaces, a tab, accents, other scripts, code
+# and a tag like a control token.
 PROBE_TEXT = "The cat's 3,141 naïve  cafés\n\tdef f(x): return x**2  # привет 你好 🙂 <|end|>"
 
 
@@ -44,16 +53,17 @@ def compare(
     teacher_rows_V: int | None,
     student_rows_V: int,
 ) -> VocabularyComparison:
-    """Compares two tokenizers over heads of these many rows; None if a teacher shows no head.
+    """Compare two tokenizers, and check that the heads of their models have a row for each id.
 
-    A head may hold padding rows that no token uses.
+    `teacher_rows_V` is None for a teacher without a head.  A head may have padding rows.
     """
     reason = _difference(teacher, student)
     shared = num_tokens(teacher)
     rows = [student_rows_V] if teacher_rows_V is None else [teacher_rows_V, student_rows_V]
     if not reason and shared > min(rows):
         reason = (
-            f"the tokenizer has {shared} ids but the heads score {' and '.join(map(str, rows))}"
+            f"the tokenizer has {shared} ids, but the heads have "
+            f"{' and '.join(map(str, rows))} rows"
         )
     if reason:
         return VocabularyComparison(VocabularyMatch.DIFFERENT, 0, reason)
@@ -68,27 +78,27 @@ def require_same(
     teacher_rows_V: int | None,
     student_rows_V: int,
 ) -> int:
-    """The number of shared ids; raises VocabularyError that names both sides if they differ."""
+    """Return the number of shared ids.  Raises VocabularyError if the vocabularies differ."""
     found = compare(teacher, student, teacher_rows_V, student_rows_V)
     if found.match is VocabularyMatch.DIFFERENT:
         teacher_head = "" if teacher_rows_V is None else f", head of {teacher_rows_V} rows"
         raise VocabularyError(
             f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens{teacher_head}) and student "
             f"'{student.name_or_path}' ({len(student)} tokens, head of {student_rows_V} rows) do "
-            f"not share a vocabulary: {found.reason}. Choose a pair with one tokenizer."
+            f"not share a vocabulary: {found.reason}. Use models with the same tokenizer."
         )
     return found.shared
 
 
 def _difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str:
-    """The first thing in which they differ, or ''."""
+    """Return the first difference between two tokenizers, or ""."""
     ours, theirs = teacher.get_vocab(), student.get_vocab()
     if ours != theirs:
         moved = [token for token, number in ours.items() if theirs.get(token) != number]
         missing = [token for token in theirs if token not in ours]
         token = (moved or missing)[0]
         return (
-            f"{len(moved) + len(missing)} tokens differ, {token!r} for one is "
+            f"{len(moved) + len(missing)} tokens differ; for example, {token!r} has the id "
             f"{ours.get(token)} in the teacher and {theirs.get(token)} in the student"
         )
     if teacher.eos_token_id != student.eos_token_id:
@@ -97,18 +107,17 @@ def _difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBa
             f"{student.eos_token!r} ({student.eos_token_id}) in the student"
         )
     mine, yours = (t(PROBE_TEXT, add_special_tokens=False)["input_ids"] for t in (teacher, student))
-    return "" if mine == yours else f"they split {PROBE_TEXT[:24]!r}... into different tokens"
+    return "" if mine == yours else f"they tokenise {PROBE_TEXT[:24]!r}... differently"
 
 
 def num_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Ids that mean something: one more than the highest id.  A head may hold more rows."""
+    """Return the number of ids of a tokenizer.  A head may have more rows."""
+    # One more than the highest id, and not `len(tokenizer)`, because ids may have gaps.
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation
-    config.
-    """
+    """Return the ids that end a response: those of the tokenizer and of the generation config."""
     listed = model.generation_config.eos_token_id if model.generation_config else None
     configured = [listed] if isinstance(listed, int) else list(listed or [])
     return frozenset(i for i in (tokenizer.eos_token_id, *configured) if i is not None)
@@ -117,13 +126,14 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
 def list_end_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, others: Iterable[int] = ()
 ) -> None:
-    """Writes `end_ids` and `others` into the model's generation config.
+    """Set the end tokens of the model's generation config to `end_ids` and `others`.
 
-    Plain transformers ends a response at the tokens that the generation config lists, and at no
-    others, so an exported student then ends where it ended in training.
+    Plain transformers ends a response only at the tokens in the generation config.  With all of
+    them, an exported student ends its responses as it did in training.
     """
     config = model.generation_config
     if config is not None and (ends := sorted(end_ids(model, tokenizer) | set(others))):
         config.eos_token_id = ends[0] if len(ends) == 1 else ends
+        # Without one, `generate` warns and takes an end token for padding.
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id

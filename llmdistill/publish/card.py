@@ -1,4 +1,4 @@
-"""The model card of a student: where it comes from, how it was made, and how it measured."""
+"""The model card of a student: its origin, its evaluation, and the recipe that made it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from llmdistill.models.load import EMBEDDED
 if TYPE_CHECKING:
     from llmdistill.recipe import Recipe, SourceRecipe
 
+# Packages whose versions a card states.
 PACKAGES = ("llmdistill", "torch", "transformers", "accelerate")
 
 
 def figures_table(evaluation: Mapping[str, Figures]) -> list[list[str]]:
-    """Rows of a table: a header, then one row a figure that was taken, one column a model."""
+    """Return the rows of a table: a header with the names of the models, then one row per figure.
+
+    Figures that no model has are left out.
+    """
     columns = {name: asdict(figures) for name, figures in evaluation.items()}
     taken = [key for key in MEANING if any(c[key] is not None for c in columns.values())]
     return [["", *columns]] + [
@@ -31,7 +35,10 @@ def figures_table(evaluation: Mapping[str, Figures]) -> list[list[str]]:
 
 
 def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
-    """The card as Markdown with its metadata; parses with `ModelCard.load`."""
+    """Return the card as Markdown with YAML metadata, which `ModelCard.load` reads.
+
+    `evaluation` maps the name of each model to its figures; None leaves the table out.
+    """
     from huggingface_hub import ModelCardData
 
     terms = license_of(recipe.teacher_source[0])
@@ -55,7 +62,7 @@ def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
 
 
 def license_of(name: str, *, kind: Literal["model", "dataset"] = "model") -> str | None:
-    """The licence that the card of a model or a data set states, or None where none can be read."""
+    """Return the licence that the card of a model or dataset states; None if it cannot be read."""
     from huggingface_hub import DatasetCard, ModelCard
 
     if name in EMBEDDED:
@@ -64,9 +71,9 @@ def license_of(name: str, *, kind: Literal["model", "dataset"] = "model") -> str
     made: type[ModelCard | DatasetCard] = ModelCard if kind == "model" else DatasetCard
     try:
         card = made.load(local / "README.md" if local.is_dir() else name)
-    except (
-        Exception
-    ):  # no card, no network, no such repository: the card then says that it is unknown
+    # No card, no network, no such repository, invalid YAML: a licence that cannot be read must not
+    # stop a finished run, and the card then states that it is unknown.
+    except Exception:
         return None
     stated = card.data.to_dict().get("license")
     return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
@@ -79,13 +86,13 @@ def _origin(recipe: Recipe, license_name: str | None) -> str:
     terms = (
         f"The teacher's licence is {shown(license_name)}."
         if license_name
-        else "The teacher's licence could not be read here: look it up before you share this model."
+        else "The teacher's licence could not be read. Look it up before you share this model."
     )
     return (
-        "A causal language model distilled with "
+        "This is a causal language model that was distilled with "
         f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n- **Student**: {student}\n- "
-        f"**Teacher**: `{shown(recipe.teacher_source[0])}`\n- **Who writes**: "
-        f"{_describe(recipe.rollout)}\n- **What is matched**: "
+        f"**Teacher**: `{shown(recipe.teacher_source[0])}`\n- **Rollout**: "
+        f"{_describe(recipe.rollout)}\n- **Objectives**: "
         f"{'; '.join(_describe(o) for o in recipe.objectives)}\n- **Data**: "
         f"{_sources(recipe.data.train)}\n\n{terms}"
     )
@@ -97,8 +104,8 @@ def _measured(recipe: Recipe, evaluation: Mapping[str, Figures]) -> str:
     lines += ["| " + " | ".join([*row, MEANING[row[0]]]) + " |" for row in rows]
     rows_from = _sources(recipe.data.eval)
     if recipe.data.hold_back:
-        rows_from = f"{recipe.data.hold_back} rows of {_sources(recipe.data.train)} held back"
-    return f"## Measured\n\nOn {rows_from}:\n\n" + "\n".join(lines)
+        rows_from = f"{recipe.data.hold_back} held-out rows of {_sources(recipe.data.train)}"
+    return f"## Evaluation\n\nMeasured on {rows_from}:\n\n" + "\n".join(lines)
 
 
 def _sources(sources: Sequence[SourceRecipe]) -> str:
@@ -107,18 +114,19 @@ def _sources(sources: Sequence[SourceRecipe]) -> str:
 
 def _made(recipe: Recipe) -> str:
     return (
-        f"## How it was made\n\n`llmdistill train` with {made_with()}, and this recipe:\n\n"
+        f"## How it was made\n\nThe model was made by `llmdistill train` with {made_with()}, "
+        "from this recipe:\n\n"
         f"```yaml\n{_fenced(recipes.dump(recipe))}```"
     )
 
 
 def made_with() -> str:
-    """The packages that matter, with their versions."""
+    """Return the packages whose versions matter, with their versions."""
     return ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
 
 
 def _describe(section: recipes.RolloutRecipe | recipes.ObjectiveRecipe) -> str:
-    """One section of a recipe in a line: its kind, then what differs from the defaults."""
+    """Return a section of a recipe in one line: its kind, and the options that are not defaults."""
     options = _options(section)
     return f"{shown(section.kind)} ({options})" if options else shown(section.kind)
 
@@ -137,7 +145,10 @@ def _number(value: float | int | None) -> str:
 
 
 def _hub_name(model: str) -> str | None:
-    """A model's name on the Hub, as far as it has one."""
+    """Return a model's name on the Hub, or None for a local path.
+
+    Local paths must not appear as `base_model`: they mean nothing to others, and may hold names.
+    """
     if model in EMBEDDED:
         return EMBEDDED[model].hub_id
     is_local = model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") != 1
@@ -152,9 +163,13 @@ def _version(package: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Text of a user's that stands in Markdown: no tags, no table breaks, no code spans."""
+    """Return text from a recipe or another card as plain Markdown text.
+
+    It cannot contain HTML tags, end a table cell, or start or end a code span.
+    """
     return html.escape(text, quote=False).replace("|", "\\|").replace("`", "'").replace("\n", " ")
 
 
 def _fenced(text: str) -> str:
+    # A name in the recipe must not be able to close the code block around it.
     return text.replace("```", "'''")

@@ -1,4 +1,4 @@
-"""The card of a generated data set, and its way to the Hub."""
+"""The card of a generated dataset, and its upload to the Hub."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llmdistill.publish.card import license_of, made_with, shown
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# How it was written, not what it is.
+# Files that record how the dataset was written.  They are not uploaded.
 RECORDS = (
     *("calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json", "spoken-*.jsonl", "*.new"),
-    "recipe.yaml",  # holds paths and addresses of whoever made it; the card shows it without
+    "recipe.yaml",  # contains local paths and addresses; the card shows it without them
 )
 SIZE_CATEGORIES = (
     (1_000, "n<1K"),
@@ -29,15 +29,19 @@ SIZE_CATEGORIES = (
 )
 INTENDED = """## Intended use
 
-Training and distilling language models. What a language model wrote here was not checked by people:
-it holds errors, and the licences of the teacher and of what it was shown decide what may be done
-with it."""
+This dataset is meant for training and distilling language models. Its text was written by a
+language model and was not checked by people, so it contains errors. The licences of the teacher,
+and of the data that the teacher was shown, determine how it may be used."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Rows of each split, why tasks were dropped, how many of the kept ones each variant of the
-    generator made, and the teacher's revision.
+    """What a run made, as its card states it.
+
+    - `sizes`: number of rows in each split.
+    - `dropped`: number of dropped tasks by reason.
+    - `variants`: number of kept tasks by variant of the generator.
+    - `revision`: the teacher's revision, or "".
     """
 
     sizes: Mapping[str, int]
@@ -47,40 +51,46 @@ class Outcome:
 
 
 def push(folder: Path, name: str) -> None:
-    """Uploads the data set, without the records of how it was written."""
+    """Upload the dataset, without the records of how it was written.
+
+    Raises CheckpointError as `prepare_push` does.
+    """
     api = prepare_push(name)
     with _clear_errors(name):
         _upload(api, folder, name)
 
 
 def prepare_push(name: str) -> HfApi:
-    """Sees to it that there is a private data set of this name; a new one is private.
+    """Make sure that a private dataset with this name exists, and return the Hub's client.
 
-    Raises CheckpointError where the Hub cannot be reached, does not let us in, or has a public one.
+    Raises CheckpointError if the dataset is public, or if the Hub cannot be reached or denies
+    access.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     with _clear_errors(name):
         api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
+        # `exist_ok` leaves an existing repository as it is, so it may be public.
         private = api.dataset_info(name).private
     if not private:
         raise CheckpointError(
-            f"{name} is a public data set on the Hub, and nothing is published by chance. Make it "
-            "private first, or push to another name."
+            f"{name} is a public dataset on the Hub, but llmdistill pushes only to private ones. "
+            "Make it private, or push to another name."
         )
     return api
 
 
 @contextlib.contextmanager
 def _clear_errors(name: str) -> Iterator[None]:
+    """Turn any error of the Hub's client into a CheckpointError."""
     try:
         yield
     except Exception as error:  # no network, not logged in, no right to write there
         raise CheckpointError(
             f"cannot use {name} on the Hub: {type(error).__name__}: {error}. Log in with 'hf auth "
-            "login', or do not push: what is made stays in its folder. Later, pass resume and pass "
-            "push to upload it."
+            "login', or run without pushing: the dataset stays in its folder. To upload it later, "
+            "pass resume and pass push."
         ) from error
 
 
@@ -90,15 +100,16 @@ def _upload(api: HfApi, folder: Path, name: str) -> None:
         repo_type="dataset",
         folder_path=str(folder),
         ignore_patterns=list(RECORDS),
-        delete_patterns=["train.*", "test.*", "held.*"],  # splits that are no more
+        delete_patterns=["train.*", "test.*", "held.*"],  # splits of an earlier upload
     )
 
 
 def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
-    """The card as Markdown with its metadata; parses with `DatasetCard.load`."""
+    """Return the card as Markdown with YAML metadata, which `DatasetCard.load` reads."""
     from huggingface_hub import DatasetCardData
 
     terms = _license(recipe)
+    # Given prompts are not the teacher's text, so its licence does not cover the rows.
     stated = terms if terms and not recipe.generator.has_given_prompts else None
     languages = [code for one in recipe.filters for code in one.kept_languages]
     files = [{"split": name, "path": f"{name}.parquet"} for name in outcome.sizes]
@@ -119,8 +130,9 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
                 _origin(recipe, terms, outcome.revision),
                 _rows(recipe, outcome),
                 INTENDED,
-                f"## How it was made\n\nWith {made_with()}, and this as `recipe.yaml`:\n\n"
-                "```bash\nllmdistill generate recipe.yaml\n```\n\n"
+                f"## How it was made\n\nThe dataset was made with {made_with()}, by this command:"
+                "\n\n```bash\nllmdistill generate recipe.yaml\n```\n\n"
+                "The file `recipe.yaml` contained:\n\n"
                 f"```yaml\n{recipes.dump(_public(recipe)).replace('```', chr(39) * 3)}```",
             ]
         )
@@ -129,19 +141,20 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
 
 
 def _license(recipe: recipes.GenerationRecipe) -> str | None:
-    """The teacher's; the name of a model on a server is no name on the Hub."""
+    """Return the teacher's licence: as the recipe states it for a server, else as its card does."""
     teacher = recipe.teacher
+    # A server's name for a model may belong to another repository on the Hub.
     return teacher.stated_license if teacher.is_remote else license_of(teacher.model)
 
 
 def _public(recipe: recipes.GenerationRecipe) -> recipes.GenerationRecipe:
-    """Without the folders and addresses of whoever ran it."""
+    """Return the recipe without local paths and addresses."""
     changes = {"output": Path(recipe.output).name, "teacher": recipe.teacher.public()}
     return recipe.model_copy(update=changes)
 
 
 def _size(rows: int) -> str:
-    """The Hub's name for a number of rows."""
+    """Return the Hub's size category for a number of rows."""
     return next((name for bound, name in SIZE_CATEGORIES if rows < bound), "n>1M")
 
 
@@ -149,30 +162,31 @@ def _origin(recipe: recipes.GenerationRecipe, terms: str | None, revision: str) 
     stated = (
         f"The teacher's licence is {shown(terms)}."
         if terms
-        else "The teacher's licence could not be read: look it up before you share this."
+        else "The teacher's licence could not be read. Look it up before you share this dataset."
     )
     given = recipe.generator.has_given_prompts
-    written = "Answers to given prompts" if given else "Instructions and answers"
+    written = "answers to given prompts" if given else "instructions and answers"
     return (
-        f"{written}, written by a language model, with "
+        f"This dataset contains {written}, written by a language model. It was generated with "
         f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n"
         f"- **Teacher**: `{shown(recipe.teacher.model)}`"
-        f"{f', {shown(revision)}' if revision else ''}\n"
+        f"{f', revision {shown(revision)}' if revision else ''}\n"
         f"- **Generator**: {shown(recipe.generator.kind)}\n"
         f"- **Made from**: {_material(recipe)}\n\n{stated}"
     )
 
 
 def _material(recipe: recipes.GenerationRecipe) -> str:
-    """The rows that were shown or asked, with the licences that their cards state."""
+    """Return the sources that the teacher saw, with the licences that their cards state."""
     names = [one.source for one in recipe.sources]
+    # Only the file name: a path may contain names of people or machines.
     listed = [f"`{shown(Path(name).name)}`{_terms(name)}" for name in names]
-    return ", ".join(listed) or "nothing but the teacher's chat template"
+    return ", ".join(listed) or "only the teacher's chat template"
 
 
 def _terms(source: str) -> str:
     if source == "seed_tasks":
-        return " (of llmdistill, apache-2.0)"
+        return " (from llmdistill, apache-2.0)"
     name = hub_name(source)
     terms = name and license_of(name, kind="dataset")
     return f" ({shown(terms)})" if terms else ""
@@ -187,11 +201,13 @@ def _rows(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
     why = ", ".join(f"{reason} {number}" for reason, number in reasons) or "none"
     ways = ", ".join(f"{way} {number}" for way, number in sorted(outcome.variants.items()))
     return (
-        "## Rows\n\n" + "\n".join(lines) + f"\n\nColumns: {columns}, and `id`, `variant`, "
-        "`generator`, `teacher`, `revision`, `sampling`, `seed`, `prompt_hash`: where each row "
-        "comes from. `id` is the call and the place in it; with `seed` it keys what was drawn. "
-        f"About {recipe.test_share:.0%} of the questions, by a hash of their text, are in `test`."
+        "## Rows\n\n" + "\n".join(lines) + f"\n\nThe columns are {columns}, and "
+        "those that record where a row comes from: `id`, `variant`, `generator`, `teacher`, "
+        "`revision`, `sampling`, `seed` and `prompt_hash`. `id` is the number of the call and the "
+        "position of the task in it. Together with `seed`, it determines the random choices for "
+        "the row. About "
+        f"{recipe.test_share:.0%} of the questions, chosen by a hash of their text, are in `test`."
         "\n\n"
-        f"Of {kept + dropped} tasks {kept} were kept. Dropped: {shown(why)}."
-        + (f" Kept, by variant: {shown(ways)}." if ways else "")
+        f"{kept} of {kept + dropped} tasks were kept. Dropped by reason: {shown(why)}."
+        + (f" Kept by variant: {shown(ways)}." if ways else "")
     )

@@ -2,9 +2,9 @@
 
 B = sequences.
 
-It writes; it is not asked for distributions yet.  Requests run side by side up to a limit, and are
-made again with growing pauses where the server was busy, broke off, or said nothing that can be
-used.  What cannot be mended by asking again ends with an error.
+It writes text, but does not provide distributions yet.  Requests run in parallel up to a limit.  A
+request is retried with growing pauses if the server is busy, closes the connection, or sends an
+unusable reply.  Errors that a retry cannot fix are raised.
 """
 
 from __future__ import annotations
@@ -33,18 +33,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONGEST_PAUSE = 30.0  # seconds between two attempts
-LONGEST_WAIT = 300.0  # where the server itself asks for it
-NO_KEY = "none"  # the client insists on one; servers of one's own do not
-TRY_AGAIN = (408, 409, 425, 429)  # and all from 500 on
-REFUSED_STATUS = (400, 413, 422)  # this request, and perhaps no other
+LONGEST_WAIT = 300.0  # seconds between two attempts if the server asks for a pause (Retry-After)
+NO_KEY = "none"  # the openai client requires a key, even for servers that check none
+TRY_AGAIN = (408, 409, 425, 429)  # HTTP statuses to retry, as are all from 500
+# Statuses that concern the content of one request (too long, for example), so that others may
+# succeed.  Such a request costs its row, and the run continues.
+REFUSED_STATUS = (400, 413, 422)
 REFUSED_BY_SERVER = "refused by the server"
 HINTS = {
-    401: ". Name the variable that holds your key in teacher.key_from.",
-    403: ". Name the variable that holds your key in teacher.key_from.",
-    404: ". Does teacher.url end as the server wants it (.../v1), and does it serve this model?",
+    401: ". Set teacher.key_from to the environment variable that holds your key.",
+    403: ". Set teacher.key_from to the environment variable that holds your key.",
+    404: ". Check that teacher.url has the path of the server's API (.../v1) and that the server "
+    "has this model.",
 }
 
-# What reading a reply raises that is no JSON, or JSON of another form: the client checks neither.
+# Raised while reading a reply that is not JSON, or is JSON of an unexpected form.  The openai
+# client validates neither.
 UNUSABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 
 logger = logging.getLogger("llmdistill")
@@ -52,9 +56,10 @@ logger = logging.getLogger("llmdistill")
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be answered: messages of a conversation, text to go on from, or its ids.
+    """A prompt with its sampling settings.
 
-    `stop` is what an answer ends before.
+    `prompt` is the messages of a conversation, a text to continue, or the token ids of one.  The
+    reply ends before the text `stop`.
     """
 
     prompt: str | tuple[int, ...] | tuple[dict[str, str], ...]
@@ -66,10 +71,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Spoken:
-    """An answer, and whether the limit of new tokens cut it off.
+    """A server's reply.
 
-    `refused` says why there is none; `log_prob` is its mean log-probability in nats per token, or
-    None if nobody asked for it.
+    `truncated`: the limit of new tokens cut it off.  `refused`: why there is no reply; empty if
+    there is one.  `log_prob`: its mean log-probability in nats per token; None if not scored.
     """
 
     text: str
@@ -79,12 +84,13 @@ class Spoken:
 
 
 class RemoteTeacher:
-    """`model` on the server at `url` (.../v1).  The key is read from the environment variable
-    `key_from`; by default OPENAI_API_KEY goes to api.openai.com, and no key to any other server.
+    """Teacher `model` on the server at `url` (.../v1).
 
-    `retries` are further attempts at each request; `per_minute` bounds how many are begun.
-    `tokenizer` is needed to write for a rollout, where prompts come as ids.  With `scored` answers
-    come with their log-probability.  `chat_template_kwargs` go to the server's template.
+    The API key is read from the environment variable `key_from`.  By default, OPENAI_API_KEY goes
+    to api.openai.com, and no other server gets a key.  `timeout` (of one attempt) and `pause` (the
+    first one) are in seconds, `retries` are attempts after the first, and `per_minute` limits the
+    requests that start.  `write` needs `tokenizer`.  With `scored`, replies have log-probabilities.
+    `chat_template_kwargs` are sent to the server's chat template.
     """
 
     provides: frozenset[Need] = frozenset()
@@ -106,7 +112,8 @@ class RemoteTeacher:
     ) -> None:
         if importlib.util.find_spec("openai") is None:
             raise RecipeError(
-                "a remote teacher needs the openai client: pip install 'llmdistill[remote]'"
+                "a remote teacher needs the openai package. Install it with: "
+                "pip install 'llmdistill[remote]'"
             )
         self.url, self.model, self.tokenizer = url, model, tokenizer
         self.key = _key(url, key_from)
@@ -121,10 +128,10 @@ class RemoteTeacher:
         questions: Sequence[Question],
         heard: Callable[[int, Spoken], None] = lambda place, spoken: None,
     ) -> list[Spoken]:
-        """An answer to each, in their order; `heard` is told of each as it comes.
+        """Return a reply to each question, in order; `heard` is called for each as it arrives.
 
-        A request that the server refuses for what is in it is an answer that says so.  Raises
-        TeacherError where the server turns the caller away, or does not recover.
+        If the server refuses the content of a question, its reply has `refused` set.  Raises
+        TeacherError if the server rejects the caller (a wrong key, say) or does not recover.
         """
         running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
 
@@ -134,27 +141,29 @@ class RemoteTeacher:
             running.append((asyncio.get_running_loop(), task))
             return await self._answer(questions, heard)
 
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:  # the caller may run a loop
+        # In a thread, because the caller may already run an event loop (a notebook).
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
             future = thread.submit(lambda: asyncio.run(run()))
             try:
                 return future.result()
-            except KeyboardInterrupt:  # else the thread would wait for every request
+            except KeyboardInterrupt:  # otherwise the thread would finish all requests
                 for loop, task in running:
-                    with contextlib.suppress(RuntimeError):  # it has just come to its end
+                    with contextlib.suppress(RuntimeError):  # the loop has just closed
                         loop.call_soon_threadsafe(task.cancel)
                 raise
 
     def write(
         self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
     ) -> Sequences:
-        """The server's answers to prompts of ids, by its completions endpoint.
+        """Return the server's replies to prompts of token ids, by its completions endpoint.
 
-        Ids are what is sent, so that no text of a prompt is read as a control token.  An answer's
-        text is tokenised here: its ids may differ from those that the server drew.
+        Ids are sent, not text, so that no text in a prompt is read as a control token.  Replies are
+        tokenised here, so their ids may differ from those that the server sampled.
         """
         if self.tokenizer is None:
             raise RecipeError(
-                f"teacher '{self.model}' at {self.url} has no tokenizer: give teacher.tokenizer"
+                f"teacher '{self.model}' at {self.url} has no tokenizer, and prompts of token ids "
+                "need one. Set teacher.tokenizer."
             )
         keys = (row_keys(draw, prompts.row_ids_B, Writer.TEACHER) % 2**31).tolist()
         spoken = self.answer(
@@ -164,25 +173,21 @@ class RemoteTeacher:
             ]
         )
         if any(one.refused for one in spoken):
-            raise TeacherError(f"{self.url} refuses a prompt of this batch; see above")
+            raise TeacherError(f"{self.url} refused a prompt of this batch. Drop that prompt.")
         return Sequences.pack(
             prompts.ids(),
-            [self._ids(one)[:max_new_tokens] for one in spoken],
+            [_ids(self.tokenizer, one)[:max_new_tokens] for one in spoken],
             prompts.row_ids_B.tolist(),
             writer=Writer.TEACHER,
             pad_id=0,
         )
-
-    def _ids(self, spoken: Spoken) -> list[int]:
-        assert self.tokenizer is not None
-        ids = self.tokenizer(spoken.text, add_special_tokens=False, split_special_tokens=True)
-        return ids["input_ids"] + ([] if spoken.truncated else [self.tokenizer.eos_token_id])
 
     async def _answer(
         self, questions: Sequence[Question], heard: Callable[[int, Spoken], None]
     ) -> list[Spoken]:
         import openai
 
+        # No retries by the client: `_attempts` also retries unusable replies, and keeps the pace.
         client = openai.AsyncOpenAI(
             base_url=self.url, api_key=self.key, timeout=self.timeout, max_retries=0
         )
@@ -197,12 +202,12 @@ class RemoteTeacher:
         try:
             async with client, asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(*numbered)) for numbered in enumerate(questions)]
-        except ExceptionGroup as failed:  # the first one stops the others
+        except ExceptionGroup as failed:  # the first error cancels the other requests
             raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def _attempts(self, client: Any, question: Question) -> Spoken:
-        """Asks until there is an answer; the pauses double, or are as long as the server says."""
+        """Ask until there is a reply.  Pauses double, and are at least what the server asks for."""
         import openai
 
         wrong = ""
@@ -210,7 +215,7 @@ class RemoteTeacher:
             await self._pace.turn()
             wait = 0.0
             try:
-                async with asyncio.timeout(self.timeout):  # the client's own is for each read
+                async with asyncio.timeout(self.timeout):  # the client's limits one read
                     reply = await self._ask(client, question)
                 self._check_model(reply)
                 return _spoken(reply, scored=self.scored)
@@ -223,28 +228,31 @@ class RemoteTeacher:
             except openai.APIStatusError as error:
                 wrong = f"HTTP {error.status_code}: {error.message}"
                 if error.status_code in REFUSED_STATUS:
-                    self._say_once(f"{self.url} refuses a request: {wrong[:500]}")
+                    self._say_once(f"{self.url} refused a request: {wrong[:500]}")
                     return Spoken("", refused=REFUSED_BY_SERVER)
                 if error.status_code not in TRY_AGAIN and error.status_code < 500:
                     hint = HINTS.get(error.status_code, "")
-                    raise TeacherError(f"{self.url} refuses: {wrong[:500]}{hint}") from error
+                    raise TeacherError(
+                        f"{self.url} rejected the request: {wrong[:500]}{hint}"
+                    ) from error
                 wait = _asked_to_wait(error.response)
             except UNUSABLE as error:
                 wrong = f"unusable reply: {error}"
-            self._say_once(f"{self.url}: {wrong[:200]}; asking again")
+            self._say_once(f"{self.url}: {wrong[:200]}; retrying")
             if attempt < self.retries:
                 pause = min(self.pause * 2**attempt, LONGEST_PAUSE)
-                # Not all at the same moment again.
+                # Random, so that parallel requests do not all come back at the same moment.
                 await asyncio.sleep(max(wait, pause * random.uniform(0.5, 1.0)))
         raise TeacherError(
-            f"{self.url} gave no usable reply in {self.retries + 1} attempts; the last: "
-            f"{wrong[:500]} Does it run, and is its address right? What was recorded is kept: pass "
-            "resume to go on once it is well."
+            f"{self.url} gave no usable reply in {self.retries + 1} attempts. The last error: "
+            f"{wrong[:500]} Check that the server is running and that teacher.url is right. "
+            "Earlier replies are recorded: pass resume to continue."
         )
 
     async def _ask(self, client: Any, question: Question) -> Any:
         sampling, prompt = question.sampling, question.prompt
         is_chat = isinstance(prompt, tuple) and isinstance(prompt[0], dict)
+        # Extensions of OpenAI's API that vLLM and others have: sent only if they are set.
         extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
         if is_chat and self.chat_template_kwargs:
             extra["chat_template_kwargs"] = self.chat_template_kwargs
@@ -268,7 +276,7 @@ class RemoteTeacher:
     def _check_model(self, reply: Any) -> None:
         served = getattr(reply, "model", None)
         if isinstance(served, str) and served and served != self.model:
-            self._say_once(f"{self.url} was asked for '{self.model}' and answers as '{served}'")
+            self._say_once(f"{self.url} was asked for '{self.model}' but replies as '{served}'")
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -276,18 +284,31 @@ class RemoteTeacher:
             logger.warning("%s", text)
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, spoken: Spoken) -> list[int]:
+    """Return the token ids of a reply, with the end token unless it was cut off."""
+    # Control tokens in the text of a reply stay ordinary text.
+    ids = tokenizer(spoken.text, add_special_tokens=False, split_special_tokens=True)
+    return ids["input_ids"] + ([] if spoken.truncated else [tokenizer.eos_token_id])
+
+
 def _key(url: str, key_from: str | None) -> str:
-    """A key goes to nobody but the server that it was named for."""
+    """Return the API key, or `NO_KEY`; a key is never sent to a server that it is not meant for.
+
+    Raises RecipeError if the variable `key_from` is not set.
+    """
     if key_from is None:
         is_openai = urlsplit(url).hostname == "api.openai.com"
         return (is_openai and os.environ.get("OPENAI_API_KEY")) or NO_KEY
     if not os.environ.get(key_from):
-        raise RecipeError(f"teacher.key_from: the environment variable {key_from} is not set")
+        raise RecipeError(
+            f"teacher.key_from: the environment variable {key_from} is not set. Set it to the "
+            "server's API key."
+        )
     return os.environ[key_from]
 
 
 class _Pace:
-    """Lets requests begin evenly, so many per minute."""
+    """Spaces the starts of requests evenly, so that at most `per_minute` begin in a minute."""
 
     def __init__(self, per_minute: float | None) -> None:
         self.step = 60.0 / per_minute if per_minute else 0.0
@@ -296,15 +317,17 @@ class _Pace:
     async def turn(self) -> None:
         if self.step:
             now = time.monotonic()
+            # The next start is reserved before the sleep: other requests run this in between.
             self.next = max(self.next, now) + self.step
             await asyncio.sleep(self.next - self.step - now)
 
 
 def _spoken(reply: Any, *, scored: bool) -> Spoken:
-    """The text of a reply; ValueError for one that is empty, broken off, or not of this form."""
+    """Return the reply, or raise ValueError if it is incomplete or has an unexpected form."""
+    # A chat's choice has a message, a completion's has a text.
     choices = getattr(reply, "choices", None)
     if not choices:
-        raise ValueError("it holds no choice")
+        raise ValueError("it has no choices")
     choice = choices[0]
     message = getattr(choice, "message", None)
     text = getattr(message, "content", None) if message else getattr(choice, "text", None)
@@ -312,14 +335,18 @@ def _spoken(reply: Any, *, scored: bool) -> Spoken:
     if reason == "content_filter" or getattr(message, "refusal", None):
         return Spoken("", refused=REFUSED_BY_SERVER)
     if not isinstance(text, str) or reason not in ("stop", "length"):
-        raise ValueError(f"text {str(text)[:40]!r}, finish_reason {reason!r}")
-    text.encode()  # half a character of two: ValueError
+        raise ValueError(f"its text is {str(text)[:40]!r}, its finish_reason {reason!r}")
+    text.encode()  # raises ValueError for a lone surrogate, which could not be saved as UTF-8
     log_prob = _mean_log_prob(choice) if scored and text else None
     return Spoken(text, truncated=reason == "length", log_prob=log_prob)
 
 
 def _mean_log_prob(choice: Any) -> float:
-    """Nats per token; a chat and a completion give them in two ways."""
+    """Return the mean log-probability in nats per token.
+
+    Chats list tokens in `content`, completions in `token_logprobs`.  Raises TeacherError if the
+    server sent neither.
+    """
     found = getattr(choice, "logprobs", None)
     tokens = getattr(found, "content", None)
     each = (
@@ -329,14 +356,14 @@ def _mean_log_prob(choice: Any) -> float:
     )
     if each is None:
         raise TeacherError(
-            "the server gives no log-probabilities: leave out the filter 'perplexity' and "
-            "'best_by: likelihood'"
+            "the server returned no log-probabilities, which the filter 'perplexity' and "
+            "'best_by: likelihood' need. Remove them from the recipe, or use another server."
         )
     return sum(each) / max(len(each), 1)
 
 
 def _asked_to_wait(response: Any) -> float:
-    """The server's Retry-After in seconds, where it gives one: a number, or a date."""
+    """Return the seconds of the server's Retry-After header (a number or a date), or 0."""
     asked = response.headers.get("retry-after") or "0"
     try:
         seconds = float(asked)

@@ -178,7 +178,7 @@ def test_what_is_refused_is_counted_and_nothing_else_is_lost():
 
 @pytest.mark.parametrize("made", [Alpaca, lambda seeds: SelfInstruct(seeds, LABELS[:2])])
 def test_too_few_seeds_are_named(made):
-    with pytest.raises(DataError, match="'seed_tasks' holds 2 tasks, but each prompt shows"):
+    with pytest.raises(DataError, match="'seed_tasks' has 2 tasks, but each prompt needs"):
         made(SEEDS[:2])
 
 
@@ -275,7 +275,7 @@ class Once:
 
 
 def test_the_best_by_reference_needs_references():
-    with pytest.raises(DataError, match="some have none; choose"):
+    with pytest.raises(DataError, match="some rows have no answer. Use 'likelihood' or"):
         Answer(SEEDS, samples=2, best_by="reference")
 
 

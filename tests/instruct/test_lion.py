@@ -104,5 +104,5 @@ def test_lion_asks_for_rarer_hard_ones_and_for_more_easy_ones_in_turn():
 
 @pytest.mark.parametrize(("hard", "easy", "said"), [([], TASKS, "is hard"), (TASKS, [], "is easy")])
 def test_an_empty_pool_is_named(hard, easy, said):
-    with pytest.raises(DataError, match=f"no task of the pool {said} for the student"):
+    with pytest.raises(DataError, match=f"no task in generator.pool {said} for the student"):
         Lion(hard, easy)

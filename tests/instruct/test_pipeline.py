@@ -163,14 +163,16 @@ def test_another_round_size_is_refused(straight, tmp_path):
     made(tmp_path, target=7).run()
     rows = list(read_whole_lines(tmp_path / "calls.jsonl"))
     (tmp_path / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
-    with pytest.raises(DataError, match="another round size"):
+    with pytest.raises(DataError, match="recorded with a different round size"):
         made(tmp_path).run()
 
 
 def test_prompts_that_changed_are_not_paired_with_old_replies(tmp_path):
     tasks = [Task(f"Say {word} twice.") for word in toy.WORDS]
     made(tmp_path, generator=Answer(tasks), target=None, filters=[]).run()
-    with pytest.raises(DataError, match="call 0 would ask something else today"):
+    with pytest.raises(
+        DataError, match="call 0 would now send a different request than the one recorded"
+    ):
         made(tmp_path, generator=Answer([Task("New."), *tasks]), target=None, filters=[]).run()
 
 

@@ -153,7 +153,7 @@ def test_the_order_of_the_layers_is_the_given_one(teacher_model, ids_BT):
 
 @pytest.mark.parametrize("layers", [[], [4], [-1], [0, 9]])
 def test_layers_that_are_not_there_are_refused(teacher_model, layers):
-    with pytest.raises(ModelError, match="of a model that has 4"):
+    with pytest.raises(ModelError, match="the model has 4 layers. Use indices from 0 to 3"):
         keep_layers(teacher_model, layers)
 
 
@@ -175,7 +175,7 @@ def test_the_number_of_layers_is_checked(teacher_model, ids_BT, kept, fits):
         student = carve(teacher_model, Plan(layers=kept), ids_BT, torch.ones_like(ids_BT))
         assert len(decoder_layers(student)) == kept
     else:
-        with pytest.raises(ModelError, match=f"got {kept}, the model has 4 layers"):
+        with pytest.raises(ModelError, match=f"got {kept}, but the model has 4 layers"):
             carve(teacher_model, Plan(layers=kept), ids_BT, torch.ones_like(ids_BT))
 
 

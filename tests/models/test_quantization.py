@@ -80,5 +80,5 @@ def test_each_kind_is_tested():
 
 
 def test_an_unknown_kind_lists_the_known():
-    with pytest.raises(ModelError, match="choose one of bnb_4bit, bnb_8bit, torchao_int8"):
+    with pytest.raises(ModelError, match="Choose one of bnb_4bit, bnb_8bit, torchao_int8"):
         quantization.quantization_config("int3", torch.float32)

@@ -102,9 +102,12 @@ def test_hooks_are_gone_after_the_pass_and_after_an_error():
 @pytest.mark.parametrize(
     ("need", "said"),
     [
-        (Need.HIDDEN.after(4), "layer 4 of LlamaForCausalLM: it has 3 decoder layers, so give 0"),
-        (Need.HIDDEN.after(-4), "it has 3 decoder layers"),
-        (Need.QUERIES.after(0), "so give 1 to 3"),
+        (
+            Need.HIDDEN.after(4),
+            "layer 4 does not exist: LlamaForCausalLM has 3 decoder layers. Use 0",
+        ),
+        (Need.HIDDEN.after(-4), "layer -4 does not exist: LlamaForCausalLM has 3 decoder layers"),
+        (Need.QUERIES.after(0), "Use 1 to 3"),
     ],
 )
 def test_a_layer_that_is_not_there_is_named(need, said):
@@ -116,7 +119,7 @@ def test_an_attention_of_another_form_is_named():
     model = toy.model()
     del decoder_layers(model)[1].self_attn.k_proj
     check_taps(model, [Need.HIDDEN.after(2), Need.QUERIES.after(2)])
-    with pytest.raises(ModelError, match="the keys of its LlamaDecoderLayer are made in a way"):
+    with pytest.raises(ModelError, match="does not know how LlamaDecoderLayer computes its keys"):
         check_taps(model, [Need.KEYS.after(2)])
 
 
@@ -128,7 +131,9 @@ def test_families_that_cut_one_layer_in_another_way_are_refused(name):
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     check_taps(model, [Need.HIDDEN.after(1)])
     for part in PARTS:
-        with pytest.raises(ModelError, match="are made in a way that is not known here"):
+        with pytest.raises(
+            ModelError, match=rf"llmdistill does not know how {name}\w+ computes its {part.what}"
+        ):
             check_taps(model, [part.after(1)])
 
 

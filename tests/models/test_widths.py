@@ -106,10 +106,10 @@ def test_no_hook_is_left():
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"mlp_width": 97}, "got 97, an MLP here has 96"),
+        ({"mlp_width": 97}, "got 97, but an MLP of this model has 96"),
         ({"mlp_width": 0}, "got 0"),
-        ({"heads": 3}, "must be a multiple of 2"),
-        ({"heads": 8}, "the model has 4"),
+        ({"heads": 3}, "Use a multiple of 2"),
+        ({"heads": 8}, "the model has 4 heads"),
     ],
 )
 def test_widths_that_do_not_fit_are_refused(plan, message):
@@ -128,7 +128,7 @@ def test_widths_that_do_not_fit_are_refused(plan, message):
     ],
 )
 def test_families_of_another_form_are_refused_by_name(name, plan):
-    with pytest.raises(ModelError, match=f"{name}.* only its layers can be carved"):
+    with pytest.raises(ModelError, match=f"{name}.* Carve only whole layers"):
         cut(family(name), **plan)
 
 

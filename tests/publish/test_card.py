@@ -144,7 +144,7 @@ def test_the_text_says_how_it_was_made():
     assert "`org/student`, carved (layers 4)" in text
     assert f"**Teacher**: `{EMBEDDED_NAME}`" in text
     assert "response (divergence jsd, beta 0.25); cross_entropy" in text
-    assert "**Who writes**: fixed" in text
+    assert "**Rollout**: fixed" in text
 
 
 def test_the_recipe_in_the_card_is_the_recipe():
@@ -169,8 +169,8 @@ def test_the_table_is_in_the_card_with_where_its_rows_come_from():
     assert {line.count("|") for line in lines} == {5}
     assert lines[0] == "|  | before | after | meaning |"
     assert any(line.startswith("| kl_teacher_text | 0.123 | 0.123 |") for line in lines)
-    assert "On 3 rows of `org/rows:test` held back:" in text
-    assert "## Measured" not in parsed().text
+    assert "Measured on 3 held-out rows of `org/rows:test`:" in text
+    assert "## Evaluation" not in parsed().text
 
 
 @pytest.mark.parametrize(

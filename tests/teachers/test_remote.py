@@ -58,14 +58,16 @@ def test_what_goes_wrong_once_is_asked_again(server, fault):
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("hang", "drip")])
 def test_what_stays_wrong_ends_with_an_error(server, fault):
     server.faults = [fault] * 99
-    with pytest.raises(TeacherError, match=r"no usable reply in 3 attempts.*pass resume to go on"):
+    with pytest.raises(
+        TeacherError, match=r"no usable reply in 3 attempts.*pass resume to continue"
+    ):
         teacher(server, retries=2).answer(questions(1))
     assert len(server.asked) == 3
 
 
 def test_a_refusal_is_not_asked_again(server):
     server.faults = ["refused"] * 99
-    with pytest.raises(TeacherError, match="refuses: HTTP 401: .*who are you"):
+    with pytest.raises(TeacherError, match="rejected the request: HTTP 401: .*who are you"):
         teacher(server, concurrency=1).answer(questions(5))
     assert len(server.asked) == 1
 
@@ -126,7 +128,7 @@ def test_after_the_last_attempt_nothing_is_waited_for(server):
 def test_another_model_than_asked_for_is_said(server, caplog):
     server.faults = ["other"] * 3
     teacher(server).answer(questions(5))
-    assert caplog.text.count("was asked for 'm' and answers as 'n'") == 1
+    assert caplog.text.count("was asked for 'm' but replies as 'n'") == 1
 
 
 def test_the_pace_is_kept_from_one_call_to_the_next(server):
@@ -161,7 +163,7 @@ def test_answers_come_with_their_log_probability_where_asked_for(server, prompt)
     server.faults = ["scored"]
     (spoken,) = teacher(server, scored=True).answer([question])
     assert spoken.log_prob == -1.5
-    with pytest.raises(TeacherError, match="gives no log-probabilities"):
+    with pytest.raises(TeacherError, match="returned no log-probabilities"):
         teacher(server, scored=True).answer([question])
 
 
@@ -243,7 +245,7 @@ def test_writes_for_a_rollout(server):
     assert [(path, body["prompt"]) for path, body in server.asked] == [
         ("/v1/completions", ids) for ids in prompts.ids()
     ]
-    with pytest.raises(RecipeError, match="give teacher.tokenizer"):
+    with pytest.raises(RecipeError, match="need one. Set teacher.tokenizer"):
         teacher(server).write(prompts, Sampling(), max_new_tokens=9, draw=Draw(0))
 
 

@@ -1,6 +1,6 @@
-"""How tasks are made.  A generator is asked for call after call; each call is a short exchange with
-the teacher that ends with tasks.
+"""Generators make tasks.  Each call of a generator is a short exchange with the teacher that
+returns tasks.
 
-Everything random is drawn from the seed and the number of the call, so a call that is made again
-asks the same.
+All random choices are drawn from the seed and the number of the call, so a call that is repeated
+sends the same requests.
 """

@@ -1,4 +1,4 @@
-"""What every generator is, and the exchanges that several of them share."""
+"""The base class of generators, and the exchanges that several of them share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmdistill.sampling import GREEDY, Sampling
 
 
 class Cost(NamedTuple):
-    """What one call can take: tasks that it may make, requests, and tokens that are written."""
+    """Upper bounds for one call: its tasks, its requests, and the tokens of all replies."""
 
     tasks: int
     requests: int
@@ -26,9 +26,9 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Answering:
-    """How a task is answered.
+    """How the teacher answers a task.
 
-    `hint` stands below it for the teacher alone: the row has the answer that it brought about, and
+    `hint` is appended to the prompt that the teacher sees.  The row has the resulting answer, but
     not the hint (context distillation, Askell et al. 2021).
     """
 
@@ -37,30 +37,38 @@ class Answering:
     hint: str = ""
 
     def request(self, task: Task) -> Request:
+        """Return the request for the answer to a task."""
         asked = f"{task.prompt}\n\n{self.hint}" if self.hint else task.prompt
         return Request(user(asked), self.sampling, self.max_new_tokens)
 
 
 class TaskGenerator(ABC):
-    """`num_calls` is None where it can go on for ever."""
+    """Base of all generators.  `num_calls` is None if the number of calls has no limit."""
 
     num_calls: int | None = None
 
     @property
     @abstractmethod
     def at_most(self) -> Cost:
-        """The upper bounds of one call."""
+        """Upper bounds for one call."""
 
     @abstractmethod
     def call(self, number: int, machine: Sequence[Task]) -> Call:
-        """The exchange of this number; `machine` are tasks that were made and kept before."""
+        """Return the exchange of call `number`.
+
+        `machine` are the generated tasks that were kept in earlier rounds.
+        """
 
 
 def varied(request: Request, answering: Answering) -> Call:
-    """The instruction that the teacher is asked for, and its answer to it."""
+    """Return the instruction that a request makes the teacher write, with the teacher's answer.
+
+    A truncated or empty instruction is dropped and not answered.
+    """
     (reply,) = yield [request]
     if reply.refused:
         return Parsed([], {reply.refused: 1})
+    # Half an instruction may still look whole, so it is not answered.
     if reply.truncated or not reply.text.strip():
         return Parsed([], {"endless instruction" if reply.truncated else "empty instruction": 1})
     made = Task(reply.text.strip())
@@ -68,7 +76,7 @@ def varied(request: Request, answering: Answering) -> Call:
 
 
 def answered(tasks: list[Task], answering: Answering) -> Call:
-    """The tasks with the teacher's answers."""
+    """Return the tasks with the teacher's answers; refused requests are counted as dropped."""
     replies: list[Reply] = yield [answering.request(task) for task in tasks]
     made = [
         replace(t, output=r.text.strip(), truncated=r.truncated, log_prob=r.log_prob)
@@ -79,13 +87,15 @@ def answered(tasks: list[Task], answering: Answering) -> Call:
 
 
 def require(seeds: Sequence[Task], examples: int) -> None:
-    """Raises DataError if there are too few seed tasks for the examples of a prompt."""
+    """Raise DataError if there are fewer seed tasks than one prompt needs."""
     if len(seeds) < examples:
         raise DataError(
-            f"'seed_tasks' holds {len(seeds)} tasks, but each prompt shows {examples}: give more, "
-            "or a smaller generator.examples"
+            f"'seed_tasks' has {len(seeds)} tasks, but each prompt needs {examples}. Add seed "
+            "tasks, or lower generator.examples."
         )
 
 
 def draw_of(seed: int, number: int) -> random.Random:
+    """Return the random generator of one call."""
+    # Seeded with a string, which Python hashes with SHA-512: the same on every machine and run.
     return random.Random(f"{seed}/{number}")

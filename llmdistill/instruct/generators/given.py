@@ -1,4 +1,4 @@
-"""Answers to prompts that are there: the teacher's own, or the given ones in its words."""
+"""Generators for given prompts: the teacher answers them, or rewrites their answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmdistill.instruct.tasks import Task
 from llmdistill.sampling import GREEDY, Sampling
 
 NOT_THE_BEST = "not the best sample"
-# A refusal, or talk about the task instead of an answer to it.
+# Signs of a refusal, or of text about the task instead of an answer to it.
 META = re.compile(
     r"\b(?:as an ai|language model|i(?:['\u2019]m| am) sorry|i (?:cannot|can['\u2019]t|am unable)"
     r"|(?:given|reference|provided|original|above) answer|answer above"
@@ -28,7 +28,11 @@ META = re.compile(
 
 
 class Answer(TaskGenerator):
-    """Answers to given prompts, `samples` each: all of them, or the `best_by` a scorer."""
+    """The teacher answers given prompts, `samples` times each.
+
+    All answers become rows, or, with `best_by` (a key of `SCORERS`), only the best one (best-of-n
+    sampling).  Raises DataError if `best_by` is "reference" and a prompt has no answer.
+    """
 
     def __init__(
         self,
@@ -42,8 +46,8 @@ class Answer(TaskGenerator):
         self.best_by = best_by
         if best_by == "reference" and any(task.reference is None for task in tasks):
             raise DataError(
-                "generator.best_by: reference compares with the answers of 'prompts', and some "
-                "have none; choose likelihood or consensus"
+                "'generator.best_by: reference' compares replies with the answers in 'prompts', "
+                "but some rows have no answer. Use 'likelihood' or 'consensus'."
             )
         self.answering = answering
 
@@ -53,19 +57,22 @@ class Answer(TaskGenerator):
         return Cost(kept, self.samples, self.samples * self.answering.max_new_tokens)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
+        # Equal requests at different places of a stage are drawn with different randomness.
         copies = [self.tasks[number]] * self.samples
         made = yield from answered(copies, self.answering)
         if self.best_by is None or not made.tasks:
             return made
+        # Counted as dropped, so that the counts of kept and dropped tasks add up to all tasks.
         others = Counter({NOT_THE_BEST: len(made.tasks) - 1})
         return Parsed([best(made.tasks, self.best_by)], Counter(made.dropped) + others)
 
 
 class Rewrite(TaskGenerator):
-    """Given answers in the teacher's own words (Yang et al. 2024, SDFT).
+    """The teacher rewrites given answers in its own words (Yang et al. 2024, SDFT).
 
-    The given answer is the reference, and stays where the new one is cut off, empty, a refusal or
-    talk about the task, or (`result`, a pattern) ends with another result.
+    The given answer becomes the reference of the row.  It also stays the answer if the new one is
+    truncated, empty or unchanged, refuses or talks about the task, or if its result differs, as
+    found by the pattern `result`.
     """
 
     def __init__(
@@ -97,10 +104,12 @@ class Rewrite(TaskGenerator):
             log_prob=reply.log_prob,
             variant="rewritten",
         )
+        # Without a usable answer, the row keeps the given one and is not lost.
         if reply.refused or reply.truncated or not self._stands(made, task.output.strip()):
             made = replace(task, reference=task.output, variant="original")
         return Parsed([made])
 
     def _stands(self, made: Task, given: str) -> bool:
+        """Whether a rewritten answer may replace the given one."""
         same = self.same_result is None or self.same_result.reason(made) is None
         return made.output not in ("", given) and same and not META.search(made.output)

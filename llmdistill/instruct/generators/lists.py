@@ -1,4 +1,4 @@
-"""Tasks written as a list that the teacher goes on with."""
+"""Generators whose teacher continues a list of example tasks."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ from llmdistill.instruct.requests import Call, Reply, Request, user
 from llmdistill.instruct.tasks import Task
 from llmdistill.sampling import GREEDY, Sampling
 
-KIND_TOKENS = 3  # "yes" or "no"
+KIND_TOKENS = 3  # enough for "yes" or "no"
 SURPLUS = "more than asked for"
 
 
 class Alpaca(TaskGenerator):
-    """Whole tasks, several per call, after three examples (Taori et al. 2023).
+    """The teacher continues a list of example tasks with `tasks_per_call` new ones.
 
-    With `answering` one task per call, of which the list gives the question alone, and the teacher
-    answers it as a user's: for teachers too small to keep to the form of the list.
+    The defaults are those of Alpaca (Taori et al. 2023).  With `answering`, a call makes one task:
+    only its question comes from the list, and the teacher then answers it as if a user had asked.
+    This is for small teachers, which do not keep to the form of the list.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Alpaca(TaskGenerator):
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         chosen = draw_of(self.seed, number).sample(self.seeds, self.examples)
         last = self.examples + self.tasks_per_call
+        # A teacher on this machine must continue from here, so it writes no preface.
         start = f"{BETWEEN}\n{self.examples + 1}. Instruction:"
         stop = f"{BETWEEN}\n{last + 1}." if self.answering is None else f"{last}. Output:"
         (reply,) = yield [
@@ -84,16 +86,23 @@ class Alpaca(TaskGenerator):
         return (yield from answered([question], self.answering))
 
     def _listed(self, start: str, reply: Reply) -> Parsed:
+        """Return the tasks of a reply that continues the list after `start`."""
         found = parse_tasks(start + reply.text, truncated=reply.truncated)
+        # All tasks of a list share the log-probability of the whole reply.
         tasks = [replace(task, log_prob=reply.log_prob) for task in found.tasks]
+        # A teacher that numbers its items differently never writes `stop`.
         surplus = Counter({SURPLUS: max(len(tasks) - self.tasks_per_call, 0)})
         return Parsed(tasks[: self.tasks_per_call], Counter(found.dropped) + surplus)
 
 
 class SelfInstruct(TaskGenerator):
-    """Instructions first, then whether they classify, then an instance (Wang et al. 2023).
+    """The teacher writes instructions, classifies them, and writes an instance of each.
 
-    Eight examples in context, of which two are machine-made once there are some.
+    An instance is an input and its output.  If an instruction can only be answered by a few fixed
+    labels (a classification), the output is written first.
+
+    A prompt shows `examples` instructions, of which up to `machine_examples` are generated ones
+    that were kept before (Wang et al. 2023, Self-Instruct).
     """
 
     def __init__(
@@ -117,14 +126,17 @@ class SelfInstruct(TaskGenerator):
 
     @property
     def at_most(self) -> Cost:
+        # One request for the list, and two for each instruction: its kind and its instance.
         tasks, each = self.tasks_per_call, self.max_instance_tokens + KIND_TOKENS
         return Cost(tasks, 1 + 2 * tasks, self.max_new_tokens + tasks * each)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         draw = draw_of(self.seed, number)
+        # Early calls have few or no generated tasks to show, and take more seeds instead.
         own = draw.sample(list(machine), min(self.machine_examples, len(machine)))
         chosen = own + draw.sample(self.seeds, self.examples - len(own))
         draw.shuffle(chosen)
+        # Shuffled, so that generated examples have no fixed position in the prompt.
         asked = user(prompts.instruction_list([task.instruction for task in chosen]))
         start = f"{self.examples + 1}."
         (reply,) = yield [Request(asked, self.sampling, self.max_new_tokens, start=start)]
@@ -132,11 +144,13 @@ class SelfInstruct(TaskGenerator):
             return Parsed([], {reply.refused: 1})
         listed = _numbered(start + reply.text)
         dropped = Counter({TRUNCATED: 1} if reply.truncated and listed else {})
+        # The last line of a text that was cut off is incomplete.
         whole = listed[:-1] if reply.truncated else listed
         instructions = whole[: self.tasks_per_call]
         dropped += Counter({SURPLUS: len(whole) - len(instructions)})
         if not instructions:
             return Parsed([], dropped or {UNPARSABLE: 1})
+        # A refused question counts as "no", and the instruction is still tried.
         kinds = yield [self._kind(text, draw) for text in instructions]
         output_first = [kind.text.strip().lower().startswith("yes") for kind in kinds]
         replies = yield [
@@ -154,7 +168,10 @@ class SelfInstruct(TaskGenerator):
         return Parsed(tasks, dropped)
 
     def _kind(self, instruction: str, draw: random.Random) -> Request:
-        """Twelve examples that classify and nineteen that do not."""
+        """Return the request that asks whether an instruction is a classification.
+
+        It shows up to 12 examples that are and 19 that are not, as in Self-Instruct.
+        """
         places = [i for i, label in enumerate(self.classifies) if label]
         others = [i for i, label in enumerate(self.classifies) if not label]
         chosen = draw.sample(places, min(12, len(places))) + draw.sample(
@@ -168,13 +185,16 @@ class SelfInstruct(TaskGenerator):
 
 
 def _numbered(text: str) -> list[str]:
-    """The items of a numbered list, one a line."""
+    """Return the items of a numbered list with one item per line."""
     items = re.findall(r"^[ \t]*\d+[.)][ \t]*(\S.*)$", text, flags=re.MULTILINE)
     return [item.strip() for item in items]
 
 
 def _instance(instruction: str, reply: Reply) -> Task | None:
-    """An input and an output, in either order; None where one is missing or there twice."""
+    """Return a task with the input and output of a reply, which may come in either order.
+
+    Returns None if a field is missing or repeated.
+    """
     _, *parts = re.split(r"^[ \t]*(Input|Output):[ \t]*", reply.text, flags=re.MULTILINE)
     fields = dict(zip(parts[::2], parts[1::2], strict=True))
     if sorted(parts[::2]) != ["Input", "Output"]:

@@ -1,4 +1,4 @@
-"""New instructions, out of nothing or out of given ones, each with the teacher's answer."""
+"""Generators of new instructions, from nothing or from given tasks, with the teacher's answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ HARD, EASY = "hard", "easy"
 
 
 class Magpie(TaskGenerator):
-    """The teacher writes what a user would say, then answers it (Xu et al. 2024)."""
+    """The teacher writes what a user might say, then answers it (Xu et al. 2024, Magpie).
+
+    Its prompt is only the opening of a user's turn, so no seed tasks are needed.
+    """
 
     def __init__(
         self,
@@ -47,7 +50,7 @@ class Magpie(TaskGenerator):
 
 
 class Variants(TaskGenerator):
-    """New instructions made of given ones, with their answers."""
+    """Base of generators that turn a given task into a new instruction and answer it."""
 
     def __init__(
         self,
@@ -65,13 +68,19 @@ class Variants(TaskGenerator):
         return Cost(1, 2, self.max_instruction_tokens + self.answering.max_new_tokens)
 
     def vary(self, asked: str, variant: str) -> Call:
+        """Return the exchange that sends the prompt `asked` and answers the new instruction."""
         request = Request(user(asked), self.sampling, self.max_instruction_tokens)
         made = yield from varied(request, self.answering)
+        # The variant is recorded in the row, and `Balanced` counts it.
         return Parsed([replace(task, variant=variant) for task in made.tasks], made.dropped)
 
 
 class Evolve(Variants):
-    """Harder and rarer variants of given tasks, in turn, with their answers."""
+    """The teacher writes harder and rarer variants of the seed tasks, alternately.
+
+    Odd calls ask for a harder variant and even ones for a rarer one.  Compare Evol-Instruct (Xu et
+    al. 2023, "WizardLM").
+    """
 
     def __init__(self, tasks: Sequence[Task], **options: Any) -> None:
         require(tasks, 1)
@@ -86,16 +95,18 @@ class Evolve(Variants):
 
 
 class Lion(Variants):
-    """New tasks like those that are hard for a student, and like the easy ones, in turn: 1:1
-    against forgetting (Jiang et al. 2023); `lion.py` tells them apart.
+    """The teacher writes new tasks like those that are hard or easy for a student, alternately.
+
+    The ratio of 1:1 keeps the student from forgetting what it can do (Jiang et al. 2023, Lion).
+    `lion.py` sorts the tasks into `hard` and `easy`.  Raises DataError if either is empty.
     """
 
     def __init__(self, hard: Sequence[Task], easy: Sequence[Task], **options: Any) -> None:
         if not hard or not easy:
             empty = "easy" if hard else "hard"
             raise DataError(
-                f"no task of the pool is {empty} for the student: give a larger or more mixed "
-                "generator.pool"
+                f"no task in generator.pool is {empty} for the student. Use a larger or more "
+                "varied pool."
             )
         super().__init__(**options)
         self.hard, self.easy = hard, easy
