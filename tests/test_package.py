@@ -199,3 +199,13 @@ def test_every_private_name_of_torch_is_on_that_page():
 def test_its_types_are_for_others_too():
     """PEP 561: without this file type checkers ignore our annotations."""
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_the_version_is_the_same_everywhere():
+    root = PACKAGE.parent
+    citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == llmdistill.__version__
+    changes = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[(.+?)\]", changes, flags=re.MULTILINE)
+    assert newest is not None
+    assert newest.group(1) == llmdistill.__version__

@@ -53,6 +53,7 @@ def test_a_commit_is_checked_as_scripts_check_does():
     entries = [hook["entry"] for hook in hooks[0]["hooks"]]
     lines = (ROOT / "scripts" / "check").read_text().splitlines()
     checks = [re.sub(r" --check| \.$", "", line) for line in lines if line.startswith(".venv/")]
+    assert len(checks) == 6
     assert entries == [re.sub(r" \.$", "", line) for line in checks]
 
 
