@@ -48,7 +48,7 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
     if section.peft is not None:
         options = section.peft.model_dump(exclude={"save", "r"})
         student = add_adapter(student, rank=section.peft.r, seed=recipe.seed, **options)
-    # A teacher without weights of its own is the student with its adapter switched off.
+    # A teacher without separate weights is the student with its adapter switched off.
     teacher, teacher_bytes, size = student, 0.0, _dtype_bytes(section.dtype)
     if (weights := recipe.teacher.weights) is not None:
         teacher = skeleton(load_config(weights.model, revision=weights.revision))

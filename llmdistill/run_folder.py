@@ -58,7 +58,7 @@ def check(
         )
     holds_one = (folder / record).is_file()
     if resume and not holds_one:
-        raise CheckpointError(f"{folder} has no {noun} to resume")
+        raise CheckpointError(f"{folder} has no {noun} to resume. Start one without resume.")
     if not is_used(folder, record=record) or resume:
         return
     if not overwrite:

@@ -1,4 +1,4 @@
-"""`llmdistill generate` on a toy teacher: every generator, its data set, and going on."""
+"""`llmdistill generate` on a toy teacher: every generator, its dataset, and going on."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def killed(*args, **options):
 def test_what_was_told_apart_before_does_not_count_when_it_is_overwritten(
     teacher, rows, tmp_path, monkeypatch
 ):
-    """Lion's gaps.json is of the old data set, whose pool is another one."""
+    """Lion's gaps.json is of the old dataset, whose pool is another one."""
     out = tmp_path / "set"
     generate(recipe(teacher, rows, out, "lion", target=2))
     with open(rows, "a") as file:
@@ -400,7 +400,7 @@ def test_a_data_set_goes_on_and_is_not_overwritten_by_chance(teacher, rows, tmp_
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
     generate(recipe(teacher, rows, parts, seed=1), overwrite=True)
     assert (parts / "rows.jsonl").read_bytes() != (whole / "rows.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match="holds no dataset"):
+    with pytest.raises(CheckpointError, match="has files but no dataset"):
         generate(recipe(teacher, rows, tmp_path), overwrite=True)
     killed = tmp_path / "killed"
     killed.mkdir()
@@ -520,8 +520,8 @@ def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch,
     assert run("--dry-run") == 0
     shown = capsys.readouterr().out
     assert "Write the task alone" in shown
-    assert "and then:\n[user]\n(what it wrote)" in shown
-    assert "9 rows: 9 calls if every task is kept, of at most 2 requests each" in shown
+    assert "Then:\n[user]\n(what it wrote)" in shown
+    assert "9 rows: 9 calls if every task is kept, with at most 2 requests each" in shown
     assert "at most 216 tokens" in shown
     assert not (tmp_path / "set").exists()
     assert run("target=5", "--push", "me/set") == 0

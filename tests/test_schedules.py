@@ -105,6 +105,6 @@ def test_every_schedule_can_be_asked_for():
 def test_the_branches_of_a_mixture_have_the_mean_share(share, mean):
     mixed = rollouts.MixedRecipe(share=share)
     (student, own), (other, rest) = mixed.branches
-    assert (student.who_writes, other.who_writes) == ("the student", "the data set")
+    assert (student.who_writes, other.who_writes) == ("the student", "the dataset")
     assert own == (pytest.approx(mean) if mean is not None else None)
     assert rest == (pytest.approx(1 - mean) if mean is not None else None)

@@ -44,9 +44,7 @@ def carve(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Cut a smaller model out of a model: keep its most influential layers, and its most active
-    MLP neurons and attention heads.
-    """
+    """Cut a smaller model out of a model, from its most influential and most active parts."""
     from llmdistill import recipe as recipes
 
     given: dict[str, Any] = {"by": by, "mlp_width": mlp_width, "heads": heads}

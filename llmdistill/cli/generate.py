@@ -134,7 +134,8 @@ def _estimate(generator: TaskGenerator, target: int | None) -> str:
     assert calls is not None  # the recipe's check refuses a generator without an end
     goal = f"{target} rows" if target is not None else "all prompts"
     return (
-        f"{goal}: {calls} calls if every task is kept, with at most {cost.requests} requests each. "
+        f"{goal}: {calls} calls if every task is kept, with at most {cost.requests} "
+        f"request{'s' * (cost.requests != 1)} each. "
         f"These write at most {calls * cost.tokens:,} tokens."
     )
 

@@ -34,7 +34,7 @@ Split = Callable[[generator_sections.LionRecipe], Pools]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of a generator besides the options of its section.
+    """Inputs of a generator in addition to the options of its section.
 
     `split` sorts the tasks of Lion's pool into hard and easy ones.
     """

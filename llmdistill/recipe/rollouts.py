@@ -72,7 +72,7 @@ class FixedRecipe(RolloutSection):
 
     @property
     def who_writes(self) -> str:
-        return "the data set"
+        return "the dataset"
 
 
 class SampledRecipe(RolloutSection):

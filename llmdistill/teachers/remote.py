@@ -37,7 +37,7 @@ LONGEST_WAIT = 300.0  # seconds between two attempts if the server asks for a pa
 NO_KEY = "none"  # the openai client requires a key, even for servers that check none
 TRY_AGAIN = (408, 409, 425, 429)  # HTTP statuses to retry, as are all from 500
 # Statuses that concern the content of one request (too long, for example), so that others may
-# succeed.  Such a request costs its row, and the run continues.
+# succeed.  Such a request loses its row, and the run continues.
 REFUSED_STATUS = (400, 413, 422)
 REFUSED_BY_SERVER = "refused by the server"
 HINTS = {

@@ -1,4 +1,4 @@
-"""Encoded rows as a data set, split the same way each time, and as batches of prompts."""
+"""Encoded rows as a dataset, split the same way each time, and as batches of prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a data set's splits."""
+"""The files of a dataset's splits."""
 
 from __future__ import annotations
 

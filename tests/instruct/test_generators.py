@@ -187,7 +187,7 @@ def test_too_few_seeds_are_named(made):
     [("likelihood", "b b b"), ("consensus", "a a x"), ("reference", "Thing 7"), (None, None)],
 )
 def test_the_best_sample_is_kept(by, expected):
-    """The likeliest, the one most like the others, or most like the data set's; never a cut one."""
+    """The likeliest, the one most like the others, or most like the dataset's; never a cut one."""
     replies = [
         Reply("a a y", log_prob=-2.0),
         Reply("a a x", log_prob=-1.5),

@@ -131,5 +131,7 @@ def test_an_unknown_distance_and_a_layer_that_is_not_there_are_named():
         HiddenObjective("l1")
     teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
     objective = prepared(HiddenObjective(teacher_layer=9), toy.model(), teacher)
-    with pytest.raises(ModelError, match="layer 9 of LlamaForCausalLM: it has 4 decoder layers"):
+    with pytest.raises(
+        ModelError, match="layer 9 does not exist: LlamaForCausalLM has 4 decoder layers"
+    ):
         loss(objective, toy.model(), teacher, toy.sequences())

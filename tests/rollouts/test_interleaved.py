@@ -540,7 +540,7 @@ def test_two_rules_or_a_continuous_sampler_are_refused():
 
 
 def test_a_mixture_of_both_and_the_data_set(pair):
-    """mixed_skd: a step is interleaved, or the data set's."""
+    """mixed_skd: a step is interleaved, or the dataset's."""
     prompts = Prompts.pack(PROMPTS, ROW_IDS, pad_id=0, responses=[[40, 2]] * 5)
     rollout = MixedRollout(
         InterleavedRollout(max_new_tokens=4, block_size=2, **OPEN), FixedRollout()

@@ -97,6 +97,7 @@ class Desk:
         less["generator"]["kind"] = recipe.generator.kind
         if recipe.generator.kind in ("alpaca", "self_instruct"):  # toys write no lists
             less["generator"] = {"kind": "evolve", "max_instruction_tokens": 400}
+        less["output"] = f"{self.folder}/block/{recipe.generator.kind}"
         made = generate(build_generation(less | {"target": 2}), overwrite=True)
         assert made.counts.kept == 2
 

@@ -249,7 +249,7 @@ def test_writes_for_a_rollout(server):
         teacher(server).write(prompts, Sampling(), max_new_tokens=9, draw=Draw(0))
 
 
-# ---- as the teacher of a data set ----
+# ---- as the teacher of a dataset ----
 
 
 @pytest.mark.parametrize(
@@ -472,5 +472,5 @@ def test_an_address_holds_no_key(server, tmp_path, url):
 
 
 def test_magpie_needs_a_template(server, tmp_path):
-    with pytest.raises(RecipeError, match=r"give 'teacher\.tokenizer'"):
+    with pytest.raises(RecipeError, match=r"Set 'teacher\.tokenizer'"):
         generation(server, tmp_path, generator={"kind": "magpie"}, target=3)
