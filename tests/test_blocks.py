@@ -18,7 +18,9 @@ PAGES = [
 BLOCK = re.compile(
     r"(?:^<!-- not run: (.+?) -->\n)?^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL
 )
-REASONS = {"needs a GPU", "needs the network", "starts two processes", "shown by the test suite"}
+REASONS = {
+    "needs a GPU", "needs the network", "needs the files of this measurement", "starts two processes",
+}  # fmt: skip
 LANGUAGES = {"bash", "yaml", "python"}
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 console = Console()
 
 MEANING = (
-    "Lower is better for kl_*, perplexity and repeated_4grams. Higher is better for "
-    "top1_agreement, draft_acceptance, rouge_l_* and exact_match."
+    "Lower is better for kl_*, perplexity and repeated_4grams, higher for top1_agreement,\n"
+    "draft_acceptance, rouge_l_* and exact_match."
 )
 SHOWN_CHARACTERS = 400  # of a response: three of them are read, not studied
 
