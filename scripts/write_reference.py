@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmdistill.recipe import GenerationRecipe, Recipe
 from llmdistill.recipe.facts import OWNED, REFUSED, RENAMED
 from llmdistill.recipe.options import TakesOptions
-from llmdistill.recipe.tables import REQUIRED, Table
+from llmdistill.recipe.tables import REQUIRED, Parameter, Table
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 ARGUMENTS = (
@@ -101,47 +101,38 @@ def entries(field: str, table: Table) -> Iterator[str]:
     lines = [f"| `{field}` | options | meaning |", "|---|---|---|"]
     for entry in table.entries:
         known = table.options(entry)
-        # The section itself has this key.
-        options = [o for name, o in known.items() if name not in ("temperature", "scale_by_t2")]
-        names = [name for name in known if name not in ("temperature", "scale_by_t2")]
-        texts = [shown_option(table, entry, *one) for one in zip(names, options, strict=True)]
+        # A temperature is a key of the section, whatever the divergence is.
+        names = [name for name in known if name != "temperature"]
+        options = "<br>".join(shown_option(table, entry, name, known[name]) for name in names)
         text = inspect.getdoc(getattr(module, table.name)[entry]) or ""
-        lines.append(
-            f"| `{entry}` | {'<br>'.join(texts) or 'none'} | {cell(first_paragraph(text))} |"
-        )
+        lines.append(f"| `{entry}` | {options or 'none'} | {cell(first_paragraph(text))} |")
     yield "\n".join(lines)
 
 
-def shown_option(table: Table, entry: str, name: str, option: Any) -> str:
+def shown_option(table: Table, entry: str, name: str, option: Parameter) -> str:
     low, high = table.bounds.get((entry, name), (None, None))
-    bounds = (
-        f", {low:g} to {high:g}"
-        if high is not None
-        else f", at least {low:g}"
-        if low is not None
-        else ""
-    )
+    limits = "" if low is None else f", at least {low:g}"
+    if high is not None:
+        limits = f", {low:g} to {high:g}"
     default = "required" if option.default is REQUIRED else f"default {inline(option.default)}"
-    return f"`{name}`: {option.annotation}{bounds}, {default}"
+    return f"`{name}`: {option.annotation}{limits}, {default}"
 
 
 def training_section() -> str:
     """Which keys of TrainingArguments llmdistill sets, refuses or knows by another name."""
-    lines = [
-        "### `training`",
-        f"Every field of [transformers.TrainingArguments]({ARGUMENTS}), except these:",
-        "| key | what to do |\n|---|---|",
-    ]
-    lines[-1] += "".join(
-        f"\n| `{key}` | set by llmdistill; use {use} |" for key, use in OWNED.items()
+    rows = [(key, f"set by llmdistill. {use}") for key, use in OWNED.items()]
+    rows += [(key, f"refused: {why}") for key, why in REFUSED.items()]
+    rows += RENAMED.items()
+    table = ["| key | what to do |", "|---|---|", *(f"| `{key}` | {text} |" for key, text in rows)]
+    return "\n\n".join(
+        (
+            "### `training`",
+            f"Every field of [transformers.TrainingArguments]({ARGUMENTS}), except these:",
+            "\n".join(table),
+            "llmdistill sets `report_to: none` and `logging_steps: 1` unless the recipe sets them, "
+            "and `bf16: true` if the device multiplies bfloat16 natively.",
+        )
     )
-    lines[-1] += "".join(f"\n| `{key}` | refused: {why} |" for key, why in REFUSED.items())
-    lines[-1] += "".join(f"\n| `{key}` | {what} |" for key, what in RENAMED.items())
-    lines.append(
-        "llmdistill sets `report_to: none` and `logging_steps: 1` unless the recipe sets them, and "
-        "`bf16: true` if the device multiplies bfloat16 natively."
-    )
-    return "\n\n".join(lines)
 
 
 @functools.cache
@@ -285,39 +276,33 @@ def commands_page() -> str:
         "prints the same text.",
     ]
     for name, command in group.commands.items():
-        inner = getattr(command, "commands", None)
-        for words, one in (
-            {f"{name} {key}": c for key, c in inner.items()} if inner else {name: command}
-        ).items():
+        inner = getattr(command, "commands", {})
+        commands = {f"{name} {key}": one for key, one in inner.items()} or {name: command}
+        for words, one in commands.items():
             parts += command_section(words, one)
     return "\n\n".join(parts) + "\n"
 
 
 def command_section(words: str, command: Any) -> Iterator[str]:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
-    usage = " ".join(
-        (
-            f"{p.name.upper()}{' ...' if p.nargs == -1 else ''}"
-            if p.required
-            else f"[{p.name.upper()}{' ...' if p.nargs == -1 else ''}]"
-        )
-        for p in arguments
-    )
     yield f"## `llmdistill {words}`"
     yield " ".join((command.help or "").split())
-    yield f"Usage: `llmdistill {words} {usage} [OPTIONS]`"
+    yield f"Usage: `{' '.join(['llmdistill', words, *map(usage, arguments), '[OPTIONS]'])}`"
     lines = ["| argument or option | meaning | default |", "|---|---|---|"]
     for p in command.params:
         name = p.name.upper() if p in arguments else ", ".join(p.opts)
-        default = (
-            "required"
-            if p.required
-            else ""
-            if p.default is None or p.default is False or callable(p.default)
-            else f"`{p.default}`"
+        has_default = not (p.default is None or p.default is False or callable(p.default))
+        default = f"`{p.default}`" if has_default else ""
+        lines.append(
+            f"| `{name}` | {cell(p.help or '')} | {'required' if p.required else default} |"
         )
-        lines.append(f"| `{name}` | {cell(p.help or '')} | {default} |")
     yield "\n".join(lines)
+
+
+def usage(argument: Any) -> str:
+    """NAME for one value, NAME ... for several, in brackets if it can be left out."""
+    name = argument.name.upper() + (" ..." if argument.nargs == -1 else "")
+    return name if argument.required else f"[{name}]"
 
 
 PAGES = {"recipe.md": recipe_page, "commands.md": commands_page}
