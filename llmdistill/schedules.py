@@ -1,6 +1,6 @@
 """Schedules: numbers that change during training, such as the weight of an objective.
 
-A schedule is a function of `Progress`.  `step` counts the optimiser steps that are done, from 0, so
+A schedule is a function of `Progress`.  `step` counts the optimizer steps that are done, from 0, so
 the last step of a run is number `num_steps - 1`.
 """
 

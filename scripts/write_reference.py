@@ -205,11 +205,20 @@ def bounds(value: Mapping[str, Any]) -> str:
 
 def shown_default(default: Any, value: Mapping[str, Any]) -> str:
     if isinstance(default, dict) and any(references(value)):
-        return f"`{{kind: {default['kind']}}}`" if "kind" in default else "its own defaults"
+        return shown_section(default, next(references(value)))
     if isinstance(default, list) and default and isinstance(default[0], dict):
         first = default[0]
         return f"`[{{kind: {first['kind']}}}]`" if "kind" in first else f"`{first.get('source')}`"
     return inline(default)
+
+
+def shown_section(default: Mapping[str, Any], name: str) -> str:
+    """The kind of a default section, or what differs from the defaults of its keys."""
+    if "kind" in default:
+        return inline({"kind": default["kind"]})
+    keys = schemas()[name]["properties"]
+    changed = {key: one for key, one in default.items() if one != keys[key].get("default")}
+    return inline(changed) if changed else "its defaults"
 
 
 def inline(value: Any) -> str:

@@ -37,8 +37,11 @@ def name(path: Path) -> str:
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_every_block_is_found_and_its_mark_has_a_known_reason(path):
     text = path.read_text(encoding="utf-8")
-    fences = re.findall(rf"^ *```(?:{'|'.join(LANGUAGES)})", text, flags=re.MULTILINE)
-    assert len(fences) == len(blocks(path))
+    fences = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert {language for language, _ in fences} <= LANGUAGES | {""}
+    assert len([one for one in fences if one[0]]) == len(blocks(path))
+    for language, block in fences:  # a block without a language shows output, and no command
+        assert language or not re.search(r"^(\$|llmdistill|pip|scripts/)", block, re.MULTILINE)
     marks = re.findall(r"<!-- not run: (.+?) -->", text)
     assert marks == [reason for reason, _, _ in blocks(path) if reason]
     assert set(marks) <= REASONS

@@ -14,6 +14,7 @@ from llmdistill.cli import main
 from llmdistill.cost import memory
 from llmdistill.data.collate import PromptDataset
 from llmdistill.models.load import load_model
+from llmdistill.models.vocabulary import VocabularyMatch, VocabularyComparison
 from llmdistill.recipe import load
 from tests import toy
 from tests.support.files import write_jsonl
@@ -133,6 +134,30 @@ def test_a_run_prints_its_steps_and_no_noise(recipe, tmp_path):
     assert rest.split() == []
     assert done[1].stderr == ""
     assert done[1].stdout == f"{tmp_path}/b/student\n"
+
+
+def test_quiet_commands_print_the_result_alone(pair, monkeypatch, capsys, tmp_path):
+    teacher, student = pair
+    data = str(write_jsonl(tmp_path / "data.jsonl", toy.rows(3)))
+    small = f"{tmp_path}/small"
+    carve = ["carve", teacher, small, "--layers", "2", "--data", data]
+    assert run(monkeypatch, *carve, "--quiet") == 0
+    assert capsys.readouterr().out == f"{small}\n"
+    evaluate = ["evaluate", student, "--teacher", teacher, "--data", data, "--max-new-tokens", "5"]
+    assert run(monkeypatch, *evaluate, "--quiet") == 0
+    assert set(json.loads(capsys.readouterr().out)) == {student, "teacher"}
+    assert run(monkeypatch, *carve, "--quiet") == 2
+    assert "is not empty" in capsys.readouterr().err  # an error is never hidden
+
+
+def test_check_prints_tokens_that_look_like_markup(recipe, monkeypatch, capsys):
+    """A tokenizer with `[/INST]` ended with a traceback of rich."""
+    other = VocabularyComparison(
+        VocabularyMatch.DIFFERENT, 3, "token 5 is '[/INST]' here, '[b]' there"
+    )
+    monkeypatch.setattr("llmdistill.models.vocabulary.compare", lambda *_: other)
+    assert run(monkeypatch, "check", str(recipe)) == 2
+    assert "token 5 is '[/INST]' here, '[b]' there" in capsys.readouterr().out
 
 
 @pytest.mark.slow

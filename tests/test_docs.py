@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import llmdistill
+from llmdistill.evaluation.measure import MEANING
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.sampled import SampledRollout
@@ -320,6 +322,45 @@ def test_the_readme_is_short():
 
 
 def test_every_page_is_in_the_menu():
-    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
-    assert [page for page in pages if page not in menu] == []
+    assert sorted(entries(menu)) == sorted(pages)
+
+
+def entries(menu: Any) -> list[str]:
+    """The pages of a menu and of the menus in it."""
+    if isinstance(menu, str):
+        return [menu]
+    parts = menu.values() if isinstance(menu, dict) else menu
+    return [page for part in parts for page in entries(part)]
+
+
+def test_errors_in_the_troubleshooting_page_exist():
+    """What is quoted as a symptom is part of a message of the package."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    symptoms = re.findall(r"^\| ([^|]*) \|", page, flags=re.MULTILINE)
+    quoted = [text for symptom in symptoms for text in re.findall(r"`([^`]+)`", symptom)]
+    pieces = [piece.strip() for text in quoted for piece in text.split("...") if piece.strip()]
+    nodes = [
+        node
+        for path in (ROOT / "llmdistill").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    names = {"acceptance", "by: teacher", "block_size: auto"}
+    known = " ".join(texts) + "unknown key 'objectives[0].temprature'. Did you mean 'temperature'?"
+    assert len(pieces) > 8
+    assert [piece for piece in pieces if piece not in known and piece not in names] == []
+
+
+def test_each_figure_is_explained():
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in MEANING if f"`{name}`" not in page] == []
+
+
+def test_every_public_name_is_in_the_reference_of_python():
+    page = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8")
+    documented = {
+        line.rpartition(".")[2] for line in re.findall(r"^::: (\S+)$", page, re.MULTILINE)
+    }
+    assert set(llmdistill.__all__) - {"LlmDistillError"} <= documented  # the errors are one module

@@ -19,6 +19,7 @@ from llmdistill.generate import filled, generate, planned
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.run import distill
 from llmdistill.teachers.local import LocalTeacher
+from scripts import estimate_memory
 from tests import toy
 from tests.support.files import read_jsonl, write_jsonl
 from tests.support.recipes import TRAINING, build_generation, generation_on_toys, on_toys
@@ -60,6 +61,16 @@ def test_the_header_says_pair_hardware_data_and_time(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("Pair", "Hardware", "Data", "Time"):
         assert any(line.startswith(f"# {word:9} ") for line in header), word
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_header_has_the_estimated_memory(path):
+    parts = estimate_memory.estimate(path)
+    stated = re.search(r"estimates at most ([\d.]+) GiB", path.read_text())
+    assert (stated is None) == (parts is None)  # CPU recipes have a measured figure
+    if stated is not None:
+        assert float(stated.group(1)) == round(sum(parts.values()) / 2**30, 1)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)

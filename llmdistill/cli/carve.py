@@ -5,6 +5,7 @@ B = sequences, P = prompt tokens.
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,13 +60,14 @@ def carve(
     from llmdistill.cli.show import console, next_steps
 
     set_up(quiet=quiet, verbose=verbose)
-    folder = Path(output)
-    before, after = _carve(model, folder, section, data, max_rows, dtype)
+    before, after = _carve(model, Path(output), section, data, max_rows, dtype)
     if quiet:
-        print(folder)
+        print(output)
         return
-    console.print(f"{before:,} -> {after:,} parameters ({after / before:.0%}): {folder}")
-    next_steps({"Distil into it": f"llmdistill train RECIPE student.model={folder}"})
+    shown = f"{before:,} -> {after:,} parameters ({after / before:.0%}): {output}"
+    console.print(shown, markup=False, soft_wrap=True)
+    changes = f"{shlex.quote(f'student.model={output}')} student.carve=null"
+    next_steps({"Train it as a student": f"llmdistill train RECIPE {changes}"})
 
 
 def _carve(

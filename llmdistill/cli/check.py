@@ -43,13 +43,13 @@ def check(
     from llmdistill.run import load_data
 
     run_folder = f"The run folder would be {loaded.output}."
-    console.print(f"recipe       {recipe} is valid. {run_folder}", soft_wrap=True)
+    console.print(f"recipe       {recipe} is valid. {run_folder}", soft_wrap=True, markup=False)
     tokenizer, fits = _pair(loaded)
     train, held = load_data(loaded, tokenizer)
     known = (
         f"{len(train)} rows ({train.counts})" if isinstance(train, PromptDataset) else "a stream"
     )
-    console.print(f"data         train {known}", highlight=False)
+    console.print(f"data         train {known}", highlight=False, markup=False)
     if held is not None:
         console.print(f"             held out {len(held)} rows ({held.counts})", highlight=False)
     console.print("example      the student is trained on the tokens in brackets:\n")
@@ -76,9 +76,10 @@ def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
     configs = [load_config(name, revision=revision).get_text_config() for name, revision in sides]
     found = compare(teacher, student, *(config.vocab_size for config in configs))
     reason = found.reason or f"{found.shared} shared ids"
-    console.print(f"vocabulary   {found.match.value}: {reason}")
+    # The reason quotes tokens, and `[/INST]` would be read as markup.
+    console.print(f"vocabulary   {found.match.value}: {reason}", soft_wrap=True, markup=False)
     same = same_template(teacher, student)
-    verdict = "the same tokens" if same else "different tokens, so the pair cannot be trained"
+    verdict = "the same tokens" if same else "different tokens, so this pair cannot be trained"
     console.print(f"template     teacher and student render {verdict}")
     return student, same and found.match is not VocabularyMatch.DIFFERENT
 

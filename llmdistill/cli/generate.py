@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from llmdistill.instruct.generators.base import TaskGenerator
     from llmdistill.instruct.pipeline import TaskCounts
     from llmdistill.recipe import GenerationRecipe
+
+logger = logging.getLogger("llmdistill")
 
 
 def generate(
@@ -97,9 +100,8 @@ def _run(
         spent += seconds
         if not seconds:  # the first report counts the rows that a resumed run has recorded already
             recorded = counts.kept
-        if main and not quiet and (seconds or recorded):
-            line = _line(counts, recipe.target, counts.kept - recorded, spent)
-            console.print(line, markup=False, soft_wrap=True)
+        if seconds or recorded:
+            logger.info(_line(counts, recipe.target, counts.kept - recorded, spent))
 
     result = run(recipe, resume=resume, overwrite=overwrite, progress=progress)
     if not main:
@@ -111,7 +113,7 @@ def _run(
         return
     counts = result.counts
     for reason, number in counts.dropped.most_common():
-        console.print(f"dropped {number:6d}  {reason}", highlight=False)
+        console.print(f"dropped {number:6d}  {reason}", highlight=False, markup=False)
     shares = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
     console.print(f"kept {counts.kept} of {counts.made} in {spent:.0f} s: {shares}")
     files = {"train.jsonl": "the rows; `data.train` of a recipe takes this file"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ Quiet = Annotated[
     typer.Option("--quiet", "-q", help="Print only warnings, errors and the result."),
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Also print the messages of the libraries.")
+    bool, typer.Option("--verbose", "-v", help="Also print the bars and warnings of libraries.")
 ]
 
 # Loggers whose warnings say nothing about a run.
@@ -53,8 +54,9 @@ def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(Elapsed())
     logging.basicConfig(handlers=[handler])
-    if is_main():
-        logging.getLogger("llmdistill").setLevel(logging.WARNING if quiet else logging.INFO)
+    # The other ranks print only warnings, or each line would come once per rank.
+    steps = is_main() and not quiet
+    logging.getLogger("llmdistill").setLevel(logging.INFO if steps else logging.WARNING)
     if verbose:
         return
     for name in NOISY:
@@ -65,12 +67,17 @@ def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
 def _hide_bars(*, downloads: bool) -> None:
     """Hide transformers' bars of loading and saving weights, and those of `downloads` if asked to.
 
-    A download can take an hour, so its bar is worth a line.
+    A download can take an hour, so its bar stays by default.
     """
+    import datasets
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # disables the Hub's bars, too
-    # The variable decides for the Hub; asking for anything else would print a warning.
-    if not downloads and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
-        enable_progress_bars()
+    if downloads:
+        datasets.disable_progress_bars()
+    with warnings.catch_warnings():
+        # Each call warns if the variable HF_HUB_DISABLE_PROGRESS_BARS has decided already.
+        warnings.simplefilter("ignore")
+        transformers_logging.disable_progress_bar()  # disables the Hub's bars, too
+        if not downloads:
+            enable_progress_bars()

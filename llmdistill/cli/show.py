@@ -19,13 +19,13 @@ MEANING = (
     "Lower is better for kl_*, perplexity and repeated_4grams, higher for top1_agreement,\n"
     "draft_acceptance, rouge_l_* and exact_match."
 )
-SHOWN_CHARACTERS = 400  # of a response: three of them are read, not studied
+SHOWN_CHARACTERS = 400  # enough to judge a response at a glance
 
 
 def table(rows: Sequence[Sequence[str]], title: str) -> None:
     """Print a header and rows, with numbers on the right."""
     header, *body = rows
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=Text(title), title_justify="left")
     for place, name in enumerate(header):
         shown.add_column(name, justify="right" if place else "left")
     for row in body:

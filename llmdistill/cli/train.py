@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -67,11 +68,7 @@ def _show(result: Result, recipe: Recipe, *, quiet: bool) -> None:
         files["evaluation.json"] = "the figures above"
     files |= {"metrics.jsonl": "the loss of each step", "recipe.yaml": "this run's recipe"}
     show.files(result.folder, files)
-    teacher, data = recipe.teacher_source[0], recipe.data.train[0].source
-    show.next_steps(
-        {
-            "Load it": f"AutoModelForCausalLM.from_pretrained('{result.student}')",
-            "Measure it on other rows": f"llmdistill evaluate {result.student} "
-            f"--teacher {teacher} --data {'mine.jsonl' if data == 'seed_tasks' else data}",
-        }
-    )
+    student, teacher = map(shlex.quote, (str(result.student), recipe.teacher_source[0]))
+    measure = f"llmdistill evaluate {student} --teacher {teacher} --data mine.jsonl"
+    load = f"AutoModelForCausalLM.from_pretrained({str(result.student)!r})"
+    show.next_steps({"Load it in Python": load, "Measure it on rows of yours": measure})

@@ -6,6 +6,7 @@ open or close a turn.  A tokenizer without a template accepts one user turn, as 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def render(
     answer = {"role": "assistant", "content": example.response}
     whole = _template(tokenizer, (*example.prompt, answer), example.place, False, options)
     # When the student is used, it sees the prompt alone: training on another rendering of it would
-    # teach answers to a prompt that never occurs.
+    # teach answers to a prompt that inference never produces.
     if whole[: len(prompt)] != prompt:
         raise DataError(
             f"{example.place}: the chat template renders this prompt as different tokens once the "
@@ -134,7 +135,7 @@ def _template(
             sanitize_control_tokens=True,
             **options,
         )
-    except Exception as error:  # templates raise what they like: jinja2's errors, or their own
+    except Exception as error:  # a template can raise any exception, jinja2's or its own
         raise DataError(
             f"{place}: the chat template rejects this conversation: {type(error).__name__}: {error}"
         ) from error
@@ -180,7 +181,7 @@ def _plain(
 def _text(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
     """Return the ids of plain text, as a prompt of its first token and a response of the rest.
 
-    So every token is predicted but the first, and so is the end token after the text.
+    So every token except the first is predicted, and so is the end token after the text.
     """
     ids = _tokens(tokenizer, example.response or "", example.place, start=True)
     return ids[:1], [*ids[1:], tokenizer.eos_token_id]
@@ -207,10 +208,13 @@ def last_messages(
 ) -> list[str]:
     """Return the user's last message of each prompt, as text for people to read.
 
-    Without a chat template, or if a prompt does not look as the template renders it, all of the
-    prompt's text is returned without its special tokens.
+    If the message cannot be found, the whole prompt is returned without its special tokens.
     """
-    before, after = _around_a_message(tokenizer) if tokenizer.chat_template else ("", "")
+    before = after = ""
+    if tokenizer.chat_template:
+        # A template can reject a second turn.  Nothing that is only shown may stop a run.
+        with contextlib.suppress(DataError):
+            before, after = _around_a_message(tokenizer)
     found = []
     for ids in prompts:
         _, opened, message = str(tokenizer.decode(ids)).rpartition(before or "\0")
@@ -223,10 +227,10 @@ def last_messages(
 
 
 def _around_a_message(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the template writes before each message of a user, and after the last one.
+    """Return the text that the template writes before each user message, and after the last one.
 
-    The first turn follows the beginning of the text and a later one an answer, so only what both
-    have in common opens a user's turn.
+    The first user message follows the start of the text, and a later one follows an answer.  Their
+    common part is the opening of a user's turn.
     """
     (ids, _), (later_ids, _) = (
         render(tokenizer, Example(messages, None, "probe"))

@@ -33,7 +33,7 @@ class Row:
 class RowCounts:
     """Counts of the rows of a source, by what happened to them.
 
-    `more_answers` counts the examples beyond the first that `every_turn` makes of a conversation.
+    `more_answers` counts the additional examples that `every_turn` makes of a conversation.
     """
 
     read: int = 0
@@ -185,7 +185,8 @@ def _too_long(ids: list[int], limit: int | None) -> bool:
 
 def _summary(bad: list[DataError], total: int) -> str:
     lines = [
-        f"{len(bad)} of {total} rows are malformed. Fix or drop them, or set data.on_bad_row: skip."
+        f"{len(bad)} of {total} rows are malformed. Fix or drop them. In a recipe you can also set "
+        "data.on_bad_row: skip."
     ]
     lines += [f"  {line}" for line in bad[:SHOWN]]
     if len(bad) > SHOWN:

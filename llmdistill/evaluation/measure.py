@@ -63,15 +63,15 @@ class Figures:
 
 # These texts are shown on model cards.
 MEANING = {
-    "kl_teacher_text": "forward KL per token on the teacher's greedy answers, nats",
+    "kl_teacher_text": "forward KL per token on the teacher's greedy responses, nats",
     "kl_own_text": "forward KL per token on the model's own samples, nats",
     "top1_agreement": "share of tokens where both rank the same token first",
     "draft_acceptance": "share of drafted tokens that speculative decoding would accept",
-    "rouge_l_teacher": "ROUGE-L of greedy answers against the teacher's answers",
-    "rouge_l_references": "ROUGE-L of greedy answers against the dataset's responses",
-    "exact_match": "share of greedy answers that give the result of the reference",
+    "rouge_l_teacher": "ROUGE-L of greedy responses against the teacher's",
+    "rouge_l_references": "ROUGE-L of greedy responses against the dataset's",
+    "exact_match": "share of greedy responses with the result of the reference",
     "perplexity": "perplexity on the dataset's responses",
-    "repeated_4grams": "share of repeated 4-grams in greedy answers",
+    "repeated_4grams": "share of repeated 4-grams in greedy responses",
     "num_parameters": "number of parameters",
     "num_bytes": "size of the weights in bytes, as held in memory",
     "tokens_per_second": "tokens per second at batch size 8, on the training machine",

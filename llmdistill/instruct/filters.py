@@ -78,7 +78,7 @@ class Blacklist(Filter):
 
 
 class OddStart(Filter):
-    """Drops instructions that start with punctuation, outside ASCII, or with "Write a program".
+    """Drops instructions that start with punctuation, a non-ASCII character or "Write a program".
 
     The rule is that of Alpaca (Taori et al. 2023).
     """

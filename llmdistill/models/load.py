@@ -7,8 +7,8 @@ that needs it is refused.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
-import io
 import json
 import logging
 import os
@@ -46,6 +46,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 EMBEDDED = {
     "smollm2-135m-instruct": Embedded(
@@ -168,8 +170,22 @@ def adapter_base(name: str, *, revision: str | None = None) -> str | None:
 
 def _on_its_base(name: str, base: PreTrainedModel, revision: str | None) -> PreTrainedModel:
     from peft import PeftModel
+    from transformers.utils import cached_file
 
     folder, _ = _locate(name)
+    with _clear_errors(name):
+        # Without this file PEFT would read a pickle.
+        weights = cached_file(
+            folder,
+            ADAPTER_WEIGHTS,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    if weights is None:
+        raise ModelError(
+            f"cannot load '{name}': the adapter has no {ADAPTER_WEIGHTS}, and llmdistill reads no "
+            "pickles. Load it with PEFT and save it again, which writes safetensors."
+        )
     with _clear_errors(name):
         merged = PeftModel.from_pretrained(base, folder, revision=revision).merge_and_unload()
     merged.config.name_or_path = name
@@ -255,8 +271,7 @@ def unpack(name: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         logger.info("unpacking the embedded model %s into %s (only once)", name, folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-            # transformers draws a bar while it reads GGUF tensors and has no switch for it.
-            with contextlib.redirect_stderr(io.StringIO()):
+            with _without_gguf_bar():
                 model = load_model(str(source), dtype="float32", device="cpu")
             model.save_pretrained(work)
             load_tokenizer(str(source)).save_pretrained(work)
@@ -266,6 +281,19 @@ def unpack(name: str) -> Path:
                 os.rename(work, folder)
             Path(work).mkdir(exist_ok=True)  # TemporaryDirectory removes it again
     return folder
+
+
+@contextlib.contextmanager
+def _without_gguf_bar() -> Iterator[None]:
+    """Hide the bar of reading GGUF tensors, for which transformers 5.23 has no switch."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    shown = gguf.tqdm
+    gguf.tqdm = functools.partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        gguf.tqdm = shown
 
 
 def _cache() -> Path:

@@ -24,8 +24,9 @@ Divergence = Callable[..., Tensor]  # (student_NV, teacher_NV, *, options) -> (N
 def forward_kl(student_NV: Tensor, teacher_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Compute forward KL: the student learns to cover everything that the teacher finds likely.
 
-    KL(teacher || student) = sum_V p log(p / q): (N,), in nats.  Hinton et al. 2015, eq. 2, without
-    the factor T^2 (`scale_by_t2` of the objective multiplies by it).
+    KL(teacher || student) = sum_V p log(p / q): (N,), in nats.  Hinton et al. 2015, section 2: a
+    cross-entropy with soft targets, which differs from it by the teacher's entropy.  The factor T^2
+    is not included (`scale_by_t2` of the objective multiplies by it).
 
     `temperature`, above 0, divides the logits of both models before the softmax.
     """

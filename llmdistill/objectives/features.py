@@ -27,8 +27,8 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # (student_NH, teacher_NH) -> (N,
 def mse(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
     """Compute the mean squared difference of the hidden states.
 
-    sum_H (student - teacher)^2 / H, for each token: (N,).  Romero et al. 2015 (FitNets), eq. 3.
-    There are no options.
+    sum_H (student - teacher)^2 / H, for each token: (N,).  Romero et al. 2015 (FitNets), eq. 3
+    up to a constant factor.  There are no options.
     """
     return (student_NH - teacher_NH).square().mean(-1)
 

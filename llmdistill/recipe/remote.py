@@ -47,7 +47,7 @@ class RemoteTeacherRecipe(Strict):
     concurrency: int = Field(_teacher.concurrency, gt=0)
     """Largest number of requests that one process sends at the same time."""
     timeout: float = Field(_teacher.timeout, gt=0)
-    """Seconds after which one attempt at a request is given up."""
+    """Timeout of one attempt, in seconds."""
     retries: int = Field(_teacher.retries, ge=0)
     """Further attempts at a request that failed, with growing pauses.  `0` tries once."""
     per_minute: int | None = Field(_teacher.per_minute, gt=0)

@@ -229,8 +229,9 @@ class Recipe(Strict):
     student: StudentRecipe
     """Model that is trained."""
     generate: GenerationRecipe | None = None
-    """Dataset to generate before training, as a recipe of `llmdistill generate`.  If it exists,
-    generation resumes.  Set `data.train` to its `output`.  `null` generates nothing.
+    """Dataset to generate before training, as a recipe of `llmdistill generate`.  An incomplete
+    dataset is continued, and a complete one is used as it is.  Set `data.train` to its `output`.
+    `null` generates nothing.
     """
     data: DataRecipe
     """Rows to train on and to measure on."""

@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 class Costs:
     """Seconds of a forward pass for each number of tokens.
 
-    The least of the last four measurements counts: the others were slowed by something else.
+    The least of the last four measurements counts, because noise only adds time.
     """
 
     def __init__(self) -> None:

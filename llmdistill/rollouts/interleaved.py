@@ -45,7 +45,7 @@ class InterleavedRollout:
     and of the two sampling settings are the paper's.
 
     Args:
-        top_k: Shortcut for the rule "top_k" with this value: a drafted token stays if it is among
+        top_k: The same as `accept=TopK(top_k)`: a drafted token stays if it is among
             the teacher's `top_k` likeliest ones.
         accept: The rule that decides which drafted tokens stay: a name in `acceptance.ACCEPT`, with
             its default options, a rule, or a function of a `Block`.

@@ -21,7 +21,7 @@ class TrainableTeacher(nn.Module, abc.ABC):
 
     The loss uses the forward passes of student and teacher that the objectives use.  The teacher is
     part of the trained module.  Its parameters with `requires_grad` are saved in checkpoints and
-    have a separate optimiser group and gradient clipping, both named `teacher`.  They are not
+    have a separate optimizer group and gradient clipping, both named `teacher`.  They are not
     exported with the student.  Gradients never cross: objectives see a detached signal, and
     `forward` sees a detached student.
     """

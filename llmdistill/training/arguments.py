@@ -57,7 +57,7 @@ def forced(args: TrainingArguments, distillation: Distillation) -> TrainingArgum
     if args.ddp_find_unused_parameters is None:
         # DDP waits for a gradient of every parameter.  With a distribution each one gets a
         # gradient, even if it is zero.  Inner states alone leave the layers above them without one.
-        # The loss of a teacher that trains along sends no gradient to the student, so only the
+        # The loss of a trainable teacher sends no gradient to the student, so only the
         # needs of objectives count.
         needs = [need for one in distillation.objectives for need in one.student_needs]  # type: ignore[union-attr]
         reaches_the_head = Need.DISTRIBUTION in needs

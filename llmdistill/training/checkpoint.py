@@ -2,7 +2,7 @@
 
     model.safetensors, config.json, tokenizer ...   the student
     objectives.safetensors                          parameters of objectives (projectors), if any
-    teacher.safetensors                             parameters of a teacher that trains along
+    teacher.safetensors                             parameters of a trainable teacher
     rollout.json, or rollout_0.json ...             state of each rank's rollout, if it has any
 
 Trainer adds the optimizer, the scheduler, the random state and its own state.  This package writes

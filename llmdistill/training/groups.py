@@ -1,4 +1,4 @@
-"""A Trainer that optimizes student, projectors and a trainable teacher separately.
+"""A Trainer with separate parameter groups for student, projectors and a trainable teacher.
 
 Each of these owners of parameters has its own optimizer groups and its own gradient clipping.
 """

@@ -1,7 +1,7 @@
 """The mathematics of one step.
 
 N = predicted tokens, K = terms of the loss.  `Distillation` is the module that a trainer wraps.  It
-contains everything that is trained: the student, the objectives, and a teacher that trains along.
+contains everything that is trained: the student, the objectives, and a trainable teacher.
 Code outside reaches the wrapped student through three methods only: `forward` (score and compare
 one micro-batch), `write` (the student writes responses) and `session` (it writes token by token).
 A frozen teacher is not part of the module, so it is not saved, moved or put in training mode.

@@ -54,7 +54,7 @@ class Tally:
             "by_teacher": (writer_N == Writer.TEACHER).sum(),
         }
         # Both models have written these now.  Other rollouts may return responses that they kept,
-        # so their speed would mean nothing.
+        # so a speed would be meaningless.
         if sequences.teacher_passes_B is not None:
             found["seconds"] = seconds
             found["written"] = count_B.sum()

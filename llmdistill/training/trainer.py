@@ -251,7 +251,7 @@ class DistillTrainer(GroupedTrainer):
 
 
 def _progress(trainer: DistillTrainer) -> Progress:
-    """Return where training is now."""
+    """Return the current progress of training."""
     state = trainer.state
     return Progress(
         step=state.global_step,

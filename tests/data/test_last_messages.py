@@ -40,6 +40,17 @@ def test_the_last_message_is_found(template):
     assert last_messages(tokenizer, prompts) == expected
 
 
+def test_a_template_of_one_turn_does_not_stop_a_run():
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}" + toy.TEMPLATE
+    )
+    prompts = [render(tokenizer, Example(user("Once upon"), None, "x"))[0]]
+    (found,) = last_messages(tokenizer, prompts)
+    assert "Once upon" in found
+    assert "<|im_start|>" not in found
+
+
 def test_without_a_template_it_is_the_whole_prompt():
     tokenizer = toy.tokenizer()
     tokenizer.chat_template = None

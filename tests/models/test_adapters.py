@@ -7,6 +7,7 @@ import json
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llmdistill.errors import ModelError
 from llmdistill.models.adapters import add_adapter, merged_state
@@ -116,3 +117,13 @@ def test_an_adapter_whose_base_is_gone_names_it(saved):
         (folder / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(ModelError, match=said):
             load_model(str(folder))
+
+
+def test_an_adapter_in_a_pickle_is_refused(saved):
+    """S3: PEFT would read it if there were no safetensors."""
+    folder, _ = saved
+    weights = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(weights, folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match="no adapter_model.safetensors, and llmdistill reads no"):
+        load_model(str(folder))

@@ -1,4 +1,9 @@
-"""A user's desk on toys: the files, folders and models that the README and the manual name."""
+"""A user's desk on toys: the files, folders and models that the README and the manual name.
+
+A yaml block is checked as it is and then run with less of everything (`tests/support/recipes.py`):
+toy models and rows, short responses, no filters and no patterns, because toys write no words.  A
+remote teacher is checked only.
+"""
 
 from __future__ import annotations
 
@@ -107,10 +112,10 @@ class Desk:
             exec(compile(text, "a block", "exec"), self.names)
 
     def bash(self, text: str) -> None:
-        """Commands of llmdistill; anything else belongs into a block that is marked as not run."""
+        """Commands of llmdistill; anything else belongs in a block that is marked as not run."""
         for line in text.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
-                assert words[0] == "llmdistill", f"mark the block or remove the command: {line}"
+                assert words[0] == "llmdistill", f"mark the block, or remove the command: {line}"
                 self._command(words)
 
     def _command(self, words: list[str]) -> None:

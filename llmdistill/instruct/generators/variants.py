@@ -25,7 +25,7 @@ HARD, EASY = "hard", "easy"
 
 
 class Magpie(TaskGenerator):
-    """The teacher writes what a user might say, then answers it (Xu et al. 2024, Magpie).
+    """The teacher writes a user's message and then answers it (Xu et al. 2024, Magpie).
 
     Its prompt is only the opening of a user's turn, so no seed tasks are needed.
     """
