@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.models.load import load_tokenizer, revision_of
 from llmdistill.publish.data_card import Outcome, data_card
 from llmdistill.recipe.generators import LionRecipe
+
+logger = logging.getLogger("llmdistill")
 
 # Ranks wait this long for each other: one may compare two models, or wait for a slow server.
 RANKS_WAIT = timedelta(hours=6)
@@ -96,6 +99,7 @@ def _load(
     # Rows and filters first: their mistakes show in seconds, the teacher may take minutes to load.
     seed_tasks = read_tasks(recipe.seed_tasks)
     filters = build_filters(recipe, seed_tasks)
+    logger.info("loading the teacher %s", recipe.teacher.model)
     responder = build_responder(recipe, folder)
     split = functools.partial(
         tell_apart, recipe, responder, folder=folder, begin=begin, is_new=is_new

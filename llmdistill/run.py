@@ -170,7 +170,7 @@ def load_data(
     needed = recipe.rollout.takes_data
     train, held = build_rows(recipe.data, tokenizer, needs_response=needed, seed=recipe.seed)
     if isinstance(train, PromptDataset):
-        logger.info("%d rows to train on (%s)", len(train), train.counts)
+        logger.info("%d rows to train on (usable: %s)", len(train), train.counts)
     return train, held
 
 

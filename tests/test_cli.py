@@ -14,7 +14,7 @@ from llmdistill.cli import main
 from llmdistill.cost import memory
 from llmdistill.data.collate import PromptDataset
 from llmdistill.models.load import load_model
-from llmdistill.models.vocabulary import VocabularyMatch, VocabularyComparison
+from llmdistill.models.vocabulary import VocabularyComparison, VocabularyMatch
 from llmdistill.recipe import load
 from tests import toy
 from tests.support.files import write_jsonl
@@ -51,7 +51,7 @@ def recipe(tmp_path, pair):
         (["rolout.kind=fixed"], "unknown key 'rolout'. Did you mean 'rollout'?"),
         (
             ["training.learning_rate=fast"],
-            "'learning_rate' should be float or int, got 'fast' (str)",
+            "'training.learning_rate': should be float or int, got 'fast' (str)",
         ),
         (["rollout.kind=sampled", "rollout.max_new_tokens=0"], "'rollout.max_new_tokens'"),
         (["objectives.0.beta=0.5"], "is not an index of a list"),
@@ -288,7 +288,7 @@ def test_check_tells_memory_and_time(recipe, monkeypatch, capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "teacher's weights" in shown
     assert re.search(r"time +\d+\.\d s per step on this machine if the dataset writes", shown)
-    assert "1 steps: at most 0.0 hours" in shown
+    assert "1 steps: at most 0.0 minutes" in shown
     assert not (tmp_path / "run").exists()
 
 

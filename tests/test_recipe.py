@@ -211,7 +211,7 @@ def test_a_recipe_is_frozen():
     [
         ("warmup_ratio", 0.1, "warmup_steps"),
         ("no_cuda", True, "use_cpu"),
-        ("output_dir", "x", "set by llmdistill. Set 'output' instead"),
+        ("output_dir", "x", "llmdistill sets it. Set 'output' instead"),
         ("hub_token", "hf_secret", "do not belong in a recipe"),
         ("max_steps", True, "should be int, got True"),
         ("max_steps", "3", "should be int"),
@@ -224,7 +224,7 @@ def test_a_recipe_is_frozen():
 )
 def test_a_wrong_training_argument_says_what_to_do(key, value, said):
     got = message(MINIMAL | {"training": {key: value}})
-    assert f"'{key}'" in got
+    assert f"'training.{key}'" in got
     assert said in got
 
 
@@ -447,8 +447,8 @@ def test_a_share_is_a_number_or_a_schedule():
 @pytest.mark.parametrize(
     ("rollout", "said"),
     [
-        ({"kind": "mixed", "share": 2}, "'rollout.share': input should be less than or equal"),
-        ({"kind": "mixed", "share": "x"}, "'rollout.share': input should be a valid number"),
+        ({"kind": "mixed", "share": 2}, "'rollout.share': should be less than or equal"),
+        ({"kind": "mixed", "share": "x"}, "'rollout.share': should be a valid number"),
         ({"kind": "mixed", "share": {"kind": "linear", "start": 1}}, "'rollout.share.end' is miss"),
         ({"kind": "mixed", "share": {"kind": "linea"}}, "'rollout.share.kind' should be one of"),
         ({"kind": "mixed", "share": {"kind": "adaptive"}}, "Set 'evaluate.every_steps'"),
@@ -464,7 +464,7 @@ def test_a_share_is_a_number_or_a_schedule():
         ),
         (
             {"kind": "interleaved", "accept": "topk"},
-            "'rollout.accept': should be one of top_k, top_p, mixture, switch. Did you mean 'top_k'?",
+            "'rollout.accept' should be one of top_k, top_p, mixture, switch, got 'topk'. Did you mean 'top_k'?",
         ),
         ({"kind": "interleaved", "top_k": -1}, "'rollout.top_k'"),
         ({"kind": "interleaved", "block_size": 0}, "'rollout.block_size"),
@@ -624,3 +624,25 @@ def test_weights_are_not_negative_and_do_not_all_end_at_zero():
     )
     said = message(MINIMAL | {"objectives": [fading | {"weight": {"start": 1, "end": 0}}]})
     assert "'objectives[0].weight.kind' should be one of 'linear', 'cosine'" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        (r"#### (-?\d+)", r"#### (-?\d+)"),
+        (r"Answer #(\d+)", r"Answer #(\d+)"),
+        (r"'#### (\d+)'", r"#### (\d+)"),
+        (r"(\d+)", r"(\d+)"),
+    ],
+)
+def test_a_hash_in_an_override_starts_no_comment(file, text, pattern):
+    """`#### (...)` is GSM8K's pattern, and was read as nothing."""
+    recipe = recipes.load(file, [f"evaluate.answer_pattern={text}"])
+    assert recipe.evaluate.answer_pattern == pattern
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_a_number_of_steps_is_above_zero(steps):
+    assert "'training.max_steps': should be 1 or more" in message(
+        FULL | {"training": {"max_steps": steps}}
+    )

@@ -5,6 +5,7 @@ Heavy imports are inside the commands, so that `llmdistill --help` answers at on
 
 from __future__ import annotations
 
+import re
 import sys
 
 import typer
@@ -29,8 +30,8 @@ for command in (train, generate, evaluate, carve, check, env):
     app.command()(command)
 app.add_typer(recipes, name="recipes")
 
-# The flags of options.  Errors of the library say "pass resume", which is also right in Python.
-FLAGS = {"resume": "--resume", "overwrite": "--overwrite", "push": "--push"}
+# Errors of the library say "pass resume", which is also right in Python.  Here it is a flag.
+OPTION = re.compile(r"\b(pass|without) (resume|overwrite|push)\b", flags=re.IGNORECASE)
 
 
 def main() -> None:
@@ -41,11 +42,6 @@ def main() -> None:
     try:
         app()
     except LlmDistillError as error:
-        print(f"{type(error).__name__}: {error}{_flags(str(error))}", file=sys.stderr)
+        message = OPTION.sub(r"\1 --\2", str(error))
+        print(f"{type(error).__name__}: {message}", file=sys.stderr)
         sys.exit(1 if isinstance(error, TrainingError) else 2)
-
-
-def _flags(message: str) -> str:
-    """Return a line with the flags of the options that a message names, or "" if it names none."""
-    named = [flag for option, flag in FLAGS.items() if f"pass {option}" in message.lower()]
-    return f"\n(On the command line: {', '.join(named)}.)" if named else ""

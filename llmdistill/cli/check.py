@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,7 +21,7 @@ def check(
     recipe: Annotated[str, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Values that replace the recipe's: data.train=x.jsonl"),
+        typer.Argument(help="Keys to change and their values: data.train=x.jsonl"),
     ] = None,
     time: Annotated[
         bool, typer.Option("--time", help="Also time two training steps. Nothing is saved.")
@@ -34,10 +35,10 @@ def check(
 
     loaded = recipes.load(recipe, overrides or [])
 
-    from llmdistill.cli import output
+    from llmdistill.cli import output, show
     from llmdistill.cli.show import console
 
-    output.set_up(verbose=verbose)
+    output.set_up(quiet=True, verbose=verbose)  # the lines below say more than the log
 
     from llmdistill.data.collate import PromptDataset
     from llmdistill.run import load_data
@@ -47,11 +48,15 @@ def check(
     tokenizer, fits = _pair(loaded)
     train, held = load_data(loaded, tokenizer)
     known = (
-        f"{len(train)} rows ({train.counts})" if isinstance(train, PromptDataset) else "a stream"
+        f"{len(train)} rows (usable: {train.counts})"
+        if isinstance(train, PromptDataset)
+        else "a stream"
     )
     console.print(f"data         train {known}", highlight=False, markup=False)
     if held is not None:
-        console.print(f"             held out {len(held)} rows ({held.counts})", highlight=False)
+        console.print(
+            f"             held out {len(held)} rows (usable: {held.counts})", highlight=False
+        )
     console.print("example      the student is trained on the tokens in brackets:\n")
     console.print(_marked(train.head(1)[0], tokenizer, written=not loaded.rollout.takes_data))
     _memory(loaded, train)
@@ -59,6 +64,7 @@ def check(
         raise typer.Exit(2)
     if time:
         _time(loaded, train)
+    show.next_steps({"Train it": shlex.join(["llmdistill", "train", recipe, *(overrides or [])])})
 
 
 def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
@@ -103,8 +109,9 @@ def _time(recipe: Recipe, train: EncodedRows) -> None:
     for writer, (seconds, share) in seconds_per_step(recipe).items():
         console.print(f"time         {seconds:.1f} s per step on this machine if {writer} writes")
         all_seconds += seconds * (1.0 if share is None else share)
-    hours = steps * all_seconds / 3600
-    console.print(f"             {steps} steps: at most {hours:.1f} hours, without the evaluations")
+    total = steps * all_seconds
+    shown = f"{total / 3600:.1f} hours" if total >= 3600 else f"{total / 60:.1f} minutes"
+    console.print(f"             {steps} steps: at most {shown}, without the evaluations")
 
 
 def _marked(row: Row, tokenizer: PreTrainedTokenizerBase, *, written: bool) -> object:

@@ -75,10 +75,11 @@ def _show(figures: dict[str, Figures], title: str, output: str | None, *, quiet:
 
     if not quiet:
         show.table(figures_table(figures), title)
-        show.console.print(show.MEANING, highlight=False, soft_wrap=True)
+        show.directions(next(iter(figures.values())))
     text = json.dumps({name: asdict(value) for name, value in figures.items()}, indent=2)
     if output is not None:
         Path(output).write_text(text + "\n", encoding="utf-8")
+        logger.info("wrote %s", output)
     elif quiet:
         print(text)
 

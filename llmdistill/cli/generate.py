@@ -23,7 +23,7 @@ def generate(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Values that replace the recipe's: target=1000 output=data/mine"),
+        typer.Argument(help="Keys to change and their values: target=1000 output=data/mine"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a dataset that is not complete.")
@@ -74,7 +74,7 @@ def _show_request(recipe: GenerationRecipe) -> None:
 
     generator = planned(recipe)
     for number, text in enumerate(filled(recipe, generator)):
-        console.print("\nThen:\n" if number else "", end="")
+        console.print("\nThen:\n" if number else "The first request to the teacher:\n")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"\n{_estimate(generator, recipe.target)}", highlight=False, soft_wrap=True)
 
@@ -100,6 +100,7 @@ def _run(
         spent += seconds
         if not seconds:  # the first report counts the rows that a resumed run has recorded already
             recorded = counts.kept
+            logger.info("the teacher writes, in rounds of %d calls", recipe.round_size)
         if seconds or recorded:
             logger.info(_line(counts, recipe.target, counts.kept - recorded, spent))
 
@@ -119,7 +120,8 @@ def _run(
     files = {"train.jsonl": "the rows; `data.train` of a recipe takes this file"}
     if "test" in result.sizes:
         files["test.jsonl"] = "the rows of the test split"
-    files |= {"README.md": "the dataset card", "rows.jsonl": "the record that --resume continues"}
+    files |= {"README.md": "the dataset card", "recipe.yaml": "the recipe with all defaults"}
+    files |= {"rows.jsonl, calls.jsonl": "the records that --resume continues"}
     show.files(result.folder, files)
     if push:
         console.print(f"\nUploaded to https://huggingface.co/datasets/{push} (private).")
@@ -134,9 +136,9 @@ def _estimate(generator: TaskGenerator, target: int | None) -> str:
         needed = -(-target // cost.tasks)
         calls = needed if calls is None else min(calls, needed)
     assert calls is not None  # the recipe's check refuses a generator without an end
-    goal = f"{target} rows" if target is not None else "all prompts"
+    goal = f"{target:,} rows" if target is not None else "all prompts"
     return (
-        f"{goal}: {calls} calls if every task is kept, with at most {cost.requests} "
+        f"{goal}: {calls:,} calls if every task is kept, with at most {cost.requests} "
         f"request{'s' * (cost.requests != 1)} each. "
         f"These write at most {calls * cost.tokens:,} tokens."
     )
@@ -153,7 +155,7 @@ def _line(counts: TaskCounts, target: int | None, new: int, seconds: float) -> s
     if seconds:
         parts.append(f"{speed:.2f} rows/s")
     parts.append(f"{counts.kept / max(counts.made, 1):.0%} kept")
-    if target is not None and speed:
+    if target is not None and speed and counts.kept < target:
         parts.append(f"about {max(target - counts.kept, 0) / speed / 60:.0f} min left")
     why = ", ".join(f"{reason} {number}" for reason, number in counts.dropped.most_common(4))
     return ", ".join(parts) + (f"; dropped: {why}" if why else "")

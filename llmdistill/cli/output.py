@@ -29,6 +29,18 @@ NOISY = (
 )
 
 
+class Once(logging.Filter):
+    """Lets the first message of a logger pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_first, self._passed = not self._passed, True
+        return is_first
+
+
 class Elapsed(logging.Formatter):
     """A step of ours with the time since the start; a library's message with its name."""
 
@@ -61,6 +73,10 @@ def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
         return
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Without a network each of many retries is a warning, and the Hub's logger has a handler, too.
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    hub.addFilter(Once())
+    logging.getLogger("huggingface_hub").propagate = False
     _hide_bars(downloads=quiet)
 
 

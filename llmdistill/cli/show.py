@@ -11,14 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from llmdistill.evaluation.measure import Figures
     from llmdistill.run import Answers
 
 console = Console()
 
-MEANING = (
-    "Lower is better for kl_*, perplexity and repeated_4grams, higher for top1_agreement,\n"
-    "draft_acceptance, rouge_l_* and exact_match."
-)
+LOWER_IS_BETTER = ("kl_teacher_text", "kl_own_text", "perplexity", "repeated_4grams")
+HIGHER_IS_BETTER = (
+    "top1_agreement", "draft_acceptance", "rouge_l_teacher", "rouge_l_references", "exact_match",
+)  # fmt: skip
 SHOWN_CHARACTERS = 400  # enough to judge a response at a glance
 
 
@@ -31,6 +32,13 @@ def table(rows: Sequence[Sequence[str]], title: str) -> None:
     for row in body:
         shown.add_row(*map(Text, row))
     console.print(shown)
+
+
+def directions(figures: Figures) -> None:
+    """Print which of the figures are better if they are lower, and which if they are higher."""
+    for word, names in (("Lower", LOWER_IS_BETTER), ("Higher", HIGHER_IS_BETTER)):
+        taken = [name for name in names if getattr(figures, name) is not None]
+        console.print(f"{word} is better: {', '.join(taken)}.", highlight=False)
 
 
 def answers(some: Sequence[Answers]) -> None:

@@ -18,9 +18,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Values that replace the recipe's: training.max_steps=50 output=runs/a"
-        ),
+        typer.Argument(help="Keys to change and their values: training.max_steps=50 output=runs/a"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
@@ -62,13 +60,16 @@ def _show(result: Result, recipe: Recipe, *, quiet: bool) -> None:
     if result.evaluation:
         show.answers(result.answers[:3])
         show.table(figures_table(result.evaluation), "Figures on the held-out rows")
-        show.console.print(show.MEANING, highlight=False, soft_wrap=True)
+        show.directions(result.evaluation["after"])
     files = {"student": "the model, its tokenizer and its model card"}
     if result.evaluation:
         files["evaluation.json"] = "the figures above"
     files |= {"metrics.jsonl": "the loss of each step", "recipe.yaml": "this run's recipe"}
+    if any((result.folder / "checkpoints").glob("checkpoint-*")):
+        files["checkpoints"] = "states to resume from"
     show.files(result.folder, files)
     student, teacher = map(shlex.quote, (str(result.student), recipe.teacher_source[0]))
     measure = f"llmdistill evaluate {student} --teacher {teacher} --data mine.jsonl"
-    load = f"AutoModelForCausalLM.from_pretrained({str(result.student)!r})"
+    load = "from transformers import AutoModelForCausalLM\n"
+    load += f"  student = AutoModelForCausalLM.from_pretrained({str(result.student)!r})"
     show.next_steps({"Load it in Python": load, "Measure it on rows of yours": measure})

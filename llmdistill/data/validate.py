@@ -146,7 +146,7 @@ def _encode(
     # The last example has no answer if the conversation ends with the user.
     if rules.needs_response and examples[-1].response is None:
         raise DataError(
-            f"{place}: the row has no answer, but a fixed rollout trains on the answers of the "
+            f"{place}: the row has no response, but a fixed rollout trains on the responses of the "
             "dataset. End 'messages' with role 'assistant', or add 'completion' or 'output'."
         )
     return [render(tokenizer, example, rules.template_options) for example in examples]

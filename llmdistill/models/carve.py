@@ -98,14 +98,19 @@ def _layers(
         return list(range(count))
     if not isinstance(plan.layers, int):
         return list(plan.layers)
-    if not 0 < plan.layers <= count:
-        raise ModelError(
-            f"carve.layers: got {plan.layers}, but the model has {count} layers. Use a number from "
-            f"1 to {count}."
-        )
+    check_num_layers(plan.layers, count)
     if plan.by == "even":
         return evenly_spaced(count, plan.layers)
     return most_influential(influence(model, sample_BT, attention_mask_BT), plan.layers)
+
+
+def check_num_layers(number: int, count: int) -> None:
+    """Raise ModelError if a model of `count` decoder layers cannot keep this number of them."""
+    if not 0 < number <= count:
+        raise ModelError(
+            f"carve.layers: got {number}, but the model has {count} layers. Use a number from 1 to "
+            f"{count}."
+        )
 
 
 def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmdistill.models import widths
-from llmdistill.models.carve import Plan, evenly_spaced, keep_layers
+from llmdistill.models.carve import Plan, check_num_layers, evenly_spaced, keep_layers
 from llmdistill.models.chunks import CHUNK_NUMBERS, CHUNK_ROWS
 from llmdistill.models.layers import decoder_layers
 from llmdistill.models.quantization import QUANTIZATIONS
@@ -68,7 +68,10 @@ def skeleton(config: PreTrainedConfig, plan: Plan | None = None) -> PreTrainedMo
     count = len(decoder_layers(model))
     # Which layers, neurons and heads are kept does not change the size, so nothing is measured.
     kept = count if plan.layers is None else plan.layers
-    model = keep_layers(model, evenly_spaced(count, kept) if isinstance(kept, int) else kept)
+    if isinstance(kept, int):
+        check_num_layers(kept, count)
+        kept = evenly_spaced(count, kept)
+    model = keep_layers(model, kept)
     text = model.config.get_text_config()
     if plan.mlp_width is not None:
         widths.check_mlp_width(model, plan.mlp_width)

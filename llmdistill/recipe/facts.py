@@ -62,23 +62,29 @@ def wrong_pattern(pattern: str) -> str | None:
 def check_training_argument(key: str, value: Any) -> None:
     """Check one key of `training` by name and type.  Raises PydanticCustomError with a hint."""
     fields = training_fields()
-    if key in OWNED:
-        raise PydanticCustomError("owned", f"'{key}' is set by llmdistill. {OWNED[key]}")
-    if key in REFUSED:
-        raise PydanticCustomError(
-            "refused", f"'{key}' would have no effect: {REFUSED[key]}. Remove it."
-        )
-    if key in RENAMED:
-        raise PydanticCustomError("renamed", f"'{key}': {RENAMED[key]}")
-    if key not in fields:
+    if key not in fields and key not in {**OWNED, **REFUSED, **RENAMED}:
         raise PydanticCustomError("unknown_key", "", {"key": key, "known": list(fields)})
-    expected = fields[key]
+    if wrong := _wrong_argument(key, value, fields.get(key, ())):
+        raise PydanticCustomError("option", "{wrong}", {"wrong": wrong, "key": key})
+
+
+def _wrong_argument(key: str, value: Any, expected: tuple[type, ...]) -> str | None:
+    """Return what is wrong with a key of `training` of these plain types, or None."""
+    if key in OWNED:
+        return f"llmdistill sets it. {OWNED[key]}"
+    if key in REFUSED:
+        return f"it would have no effect: {REFUSED[key]}. Remove it."
+    if key in RENAMED:
+        return RENAMED[key]
     # bool is a subclass of int, so `max_steps: true` would pass as 1.
     a_bool_for_a_number = isinstance(value, bool) and bool not in expected
     if expected and (a_bool_for_a_number or not isinstance(value, expected)):
         names = " or ".join(kind.__name__ for kind in expected if kind is not type(None))
-        got = f"{value!r} ({type(value).__name__})"
-        raise PydanticCustomError("type", f"'{key}' should be {names}, got {got}")
+        return f"should be {names}, got {value!r} ({type(value).__name__})"
+    # transformers takes any negative number for "not set", and 0 for no steps at all.
+    if key == "max_steps" and isinstance(value, int) and value < 1 and value != -1:
+        return f"should be 1 or more, or -1 to train for num_train_epochs, got {value}"
+    return None
 
 
 def close_to(name: str, known: Sequence[str], *, start: str = "") -> str:

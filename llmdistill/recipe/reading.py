@@ -55,7 +55,8 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise RecipeError(
-            f"no such recipe: {path}. Check the path, or run `llmdistill recipes copy` to get one."
+            f"no such recipe: {path}. Check the path. `llmdistill recipes list` shows the recipes "
+            "that you can copy."
         )
     try:
         # utf-8-sig: editors on Windows can add a byte order mark.
@@ -146,7 +147,7 @@ def _override(data: dict[str, Any], override: str) -> None:
             f"override '{override}' is not of the form dotted.path=value. Write it as in "
             "training.max_steps=20."
         )
-    value = parse_yaml(text, f"override '{override}'")
+    value = _override_value(text, override)
     *parents, last = path.split(".")
     target: Any = data
     for key in parents:
@@ -163,6 +164,16 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise RecipeError(
             f"override '{override}': '{'.'.join(parents)}' is {target!r}, not a mapping or list"
         )
+
+
+def _override_value(text: str, override: str) -> Any:
+    """Return the value of an override: YAML, but `#` starts no comment.
+
+    A pattern such as `#### (.*)` would otherwise be read as nothing at all.
+    """
+    value = parse_yaml(text, f"override '{override}'")
+    is_plain = value is None or (isinstance(value, str) and text.strip()[:1] not in ("'", '"'))
+    return text if "#" in text and is_plain else value
 
 
 def _index(items: list[Any], key: str, override: str) -> int:
@@ -187,13 +198,16 @@ def _describe(error: dict[str, Any], data: Any) -> str:
         return f"'{path}' is missing"
     if kind == "option":
         path = f"{path}.{context['key']}" if path else context["key"]
+    if kind == "entry":
+        names, close = context["names"], context["close"]
+        return f"'{path}' should be one of {names}, got {error['input']!r}.{close}"
     if kind.startswith("union_tag"):
         given = error["input"].get("kind") if isinstance(error["input"], dict) else error["input"]
         # 'number' is the tag of a plain number in a `Weight`, and not a kind that anyone writes.
         known = context.get("expected_tags", "the known kinds").replace("'number', ", "")
         return f"'{path}.kind' should be one of {known}, got {given!r}"
     # pydantic starts its messages with a capital letter; here they continue a sentence.
-    message = error["msg"][0].lower() + error["msg"][1:]
+    message = (error["msg"][0].lower() + error["msg"][1:]).removeprefix("input ")
     # The message of a pattern names it already, and a whole section would be too long to show.
     if kind == "pattern" or isinstance(error["input"], dict | BaseModel):
         return f"'{path}': {message}" if path else message

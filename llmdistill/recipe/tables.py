@@ -73,8 +73,8 @@ def one_of(table: Table, *others: str) -> Any:
         if name not in known:
             raise PydanticCustomError(
                 "entry",
-                "should be one of {names}{close}",
-                {"names": ", ".join(known), "close": close_to(name, known, start=".")},
+                "should be one of {names}.{close}",
+                {"names": ", ".join(known), "close": close_to(name, known)},
             )
         return name
 

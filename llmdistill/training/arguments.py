@@ -48,6 +48,8 @@ def forced(args: TrainingArguments, distillation: Distillation) -> TrainingArgum
     # Accelerate would read a stream on one rank and slice its batches for the others.  It slices
     # tensors, not `Prompts`.
     args.accelerator_config.dispatch_batches = False
+    if args.device.type == "cpu":  # there is no GPU to copy to, and torch would warn
+        args.dataloader_pin_memory = False
     if args.n_gpu > 1:  # without a launcher Trainer would use DataParallel, which cannot scatter
         logger.warning(
             "using one GPU of %d. Start the run with `accelerate launch` to use them all.",

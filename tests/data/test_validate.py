@@ -93,7 +93,7 @@ def test_a_missing_answer_is_an_error_only_where_one_is_needed(tokenizer):
     rows = placed([GOOD, {"prompt": "hi"}])
     kept, _ = encode(rows, tokenizer)
     assert kept[1].response_ids is None
-    with pytest.raises(DataError, match=r"1 of 2 rows[\s\S]*rows.jsonl:2: the row has no answer"):
+    with pytest.raises(DataError, match=r"1 of 2 rows[\s\S]*rows.jsonl:2: the row has no response"):
         encode(rows, tokenizer, Rules(needs_response=True))
 
 

@@ -160,7 +160,7 @@ def test_a_key_that_was_renamed_says_its_new_name(rows, old, new, changes):
                     "best_by": "likelyhood",
                 }
             },
-            "'generator.best_by': should be one of likelihood, consensus, reference. Did you mean 'likelihood'?",
+            "'generator.best_by' should be one of likelihood, consensus, reference, got 'likelyhood'. Did you mean 'likelihood'?",
         ),
     ],
 )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llmdistill.errors import ModelError
 from llmdistill.models.adapters import add_adapter
 from llmdistill.models.carve import Plan, carve
 from llmdistill.models.footprint import (
@@ -98,3 +99,12 @@ def test_the_bytes_of_quantised_weights_are_those_held(tmp_path):
     small = load_model(str(tmp_path), dtype="float32", device="cpu", quantization="torchao_int8")
     assert num_bytes(small) == pytest.approx(weight_bytes(model, 4.0, "torchao_int8"), rel=0.02)
     assert small.num_parameters() == model.num_parameters()
+
+
+@pytest.mark.parametrize("layers", [0, 9])
+def test_a_number_of_layers_that_cannot_be_kept_is_named(layers):
+    """`check` sees it as carving would, and before anything is loaded."""
+    with pytest.raises(
+        ModelError, match=rf"carve.layers: got {layers}, but the model has 4 layers"
+    ):
+        skeleton(toy.teacher_model().config, Plan(layers=layers))
