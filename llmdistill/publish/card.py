@@ -125,15 +125,21 @@ def made_with() -> str:
     return ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
 
 
-def _describe(section: recipes.RolloutRecipe | recipes.ObjectiveRecipe) -> str:
+def _describe(section: recipes.Strict) -> str:
     """Return a section of a recipe in one line: its kind, and the options that are not defaults."""
-    options = _options(section)
-    return f"{shown(section.kind)} ({options})" if options else shown(section.kind)
+    kind, options = shown(getattr(section, "kind", "")), _options(section)
+    return f"{kind} ({options})" if kind and options else kind or options
 
 
 def _options(section: recipes.Strict) -> str:
-    given = section.model_dump(exclude_defaults=True, exclude={"kind"})
-    return shown(", ".join(f"{key} {value}" for key, value in given.items()))
+    changed = section.model_dump(exclude_defaults=True, exclude={"kind"})
+    values = {key: getattr(section, key) for key in changed}
+    return ", ".join(
+        f"{shown(key)}: {_describe(value)}"
+        if isinstance(value, recipes.Strict)
+        else f"{shown(key)} {shown(str(value))}"
+        for key, value in values.items()
+    )
 
 
 def _number(value: float | int | None) -> str:

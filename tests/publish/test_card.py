@@ -147,6 +147,14 @@ def test_the_text_says_how_it_was_made():
     assert "**Rollout**: fixed" in text
 
 
+def test_sections_inside_a_section_are_said_in_words():
+    """Not as Python's dicts."""
+    student = {"kind": "sampled", "max_new_tokens": 96}
+    text = parsed(rollout={"kind": "mixed", "share": 0.3, "student": student}).text
+    described = "mixed (share: constant (value 0.3), student: sampled (max_new_tokens 96))"
+    assert f"**Rollout**: {described}\n" in text
+
+
 def test_the_recipe_in_the_card_is_the_recipe():
     fenced = re.search(r"```yaml\n(.*?)```", parsed().text, re.DOTALL)[1]
     assert recipes.build(yaml.safe_load(fenced)) == recipe()
