@@ -119,7 +119,7 @@ def distill(
     _begin(recipe, folder, overwrite=overwrite)
     for callback in _callbacks(recipe, folder, show_progress=show_progress):
         trainer.add_callback(callback)
-    logger.info("training: %s writes the responses", recipe.rollout.who_writes)
+    logger.info("training on responses of %s", recipe.rollout.who_writes)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.export_student(folder / "student")
     result = Result(folder)

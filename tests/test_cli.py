@@ -287,7 +287,9 @@ def test_check_tells_memory_and_time(recipe, monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "check", str(recipe), "--time") == 0
     shown = capsys.readouterr().out
     assert "teacher's weights" in shown
-    assert re.search(r"time +\d+\.\d s per step on this machine if the dataset writes", shown)
+    assert re.search(
+        r"time +\d+\.\d s per step on this machine, with responses of the dataset", shown
+    )
     assert "1 steps: at most 0.0 minutes" in shown
     assert not (tmp_path / "run").exists()
 
@@ -314,8 +316,8 @@ def test_check_times_each_way_of_writing(recipe, monkeypatch, capsys):
     more = ["training.eval_on_start=true", "training.report_to=none"]
     assert run(monkeypatch, "check", str(recipe), "--time", *mixed, *more) == 0
     shown = capsys.readouterr().out
-    assert "if the student writes" in shown
-    assert "if the dataset writes" in shown
+    assert "with responses of the student" in shown
+    assert "with responses of the dataset" in shown
 
 
 def test_the_memory_counts_both_caches_where_both_models_write(recipe):

@@ -494,7 +494,7 @@ def test_a_wrong_recipe_is_named(teacher, rows, tmp_path, changes, said):
     assert said in str(error.value)
 
 
-def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch, capsys):
+def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch, capsys, caplog):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipes.dump(recipe(teacher, rows, tmp_path / "set", "evolve")))
     pushed = []
@@ -520,13 +520,13 @@ def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch,
     assert run("--dry-run") == 0
     shown = capsys.readouterr().out
     assert "Write the task alone" in shown
-    assert "Then:\n[user]\n(what it wrote)" in shown
+    assert "Then:\n\n[user]\n(what it wrote)" in shown
     assert "9 rows: 9 calls if every task is kept, with at most 2 requests each" in shown
     assert "at most 216 tokens" in shown
     assert not (tmp_path / "set").exists()
     assert run("target=5", "--push", "me/set") == 0
-    shown = capsys.readouterr().out
-    assert "5 of 5 rows" in shown
+    assert "5 of 5 rows" in caplog.text
+    assert "kept 5 of" in capsys.readouterr().out
     assert pushed[:-1] == [("me/set", True)] * 2  # seen to before, and again when it is there
     assert {"calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json", "recipe.yaml"} <= set(pushed[-1])
     public.append("me/open")

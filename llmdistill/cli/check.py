@@ -107,7 +107,9 @@ def _time(recipe: Recipe, train: EncodedRows) -> None:
 
     steps, all_seconds = num_steps(recipe, train), 0.0
     for writer, (seconds, share) in seconds_per_step(recipe).items():
-        console.print(f"time         {seconds:.1f} s per step on this machine if {writer} writes")
+        console.print(
+            f"time         {seconds:.1f} s per step on this machine, with responses of {writer}"
+        )
         all_seconds += seconds * (1.0 if share is None else share)
     total = steps * all_seconds
     shown = f"{total / 3600:.1f} hours" if total >= 3600 else f"{total / 60:.1f} minutes"

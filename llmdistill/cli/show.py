@@ -26,7 +26,8 @@ SHOWN_CHARACTERS = 400  # enough to judge a response at a glance
 def table(rows: Sequence[Sequence[str]], title: str) -> None:
     """Print a header and rows, with numbers on the right."""
     header, *body = rows
-    shown = Table(title=Text(title), title_justify="left")
+    console.print(Text(title))  # not as the table's title: that wraps at the table's width
+    shown = Table()
     for place, name in enumerate(header):
         shown.add_column(name, justify="right" if place else "left")
     for row in body:

@@ -125,7 +125,7 @@ def test_every_format_may_be_said_and_is_read_and_recognised(form):
 
 def test_an_unknown_format_is_named_with_a_suggestion():
     data = {"train": {"source": "x.jsonl", "format": "alpacca"}}
-    with pytest.raises(RecipeError, match="'data.train.format': should be one of auto, .*'alpaca'"):
+    with pytest.raises(RecipeError, match="'data.train.format' should be one of auto, .*'alpaca'"):
         entries.recipe(data=data)
 
 
