@@ -154,7 +154,7 @@ def planned(recipe: recipes.GenerationRecipe) -> TaskGenerator:
 def filled(recipe: recipes.GenerationRecipe, generator: TaskGenerator) -> list[str]:
     """Return the text of the first request of each stage of the first call that makes requests.
 
-    Stands in for the teacher with a fixed reply.  Raises DataError if no call makes a request.
+    No teacher is asked: each reply is a fixed text.  Raises DataError if no call makes a request.
     """
     calls = generator.num_calls if generator.num_calls is not None else 1
     for call in (generator.call(number, []) for number in range(calls)):

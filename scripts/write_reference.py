@@ -261,7 +261,7 @@ def anchor(name: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that can stand in a cell of a table."""
+    """Return text that fits into one cell of a table: one line, with `|` escaped."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

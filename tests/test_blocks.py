@@ -10,7 +10,7 @@ import pytest
 from tests.support.desk import Desk, stand_ins
 
 ROOT = Path(__file__).parents[1]
-# docs/extending.md has a test of its own for each example: tests/test_docs.py.
+# tests/test_docs.py runs the examples of docs/extending.md.
 PAGES = [
     ROOT / "README.md",
     *sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "extending.md"),

@@ -89,7 +89,7 @@ def _builder(table: Mapping[type, Callable[..., Any]], section: Any) -> Callable
     # By exact type: a new section that nobody registered must fail here, and not be built as the
     # section that it derives from.
     if type(section) not in table:
-        raise NotImplementedError(
+        raise TypeError(
             f"{type(section).__name__} has no builder. Add one to the tables of {__name__}."
         )
     return table[type(section)]

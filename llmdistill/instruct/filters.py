@@ -201,7 +201,7 @@ class Contamination(Filter):
     def __init__(self, texts: Iterable[str], ngram: int = 10) -> None:
         runs = {run: run.count(" ") + 1 for text in texts for run in _runs(text, ngram)}
         self.runs = {run for run, words in runs.items() if words >= min(MIN_MATCHED_WORDS, ngram)}
-        # Texts shorter than `ngram` are runs of their own length, so rows are cut at each length.
+        # A text shorter than `ngram` words is one run, so rows are searched for each length.
         self.lengths = sorted({runs[run] for run in self.runs})
 
     def reason(self, task: Task) -> str | None:

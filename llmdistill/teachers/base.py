@@ -37,7 +37,7 @@ class TrainableTeacher(nn.Module, abc.ABC):
     config: PreTrainedConfig | None = None
     """The configuration of its model; required if it provides inner states."""
     weight: float | Schedule = 1.0
-    """Factor on the mean of its own loss: a number, or a schedule over the run."""
+    """Factor on the mean of the teacher's loss: a number, or a schedule over the run."""
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever `mode` is: dropout would make the targets noisy."""

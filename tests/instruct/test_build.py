@@ -115,7 +115,7 @@ def test_a_section_that_is_in_no_table_fails_by_name(rows, tmp_path, monkeypatch
         "_FILTERS": (lambda: build.build_filters(given, []), "LanguageRecipe"),
         "_RESPONDERS": (lambda: build.build_responder(given, tmp_path), "LocalTeacherRecipe"),
     }[table]
-    with pytest.raises(NotImplementedError, match=f"{name} has no builder"):
+    with pytest.raises(TypeError, match=f"{name} has no builder"):
         call()
 
 
