@@ -22,28 +22,35 @@ class Objective(nn.Module, abc.ABC):
 
     An objective may have parameters, such as a projector.  They are trained with the student and
     saved in checkpoints, but they are not exported.  `weight` multiplies the term's mean in the
-    loss: a number, or a schedule over the run.
+    loss: a number, or a schedule over the run.  `projector_learning_rate` is the learning rate of
+    the objective's parameters; None is that of the student.
     """
 
     name: str
     """The column of the log that shows the term's mean."""
     student_needs: frozenset[Need] = frozenset()
-    """What a forward pass of the student must provide."""
+    """What a forward pass of the student must provide.  Before `prepare`, kinds are enough."""
     teacher_needs: frozenset[Need] = frozenset()
-    """What a forward pass of the teacher must provide."""
+    """What a forward pass of the teacher must provide.  Before `prepare`, kinds are enough."""
     compares_samples: bool = False
     """Whether the value depends on which samples share a micro-batch."""
+    least_rows: int = 1
+    """Rows of a batch over all ranks without which there is nothing to compare."""
 
-    def __init__(self, *, weight: float | Schedule = 1.0) -> None:
+    def __init__(
+        self, *, weight: float | Schedule = 1.0, projector_learning_rate: float | None = None
+    ) -> None:
         super().__init__()
         self.weight = weight
+        self.projector_learning_rate = projector_learning_rate
 
     def prepare(self, student: PreTrainedConfig, teacher: PreTrainedConfig | None) -> None:
-        """Create the parts that depend on the models' sizes, such as projectors.
+        """Choose the layers and create the projectors, which depend on the models' sizes.
 
-        The method is called once, before the first step.  `student` and `teacher` are the text
-        configurations of the models; `teacher` is None if the teacher has none.  Random parameters
-        may be drawn from the global generator here, because all ranks seed it the same.
+        The method is called once, before the first step and before the needs are used.  `student`
+        and `teacher` are the text configurations of the models; `teacher` is None if the teacher
+        has none.  Random parameters may be drawn from the global generator here, because all ranks
+        seed it the same.
         """
 
     def divisor(self, sequences: Sequences) -> Tensor:

@@ -26,8 +26,9 @@ class GroupedTrainer(StudentTrainer):
     def create_optimizer(self, model: Module | None = None) -> torch.optim.Optimizer:
         """Create one pair of groups (with and without weight decay) for each owner.
 
-        Each group is named after its owner: `student`, `projectors` or `teacher`.  Raises
-        TrainingError if there are several owners and `optim` builds its own groups.
+        Each group is named after its owner: `student`, `projectors` or `teacher`.  Objectives with
+        a learning rate for their projectors have a pair of groups for it.  Raises TrainingError if
+        there are several owners and `optim` builds its own groups.
         """
         groups = dict(self.model.parameter_groups())
         if self.optimizer is not None or list(groups) == ["student"]:
@@ -44,8 +45,9 @@ class GroupedTrainer(StudentTrainer):
                 f"training.optim: {self.args.optim} makes its own parameter groups and cannot "
                 f"train {' and '.join(groups)} together. Use adamw_torch."
             )
+        rates = self.model.learning_rates
         self.optimizer = optimizer_class(
-            _optimizer_groups(groups, decayed, self.args.weight_decay), **options
+            _optimizer_groups(groups, decayed, self.args.weight_decay, rates), **options
         )
         return self.optimizer
 
@@ -68,15 +70,23 @@ class GroupedTrainer(StudentTrainer):
 
 
 def _optimizer_groups(
-    groups: Mapping[str, Mapping[str, Parameter]], decayed: set[str], weight_decay: float
+    groups: Mapping[str, Mapping[str, Parameter]],
+    decayed: set[str],
+    weight_decay: float,
+    rates: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """Return two groups for each owner; `decayed` are the names that get weight decay."""
-    return [
-        {
-            "params": [p for name, p in named.items() if (name in decayed) is decays],
-            "weight_decay": weight_decay if decays else 0.0,
-            "name": group,
-        }
-        for group, named in groups.items()
-        for decays in (True, False)
-    ]
+    """Return two groups for each owner and each learning rate of its parameters.
+
+    `decayed` are the names that get weight decay.  `rates` are the learning rates of the names that
+    do not have the run's.
+    """
+    found = []
+    for owner, named in groups.items():
+        for rate in dict.fromkeys(rates.get(name) for name in named):
+            own = {} if rate is None else {"lr": rate}
+            some = {name: p for name, p in named.items() if rates.get(name) == rate}
+            for decays in (True, False):
+                parameters = [p for name, p in some.items() if (name in decayed) is decays]
+                decay = weight_decay if decays else 0.0
+                found.append({"params": parameters, "weight_decay": decay, "name": owner, **own})
+    return found

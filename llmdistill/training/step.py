@@ -85,6 +85,9 @@ class Distillation(nn.Module):
         self._teacher = [teacher]
         self.tokenizer = tokenizer
         self.num_tokens = num_tokens(tokenizer)
+        teacher_config = getattr(teacher, "config", None)
+        for objective in objectives:  # this also chooses the layers that they need
+            objective.prepare(student.config.get_text_config(), teacher_config)
         self.student_needs = frozenset().union(*(one.student_needs for one in objectives))
         self.teacher_needs = frozenset().union(*(one.teacher_needs for one in objectives))
         if self.trained_teacher is not None:
@@ -94,9 +97,6 @@ class Distillation(nn.Module):
         teacher_model = getattr(teacher, "model", None)
         if isinstance(teacher_model, nn.Module):  # any other teacher is checked when it scores
             check_taps(teacher_model, self.teacher_needs)
-        teacher_config = getattr(teacher, "config", None)
-        for objective in objectives:
-            objective.prepare(student.config.get_text_config(), teacher_config)
         names = [objective.name for objective in objectives]
         names += [TEACHER_TERM] * (self.trained_teacher is not None)
         # Terms are columns of the log, so equal names get their position appended.
@@ -187,6 +187,16 @@ class Distillation(nn.Module):
         """Return a session in which the student writes token by token (interleaved rollouts)."""
         return session(self.student, self.tokenizer, prompts)
 
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates of parameters that do not have the student's, by name in this module."""
+        return {
+            f"objectives.{place}.{name}": one.projector_learning_rate
+            for place, one in enumerate(self.objectives)
+            if isinstance(one, Objective) and one.projector_learning_rate is not None
+            for name, _ in one.named_parameters()
+        }
+
     def parameter_groups(self) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
         """Yield each owner with its trainable parameters, by their names in this module.
 
@@ -230,11 +240,11 @@ def _check_needs(objectives: Sequence[Objective], teacher: Teacher) -> None:
                 f"{type(teacher).__name__} provides {_listed(teacher.provides)}. Use another "
                 "objective or another teacher."
             )
-        # An objective on states needs their width to create its projector.
+        # An objective on states needs the number of layers and their width.
         if kinds & STATES and getattr(teacher, "config", None) is None:
             raise RecipeError(
                 f"objective '{objective.name}' needs {_listed(kinds)}, but "
-                f"{type(teacher).__name__} has no 'config' that gives their size. Set its config "
+                f"{type(teacher).__name__} has no 'config' that gives their sizes. Set its config "
                 "to the configuration of its model."
             )
 
