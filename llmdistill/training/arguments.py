@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from llmdistill.errors import TrainingError
 from llmdistill.models.layers import decoder_layers
 from llmdistill.models.taps import STATES, Need, layers_seen_inside
+from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Rollout, steps_both_models
 from llmdistill.training.step import Distillation
 
@@ -65,6 +66,26 @@ def forced(args: TrainingArguments, distillation: Distillation) -> TrainingArgum
         reaches_the_head = Need.DISTRIBUTION in needs
         args.ddp_find_unused_parameters = not reaches_the_head
     return args
+
+
+def check_batch(args: TrainingArguments, distillation: Distillation) -> None:
+    """Raise TrainingError if a batch has fewer rows than an objective compares with each other."""
+    rows = args.train_batch_size * args.world_size
+    for objective in distillation.objectives:
+        assert isinstance(objective, Objective)
+        if rows < objective.least_rows:
+            raise TrainingError(
+                f"objective '{objective.name}' compares at least {objective.least_rows} rows with "
+                f"each other, but a batch has {rows}: training.per_device_train_batch_size is "
+                f"{args.train_batch_size} on {args.world_size} processes. Raise it. Gradient "
+                "accumulation does not help, because each micro-batch is compared alone."
+            )
+
+
+def check_arguments(args: TrainingArguments, distillation: Distillation) -> None:
+    """Raise TrainingError if activation checkpointing or the batch size cannot work as set."""
+    check_checkpointing(args, distillation)
+    check_batch(args, distillation)
 
 
 def is_sharded(trainer: DistillTrainer) -> bool:

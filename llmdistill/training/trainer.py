@@ -33,7 +33,7 @@ from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Progress, Rollout, Teacher
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.training.arguments import (
-    check_checkpointing,
+    check_arguments,
     check_sharding,
     compile_layers,
     forced,
@@ -76,7 +76,7 @@ class DistillTrainer(GroupedTrainer):
         VocabularyError: Teacher and student do not share a vocabulary.
         ModelError: A model cannot be split into backbone and head, or lacks a requested layer.
         DataError: A row cannot be used.
-        TrainingError: Sharding or activation checkpointing is set in a way that cannot work.
+        TrainingError: Sharding, activation checkpointing or the batch size cannot work as set.
     """
 
     # Trainer would divide by the accumulation steps, but the loss is divided by the counts of the
@@ -130,7 +130,7 @@ class DistillTrainer(GroupedTrainer):
         # Trainer overwrites use_cache with args.use_cache, and the export would save that value.
         student.config.use_cache = use_cache
         check_sharding(rollout, sharded=is_sharded(self), requested=bool(self.args.fsdp))
-        check_checkpointing(self.args, distillation)
+        check_arguments(self.args, distillation)
         compile_layers(self)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
