@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmdistill")
 
+KEPT_LAYERS = "carved_layers"
+"""Field of a carved model's configuration: the layers that it was cut from, counted from 1."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -176,6 +179,7 @@ def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
         if per_layer and not name.endswith("_token_id"):
             setattr(config, name, [value[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
+    setattr(config, KEPT_LAYERS, [layer + 1 for layer in layers])
     for index, block in enumerate(decoder_layers(student)):
         for module in block.modules():
             if "layer_idx" in module.__dict__:
