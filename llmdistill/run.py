@@ -35,7 +35,7 @@ from llmdistill.evaluation.measure import Evaluation, Figures, Measurement
 from llmdistill.generate import RANKS_WAIT, generate
 from llmdistill.models.build import build_student
 from llmdistill.models.load import default_device, load_tokenizer, native_bfloat16
-from llmdistill.objectives.build import build_objective
+from llmdistill.objectives.build import build_objectives
 from llmdistill.protocols import Teacher
 from llmdistill.publish.card import model_card
 from llmdistill.recipe import Recipe
@@ -290,7 +290,7 @@ def build_trainer(
         student=student,
         teacher=teacher,
         rollout=build_rollout(recipe.rollout),
-        objectives=[build_objective(section) for section in recipe.objectives],
+        objectives=build_objectives(recipe.objectives),
         args=arguments,
         train_dataset=train,
         eval_dataset=reference,

@@ -45,7 +45,7 @@ def files(folder):
         {"data": {"train": "rwos.jsonl"}},
         {"teacher": {"model": "./no_such_model"}},
         {"training": {"use_cpu": True, "max_steps": 1, "optim": "no_such_optimiser"}},
-        {"objectives": [{"kind": "hidden", "teacher_layer": 99}]},
+        {"objectives": [{"kind": "hidden", "layers": [[-1, 99]]}]},
     ],
     ids=["data", "teacher", "arguments", "objective"],
 )
@@ -108,7 +108,7 @@ def test_a_resume_after_a_killed_overwrite_says_where_the_old_run_is(given, tmp_
 
 def test_a_start_that_failed_is_no_run_in_the_way(given, tmp_path):
     with pytest.raises(LlmDistillError):
-        run(given | {"objectives": [{"kind": "hidden", "teacher_layer": 99}]})
+        run(given | {"objectives": [{"kind": "hidden", "layers": [[-1, 99]]}]})
     run(given)
 
 

@@ -1,27 +1,36 @@
 """Objectives on hidden states: the student's inner states match the teacher's.
 
-B = sequences, T = tokens, H = hidden size, N = predicted tokens, or all tokens of the rows that
-have one.
+B = responses, N = predicted tokens, or all tokens of the rows that have one.
+H and D = hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
-from llmdistill.models.taps import Need, Tokens
-from llmdistill.objectives.base import Objective
+from llmdistill.batch import Sequences
+from llmdistill.models.taps import Tokens
 from llmdistill.objectives.choices import choose
+from llmdistill.objectives.layer_maps import LAST_LAYERS, Layers
+from llmdistill.objectives.samples import POOLS, Pool, gather, pooled, share_of, sum_of
+from llmdistill.objectives.states import (
+    Compared,
+    StateObjective,
+    num_tokens_compared,
+    tokens_of_rows,
+)
+from llmdistill.objectives.weights import responses
 from llmdistill.schedules import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (student_NH, teacher_NH) -> (N,)
+CKA_LEAST = 4  # samples that the unbiased estimate needs
 
 
 def mse(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
@@ -33,6 +42,16 @@ def mse(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
     return (student_NH - teacher_NH).square().mean(-1)
 
 
+def normalized_mse(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
+    """Compute the squared difference of the hidden states, each divided by its length.
+
+    sum_H (student / |student| - teacher / |teacher|)^2, for each token: (N,), from 0 to 4.  Sun et
+    al. 2019 (PKD), eq. 7.  There are no options.
+    """
+    unit = nn.functional.normalize
+    return (unit(student_NH, dim=-1) - unit(teacher_NH, dim=-1)).square().sum(-1)
+
+
 def cosine(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
     """Compute the cosine distance of the hidden states, which ignores their length.
 
@@ -42,30 +61,52 @@ def cosine(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
     return 1 - nn.functional.cosine_similarity(student_NH, teacher_NH, dim=-1)
 
 
+def l2(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
+    """Compute the length of the difference of the hidden states.
+
+    sqrt(sum_H (student - teacher)^2), for each token: (N,).  There are no options.
+    """
+    return torch.linalg.vector_norm(student_NH - teacher_NH, dim=-1)
+
+
 # Recipes read the names with `ast`, so the table must stay a dict literal.
-DISTANCES: dict[str, Distance] = {"mse": mse, "cosine": cosine}
+DISTANCES: dict[str, Distance] = {
+    "mse": mse,
+    "normalized_mse": normalized_mse,
+    "cosine": cosine,
+    "l2": l2,
+}
 
 
-class HiddenObjective(Objective):
+def projector(student: PreTrainedConfig, teacher: PreTrainedConfig) -> nn.Module:
+    """Return a linear map from the student's width to the teacher's; the identity if they agree.
+
+    It has no bias.  Romero et al. 2015 (FitNets), section 2.2.
+    """
+    if student.hidden_size == teacher.hidden_size:
+        return nn.Identity()
+    return nn.Linear(student.hidden_size, teacher.hidden_size, bias=False)
+
+
+class HiddenObjective(StateObjective):
     """A distance between hidden states of the student and of the teacher.
 
-    The states are those after one decoder layer of each model.  If the models differ in width, a
-    linear projector without a bias, from the student's width to the teacher's, is trained with the
-    student (Romero et al. 2015, section 2.2).  Distances are summed in float32 or wider.
+    If the models differ in width, a linear projector from the student's width to the teacher's is
+    trained with the student, one for each pair of layers.
 
     Args:
-        distance: "mse", "cosine", or a function of two (N, H) tensors, the student's first, that
-            returns (N,).
-        student_layer: The layer of the student.  Layers count from 1.  0 is the embeddings, and -1
-            is the last layer, before the final norm.
-        teacher_layer: The layer of the teacher, counted the same way.
-        tokens: "predicted" for the states that predict the response, or "all" for the states at
-            every token of prompt and response.  The sum is divided by the number of these tokens.
+        distance: A name in `DISTANCES`, or a function of two (N, H) tensors, the student's first,
+            that returns (N,).
+        layers: Pairs of layers, as in `StateObjective`.
+        tokens: "predicted" or "all", as in `StateObjective`, or "pooled" for one vector for each
+            response.  The sum is divided by the number of these tokens or responses.
+        pool: How `tokens="pooled"` makes one vector: a name in `samples.POOLS`, or a function.
         weight: Factor on the objective's mean: a number, or a schedule over the run.
+        projector_learning_rate: Learning rate of the projectors.  None is that of the student.
 
     Raises:
-        RecipeError: If the distance is unknown.  A layer that a model does not have raises
-            ModelError when the trainer is built.
+        RecipeError: If a name is unknown.  A layer that a model does not have, or a layer map that
+            does not fit, raises ModelError when the trainer is built.
     """
 
     name = "hidden"
@@ -74,43 +115,117 @@ class HiddenObjective(Objective):
         self,
         distance: str | Distance = "mse",
         *,
-        student_layer: int = -1,
-        teacher_layer: int = -1,
+        layers: Layers = LAST_LAYERS,
+        tokens: Literal["predicted", "all", "pooled"] = "predicted",
+        pool: str | Pool = "mean",
+        weight: float | Schedule = 1.0,
+        projector_learning_rate: float | None = None,
+    ) -> None:
+        super().__init__(
+            layers=layers,
+            tokens="predicted" if tokens == "pooled" else tokens,
+            weight=weight,
+            projector_learning_rate=projector_learning_rate,
+        )
+        self.distance = choose("distance", distance, DISTANCES)
+        self.pool = choose("pool", pool, POOLS)
+        self.is_pooled = tokens == "pooled"
+        self.projectors = nn.ModuleList()
+
+    def prepare(self, student: PreTrainedConfig, teacher: PreTrainedConfig | None) -> None:
+        """Choose the layers, and create the projectors if the models differ in width."""
+        super().prepare(student, teacher)
+        assert teacher is not None
+        self.projectors = nn.ModuleList(projector(student, teacher) for _ in self.needs)
+
+    def divisor(self, sequences: Sequences) -> Tensor:
+        """Return the number of tokens or responses that the sum runs over: ()."""
+        if self.is_pooled:
+            return responses(sequences)
+        return num_tokens_compared(sequences, self.tokens)
+
+    def compare(self, states: Sequence[Compared], sequences: Sequences) -> Tensor:
+        """Return the sum of the distances over one micro-batch, as a mean over the pairs."""
+        totals = []
+        for project, (mine_NH, other_NH) in zip(self.projectors, states, strict=True):
+            if self.is_pooled:
+                counts = tokens_of_rows(sequences, self.tokens)
+                mine_NH, other_NH = (
+                    pooled(side, counts, self.pool) for side in (mine_NH, other_NH)
+                )
+            totals.append(self.distance(project(mine_NH), other_NH).sum())
+        return torch.stack(totals).mean()
+
+
+def cka(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
+    """Compute linear CKA (centred kernel alignment) of two sets of states, without bias: ().
+
+    HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), with the Gram matrices K and L of the states and the
+    unbiased estimate of HSIC (Song et al. 2012, eq. 5).  It is 1 for states that differ by a
+    rotation, a factor and a shift, and about 0 for unrelated ones.  The widths may differ.
+    Kornblith et al. 2019, eq. 2.  It needs at least 4 states.
+    """
+    student_NH, teacher_NH = _centred(student_NH), _centred(teacher_NH)
+    own = hsic(student_NH, student_NH) * hsic(teacher_NH, teacher_NH)
+    # The estimates of unrelated states may be 0 or below.
+    return hsic(student_NH, teacher_NH) / own.clamp_min(1e-12).sqrt()
+
+
+def hsic(x_NH: Tensor, y_NH: Tensor) -> Tensor:
+    """Return n (n - 3) times the unbiased estimate of HSIC of centred states, linear kernels: ().
+
+    Song et al. 2012, eq. 5.  The estimate leaves out the diagonals of both Gram matrices.  Because
+    the states are centred, it needs only their H x H product and the lengths of the states.
+    """
+    n = len(x_NH)
+    x_N, y_N = x_NH.square().sum(1), y_NH.square().sum(1)
+    diagonals = (x_N * y_N).sum()
+    product = (x_NH.T @ y_NH).square().sum()
+    sums = x_N.sum() * y_N.sum() / ((n - 1) * (n - 2))
+    return product - diagonals + sums - 2 * diagonals / (n - 2)
+
+
+def _centred(states_NH: Tensor) -> Tensor:
+    """Return the states with mean 0 and, for small rounding errors, mean squared length 1."""
+    centred_NH = states_NH - states_NH.mean(0)
+    length = centred_NH.square().sum(1).mean().sqrt()
+    return centred_NH / length.clamp_min(1e-12)
+
+
+class CkaObjective(StateObjective):
+    """One minus the linear CKA of the hidden states of both models.
+
+    CKA compares how the tokens of a batch are placed relative to each other, so the models may
+    differ in width without a projector.
+
+    Args:
+        layers: Pairs of layers, as in `StateObjective`.
+        tokens: "predicted" or "all", as in `StateObjective`.
+        weight: Factor on the objective: a number, or a schedule over the run.
+    """
+
+    name = "cka"
+    compares_samples = True
+
+    def __init__(
+        self,
+        *,
+        layers: Layers = LAST_LAYERS,
         tokens: Tokens = "predicted",
         weight: float | Schedule = 1.0,
     ) -> None:
-        super().__init__(weight=weight)
-        self.distance = choose("distance", distance, DISTANCES)
-        self.tokens = tokens
-        self.student_need = Need.HIDDEN.after(student_layer, tokens)
-        self.teacher_need = Need.HIDDEN.after(teacher_layer, tokens)
-        self.student_needs = frozenset({self.student_need})
-        self.teacher_needs = frozenset({self.teacher_need})
-        # `prepare` replaces it, because the widths are not known before.
-        self.projector: nn.Module = nn.Identity()
-
-    def prepare(self, student: PreTrainedConfig, teacher: PreTrainedConfig | None) -> None:
-        """Create the projector if the models differ in width."""
-        assert teacher is not None  # A teacher that provides hidden states has a configuration.
-        if student.hidden_size != teacher.hidden_size:
-            self.projector = nn.Linear(student.hidden_size, teacher.hidden_size, bias=False)
+        super().__init__(layers=layers, tokens=tokens, weight=weight)
 
     def divisor(self, sequences: Sequences) -> Tensor:
-        """Return the number of tokens that the sum runs over: ()."""
-        if self.tokens == "all":
-            return sequences.trained_mask_BT.sum()
-        return super().divisor(sequences)
+        """Return the number of tokens that are compared: ()."""
+        return num_tokens_compared(sequences, self.tokens)
 
-    def forward(
-        self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
-    ) -> LossSum:
-        """Return the sum of the distances over one micro-batch."""
-        assert signal is not None
-        projected = wide(self.projector(student.states[self.student_need]))
-        wanted = wide(signal.states[self.teacher_need])
-        return LossSum(self.distance(projected, wanted).sum(), self.divisor(sequences))
-
-
-def wide(states: Tensor) -> Tensor:
-    """Return the states in float32, or unchanged if their dtype is wider."""
-    return states.to(torch.promote_types(states.dtype, torch.float32))
+    def compare(self, states: Sequence[Compared], sequences: Sequences) -> Tensor:
+        """Return 1 - CKA of all ranks' tokens, times this rank's tokens."""
+        own = len(states[0].student_ND)
+        found = [[gather(side_ND) for side_ND in pair] for pair in states]
+        everyone = len(found[0][0])
+        if everyone < CKA_LEAST:
+            return sum_of([mine for mine, _ in found]) * 0.0
+        losses = [1 - cka(mine_NH, other_NH) for mine_NH, other_NH in found]
+        return share_of(torch.stack(losses).mean(), own, everyone)

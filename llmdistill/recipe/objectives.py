@@ -5,21 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.options import TakesOptions
-from llmdistill.recipe.schedules import ScheduleSection, Weight
+from llmdistill.recipe.schedules import CriticalPeriodRecipe, ScheduleSection, Weight
 from llmdistill.recipe.tables import Table, defaults, one_of
 
 DIVERGENCES = Table("objectives/divergences.py", "DIVERGENCES")
 TARGETS = Table("objectives/targets.py", "TARGETS")
 TOKEN_WEIGHTS = Table("objectives/weights.py", "TOKEN_WEIGHTS")
 DISTANCES = Table("objectives/features.py", "DISTANCES")
+FILTERS = Table("objectives/rtk.py", "FILTERS")
+KERNELS = Table("objectives/relations.py", "KERNELS")
+LAYER_MAPS = Table("objectives/layer_maps.py", "LAYER_MAPS")
+POOLS = Table("objectives/samples.py", "POOLS")
 _objective = defaults("objectives/base.py", "Objective")
 _response = defaults("objectives/response.py", "ResponseObjective")
+_states = defaults("objectives/states.py", "StateObjective")
 _hidden = defaults("objectives/features.py", "HiddenObjective")
+_rtk = defaults("objectives/rtk.py", "RtkObjective")
+_embed = defaults("objectives/embed_distill.py", "EmbedDistillObjective")
+_minilm = defaults("objectives/minilm.py", "MiniLMObjective")
+_samples = defaults("objectives/samples.py", "SampleObjective")
+_rkd = defaults("objectives/relations.py", "RkdObjective")
+_pkt = defaults("objectives/relations.py", "PktObjective")
+_flow = defaults("objectives/relations.py", "FlowObjective")
+_ckd = defaults("objectives/ckd.py", "CkdObjective")
+_dist = defaults("objectives/correlation.py", "DistObjective")
+_correlation = defaults("objectives/correlation.py", "CorrelationObjective")
+
+Layers: Any = Annotated[
+    Annotated[one_of(LAYER_MAPS), Tag("name")]
+    | Annotated[
+        list[Annotated[list[int], Field(min_length=2, max_length=2)]],
+        Field(min_length=1),
+        Tag("pairs"),
+    ],
+    Discriminator(lambda given: "name" if isinstance(given, str) else "pairs"),
+]
+"""A layer map by name, or a list of pairs [student's layer, teacher's layer]."""
 
 
 class ObjectiveSection(Strict):
@@ -102,26 +128,14 @@ class CrossEntropyRecipe(ObjectiveSection):
     kind: Literal["cross_entropy"] = "cross_entropy"
 
 
-class HiddenRecipe(ObjectiveSection):
-    """Match the hidden states after one decoder layer of each model.  Layers are counted from 1;
-    `0` is the embeddings and `-1` the last layer.  If the hidden sizes differ, a linear projector
-    is trained with the student and not exported.
-    """
+class _OnStates(ObjectiveSection):
+    """Base of the sections that compare inner states of both models."""
 
-    CHOICES: ClassVar[Mapping[str, Table]] = {"distance": DISTANCES}
-
-    kind: Literal["hidden"] = "hidden"
-    distance: one_of(DISTANCES) = _hidden.distance  # type: ignore[valid-type]
-    """Distance between two states: `mse` is the mean squared difference, `cosine` is 1 minus the
-    cosine of the angle.
-    """
-    student_layer: int = _hidden.student_layer
-    """Layer of the student whose states are matched.  Negative numbers count from the end."""
-    teacher_layer: int = _hidden.teacher_layer
-    """Layer of the teacher whose states are matched.  Negative numbers count from the end."""
-    tokens: Literal["predicted", "all"] = _hidden.tokens
-    """Tokens whose states are matched: `predicted` takes the states that predict the response,
-    `all` also those of the prompt.
+    layers: Layers = [list(pair) for pair in _states.layers]
+    """Layers that are compared, as pairs `[student, teacher]`.  Layers are counted from 1; `0` is
+    the embeddings and `-1` the last layer.  `last` pairs all layers of the student with as many
+    last layers of the teacher, `skip` with every k-th layer, `uniform` with layers at the same
+    relative depth, and `carved` with the layers that the student was carved from.
     """
 
     @property
@@ -129,6 +143,234 @@ class HiddenRecipe(ObjectiveSection):
         return frozenset({"hidden"})
 
 
+class _WithProjectors(_OnStates):
+    """Base of the sections whose objectives have trained parameters."""
+
+    projector_learning_rate: float | None = Field(None, gt=0)
+    """Learning rate of the projectors.  `null` is that of the student.  Both follow the same
+    schedule.
+    """
+
+
+class _OnSamples(_OnStates):
+    """Base of the sections that compare the responses of a batch with each other."""
+
+    CHOICES: ClassVar[Mapping[str, Table]] = {"pool": POOLS}
+
+    pool: one_of(POOLS) = _samples.pool  # type: ignore[valid-type]
+    """How the states of a response become one vector: `mean` takes their mean, `last` the state
+    that predicts the last token.
+    """
+
+
+class HiddenRecipe(_WithProjectors):
+    """Match hidden states: FitNets, PKD, and the hidden and embedding losses of TinyBERT.  If the
+    hidden sizes differ, a linear projector for each pair of layers is trained with the student and
+    not exported.
+    """
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"student_layer": "layers", "teacher_layer": "layers"}
+    CHOICES: ClassVar[Mapping[str, Table]] = {"distance": DISTANCES, "pool": POOLS}
+
+    kind: Literal["hidden"] = "hidden"
+    distance: one_of(DISTANCES) = _hidden.distance  # type: ignore[valid-type]
+    """Distance between two states: `mse` is the mean squared difference, `normalized_mse` the
+    squared difference of the states divided by their lengths, `cosine` 1 minus the cosine of the
+    angle, and `l2` the length of the difference.
+    """
+    tokens: Literal["predicted", "all", "pooled"] = _hidden.tokens
+    """Tokens whose states are matched: `predicted` takes the states that predict the response,
+    `all` also those of the prompt, and `pooled` one vector for each response.
+    """
+    pool: one_of(POOLS) = _hidden.pool  # type: ignore[valid-type]
+    """How `tokens: pooled` makes one vector of a response: `mean` takes the mean of the states,
+    `last` the state that predicts the last token.
+    """
+
+
+class CkaRecipe(_OnStates):
+    """Match how hidden states are placed relative to each other, by linear CKA.  The models may
+    differ in width without a projector.
+    """
+
+    kind: Literal["cka"] = "cka"
+    tokens: Literal["predicted", "all"] = _states.tokens
+    """Tokens whose states are compared: `predicted` takes the states that predict the response,
+    `all` also those of the prompt.
+    """
+
+
+class RtkRecipe(ObjectiveSection):
+    """Match the strength of hidden states over the tokens of a response (AFD).  Trained attention
+    decides which layers of the models are compared, and a filter which layers of the teacher count
+    (RTK).
+    """
+
+    CHOICES: ClassVar[Mapping[str, Table]] = {"filter": FILTERS}
+
+    kind: Literal["rtk"] = "rtk"
+    filter: one_of(FILTERS) = _rtk.filter  # type: ignore[valid-type]
+    """How much each layer of the teacher counts: with `rtk` a layer counts more if some layer of
+    the student is similar to it, with `afd` all count the same.
+    """
+    num_layers: int = Field(_rtk.num_layers, gt=0)
+    """Number of layers of each model, which are evenly spaced."""
+    projector_learning_rate: float | None = Field(None, gt=0)
+    """Learning rate of the attention's queries and keys.  `null` is that of the student."""
+
+    @property
+    def teacher_needs(self) -> frozenset[str]:
+        return frozenset({"hidden"})
+
+
+class EmbedDistillRecipe(_WithProjectors):
+    """Match the embeddings of prompts and responses, which are their pooled hidden states, and the
+    scores of all prompts of a batch against all responses (EmbedDistill).
+    """
+
+    CHOICES: ClassVar[Mapping[str, Table]] = {"distance": DISTANCES, "pool": POOLS}
+
+    kind: Literal["embed_distill"] = "embed_distill"
+    distance: one_of(DISTANCES) = _embed.distance  # type: ignore[valid-type]
+    """Distance between two embeddings, as in an objective of kind `hidden`."""
+    documents: Literal["teacher", "student"] = _embed.documents
+    """Whose embeddings of responses the student's prompts are scored against.  With `teacher` only
+    the embeddings of prompts are matched.
+    """
+    temperature: float = Field(_embed.temperature, gt=0)
+    """Temperature of the scores."""
+    pool: one_of(POOLS) = _embed.pool  # type: ignore[valid-type]
+    """How the states of a prompt or a response become one vector: `mean` takes their mean, `last`
+    the last one.
+    """
+
+
+class MiniLMRecipe(_OnStates):
+    """Match the relations between queries, between keys and between values of all tokens
+    (MiniLMv2).
+    The models may differ in width and in their numbers of attention heads.
+    """
+
+    kind: Literal["minilm"] = "minilm"
+    relation_heads: int | None = Field(_minilm.relation_heads, gt=0)
+    """Number of heads that the states are split into.  It must divide the widths of queries, keys
+    and values of both models.  `null` takes the largest such number whose heads have at least 16
+    numbers.
+    """
+
+    @property
+    def teacher_needs(self) -> frozenset[str]:
+        return frozenset({"queries", "keys", "values"})
+
+
+class RkdRecipe(_OnSamples):
+    """Match the distances and angles between the responses of a batch (RKD)."""
+
+    kind: Literal["rkd"] = "rkd"
+    distance: float = Field(_rkd.distance, ge=0)
+    """Factor on the loss of the distances."""
+    angle: float = Field(_rkd.angle, ge=0)
+    """Factor on the loss of the angles."""
+
+
+class SimilarityRecipe(_OnSamples):
+    """Match the similarities between the responses of a batch (SP).  The paper's `weight` is
+    3,000.
+    """
+
+    kind: Literal["similarity"] = "similarity"
+
+
+class PktRecipe(_OnSamples):
+    """Match which responses of a batch are each other's neighbours (PKT)."""
+
+    CHOICES: ClassVar[Mapping[str, Table]] = {"pool": POOLS, "kernel": KERNELS}
+
+    kind: Literal["pkt"] = "pkt"
+    kernel: one_of(KERNELS, "both") = _pkt.kernel  # type: ignore[valid-type]
+    """How similar two responses are: by their angle (`cosine`) or by their distance (`student_t`).
+    `both` adds the losses of both.
+    """
+
+
+class FlowRecipe(PktRecipe):
+    """Match the neighbours of each response along the layers: `pkt` over the inner pairs of layers,
+    with a weight that fades early in training, and over the last pair, with `weight`.
+    """
+
+    kind: Literal["flow"] = "flow"  # type: ignore[assignment]
+    layers: Layers = _flow.layers
+    """Layers that are compared, as in an objective of kind `hidden`.  The last pair has `weight`,
+    and the others share `inner_weight`.
+    """
+    inner_weight: Weight = CriticalPeriodRecipe(start=10.0)
+    """Factor on the mean of the inner pairs: a number, or a schedule over the run."""
+
+
+class CkdRecipe(ObjectiveSection):
+    """Match the differences between the logits of tokens from different responses (CKD)."""
+
+    kind: Literal["ckd"] = "ckd"
+    group: Literal[2, 3] = _ckd.group
+    """Tokens in a tuple.  With 3, the mean of two tokens is compared with the third."""
+    temperature: float = Field(_ckd.temperature, gt=0)
+    """Temperature of the differences."""
+
+    @property
+    def teacher_needs(self) -> frozenset[str]:
+        return frozenset({"distribution"})
+
+
+class DistRecipe(ObjectiveSection):
+    """Match distributions by Pearson's correlation: within each token, and along the tokens of the
+    batch for each vocabulary entry (DIST).
+    """
+
+    kind: Literal["dist"] = "dist"
+    inter: float = Field(_dist.inter, ge=0)
+    """Factor on the correlation within each token."""
+    intra: float = Field(_dist.intra, ge=0)
+    """Factor on the correlation along the batch."""
+    temperature: float = Field(_dist.temperature, gt=0)
+    """Temperature of both distributions.  The loss is multiplied by its square."""
+
+    @property
+    def teacher_needs(self) -> frozenset[str]:
+        return frozenset({"distribution"})
+
+
+class CorrelationRecipe(ObjectiveSection):
+    """Match distributions by their cosine and by the order of the likeliest tokens (R2KD)."""
+
+    kind: Literal["correlation"] = "correlation"
+    value: float = Field(_correlation.value, ge=0)
+    """Factor on the cosines, within each token and along the batch."""
+    rank: float = Field(_correlation.rank, ge=0)
+    """Factor on the correlation of ranks."""
+    ranked_tokens: int = Field(_correlation.ranked_tokens, gt=1)
+    """Number of the teacher's likeliest tokens whose order is compared."""
+    temperature: float = Field(_correlation.temperature, gt=0)
+    """Temperature of the distributions in the cosines, which are multiplied by its square."""
+
+    @property
+    def teacher_needs(self) -> frozenset[str]:
+        return frozenset({"distribution"})
+
+
 ObjectiveRecipe = Annotated[
-    ResponseRecipe | CrossEntropyRecipe | HiddenRecipe, Field(discriminator="kind")
+    ResponseRecipe
+    | CrossEntropyRecipe
+    | HiddenRecipe
+    | CkaRecipe
+    | RtkRecipe
+    | EmbedDistillRecipe
+    | MiniLMRecipe
+    | RkdRecipe
+    | SimilarityRecipe
+    | PktRecipe
+    | FlowRecipe
+    | CkdRecipe
+    | DistRecipe
+    | CorrelationRecipe,
+    Field(discriminator="kind"),
 ]

@@ -72,7 +72,7 @@ def test_every_entry_of_a_table_is_built_from_a_recipe(section, field, entry):
         built = getattr(rollout_builders.build_rollout(section(**given)), field)
         assert isinstance(built, wanted)
     else:
-        built = getattr(objective_builders.build_objective(section(**given)), field)
+        built = getattr(objective_builders.build_objectives([section(**given)])[0], field)
         assert getattr(built, "func", built) is wanted
 
 

@@ -147,7 +147,7 @@ def test_every_divisor_and_what_trains_along_is_the_same_on_two_ranks(tmp_path):
 
 def test_hidden_states_alone_on_two_ranks(tmp_path):
     options = {"rows": dataset(16), "per_device_train_batch_size": 8, "max_steps": 2}
-    expected = one_rank(tmp_path / "one", objectives=[HiddenObjective(student_layer=1)], **options)
+    expected = one_rank(tmp_path / "one", objectives=[HiddenObjective(layers=[(1, -1)])], **options)
     found = two_ranks("hidden_alone", tmp_path)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 

@@ -15,7 +15,7 @@ from llmdistill.errors import NonFiniteLossError
 from llmdistill.generate import generate
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
 from llmdistill.models.layers import decoder_layers
-from llmdistill.objectives.build import build_objective
+from llmdistill.objectives.build import build_objectives
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.build import build_rollout
@@ -188,7 +188,7 @@ def seams(folder: Path) -> None:
 def hidden_alone(folder: Path) -> None:
     """Layers above the matched one get no gradient, and no rank waits for it."""
     options = {"rows": dataset(16), "per_device_train_batch_size": 4, "max_steps": 2}
-    same_weights(folder, objectives=[HiddenObjective(student_layer=1)], **options)
+    same_weights(folder, objectives=[HiddenObjective(layers=[(1, -1)])], **options)
 
 
 def sharded(folder: Path) -> None:
@@ -217,7 +217,7 @@ def sharded(folder: Path) -> None:
         dist.all_reduce(mean)
         gradient = found.grad.full_tensor()
         torch.testing.assert_close(gradient, mean / 2, rtol=1e-4, atol=1e-6, msg=name)
-    assert module.objectives[1].projector.weight.grad.full_tensor().abs().max() > 0
+    assert module.objectives[1].projectors[0].weight.grad.full_tensor().abs().max() > 0
 
 
 def conformance(folder: Path) -> None:
@@ -233,7 +233,7 @@ def every_entry():
     """Yield (name, function that makes the trainer's arguments) of each objective and rollout."""
     for name, one in entries.objectives().items():
         section = entries.recipe(objectives=[one]).objectives[0]
-        yield name, lambda section=section: {"objectives": [build_objective(section)]}
+        yield name, lambda section=section: {"objectives": build_objectives([section])}
     for name, one in entries.rollouts().items():
         section = entries.recipe(rollout=one).rollout
         yield name, lambda section=section: {"rollout": build_rollout(section)}

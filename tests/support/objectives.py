@@ -7,7 +7,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmdistill.batch import LossSum
+from llmdistill.forward import read, teacher_signal
 from llmdistill.objectives.base import Objective
+from tests import toy
 
 
 class LargestTensor(TorchDispatchMode):
@@ -23,6 +25,19 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
         return result
+
+
+def prepared(objective, student, teacher):
+    """Return the objective, prepared for this student and this teacher."""
+    objective.prepare(student.config, teacher.config)
+    return objective
+
+
+def loss(objective, student, teacher, sequences):
+    """Return the loss of a prepared objective on some sequences."""
+    signal = teacher_signal(teacher, sequences, toy.NUM_TOKENS, objective.teacher_needs)
+    view = read(student, sequences, toy.NUM_TOKENS, objective.student_needs)
+    return objective(view, signal, sequences)
 
 
 class Projected(Objective):

@@ -49,8 +49,8 @@ def seam_objectives() -> list[Objective]:
     """Divisors by responses, predicted tokens and all tokens; a projector; two layers."""
     return [
         ResponseObjective(token_weight="sequence_mean"),
-        HiddenObjective(student_layer=2, teacher_layer=1, weight=0.5),
-        HiddenObjective("cosine", tokens="all", student_layer=1, weight=0.25),
+        HiddenObjective(layers=[(2, 1)], weight=0.5),
+        HiddenObjective("cosine", tokens="all", layers=[(1, -1)], weight=0.25),
     ]
 
 

@@ -97,8 +97,8 @@ def test_each_term_is_logged_as_its_own_mean(tmp_path):
 
 
 def test_a_projector_is_trained_along_and_left_out_of_the_export(tmp_path):
-    made = trainer(tmp_path, objectives=[HiddenObjective(student_layer=2, teacher_layer=3)])
-    projector = made.model.objectives[0].projector
+    made = trainer(tmp_path, objectives=[HiddenObjective(layers=[(2, 3)])])
+    projector = made.model.objectives[0].projectors[0]
     before = projector.weight.detach().clone()
     made.train()
     assert not torch.equal(projector.weight, before)
@@ -111,7 +111,7 @@ def test_a_projector_is_trained_along_and_left_out_of_the_export(tmp_path):
 def test_the_teacher_runs_once_for_all_that_is_needed(tmp_path):
     teacher, passes = LocalTeacher(toy.teacher_model(), toy.tokenizer()), []
     teacher.model.model.register_forward_hook(lambda *_: passes.append(1))
-    objectives = [ResponseObjective(), HiddenObjective(), HiddenObjective(teacher_layer=1)]
+    objectives = [ResponseObjective(), HiddenObjective(), HiddenObjective(layers=[(-1, 1)])]
     made = trainer(tmp_path, teacher=teacher, objectives=objectives, max_steps=3)
     passes.clear()
     made.train()
@@ -133,7 +133,7 @@ def test_what_was_judged_while_writing_is_judged_again_for_hidden_states(tmp_pat
 
 @pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"bf16": True}])
 def test_hidden_states_under_checkpointing_and_autocast(tmp_path, options):
-    objectives = lambda: [ResponseObjective(), HiddenObjective(student_layer=1)]  # noqa: E731
+    objectives = lambda: [ResponseObjective(), HiddenObjective(layers=[(1, -1)])]  # noqa: E731
     plain = gradient(tmp_path, objectives=objectives())
     found = gradient(tmp_path, objectives=objectives(), **options)
     bound = 0.05 if "bf16" in options else 1e-6
@@ -142,8 +142,8 @@ def test_hidden_states_under_checkpointing_and_autocast(tmp_path, options):
 
 def test_reentrant_checkpointing_is_refused_where_it_would_lose_gradients(tmp_path):
     class Keys(HiddenObjective):
-        def __init__(self):
-            super().__init__()
+        def prepare(self, student, teacher):
+            super().prepare(student, teacher)
             self.student_needs = frozenset({Need.KEYS.after(1)})
 
     options = {
@@ -158,7 +158,7 @@ def test_reentrant_checkpointing_is_refused_where_it_would_lose_gradients(tmp_pa
 def test_ddp_looks_for_unused_parameters_only_below_hidden_states(tmp_path):
     both = [ResponseObjective(), HiddenObjective()]
     assert trainer(tmp_path, objectives=both).args.ddp_find_unused_parameters is False
-    alone = trainer(tmp_path, objectives=[HiddenObjective(student_layer=1)])
+    alone = trainer(tmp_path, objectives=[HiddenObjective(layers=[(1, -1)])])
     assert alone.args.ddp_find_unused_parameters is True
 
 
@@ -229,7 +229,7 @@ def test_a_resumed_run_has_the_weights_of_a_straight_one(tmp_path):
         )  # fmt: skip
         made.train(resume_from_checkpoint=resume)
         return torch.cat(
-            [weights(made.model.student), made.model.objectives[1].projector.weight.flatten()]
+            [weights(made.model.student), made.model.objectives[1].projectors[0].weight.flatten()]
         )
 
     straight = run(tmp_path / "straight", 4)
@@ -408,15 +408,19 @@ def test_an_objective_sees_just_what_it_needs(tmp_path):
     assert seen == [({Need.HIDDEN.after(1)}, None)]  # the teacher was not called at all
 
 
+def first_projector(trainer):
+    return trainer.model.objectives[0].projectors[0].weight
+
+
 def test_projectors_start_alike_and_leave_the_global_randomness_alone(tmp_path):
     state = torch.random.get_rng_state()
-    first = trainer(tmp_path, objectives=[HiddenObjective()]).model.objectives[0].projector.weight
+    first = first_projector(trainer(tmp_path, objectives=[HiddenObjective()]))
     torch.random.set_rng_state(state)
     torch.rand(7)
-    second = trainer(tmp_path, objectives=[HiddenObjective()]).model.objectives[0].projector.weight
+    second = first_projector(trainer(tmp_path, objectives=[HiddenObjective()]))
     assert torch.equal(first, second)
-    other = trainer(tmp_path, objectives=[HiddenObjective()], seed=5).model.objectives[0]
-    assert not torch.equal(first, other.projector.weight)
+    other = first_projector(trainer(tmp_path, objectives=[HiddenObjective()], seed=5))
+    assert not torch.equal(first, other)
 
 
 # ---- mistakes that reviews of these parts found ----

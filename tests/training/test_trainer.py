@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from llmdistill.batch import LossSum, Sequences
 from llmdistill.data.collate import collate
 from llmdistill.errors import NonFiniteLossError, TrainingError, VocabularyError
+from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
@@ -310,6 +311,32 @@ def test_groups_are_named_after_their_owners(tmp_path):
     ]
     grouped = [id(p) for g in groups for p in g["params"]]
     assert sorted(grouped) == sorted(id(p) for p in made.model.parameters())
+
+
+def test_projectors_train_with_their_own_learning_rate(tmp_path):
+    """The schedule is the run's: at half of a linear schedule, each rate is half of its own."""
+    objectives = [
+        ResponseObjective(),
+        HiddenObjective(projector_learning_rate=0.5),
+        HiddenObjective("cosine"),
+        HiddenObjective(projector_learning_rate=0.5),
+    ]
+    options = {"learning_rate": 0.1, "lr_scheduler_type": "linear", "max_steps": 2}
+    made = trainer(tmp_path, objectives=objectives, **options)
+    groups = made.create_optimizer().param_groups
+    filled = [(g["name"], g["lr"], len(g["params"])) for g in groups if g["params"]]
+    assert filled[-2:] == [("projectors", 0.5, 2), ("projectors", 0.1, 1)]
+    assert {rate for name, rate, _ in filled if name == "student"} == {0.1}
+    made.train()
+    assert {group["lr"] for group in made.optimizer.param_groups} == {0.0}
+    once = trainer(tmp_path, objectives=objectives[:3], learning_rate=1e-12)
+    before = [one.projectors[0].weight.detach().clone() for one in objectives[1:3]]
+    once.train()
+    moved = [
+        (one.projectors[0].weight - old).abs().max()
+        for one, old in zip(objectives[1:3], before, strict=True)
+    ]
+    assert moved[0] > 1e-3 > moved[1]
 
 
 def test_a_projector_alone_does_not_change_how_the_student_is_clipped(tmp_path):

@@ -1,0 +1,161 @@
+"""One vector for each response, and the samples of all ranks together.
+
+B = rows of this rank with a predicted token, S = samples of all ranks, N = predicted tokens.
+D = width, X = any further dimensions.
+
+An objective that compares samples gives the same gradient on several ranks as on one.  Each rank
+computes the mean over the samples of all ranks, with gradients for its own rows.  Summed over the
+ranks, these are all gradients of the mean.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmdistill.batch import Sequences
+from llmdistill.objectives.choices import choose
+from llmdistill.objectives.layer_maps import LAST_LAYERS, Layers
+from llmdistill.objectives.states import Compared, StateObjective, tokens_of_rows
+from llmdistill.objectives.weights import responses
+from llmdistill.schedules import Schedule
+
+Pool = Callable[[Tensor], Tensor]  # the states of one response (N, D) -> (D,)
+
+
+def mean(states_ND: Tensor) -> Tensor:
+    """Take the mean of the states of a response: (D,).  There are no options."""
+    return states_ND.mean(0)
+
+
+def last(states_ND: Tensor) -> Tensor:
+    """Take the state that predicts the last token of a response, which has read all others: (D,).
+
+    There are no options.
+    """
+    return states_ND[-1]
+
+
+# Recipes read the names with `ast`, so the table must stay a dict literal.
+POOLS: dict[str, Pool] = {"mean": mean, "last": last}
+
+
+def pooled(states_ND: Tensor, counts: Sequence[int], pool: Pool) -> Tensor:
+    """Return one vector for each row, which has `counts` of the states: (B, D)."""
+    rows = [pool(row_ND) for row_ND in states_ND.split(list(counts))]
+    return torch.stack(rows) if rows else states_ND[:0]
+
+
+def gather(own_BX: Tensor) -> Tensor:
+    """Return the samples of all ranks in the order of the ranks: (S, ...).
+
+    Gradients reach this rank's samples only.  Ranks may have different numbers of samples.  Without
+    gradients nothing is gathered: a held-out loss compares the samples of a rank's own batch.
+    """
+    if not _gathers():
+        return own_BX
+    counts = _lengths(own_BX)
+    sent_SX = own_BX.new_zeros(max(counts), *own_BX.shape[1:])
+    sent_SX[: len(own_BX)] = own_BX.detach()
+    received = [torch.empty_like(sent_SX) for _ in counts]
+    dist.all_gather(received, sent_SX)
+    parts = [part[:count] for part, count in zip(received, counts, strict=True)]
+    parts[dist.get_rank()] = own_BX
+    return torch.cat(parts)
+
+
+def gathered_from(own_BX: Tensor) -> int:
+    """Return the place of this rank's first sample in the result of `gather`."""
+    if not _gathers():
+        return 0
+    return sum(_lengths(own_BX)[: dist.get_rank()])
+
+
+def sum_over_ranks(own: Tensor) -> Tensor:
+    """Return a tensor without gradients summed over all ranks; unchanged without gradients."""
+    if not _gathers():
+        return own
+    total = own.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def share_of(mean_loss: Tensor, own: int | Tensor, everyone: int | Tensor) -> Tensor:
+    """Return this rank's part of a mean over the samples of all ranks, times their number: ().
+
+    Its value is `own` times the mean, so that the ranks' values add up to `everyone` times the
+    mean.  Its gradient is `everyone` times that of the mean, because each rank has only the
+    gradients of its own samples.
+    """
+    whole = mean_loss * everyone
+    return whole + (mean_loss * own - whole).detach()
+
+
+class SampleObjective(StateObjective):
+    """Base of objectives that compare responses with each other.
+
+    Each response is one vector, pooled from its predicted positions.  A subclass implements
+    `relate`.  Two responses to one prompt are samples like any others: their relation is that of
+    the teacher, and no two samples are taken to be unrelated.
+
+    Args:
+        pool: A name in `POOLS`, or a function of a response's states (N, D) that returns (D,).
+        layers: As in `StateObjective`.
+        weight: Factor on the objective's mean over responses: a number, or a schedule over the run.
+    """
+
+    compares_samples = True
+    least_rows: int = 2
+
+    def __init__(
+        self,
+        *,
+        pool: str | Pool = "mean",
+        layers: Layers = LAST_LAYERS,
+        weight: float | Schedule = 1.0,
+    ) -> None:
+        super().__init__(layers=layers, weight=weight)
+        self.pool = choose("pool", pool, POOLS)
+
+    def divisor(self, sequences: Sequences) -> Tensor:
+        """Return the number of responses with a predicted token: ()."""
+        return responses(sequences)
+
+    def compare(self, states: Sequence[Compared], sequences: Sequences) -> Tensor:
+        """Return the mean relation loss of all ranks' samples, times this rank's samples."""
+        counts = tokens_of_rows(sequences, self.tokens)
+        samples = [
+            [gather(pooled(side_ND, counts, self.pool)) for side_ND in pair] for pair in states
+        ]
+        everyone = len(samples[0][0])
+        if everyone < self.least_rows:
+            return sum_of([mine for mine, _ in samples]) * 0.0
+        losses = [self.relate(mine, other) for mine, other in samples]
+        return share_of(torch.stack(losses).mean(), len(counts), everyone)
+
+    @abc.abstractmethod
+    def relate(self, student_SD: Tensor, teacher_SD: Tensor) -> Tensor:
+        """Return the loss of all samples together: ()."""
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of all numbers, which connects them to the loss even if they are empty: ()."""
+    return torch.stack([one.sum() for one in tensors]).sum()
+
+
+def _gathers() -> bool:
+    """Whether this is a training step on several ranks."""
+    # In an evaluation one rank may have fewer batches than another, and would not answer.
+    return torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
+
+
+def _lengths(own_BX: Tensor) -> list[int]:
+    """Return the number of samples of each rank."""
+    own = torch.tensor([len(own_BX)], device=own_BX.device)
+    counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, own)
+    return [int(count) for count in counts]
