@@ -6,6 +6,7 @@ reads logits from a distribution and does not know how they are made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -90,3 +91,52 @@ class Dense:
     def serve(self, chunk_size: int = CHUNK_ROWS) -> HeadLogits:
         """Return the logits, computed for at most `chunk_size` positions at a time."""
         return HeadLogits(self.hidden_NH, self.head, chunk_size)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A weighted sum of the logits of several distributions: their geometric mean if the sum is 1.
+
+    The distributions are over the same positions and ids.
+    """
+
+    parts: tuple[Distribution, ...]
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def narrow(self, num_tokens: int) -> Blend:
+        """Return the blend over the first `num_tokens` ids.
+
+        Raises ModelError if a part has fewer ids.
+        """
+        return replace(self, parts=tuple(part.narrow(num_tokens) for part in self.parts))
+
+    def select(self, places: Tensor) -> Blend:
+        """Return the blend at some positions, given by index or by a mask (N,)."""
+        return replace(self, parts=tuple(part.select(places) for part in self.parts))
+
+    def to(self, device: torch.device | str) -> Blend:
+        """Return the blend with its per-position tensors on a device."""
+        return replace(self, parts=tuple(part.to(device) for part in self.parts))
+
+    def detach(self) -> Blend:
+        """Return the same numbers, cut off from the autograd graph."""
+        return replace(self, parts=tuple(part.detach() for part in self.parts))
+
+    def serve(self, chunk_size: int = CHUNK_ROWS) -> BlendedLogits:
+        """Return the logits, with at most `chunk_size` positions of each part in memory."""
+        return BlendedLogits([part.serve(chunk_size) for part in self.parts], self.weights)
+
+
+class BlendedLogits:
+    """The weighted sum of served logits."""
+
+    def __init__(self, parts: Sequence[ServedLogits], weights: Sequence[float]) -> None:
+        self.parts, self.weights = parts, weights
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        pairs = zip(self.parts, self.weights, strict=True)
+        first, *others = (weight * part[rows] for part, weight in pairs)
+        return sum(others, start=first)

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmdistill.batch import Sequences, StudentView, TeacherSignal
 from llmdistill.errors import TrainingError
 from llmdistill.models.heads import split
 from llmdistill.models.taps import Need, taps
-from llmdistill.protocols import Teacher
+from llmdistill.protocols import Teacher, scores_anew
 
 
 def read(
@@ -50,9 +50,9 @@ def teacher_signal(
     if not needs:
         return None
     signal = sequences.signal
-    # A signal from writing has no gradients and comes from the plain embeddings.  So a teacher that
-    # is trained needs a new pass, and so does one that reads changed embeddings.
-    as_written = sequences.embedding_change is None and not isinstance(teacher, nn.Module)
+    # A signal from writing comes from one plain pass without gradients.  So a teacher that is
+    # trained or blends passes needs a new one, and so does one that reads changed embeddings.
+    as_written = sequences.embedding_change is None and not scores_anew(teacher)
     if signal is None or not as_written or not signal.covers(needs):
         signal = teacher.judge(sequences, needs)
     if not signal.covers(needs):

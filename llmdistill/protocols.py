@@ -83,8 +83,9 @@ class Teacher(Protocol):
     Some teachers have more than these members.  A teacher that provides inner states also has
     `config`, the transformers configuration of the model that they come from.  A teacher that can
     write has `write` (`Writes`) and `ends`, the ids that end a response; one that takes part in
-    interleaved rollouts also has `session` (`Steps`).  A teacher with parameters that are trained
-    is a `teachers.base.TrainableTeacher`.
+    interleaved rollouts also has `session` (`Steps`).  A teacher whose signal is not the plain
+    distribution of its model has `scores_anew` and `plain`, the teacher to measure a student
+    against.  A teacher with parameters that are trained is a `teachers.base.TrainableTeacher`.
     """
 
     @property
@@ -143,3 +144,11 @@ def steps_both_models(rollout: Rollout) -> bool:
     differs between ranks, which a sharded student does not support.
     """
     return bool(getattr(rollout, "steps_both_models", False))
+
+
+def scores_anew(teacher: Teacher) -> bool:
+    """Whether the signal of this teacher differs from what it read while it wrote.
+
+    Such a teacher has an attribute `scores_anew` that is True, and its `judge` is always called.
+    """
+    return bool(getattr(teacher, "scores_anew", False))

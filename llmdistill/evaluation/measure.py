@@ -12,7 +12,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
@@ -115,7 +115,9 @@ class Evaluation:
                 "evaluate.answer_pattern: some evaluation rows have no response to compare with. "
                 "Add responses, or remove the pattern."
             )
-        self.teacher: Teacher = teacher
+        # A teacher may train a student with other distributions than those of its model.
+        teacher = cast(Teacher, getattr(teacher, "plain", teacher))
+        self.teacher = teacher
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.seed = seed

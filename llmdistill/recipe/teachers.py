@@ -6,13 +6,17 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Dtype, Quantization, Strict
-from llmdistill.recipe.tables import needs
+from llmdistill.recipe.tables import defaults, needs
 
 if TYPE_CHECKING:
     from llmdistill.recipe.schema import StudentRecipe
+
+
+_pruned = defaults("teachers/pruned.py", "PrunedTeacher")
 
 
 class Weights(NamedTuple):
@@ -100,6 +104,29 @@ class LocalTeacherRecipe(TeacherSection):
         return self
 
 
+class PrunedTeacherRecipe(LocalTeacherRecipe):
+    """A teacher model on this machine whose logits are blended with those of the same model without
+    its smallest weights (R2KD).  It takes two forward passes and no memory for a copy.  It cannot
+    be quantised or offloaded.
+    """
+
+    kind: Literal["pruned"] = "pruned"  # type: ignore[assignment]
+    share: float = Field(_pruned.share, ge=0, lt=1)
+    """Share of the weights of each linear layer that count as 0: the smallest ones."""
+    pruned_weight: float = Field(_pruned.pruned_weight, ge=0, le=1)
+    """Factor on the logits without these weights.  Those of the whole model have the rest."""
+
+    @model_validator(mode="after")
+    def _plain_weights(self) -> PrunedTeacherRecipe:
+        if self.quantization or self.offload:
+            raise PydanticCustomError(
+                "pruned",
+                "a teacher of kind pruned needs plain weights. Remove 'quantization' and "
+                "'offload', or use a teacher of kind local.",
+            )
+        return self
+
+
 class AdapterOffTeacherRecipe(TeacherSection):
     """The student's base model as the teacher, with the adapter of `student.peft` switched off.  It
     takes no memory for a second model.  It needs `student.peft` and no `student.carve`.
@@ -125,6 +152,7 @@ def kind_or_local(given: Any) -> str:
 
 TeacherRecipe = Annotated[
     Annotated[LocalTeacherRecipe, Tag("local")]
+    | Annotated[PrunedTeacherRecipe, Tag("pruned")]
     | Annotated[AdapterOffTeacherRecipe, Tag("adapter_off")],
     Discriminator(kind_or_local),
 ]

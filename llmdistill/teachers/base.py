@@ -26,6 +26,7 @@ class TrainableTeacher(nn.Module, abc.ABC):
     `forward` sees a detached student.
     """
 
+    scores_anew: ClassVar[bool] = True  # its signal has gradients, unlike what it read in writing
     provides: ClassVar[frozenset[Need]] = frozenset()
     """What `judge` can return."""
     own_needs: frozenset[Need] = frozenset({Need.DISTRIBUTION})

@@ -9,6 +9,7 @@ from llmdistill.protocols import Teacher
 from llmdistill.recipe import teachers as sections
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.teachers.pruned import PrunedTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +37,14 @@ def _local(section: sections.LocalTeacherRecipe, *_: Any) -> Teacher:
     return load_teacher(section)
 
 
+def _pruned(section: sections.PrunedTeacherRecipe, *_: Any) -> Teacher:
+    added = section.model_dump(include={"share", "pruned_weight"})
+    loaded = LocalTeacher.load(
+        section.model, **section.model_dump(exclude={"kind", "model", *added})
+    )
+    return PrunedTeacher.of(loaded, **added)
+
+
 def _adapter_off(_: sections.AdapterOffTeacherRecipe, student: Any, tokenizer: Any) -> Teacher:
     return AdapterOffTeacher(student, tokenizer)
 
@@ -43,5 +52,6 @@ def _adapter_off(_: sections.AdapterOffTeacherRecipe, student: Any, tokenizer: A
 # One builder for each section; a new teacher adds a line here.
 _BUILDERS: dict[type, Callable[[Any, Any, Any], Teacher]] = {
     sections.LocalTeacherRecipe: _local,
+    sections.PrunedTeacherRecipe: _pruned,
     sections.AdapterOffTeacherRecipe: _adapter_off,
 }
