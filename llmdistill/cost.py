@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,8 +13,17 @@ from llmdistill import recipe as recipes
 from llmdistill.data.collate import EncodedRows, PromptDataset
 from llmdistill.models.adapters import add_adapter
 from llmdistill.models.carve import Plan
-from llmdistill.models.footprint import Load, cached_numbers, footprint, skeleton, weight_bytes
+from llmdistill.models.footprint import (
+    Load,
+    cached_numbers,
+    footprint,
+    optimizer_bytes,
+    skeleton,
+    weight_bytes,
+)
 from llmdistill.models.load import DTYPES, default_device, load_config, preferred_dtype
+from llmdistill.models.taps import check_taps
+from llmdistill.objectives.build import build_objectives
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts.interleaved import LOGITS
 from llmdistill.run import (
@@ -24,6 +34,9 @@ from llmdistill.run import (
     training_arguments,
 )
 from llmdistill.training.progress import StepClock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TWO_STEPS = {  # arguments for two steps that write and report nothing
     "max_steps": 2,
@@ -70,10 +83,37 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
     )
     parts = {"teacher's weights": teacher_bytes, "student's weights": student_bytes}
     parts |= footprint(student, load)
+    _add_objectives(parts, recipe, student, teacher, load)
     if recipe.rollout.steps_both_models:  # the teacher has a cache, too, and scores drafts
         parts["cache while writing"] += load.written_tokens * size * cached_numbers(teacher)
         parts["chunks of logits"] += 4.0 * LOGITS
     return parts
+
+
+def _add_objectives(
+    parts: dict[str, float],
+    recipe: Recipe,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    load: Load,
+) -> None:
+    """Add the bytes of inner states and projectors to the parts.
+
+    Raises ModelError for a layer that a model does not have, or a layer map that does not fit.
+    """
+    configs = [model.config.get_text_config() for model in (student, teacher)]
+    states, projectors = 0.0, 0
+    for objective in build_objectives(recipe.objectives):
+        objective.prepare(*configs)
+        sides = (objective.student_needs, objective.teacher_needs)
+        for model, config, needs in zip((student, teacher), configs, sides, strict=True):
+            check_taps(model, needs)
+            states += sum(config.hidden_size for need in needs if need.layer is not None)
+        projectors += sum(parameter.numel() for parameter in objective.parameters())
+    if states:
+        parts["inner states"] = 4.0 * load.tokens * states
+    if projectors:
+        parts["projectors"] = (8.0 + optimizer_bytes(load.optimizer)) * projectors
 
 
 def seconds_per_step(recipe: Recipe) -> dict[str, tuple[float, float | None]]:

@@ -57,6 +57,7 @@ def check(
         console.print(
             f"             held out {len(held)} rows (usable: {held.counts})", highlight=False
         )
+    _compared(loaded)
     console.print("example      the student is trained on the tokens in brackets:\n")
     console.print(_marked(train.head(1)[0], tokenizer, written=not loaded.rollout.takes_data))
     _memory(loaded, train)
@@ -88,6 +89,22 @@ def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
     verdict = "the same tokens" if same else "different tokens, so this pair cannot be trained"
     console.print(f"template     teacher and student render {verdict}")
     return student, same and found.match is not VocabularyMatch.DIFFERENT
+
+
+def _compared(recipe: Recipe) -> None:
+    """Print which objectives compare samples, and how many rows share a micro-batch."""
+    from llmdistill.cli.show import console
+    from llmdistill.objectives.build import build_objectives
+
+    found = [one.name for one in build_objectives(recipe.objectives) if one.compares_samples]
+    if found:
+        rows = recipe.training.get("per_device_train_batch_size", 8)
+        console.print(
+            f"objectives   compare the samples of a micro-batch: {', '.join(found)}. A batch has "
+            f"{rows} rows on each device",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def _memory(recipe: Recipe, train: EncodedRows) -> None:

@@ -106,7 +106,7 @@ def weight_bytes(
 def footprint(student: PreTrainedModel, load: Load) -> dict[str, float]:
     """Return the bytes by part that training needs in addition to the weights of both models."""
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    optimizer = OPTIMIZER_BYTES.get(load.optimizer, ADAM_BYTES)
+    optimizer = optimizer_bytes(load.optimizer)
     vocab_size = student.config.get_text_config().vocab_size
     return {
         "gradients": 4.0 * trained,
@@ -115,6 +115,11 @@ def footprint(student: PreTrainedModel, load: Load) -> dict[str, float]:
         "cache while writing": load.written_tokens * load.product_bytes * cached_numbers(student),
         "chunks of logits": 4.0 * CHUNK_BUFFERS * min(CHUNK_ROWS * vocab_size, CHUNK_NUMBERS),
     }
+
+
+def optimizer_bytes(optimizer: str) -> float:
+    """Return the bytes that an optimizer keeps for each trained parameter."""
+    return OPTIMIZER_BYTES.get(optimizer, ADAM_BYTES)
 
 
 def activation_bytes(student: PreTrainedModel, load: Load) -> float:
