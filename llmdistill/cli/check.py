@@ -96,15 +96,15 @@ def _compared(recipe: Recipe) -> None:
     from llmdistill.cli.show import console
     from llmdistill.objectives.build import build_objectives
 
-    found = [one.name for one in build_objectives(recipe.objectives) if one.compares_samples]
+    found = [one for one in build_objectives(recipe.objectives) if one.compares_samples]
     if found:
-        rows = recipe.training.get("per_device_train_batch_size", 8)
-        console.print(
-            f"objectives   compare the samples of a micro-batch: {', '.join(found)}. A batch has "
-            f"{rows} rows on each device",
-            soft_wrap=True,
-            highlight=False,
-        )
+        rows = int(recipe.training.get("per_device_train_batch_size", 8))
+        names = ", ".join(one.name for one in found)
+        shown = f"{names}: the samples of a micro-batch of {rows} rows are compared"
+        least = max(one.least_rows for one in found)
+        if rows < least:
+            shown += f", but at least {least} rows are needed: use {-(-least // rows)} processes"
+        console.print(f"objectives   {shown}", soft_wrap=True, highlight=False)
 
 
 def _memory(recipe: Recipe, train: EncodedRows) -> None:

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmdistill")
 
-KEPT_LAYERS = "carved_layers"
-"""Field of a carved model's configuration: the layers that it was cut from, counted from 1."""
+KEPT_LAYERS, DEPTH = "carved_layers", "carved_from_depth"
+"""Fields of a carved model's configuration: the layers that it was cut from, counted from 1, and
+the number of layers of that model."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
     Caches find a layer by its `layer_idx`, and configurations list a type for each layer.
     """
     config = student.config.get_text_config()
+    setattr(config, DEPTH, config.num_hidden_layers)
     for name, value in list(vars(config).items()):
         per_layer = isinstance(value, list) and len(value) == config.num_hidden_layers
         # Such as layer_types and no_rope_layers.  A list of end tokens may have the same length.

@@ -6,12 +6,15 @@ K = tokens in a tuple, U = tuples, H = hidden size, V = vocabulary.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llmdistill.batch import Dense, LossSum, Sequences, StudentView, TeacherSignal
+from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
+from llmdistill.distributions import Blend, Dense, Distribution
 from llmdistill.errors import TrainingError
 from llmdistill.models.chunks import CHUNK_ROWS
 from llmdistill.models.heads import Head
@@ -21,6 +24,8 @@ from llmdistill.objectives.chunked import chunked_sum
 from llmdistill.objectives.divergences import forward_kl
 from llmdistill.objectives.samples import gather, gathered_from
 from llmdistill.schedules import Schedule
+
+logger = logging.getLogger("llmdistill")
 
 
 def differences(states_SH: Tensor, tuples_UK: Tensor) -> Tensor:
@@ -118,39 +123,48 @@ class CkdObjective(Objective):
         self.group, self.temperature = group, temperature
         self.chunk_size = chunk_size
         self.least_rows = group
+        self._has_warned = False
 
     def forward(
         self, student: StudentView, signal: TeacherSignal | None, sequences: Sequences
     ) -> LossSum:
         """Return the sum of the losses of the tuples that begin with this rank's tokens."""
         assert signal is not None
-        if not isinstance(teacher := signal.distribution, Dense):
-            raise TrainingError(
-                "ckd needs the final hidden states and the head of one teacher, but got a "
-                f"{type(teacher).__name__}. Use a teacher of kind local."
-            )
         student_SH = gather(student.hidden_NH)
-        teacher_SH = gather(teacher.hidden_NH.to(student_SH.device))
+        teacher = linear_in_states(
+            signal.distribution, lambda hidden_NH: gather(hidden_NH.to(student_SH.device))
+        )
         keys_S3 = gather(token_keys(sequences))
         tuples_SK = draw_tuples(keys_S3[:, 2], shuffled(keys_S3), self.group)
         first = gathered_from(student.hidden_NH)
         is_own_SK = (tuples_SK >= first) & (tuples_SK < first + len(student.hidden_NH))
-        head, target = linear(student.head), linear(teacher.head)
+        if len(tuples_SK) == 0 and len(student_SH):
+            self._warn()
 
-        def loss(tuples_UK: Tensor, student_head: Head) -> Tensor:
-            student_UH = differences(student_SH, tuples_UK)
-            return self._loss(student_UH, differences(teacher_SH, tuples_UK), student_head, target)
+        def loss(tuples_UK: Tensor, head: Head) -> Tensor:
+            target = linear_in_states(teacher, lambda states_SH: differences(states_SH, tuples_UK))
+            return self._loss(differences(student_SH, tuples_UK), head, target)
 
         # Tuples that begin with a token of another rank give this rank's states their gradient.
         # That rank counts their value, and computes the gradient of the head.
-        begins_S = is_own_SK[:, 0]
+        begins_S, head = is_own_SK[:, 0], linear(student.head)
         joined = loss(tuples_SK[is_own_SK.any(1) & ~begins_S], head.detach())
         total = loss(tuples_SK[begins_S], head) + joined - joined.detach()
         return LossSum(total, self.divisor(sequences))
 
-    def _loss(self, student_UH: Tensor, teacher_UH: Tensor, head: Head, target: Head) -> Tensor:
+    def _warn(self) -> None:
+        if not self._has_warned:
+            logger.warning(
+                "ckd: the rows of a batch follow fewer than %d different prompts, so it compares "
+                "nothing there. Shuffle the rows, raise training.per_device_train_batch_size, or "
+                "remove ckd if all rows have the same prompt.",
+                self.group,
+            )
+        self._has_warned = True
+
+    def _loss(self, student_UH: Tensor, head: Head, target: Distribution) -> Tensor:
         """Return the sum of the losses of some tuples, from the differences of states: ()."""
-        teacher = Dense(teacher_UH, target).serve(self.chunk_size)
+        teacher = target.serve(self.chunk_size)
 
         def position_loss(student_nV: Tensor, rows: slice) -> Tensor:
             teacher_nV = teacher[rows].to(student_nV.device)
@@ -160,6 +174,24 @@ class CkdObjective(Objective):
         ones_U = torch.ones(len(student_UH), device=student_UH.device)
         total, _ = chunked_sum(student_UH, head, position_loss, ones_U, chunk_size=self.chunk_size)
         return total
+
+
+def linear_in_states(
+    distribution: Distribution | None, change: Callable[[Tensor], Tensor]
+) -> Distribution:
+    """Return a teacher's distribution with changed final states (N, H) and linear heads.
+
+    Raises TrainingError for a distribution that is not made from final states.
+    """
+    if isinstance(distribution, Dense):
+        return Dense(change(distribution.hidden_NH), linear(distribution.head))
+    if isinstance(distribution, Blend):  # a difference of blends is the blend of differences
+        parts = tuple(linear_in_states(part, change) for part in distribution.parts)
+        return Blend(parts, distribution.weights)
+    raise TrainingError(
+        "ckd needs the final hidden states and the head of the teacher, but its distribution is a "
+        f"{type(distribution).__name__}. Use a teacher of kind local."
+    )
 
 
 def linear(head: Head) -> Head:

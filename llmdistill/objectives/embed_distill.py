@@ -18,7 +18,7 @@ from llmdistill.objectives.divergences import kl
 from llmdistill.objectives.features import DISTANCES, Distance, projector
 from llmdistill.objectives.layer_maps import LAST_LAYERS, Layers
 from llmdistill.objectives.samples import POOLS, Pool, gather, pooled, share_of, sum_of
-from llmdistill.objectives.states import Compared, StateObjective
+from llmdistill.objectives.states import Compared, StateObjective, projected
 from llmdistill.objectives.weights import responses
 from llmdistill.schedules import Schedule
 
@@ -101,7 +101,7 @@ class EmbedDistillObjective(StateObjective):
         own = int(self.divisor(sequences))
         totals = []
         for project, (mine_NH, other_NH) in zip(self.projectors, states, strict=True):
-            prompt_BH, response_BH = self._embed(project(mine_NH), sequences)
+            prompt_BH, response_BH = self._embed(projected(project, mine_NH), sequences)
             asked_BH, wanted_BH = self._embed(other_NH, sequences)
             total = self.distance(prompt_BH, asked_BH).sum()
             if self.documents == "student":

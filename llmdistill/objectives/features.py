@@ -16,11 +16,12 @@ from llmdistill.batch import Sequences
 from llmdistill.models.taps import Tokens
 from llmdistill.objectives.choices import choose
 from llmdistill.objectives.layer_maps import LAST_LAYERS, Layers
-from llmdistill.objectives.samples import POOLS, Pool, gather, pooled, share_of, sum_of
+from llmdistill.objectives.samples import POOLS, gather, pooled, share_of, sum_of
 from llmdistill.objectives.states import (
     Compared,
     StateObjective,
     num_tokens_compared,
+    projected,
     tokens_of_rows,
 )
 from llmdistill.objectives.weights import responses
@@ -98,9 +99,9 @@ class HiddenObjective(StateObjective):
         distance: A name in `DISTANCES`, or a function of two (N, H) tensors, the student's first,
             that returns (N,).
         layers: Pairs of layers, as in `StateObjective`.
-        tokens: "predicted" or "all", as in `StateObjective`, or "pooled" for one vector for each
-            response.  The sum is divided by the number of these tokens or responses.
-        pool: How `tokens="pooled"` makes one vector: a name in `samples.POOLS`, or a function.
+        tokens: "predicted" or "all", as in `StateObjective`, or a name in `samples.POOLS`, which
+            makes one vector of each response.  The sum is divided by the number of these tokens or
+            responses.
         weight: Factor on the objective's mean: a number, or a schedule over the run.
         projector_learning_rate: Learning rate of the projectors.  None is that of the student.
 
@@ -116,20 +117,19 @@ class HiddenObjective(StateObjective):
         distance: str | Distance = "mse",
         *,
         layers: Layers = LAST_LAYERS,
-        tokens: Literal["predicted", "all", "pooled"] = "predicted",
-        pool: str | Pool = "mean",
+        tokens: Literal["predicted", "all", "mean", "last"] = "predicted",
         weight: float | Schedule = 1.0,
         projector_learning_rate: float | None = None,
     ) -> None:
         super().__init__(
             layers=layers,
-            tokens="predicted" if tokens == "pooled" else tokens,
+            tokens="all" if tokens == "all" else "predicted",
             weight=weight,
             projector_learning_rate=projector_learning_rate,
         )
         self.distance = choose("distance", distance, DISTANCES)
-        self.pool = choose("pool", pool, POOLS)
-        self.is_pooled = tokens == "pooled"
+        each_token = tokens in ("predicted", "all")
+        self.pool = None if each_token else choose("tokens", tokens, POOLS)
         self.projectors = nn.ModuleList()
 
     def prepare(self, student: PreTrainedConfig, teacher: PreTrainedConfig | None) -> None:
@@ -140,7 +140,7 @@ class HiddenObjective(StateObjective):
 
     def divisor(self, sequences: Sequences) -> Tensor:
         """Return the number of tokens or responses that the sum runs over: ()."""
-        if self.is_pooled:
+        if self.pool is not None:
             return responses(sequences)
         return num_tokens_compared(sequences, self.tokens)
 
@@ -148,12 +148,12 @@ class HiddenObjective(StateObjective):
         """Return the sum of the distances over one micro-batch, as a mean over the pairs."""
         totals = []
         for project, (mine_NH, other_NH) in zip(self.projectors, states, strict=True):
-            if self.is_pooled:
+            if self.pool is not None:
                 counts = tokens_of_rows(sequences, self.tokens)
                 mine_NH, other_NH = (
                     pooled(side, counts, self.pool) for side in (mine_NH, other_NH)
                 )
-            totals.append(self.distance(project(mine_NH), other_NH).sum())
+            totals.append(self.distance(projected(project, mine_NH), other_NH).sum())
         return torch.stack(totals).mean()
 
 

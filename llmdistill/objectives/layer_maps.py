@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from llmdistill.errors import ModelError
-from llmdistill.models.carve import KEPT_LAYERS
+from llmdistill.models.carve import DEPTH, KEPT_LAYERS
 from llmdistill.objectives.choices import choose
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def uniform(student: PreTrainedConfig, teacher: PreTrainedConfig) -> Pairs:
 def carved(student: PreTrainedConfig, teacher: PreTrainedConfig) -> Pairs:
     """Compare each layer of a carved student with the layer that it was cut from.
 
-    The student must have been carved by `carve`, and the teacher must have the layers that it was
-    carved from.  There are no options.
+    The student must have been carved by `carve`, out of a model with as many layers as the teacher
+    has.  There are no options.
     """
     kept = getattr(student, KEPT_LAYERS, None)
     if kept is None:
@@ -71,9 +71,9 @@ def carved(student: PreTrainedConfig, teacher: PreTrainedConfig) -> Pairs:
             "layers: 'carved' needs a student that was carved, and the configuration of this one "
             f"has no '{KEPT_LAYERS}'. Set student.carve, or use 'uniform'."
         )
-    if max(kept) > teacher.num_hidden_layers:
+    if (depth := getattr(student, DEPTH)) != teacher.num_hidden_layers:
         raise ModelError(
-            f"layers: 'carved': the student was carved from layers up to {max(kept)}, but the "
+            f"layers: 'carved': the student was carved from a model of {depth} layers, but the "
             f"teacher has {teacher.num_hidden_layers}. Use the teacher that the student was carved "
             "from, or 'uniform'."
         )

@@ -58,7 +58,8 @@ class MiniLMObjective(StateObjective):
 
     The states of all attention heads are joined and split anew into relation heads.  So the models
     may differ in width and in their numbers of heads.  Queries and keys are those before the rotary
-    embedding.  The three relations count the same.  The relations of one row and one layer at a
+    embedding.  The three relations count the same.  The first token of a row relates to itself
+    alone and adds 0.  The relations of one row and one layer at a
     time are in memory.
 
     Args:
@@ -86,6 +87,7 @@ class MiniLMObjective(StateObjective):
     ) -> None:
         super().__init__(layers=layers, tokens="all", weight=weight)
         self.relation_heads = relation_heads
+        self.heads = relation_heads or 1  # `prepare` chooses the number if none is given
 
     def prepare(self, student: PreTrainedConfig, teacher: PreTrainedConfig | None) -> None:
         """Choose the layers and the number of relation heads."""
@@ -96,12 +98,12 @@ class MiniLMObjective(StateObjective):
         divisors = [n for n in range(1, min(every) + 1) if all(width % n == 0 for width in every)]
         if self.relation_heads is None:
             fitting = [number for number in divisors if min(every) // number >= NARROWEST]
-            self.relation_heads = max(fitting, default=1)
+            self.heads = max(fitting, default=1)
         elif self.relation_heads not in divisors:
             raise ModelError(
                 f"minilm: relation_heads is {self.relation_heads}, but it must divide the widths "
-                f"of queries and keys: {widths['student']} in the student and {widths['teacher']} "
-                f"in the teacher. Use one of {', '.join(map(str, divisors))}."
+                f"of queries, and of keys and values: {widths['student']} in the student and "
+                f"{widths['teacher']} in the teacher. Use one of {', '.join(map(str, divisors))}."
             )
 
     def divisor(self, sequences: Sequences) -> Tensor:
@@ -113,13 +115,11 @@ class MiniLMObjective(StateObjective):
         lengths = tokens_of_rows(sequences, self.tokens)
         ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
         rows = [slice(start, end) for start, end in pairwise(ends)]
-        heads = self.relation_heads
-        assert heads is not None  # `prepare` sets it
         totals = []
         for mine_ND, other_ND in states:
 
             def of_row(row: int, mine_ND: Tensor, other_ND: Tensor = other_ND) -> Tensor:
-                return relation_kl(mine_ND[rows[row]], other_ND[rows[row]], heads).sum()
+                return relation_kl(mine_ND[rows[row]], other_ND[rows[row]], self.heads).sum()
 
             totals.append(eager_sum(of_row, len(rows), mine_ND))
         return torch.stack(totals).sum() * len(self.parts) / len(states)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Kernel = Callable[[Tensor], Tensor]  # samples (S, D) -> similarities (S, S), above 0
 smooth_l1 = nn.functional.smooth_l1_loss
+EXACT = "donot_use_mm_for_euclid_dist"
+CLOSE = 1e-3  # share of the mean distance below which two samples count as nearly equal
 
 
 def distance_loss(student_SD: Tensor, teacher_SD: Tensor) -> Tensor:
@@ -41,9 +43,11 @@ def angle_loss(student_SD: Tensor, teacher_SD: Tensor) -> Tensor:
     The mean over all triplets of smooth_l1(cos_student, cos_teacher), with the cosine of the angle
     at the second sample of the triplet.  Park et al. 2019 (RKD), eq. 7 and 8.
     """
+    student, teacher = _closest(student_SD), _closest(teacher_SD)
 
     def at_corner(j: int, student_SD: Tensor) -> Tensor:
-        return smooth_l1(_angles(student_SD, j), _angles(teacher_SD, j), reduction="sum")
+        angles = (_angles(student_SD, j, student), _angles(teacher_SD, j, teacher))
+        return smooth_l1(*angles, reduction="sum")
 
     # One corner at a time: S^3 angles are never in memory.
     return eager_sum(at_corner, len(student_SD), student_SD) / max(len(student_SD), 1) ** 3
@@ -53,16 +57,28 @@ def _relative_distances(samples_SD: Tensor) -> Tensor:
     # cdist's faster mode loses the digits of small distances, and its gradient at 0 is 0.
     distance_SS = torch.cdist(samples_SD, samples_SD, compute_mode=EXACT)
     mean = distance_SS.sum() / (distance_SS > 0).sum().clamp_min(1)
-    return distance_SS / mean.clamp_min(1e-12)
+    # Differences of samples that nearly coincide are rounding errors.
+    least = CLOSE**2 * torch.linalg.vector_norm(samples_SD.detach(), dim=1).mean() + 1e-12
+    return distance_SS / mean.clamp_min(least)
 
 
-def _angles(samples_SD: Tensor, j: int) -> Tensor:
-    """Return the cosines of the angles at sample j between all pairs of other samples: (S, S)."""
-    unit_SD = nn.functional.normalize(samples_SD - samples_SD[j], dim=1)
+def _angles(samples_SD: Tensor, j: int, closest: Tensor) -> Tensor:
+    """Return the cosines of the angles at sample j between all pairs of other samples: (S, S).
+
+    Edges shorter than `closest` count as shorter than 1, because their direction is mostly noise.
+    """
+    edge_SD = samples_SD - samples_SD[j]
+    # The square root of a clamped square has a gradient at 0, unlike a norm.
+    length_S1 = edge_SD.square().sum(1, keepdim=True).clamp_min(closest**2).sqrt()
+    unit_SD = edge_SD / length_S1
     return unit_SD @ unit_SD.T
 
 
-EXACT = "donot_use_mm_for_euclid_dist"
+def _closest(samples_SD: Tensor) -> Tensor:
+    """Return the length below which a difference of two samples has no direction: ()."""
+    samples_SD = samples_SD.detach()
+    distance_SS = torch.cdist(samples_SD, samples_SD, compute_mode=EXACT)
+    return CLOSE * distance_SS.sum() / (distance_SS > 0).sum().clamp_min(1) + 1e-12
 
 
 def similarity_loss(student_SD: Tensor, teacher_SD: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from llmdistill.batch import Sequences
 from llmdistill.objectives.choices import choose
 from llmdistill.objectives.layer_maps import Pairs, spread
 from llmdistill.objectives.samples import mean, pooled, sum_of
-from llmdistill.objectives.states import Compared, StateObjective, tokens_of_rows
+from llmdistill.objectives.states import Compared, StateObjective, projected, tokens_of_rows
 from llmdistill.objectives.weights import responses
 from llmdistill.schedules import Schedule
 
@@ -84,10 +84,10 @@ class Attention(nn.Module):
         self.teacher_Nd = nn.Parameter(torch.zeros(num_teacher, WIDTH))
         self.student_Md = nn.Parameter(torch.randn(num_student, WIDTH))
 
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """Return the logits for the pooled states (B, H) of each layer: (B, N, M)."""
-        queries = [layer(one) for layer, one in zip(self.queries, teacher, strict=True)]
-        keys = [layer(one) for layer, one in zip(self.keys, student, strict=True)]
+    def forward(self, student_BMH: Tensor, teacher_BNH: Tensor) -> Tensor:
+        """Return the logits for the pooled states of all layers: (B, N, M)."""
+        queries = [layer(teacher_BNH[:, place]) for place, layer in enumerate(self.queries)]
+        keys = [layer(student_BMH[:, place]) for place, layer in enumerate(self.keys)]
         query_BNd = self.query_norm(torch.stack(queries, 1))
         key_BMd = self.key_norm(torch.stack(keys, 1)).relu()
         key_BNMd = torch.einsum("nmde,bme->bnmd", self.pair_NMdd, key_BMd)
@@ -100,7 +100,8 @@ class RtkObjective(StateObjective):
 
     For each response, each layer of the teacher attends to the layers of the student.  The loss is
     the attended distance between the layers' token energies.  The queries and keys are trained with
-    the student, and not exported.  Their mean squares do not depend on widths.
+    the student, and not exported.  The models may differ in width.  A response of one predicted
+    token has no energies to compare, so it adds nothing.
 
     Args:
         filter: A name in `FILTERS`, or a function of the logits (B, N, M) that returns (B, N).
@@ -147,9 +148,10 @@ class RtkObjective(StateObjective):
         counts = tokens_of_rows(sequences, self.tokens)
         if not counts:
             return sum_of([*mine, *self.parameters()]) * 0.0
-        logits_BNM = self.attention(
-            *([pooled(one, counts, mean) for one in side] for side in (mine, others))
+        student_BMH, teacher_BNH = (
+            torch.stack([pooled(one, counts, mean) for one in side], 1) for side in (mine, others)
         )
+        logits_BNM = projected(self.attention, student_BMH, teacher_BNH)
         gaps = []
         for place in range(len(counts)):
             student_MT, teacher_NT = (

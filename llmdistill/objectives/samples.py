@@ -88,8 +88,8 @@ def share_of(mean_loss: Tensor, own: int | Tensor, everyone: int | Tensor) -> Te
     """Return this rank's part of a mean over the samples of all ranks, times their number: ().
 
     Its value is `own` times the mean, so that the ranks' values add up to `everyone` times the
-    mean.  Its gradient is `everyone` times that of the mean, because each rank has only the
-    gradients of its own samples.
+    mean.  Its gradient is `everyone` times that of the mean, because each rank computes gradients
+    only for its samples.
     """
     whole = mean_loss * everyone
     return whole + (mean_loss * own - whole).detach()
@@ -128,13 +128,14 @@ class SampleObjective(StateObjective):
     def compare(self, states: Sequence[Compared], sequences: Sequences) -> Tensor:
         """Return the mean relation loss of all ranks' samples, times this rank's samples."""
         counts = tokens_of_rows(sequences, self.tokens)
-        samples = [
-            [gather(pooled(side_ND, counts, self.pool)) for side_ND in pair] for pair in states
-        ]
-        everyone = len(samples[0][0])
+        own = [pooled(side_ND, counts, self.pool) for pair in states for side_ND in pair]
+        # All layers of both models in one exchange between the ranks.
+        parts = gather(torch.cat(own, 1)).split([side.shape[1] for side in own], dim=1)
+        everyone = len(parts[0])
         if everyone < self.least_rows:
-            return sum_of([mine for mine, _ in samples]) * 0.0
-        losses = [self.relate(mine, other) for mine, other in samples]
+            return sum_of(parts[::2]) * 0.0
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        losses = [self.relate(mine, other) for mine, other in pairs]
         return share_of(torch.stack(losses).mean(), len(counts), everyone)
 
     @abc.abstractmethod

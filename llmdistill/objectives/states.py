@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
 from llmdistill.models.taps import Need, Tokens
@@ -84,12 +84,16 @@ class StateObjective(Objective):
     ) -> LossSum:
         """Return the sum of the loss over one micro-batch."""
         assert signal is not None
-        found = [
-            Compared(wide(student.states[mine]), wide(signal.states[other]))
-            for mine, other in self.needs
-        ]
+        # Each state is widened once, although several pairs may share it.
+        mine = {need: wide(student.states[need]) for need in self.student_needs}
+        other = {need: wide(signal.states[need]) for need in self.teacher_needs}
+        found = [Compared(mine[a], other[b]) for a, b in self.needs]
         with torch.autocast(sequences.input_ids_BT.device.type, enabled=False):
             total = self.compare(found, sequences)
+        if Need.HIDDEN not in self.parts:
+            # FSDP2 gathers a layer's weights for the backward pass when a gradient reaches the
+            # layer's output, which queries, keys and values inside the layer do not cause.
+            total = total + 0.0 * student.hidden_NH.sum()
         return LossSum(total, self.divisor(sequences))
 
     @abc.abstractmethod
@@ -103,6 +107,17 @@ class StateObjective(Objective):
 def wide(states: Tensor) -> Tensor:
     """Return the states in float32, or unchanged if their dtype is wider."""
     return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+def projected(module: nn.Module, *states: Tensor) -> Tensor:
+    """Return the output of a trained module in float32 or wider.
+
+    The module may have bfloat16 weights, under FSDP or in an evaluation with `bf16_full_eval`.
+    """
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return module(*states)
+    return wide(module(*(one.to(weight.dtype) for one in states)))
 
 
 def tokens_of_rows(sequences: Sequences, tokens: Tokens) -> list[int]:

@@ -65,8 +65,23 @@ class ObjectiveSection(Strict):
     @property
     def ends_at_zero(self) -> bool:
         """Whether the weight is 0 at the end of a run."""
-        # `last` is None for a schedule that adapts, and None == 0 is False.
-        return (self.weight.last if isinstance(self.weight, ScheduleSection) else self.weight) == 0
+        return _ends_at_zero(self.weight)
+
+
+def _ends_at_zero(weight: float | ScheduleSection) -> bool:
+    # `last` is None for a schedule that adapts, and None == 0 is False.
+    return (weight.last if isinstance(weight, ScheduleSection) else weight) == 0
+
+
+def _one_above_zero(section: ObjectiveSection, *factors: str) -> None:
+    """Refuse a section whose factors are all 0, because it would train nothing."""
+    if not any(getattr(section, factor) for factor in factors):
+        raise PydanticCustomError(
+            "factors",
+            "{names} are both 0, so the objective would train nothing. Raise one of them, or "
+            "remove the objective.",
+            {"names": " and ".join(f"'{factor}'" for factor in factors)},
+        )
 
 
 class ResponseRecipe(ObjectiveSection, TakesOptions):
@@ -170,7 +185,7 @@ class HiddenRecipe(_WithProjectors):
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {"student_layer": "layers", "teacher_layer": "layers"}
-    CHOICES: ClassVar[Mapping[str, Table]] = {"distance": DISTANCES, "pool": POOLS}
+    CHOICES: ClassVar[Mapping[str, Table]] = {"distance": DISTANCES}
 
     kind: Literal["hidden"] = "hidden"
     distance: one_of(DISTANCES) = _hidden.distance  # type: ignore[valid-type]
@@ -178,13 +193,10 @@ class HiddenRecipe(_WithProjectors):
     squared difference of the states divided by their lengths, `cosine` 1 minus the cosine of the
     angle, and `l2` the length of the difference.
     """
-    tokens: Literal["predicted", "all", "pooled"] = _hidden.tokens
-    """Tokens whose states are matched: `predicted` takes the states that predict the response,
-    `all` also those of the prompt, and `pooled` one vector for each response.
-    """
-    pool: one_of(POOLS) = _hidden.pool  # type: ignore[valid-type]
-    """How `tokens: pooled` makes one vector of a response: `mean` takes the mean of the states,
-    `last` the state that predicts the last token.
+    tokens: Literal["predicted", "all", "mean", "last"] = _hidden.tokens
+    """Tokens whose states are matched: `predicted` takes the states that predict the response, and
+    `all` also those of the prompt.  The others take one vector for each response: `mean` is the
+    mean of its states, `last` the state that predicts its last token.
     """
 
 
@@ -272,6 +284,11 @@ class RkdRecipe(_OnSamples):
     angle: float = Field(_rkd.angle, ge=0)
     """Factor on the loss of the angles."""
 
+    @model_validator(mode="after")
+    def _one_factor(self) -> RkdRecipe:
+        _one_above_zero(self, "distance", "angle")
+        return self
+
 
 class SimilarityRecipe(_OnSamples):
     """Match the similarities between the responses of a batch (SP).  The paper's `weight` is
@@ -306,6 +323,10 @@ class FlowRecipe(PktRecipe):
     inner_weight: Weight = CriticalPeriodRecipe(start=10.0)
     """Factor on the mean of the inner pairs: a number, or a schedule over the run."""
 
+    @property
+    def ends_at_zero(self) -> bool:
+        return super().ends_at_zero and _ends_at_zero(self.inner_weight)
+
 
 class CkdRecipe(ObjectiveSection):
     """Match the differences between the logits of tokens from different responses (CKD)."""
@@ -334,6 +355,11 @@ class DistRecipe(ObjectiveSection):
     temperature: float = Field(_dist.temperature, gt=0)
     """Temperature of both distributions.  The loss is multiplied by its square."""
 
+    @model_validator(mode="after")
+    def _one_factor(self) -> DistRecipe:
+        _one_above_zero(self, "inter", "intra")
+        return self
+
     @property
     def teacher_needs(self) -> frozenset[str]:
         return frozenset({"distribution"})
@@ -351,6 +377,11 @@ class CorrelationRecipe(ObjectiveSection):
     """Number of the teacher's likeliest tokens whose order is compared."""
     temperature: float = Field(_correlation.temperature, gt=0)
     """Temperature of the distributions in the cosines, which are multiplied by its square."""
+
+    @model_validator(mode="after")
+    def _one_factor(self) -> CorrelationRecipe:
+        _one_above_zero(self, "value", "rank")
+        return self
 
     @property
     def teacher_needs(self) -> frozenset[str]:

@@ -308,6 +308,18 @@ class Recipe(Strict):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _the_teachers_distribution_is_used(self) -> Recipe:
+        uses = any("distribution" in one.teacher_needs for one in self.objectives)
+        if self.teacher.changes_distribution and not uses:
+            raise PydanticCustomError(
+                "teacher",
+                "a teacher of kind {kind} changes the distribution, but no objective uses it. Add "
+                "one that does, such as 'response', or use a teacher of kind local.",
+                {"kind": self.teacher.kind},
+            )
+        return self
+
     # A carved base is a smaller model than the one that the recipe names as its teacher.
     @model_validator(mode="after")
     def _a_base_is_whole(self) -> Recipe:

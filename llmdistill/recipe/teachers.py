@@ -40,6 +40,11 @@ class TeacherSection(Strict):
         """Kinds of `Need` that the teacher can provide."""
 
     @property
+    def changes_distribution(self) -> bool:
+        """Whether the teacher differs from its model in its distribution alone."""
+        return False
+
+    @property
     def weights(self) -> Weights | None:
         """Weights that the teacher loads; None if it uses those of the student."""
         return None
@@ -112,9 +117,14 @@ class PrunedTeacherRecipe(LocalTeacherRecipe):
 
     kind: Literal["pruned"] = "pruned"  # type: ignore[assignment]
     share: float = Field(_pruned.share, ge=0, lt=1)
-    """Share of the weights of each linear layer that count as 0: the smallest ones."""
+    """Share of the weights of each matrix in the decoder layers that count as 0: the smallest ones.
+    """
     pruned_weight: float = Field(_pruned.pruned_weight, ge=0, le=1)
     """Factor on the logits without these weights.  Those of the whole model have the rest."""
+
+    @property
+    def changes_distribution(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _plain_weights(self) -> PrunedTeacherRecipe:

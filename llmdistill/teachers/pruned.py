@@ -26,7 +26,8 @@ class PrunedTeacher(LocalTeacher):
     Args:
         model: A causal LM of transformers, neither quantised nor offloaded.
         tokenizer: The tokenizer of the model, with the student's vocabulary.
-        share: Share of the weights of each linear layer that count as 0, the smallest ones.
+        share: Share of the weights of each matrix in the decoder layers that count as 0, the
+            smallest ones.
         pruned_weight: Factor on the logits without these weights, 0 to 1.
 
     Raises:

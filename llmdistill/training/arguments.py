@@ -70,16 +70,19 @@ def forced(args: TrainingArguments, distillation: Distillation) -> TrainingArgum
 
 def check_batch(args: TrainingArguments, distillation: Distillation) -> None:
     """Raise TrainingError if a batch has fewer rows than an objective compares with each other."""
-    rows = args.train_batch_size * args.world_size
+    sizes = {"train": args.train_batch_size * args.world_size}
+    if args.eval_strategy != "no":
+        sizes["eval"] = args.eval_batch_size  # an evaluation compares the rows of one rank
     for objective in distillation.objectives:
         assert isinstance(objective, Objective)
-        if rows < objective.least_rows:
-            raise TrainingError(
-                f"objective '{objective.name}' compares at least {objective.least_rows} rows with "
-                f"each other, but a batch has {rows}: training.per_device_train_batch_size is "
-                f"{args.train_batch_size} on {args.world_size} processes. Raise it. Gradient "
-                "accumulation does not help, because each micro-batch is compared alone."
-            )
+        for phase, rows in sizes.items():
+            if rows < objective.least_rows:
+                raise TrainingError(
+                    f"objective '{objective.name}' compares at least {objective.least_rows} rows "
+                    f"with each other, but a batch has {rows} (training.per_device_{phase}_"
+                    f"batch_size on {args.world_size} processes). Raise it. Gradient accumulation "
+                    "does not help, because each micro-batch is compared alone."
+                )
 
 
 def check_arguments(args: TrainingArguments, distillation: Distillation) -> None:

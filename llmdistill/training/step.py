@@ -9,6 +9,7 @@ A frozen teacher is not part of the module, so it is not saved, moved or put in 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +33,8 @@ from llmdistill.teachers.base import TrainableTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("llmdistill")
 
 # Attributes that Trainer, Accelerate and PEFT look up on the model that they train.  The student's
 # values are returned.
@@ -88,6 +91,7 @@ class Distillation(nn.Module):
         teacher_config = getattr(teacher, "config", None)
         for objective in objectives:  # this also chooses the layers that they need
             objective.prepare(student.config.get_text_config(), teacher_config)
+            _warn_about_rates(objective)
         self.student_needs = frozenset().union(*(one.student_needs for one in objectives))
         self.teacher_needs = frozenset().union(*(one.teacher_needs for one in objectives))
         if self.trained_teacher is not None:
@@ -223,6 +227,16 @@ class Distillation(nn.Module):
         if name in FORWARDED_TO_STUDENT:
             return getattr(super().__getattr__("student"), name)
         return super().__getattr__(name)
+
+
+def _warn_about_rates(objective: Objective) -> None:
+    """Warn about a learning rate for projectors that the objective does not have."""
+    if objective.projector_learning_rate is not None and not any(objective.parameters()):
+        logger.warning(
+            "objective '%s' has no projectors, because the models have the same width, so its "
+            "projector_learning_rate has no effect",
+            objective.name,
+        )
 
 
 def _check_needs(objectives: Sequence[Objective], teacher: Teacher) -> None:

@@ -87,7 +87,7 @@ def test_padding_changes_nothing(tmp_path, monkeypatch, name):
 def test_a_batch_without_predicted_tokens_adds_nothing(tmp_path, name):
     """N6: rows with an empty response add nothing to the loss of the predicted tokens.
 
-    Such a row is a micro-batch of its own, except where samples of one micro-batch are compared.
+    Each such row is a separate micro-batch, unless the samples of a micro-batch are compared.
     """
     data = dataset()
     few = type(data)(data.rows[:4])

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from llmdistill.batch import TeacherSignal
-from llmdistill.distributions import Blend
 from llmdistill.errors import TrainingError
 from llmdistill.forward import read, teacher_signal
 from llmdistill.objectives.ckd import (
@@ -24,6 +23,7 @@ from llmdistill.objectives.ckd import (
 )
 from llmdistill.objectives.divergences import forward_kl
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.teachers.pruned import PrunedTeacher
 from tests import toy
 from tests.support.objectives import loss, prepared
 from tests.support.spies import spy
@@ -122,13 +122,15 @@ def test_tuples_need_no_further_pass_of_the_teacher():
     assert len(calls) == 1
 
 
-def test_responses_to_one_prompt_are_never_compared():
-    """Two responses to the same prompt alone give no tuple, and a finite zero."""
+def test_responses_to_one_prompt_are_never_compared(caplog):
+    """Two responses to the same prompt alone give no tuple, a finite zero, and one warning."""
     student, teacher = pair()
     alone = replace(toy.sequences().select(torch.tensor([1, 1])), row_ids_B=torch.arange(2))
     found = loss(prepared(CkdObjective(), student, teacher), student, teacher, alone)
     found.total.backward()
     assert found.total == 0
+    loss(prepared(CkdObjective(), student, teacher), student, teacher, toy.sequences())
+    assert caplog.text.count("fewer than 2 different prompts") == 1
 
 
 def test_a_softcap_and_a_bias_are_left_out():
@@ -142,12 +144,24 @@ def test_a_softcap_and_a_bias_are_left_out():
     assert plain.scale == 2.0
 
 
-def test_a_blend_of_teachers_is_refused():
+def test_differences_of_a_blend_are_the_blend_of_differences():
+    student, _ = pair()
+    teacher = PrunedTeacher(toy.teacher_model(), toy.tokenizer(), share=0.3)
+    sequences = toy.sequences()
+    made = prepared(CkdObjective(), student, teacher)
+    view = read(student, sequences, toy.NUM_TOKENS)
+    signal = teacher_signal(teacher, sequences, toy.NUM_TOKENS, made.teacher_needs)
+    keys = token_keys(sequences)
+    tuples = draw_tuples(keys[:, 2], shuffled(keys), 2)
+    teacher_NV = signal.distribution.serve()[0 : len(keys)].clone()
+    gaps = [differences(one, tuples) for one in (view.head(view.hidden_NH), teacher_NV)]
+    expected = 16 * forward_kl(*gaps, temperature=4.0).sum()
+    torch.testing.assert_close(made(view, signal, sequences).total, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_distribution_without_states_is_refused():
     student, teacher = pair()
     sequences = toy.sequences()
     made = prepared(CkdObjective(), student, teacher)
-    signal = teacher_signal(teacher, sequences, toy.NUM_TOKENS, made.teacher_needs)
-    blend = TeacherSignal(Blend((signal.distribution,), (1.0,)))
-    view = read(student, sequences, toy.NUM_TOKENS)
-    with pytest.raises(TrainingError, match="one teacher, but got a Blend"):
-        made(view, blend, sequences)
+    with pytest.raises(TrainingError, match="its distribution is a NoneType"):
+        made(read(student, sequences, toy.NUM_TOKENS), TeacherSignal(), sequences)

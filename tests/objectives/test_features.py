@@ -12,6 +12,7 @@ from torch import nn
 from llmdistill.errors import ModelError, RecipeError
 from llmdistill.models.heads import split
 from llmdistill.objectives import features
+from llmdistill.objectives.embed_distill import EmbedDistillObjective
 from llmdistill.objectives.features import (
     CkaObjective,
     HiddenObjective,
@@ -21,6 +22,7 @@ from llmdistill.objectives.features import (
     mse,
     normalized_mse,
 )
+from llmdistill.objectives.rtk import RtkObjective
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 from tests.support.objectives import loss, prepared
@@ -120,7 +122,7 @@ def test_normalized_distances_ignore_the_length_of_either_side():
 def test_pooled_states_count_each_response_once(pool):
     student, teacher = toy.model(), LocalTeacher(toy.teacher_model(hidden=32), toy.tokenizer())
     sequences = toy.sequences()
-    made = HiddenObjective(tokens="pooled", pool=pool, layers=[(1, 1)])
+    made = HiddenObjective(tokens=pool, layers=[(1, 1)])
     found = loss(prepared(made, student, teacher), student, teacher, sequences)
     assert found.num_tokens == len(sequences) == made.divisor(sequences)
     by_row = []
@@ -144,6 +146,17 @@ def test_several_pairs_are_a_mean_with_a_projector_each():
         totals.append(loss(one, student, teacher, toy.sequences()).total)
     found = loss(both, student, teacher, toy.sequences()).total
     torch.testing.assert_close(found, sum(totals) / 2)
+
+
+@pytest.mark.parametrize("made", [HiddenObjective, EmbedDistillObjective, RtkObjective])
+def test_projectors_in_bfloat16_take_wider_states(made):
+    """FSDP gathers weights in bfloat16, and `bf16_full_eval` casts them."""
+    student, teacher = toy.model(), LocalTeacher(toy.teacher_model(), toy.tokenizer())
+    objective = prepared(made(), student, teacher)
+    wanted = loss(objective, student, teacher, toy.sequences()).total
+    found = loss(objective.bfloat16(), student, teacher, toy.sequences()).total
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
 
 
 def test_a_student_in_half_precision_is_compared_in_float32():

@@ -29,7 +29,7 @@ def test_every_map_is_tested():
 
 @pytest.mark.parametrize("name", LAYER_MAPS)
 def test_a_map_gives_its_pairs(name):
-    student = model(4, carved_layers=[1, 4, 5, 12])
+    student = model(4, carved_layers=[1, 4, 5, 12], carved_from_depth=12)
     assert list(layer_pairs(name, student, model(12))) == PAIRS[name]
 
 
@@ -52,7 +52,12 @@ def test_pairs_and_functions_are_taken_as_they_are():
         ("skip", model(4), model(10), "'skip' needs a teacher with a multiple of the student's"),
         ("last", model(4), model(3), "'last' needs a teacher with at least as many layers"),
         ("carved", model(4), model(12), "'carved' needs a student that was carved"),
-        ("carved", model(2, carved_layers=[1, 9]), model(8), "up to 9, but the teacher has 8"),
+        (
+            "carved",
+            model(2, carved_layers=[1, 4], carved_from_depth=5),
+            model(8),
+            "from a model of 5 layers, but the teacher has 8",
+        ),
     ],
 )
 def test_a_map_that_does_not_fit_is_refused(name, student, teacher, what):
@@ -72,6 +77,8 @@ def test_a_carved_student_knows_where_its_layers_come_from():
     assert layer_pairs("carved", student.config, model(4)) == [(1, 1), (2, 3), (3, 4)]
     again = keep_layers(student, [1, 2])  # of the model that it was carved from
     assert layer_pairs("carved", again.config, model(3)) == [(1, 2), (2, 3)]
+    with pytest.raises(ModelError, match="from a model of 3 layers, but the teacher has 4"):
+        layer_pairs("carved", again.config, model(4))
 
 
 def test_spread_layers_end_with_the_last_one():

@@ -82,8 +82,9 @@ def test_the_relation_heads_are_as_many_as_fit():
     assert attention_widths(student.config) == (32, 16)
     assert attention_widths(teacher.config) == (48, 24)
     made = prepared(MiniLMObjective(), student, teacher)
-    assert made.relation_heads == 1  # the keys of the student are 16 wide
-    assert prepared(MiniLMObjective(relation_heads=8), student, teacher).relation_heads == 8
+    assert made.heads == 1  # the keys of the student are 16 wide
+    assert made.relation_heads is None  # what the user said stays as it is
+    assert prepared(MiniLMObjective(relation_heads=8), student, teacher).heads == 8
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -8,7 +8,7 @@ from torch import nn
 from llmdistill import recipe as recipes
 from llmdistill.cost import memory
 from llmdistill.data.collate import PromptDataset
-from llmdistill.errors import ModelError, RecipeError
+from llmdistill.errors import ModelError, RecipeError, TrainingError
 from llmdistill.models.taps import Need
 from llmdistill.objectives.features import CkaObjective, HiddenObjective
 from llmdistill.objectives.minilm import MiniLMObjective
@@ -104,6 +104,9 @@ def test_check_counts_inner_states_and_projectors(pair):
         ({"kind": "ckd", "group": 4}, r"objectives\[0\].group"),
         ({"kind": "rtk", "num_layers": 0}, r"objectives\[0\].num_layers"),
         ({"kind": "rkd", "projector_learning_rate": 1.0}, "unknown key"),
+        ({"kind": "rkd", "distance": 0.0, "angle": 0.0}, "'distance' and 'angle' are both 0"),
+        ({"kind": "dist", "inter": 0.0, "intra": 0.0}, "'inter' and 'intra' are both 0"),
+        ({"kind": "correlation", "value": 0.0, "rank": 0.0}, "'value' and 'rank' are both 0"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(section, where):
@@ -117,3 +120,33 @@ def test_mistakes_in_a_recipe_are_named(section, where):
                 "objectives": [section],
             }
         )
+
+
+def test_a_pruned_teacher_whose_distribution_nothing_uses():
+    with pytest.raises(RecipeError, match="changes the distribution, but no objective uses it"):
+        entries.recipe(teacher={"kind": "pruned", "model": "t"}, objectives=[{"kind": "hidden"}])
+
+
+def test_a_flow_with_an_inner_weight_has_a_held_out_loss():
+    """The weight of the last pair may be 0."""
+    shared = {"data": {"train": "x.jsonl", "hold_back": 2}, "evaluate": {"every_steps": 1}}
+    section = {"kind": "flow", "weight": 0.0, "inner_weight": 1.0}
+    assert not entries.recipe(objectives=[section], **shared).objectives[0].ends_at_zero
+    with pytest.raises(RecipeError, match="are all 0"):
+        entries.recipe(objectives=[section | {"inner_weight": 0.0}], **shared)
+
+
+def test_an_evaluation_batch_with_too_few_rows(tmp_path):
+    options = {
+        "eval_strategy": "steps",
+        "eval_dataset": toy.rows(4),
+        "per_device_eval_batch_size": 2,
+    }
+    with pytest.raises(TrainingError, match="per_device_eval_batch_size on 1 processes"):
+        trainer(tmp_path, objectives=[RkdObjective()], **options)
+
+
+def test_a_learning_rate_without_projectors_is_a_warning(tmp_path, caplog):
+    teacher = LocalTeacher(toy.teacher_model(hidden=32), toy.tokenizer())
+    trainer(tmp_path, teacher=teacher, objectives=[HiddenObjective(projector_learning_rate=0.1)])
+    assert "objective 'hidden' has no projectors" in caplog.text

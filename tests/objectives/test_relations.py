@@ -100,6 +100,21 @@ def test_duplicates_and_few_samples_stay_finite(name):
         assert torch.isfinite(student_SD.grad).all()
 
 
+@each
+def test_nearly_equal_samples_have_a_small_gradient(name):
+    """Their difference is a rounding error, whose direction means nothing."""
+    x_SD, noise_D = samples(1, number=8), samples(5)[0]
+    for size in (1e-3, 1e-5, 1e-7, 0.0):
+        student_SD = x_SD.clone()
+        student_SD[1] = student_SD[0] + size * noise_D
+        student_SD.requires_grad_()
+        LOSSES[name](student_SD, samples(2, number=8)).backward()
+        assert student_SD.grad.norm() < 10
+    together_SD = (x_SD[:1] + 1e-7 * samples(3, number=8)).requires_grad_()
+    LOSSES[name](together_SD, samples(2, number=8)).backward()
+    assert torch.isfinite(together_SD.grad).all()
+
+
 def test_two_samples_have_no_distance_to_compare_and_one_has_nothing():
     assert distance_loss(samples(1)[:2], samples(2)[:2]).item() == pytest.approx(0, abs=1e-12)
     for name in ("distance", "angle"):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from llmdistill import recipe as recipes
 from llmdistill.errors import ModelError, RecipeError
@@ -57,6 +58,24 @@ def test_a_tenth_of_the_weights_is_zero_while_a_layer_runs_and_none_before_or_af
     assert len(seen) == 4 * 7
     assert seen == pytest.approx([0.1] * len(seen), abs=2e-3)
     assert torch.equal(weights(model), before)
+
+
+def test_the_matrices_of_experts_are_pruned_too():
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    matrices = [p for p in decoder_layers(model).parameters() if p.dim() > 1]
+    limits = thresholds(model, 0.1)
+    covered = [getattr(module, name) for module, named in limits.items() for name in named]
+    assert {id(one) for one in covered} == {id(one) for one in matrices}
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        whole = model(ids).logits
+        with pruned(limits):
+            assert (model(ids).logits - whole).abs().max() > 1e-6
+        assert torch.equal(model(ids).logits, whole)
 
 
 def test_the_blend_is_that_of_a_pruned_copy():
