@@ -61,6 +61,7 @@ def test_the_header_says_pair_hardware_data_and_time(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("Pair", "Hardware", "Data", "Time"):
         assert any(line.startswith(f"# {word:9} ") for line in header), word
+    assert not any(line.endswith(" TIME") for line in header)
 
 
 @pytest.mark.slow
@@ -158,7 +159,7 @@ def test_a_recipe_pushes_the_student_with_its_card(pair, data, monkeypatch):
         "training.use_cpu=true", "training.dataloader_pin_memory=false", "evaluate.max_new_tokens=4",
         "training.push_to_hub=true", "training.save_strategy=no",
     ]  # fmt: skip
-    distill(recipes.load(RECIPES[-1], overrides))
+    distill(recipes.load(ROOT / "recipes/supervised_kd.yaml", overrides))
     assert [repo for repo, _ in pushed] == ["me/small"]
     assert "kl_teacher_text" in pushed[0][1]
 
