@@ -186,7 +186,7 @@ def shown_type(value: Mapping[str, Any]) -> str:
         return f"`{value['const']}`"
     kind = value.get("type", "any")
     if kind == "array":
-        items = shown_type(value["items"])
+        items = shown_type(value["items"]).replace("list of", "lists of")
         return f"list of {items}{'s' if items in ('string', 'integer', 'number') else ''}"
     names = {"object": "mapping", "boolean": "true or false", "null": "null"}
     return names.get(kind, kind) + bounds(value)
