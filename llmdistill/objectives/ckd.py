@@ -32,7 +32,7 @@ def differences(states_SH: Tensor, tuples_UK: Tensor) -> Tensor:
     """Return what the first group of each tuple has more than the second one: (U, H).
 
     The mean over the first ceil(K / 2) members minus the mean over the others.  Wilf et al. 2025
-    (CKD), eq. 2.
+    (CKD).
     """
     first = (tuples_UK.shape[1] + 1) // 2
     return states_SH[tuples_UK[:, :first]].mean(1) - states_SH[tuples_UK[:, first:]].mean(1)

@@ -111,7 +111,7 @@ def cosine(student_nV: Tensor, teacher_nV: Tensor) -> Tensor:
 def pearson(student_nV: Tensor, teacher_nV: Tensor) -> Tensor:
     """Return the Pearson correlation of both distributions of each token: (n,).
 
-    Huang et al. 2022 (DIST), eq. 5.
+    Huang et al. 2022 (DIST).
     """
     student_nV = student_nV - student_nV.mean(-1, keepdim=True)
     return cosine(student_nV, teacher_nV - teacher_nV.mean(-1, keepdim=True))
@@ -136,7 +136,7 @@ class DistObjective(Objective):
     """DIST: the Pearson correlation of probabilities, within each token and along the batch.
 
     temperature^2 (inter (1 - r of each token) + intra (1 - r of each vocabulary entry)).  Huang et
-    al. 2022 (DIST), eq. 10.
+    al. 2022 (DIST).
 
     Args:
         inter: Factor on the correlation within each token's distribution.
@@ -224,7 +224,7 @@ class CorrelationObjective(DistObjective):
     """R2KD's correlation distance: the cosine of probabilities, and the order of likely tokens.
 
     value T^2 (1 - cos of each token + 1 - cos along the batch) + rank (1 - Spearman).  Kim et al.
-    2023 (R2KD), eq. 8 to 10.  A teacher of kind `pruned` gives the targets of the paper.
+    2023 (R2KD).  A teacher of kind `pruned` gives the targets of the paper.
 
     Args:
         value: Factor on the two cosine distances.  The default is that of the paper.

@@ -36,7 +36,7 @@ def score_loss(student_SS: Tensor, teacher_SS: Tensor) -> Tensor:
     """Return KL(teacher || student) of the responses' distributions, a mean over prompts: ().
 
     Each row of scores becomes a distribution over the responses by a softmax.  Kim et al. 2023
-    (EmbedDistill), eq. 3, with the teacher's scores as the targets.
+    (EmbedDistill), score-based distillation, with the teacher's scores as the targets.
     """
     return kl(teacher_SS.log_softmax(1), student_SS.log_softmax(1)).mean()
 

@@ -47,7 +47,7 @@ def normalized_mse(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
     """Compute the squared difference of the hidden states, each divided by its length.
 
     sum_H (student / |student| - teacher / |teacher|)^2, for each token: (N,), from 0 to 4.  Sun et
-    al. 2019 (PKD), eq. 7.  There are no options.
+    al. 2019 (PKD), the loss L_PT.  There are no options.
     """
     unit = nn.functional.normalize
     return (unit(student_NH, dim=-1) - unit(teacher_NH, dim=-1)).square().sum(-1)
@@ -163,7 +163,7 @@ def cka(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
     HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), with the Gram matrices K and L of the states and the
     unbiased estimate of HSIC (Song et al. 2012, eq. 5).  It is 1 for states that differ by a
     rotation, a factor and a shift, and about 0 for unrelated ones.  The widths may differ.
-    Kornblith et al. 2019, eq. 2.  It needs at least 4 states.
+    Kornblith et al. 2019.  It needs at least 4 states.
     """
     student_NH, teacher_NH = _centred(student_NH), _centred(teacher_NH)
     own = hsic(student_NH, student_NH) * hsic(teacher_NH, teacher_NH)

@@ -38,8 +38,8 @@ def relation_kl(student_TD: Tensor, teacher_TD: Tensor, heads: int) -> Tensor:
     """Compare how strongly each token of a row relates to the tokens before it: (T,), in nats.
 
     The mean over relation heads of KL(R_teacher || R_student), for each token, with R = softmax(X
-    X^T / sqrt(d)) over the tokens up to it.  Wang et al. 2021 (MiniLMv2), eq. 5 to 7, with a causal
-    mask.  `heads` must divide both widths, which may differ.
+    X^T / sqrt(d)) over the tokens up to it.  Wang et al. 2021 (MiniLMv2), with a causal mask.
+    `heads` must divide both widths, which may differ.
     """
     student_ATT, teacher_ATT = (_log_relation(x, heads) for x in (student_TD, teacher_TD))
     return kl(teacher_ATT, student_ATT).mean(0)

@@ -32,7 +32,7 @@ def distance_loss(student_SD: Tensor, teacher_SD: Tensor) -> Tensor:
     """Compare the distances between samples: ().
 
     The mean over all pairs of smooth_l1(d_student, d_teacher), where each model's distances are
-    divided by their mean over the pairs that are apart.  Park et al. 2019 (RKD), eq. 5 and 6.
+    divided by their mean over the pairs that are apart.  Park et al. 2019 (RKD), RKD-D.
     """
     return smooth_l1(_relative_distances(student_SD), _relative_distances(teacher_SD))
 
@@ -41,7 +41,7 @@ def angle_loss(student_SD: Tensor, teacher_SD: Tensor) -> Tensor:
     """Compare the angles between samples: ().
 
     The mean over all triplets of smooth_l1(cos_student, cos_teacher), with the cosine of the angle
-    at the second sample of the triplet.  Park et al. 2019 (RKD), eq. 7 and 8.
+    at the second sample of the triplet.  Park et al. 2019 (RKD), RKD-A.
     """
     student, teacher = _closest(student_SD), _closest(teacher_SD)
 
@@ -85,7 +85,7 @@ def similarity_loss(student_SD: Tensor, teacher_SD: Tensor) -> Tensor:
     """Compare the similarities between samples: ().
 
     The mean squared difference of the Gram matrices, whose rows are divided by their lengths.
-    Tung and Mori 2019 (SP), eq. 4.
+    Tung and Mori 2019 (SP).
     """
     unit = nn.functional.normalize
     student_SS = unit(student_SD @ student_SD.T, dim=1)
@@ -96,8 +96,7 @@ def similarity_loss(student_SD: Tensor, teacher_SD: Tensor) -> Tensor:
 def cosine_kernel(samples_SD: Tensor) -> Tensor:
     """Compare samples by the angle between them, whatever their length.
 
-    (cos + 1) / 2, for each pair: (S, S), from 0 to 1.  Passalis et al. 2020, eq. 5.  There are no
-    options.
+    (cos + 1) / 2, for each pair: (S, S), from 0 to 1.  Passalis et al. 2020.  There are no options.
     """
     unit_SD = nn.functional.normalize(samples_SD, dim=1)
     return ((unit_SD @ unit_SD.T + 1) / 2).clamp_min(1e-12)
@@ -106,8 +105,8 @@ def cosine_kernel(samples_SD: Tensor) -> Tensor:
 def student_t_kernel(samples_SD: Tensor) -> Tensor:
     """Compare samples by the distance between them, which includes their length.
 
-    1 / (1 + distance), for each pair: (S, S), from 0 to 1.  Passalis et al. 2020, eq. 6.  There are
-    no options.
+    1 / (1 + distance), for each pair: (S, S), from 0 to 1.  Passalis et al. 2020.  There are no
+    options.
     """
     return 1 / (1 + torch.cdist(samples_SD, samples_SD, compute_mode=EXACT))
 
@@ -120,8 +119,7 @@ def pkt_loss(student_SD: Tensor, teacher_SD: Tensor, kernel: Kernel) -> Tensor:
     """Compare how probable each sample is as a neighbour of each other one: ().
 
     The mean over all pairs of (P - Q) (log P - log Q), with P and Q the kernels of teacher and
-    student, whose rows are divided by their sums.  Passalis et al. 2020, eq. 7 and 8, the Jeffreys
-    divergence.
+    student, whose rows are divided by their sums.  Passalis et al. 2020, the Jeffreys divergence.
     """
     log_q_SS, log_p_SS = _log_neighbours(student_SD, kernel), _log_neighbours(teacher_SD, kernel)
     return ((log_p_SS.exp() - log_q_SS.exp()) * (log_p_SS - log_q_SS)).mean()
@@ -207,7 +205,7 @@ class PktObjective(SampleObjective):
 class FlowObjective(PktObjective):
     """One of the two terms of information-flow modelling: PKT over the inner or the last layers.
 
-    Passalis et al. 2020, section 3.  The flow is one term over the inner pairs of a layer map, with
+    Passalis et al. 2020.  The flow is one term over the inner pairs of a layer map, with
     a weight that fades after the critical period of training, and one term over the last pair, with
     a constant weight.  `flow` makes both.
 

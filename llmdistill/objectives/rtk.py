@@ -61,7 +61,7 @@ def attended_distance(logits_BNM: Tensor, gap_BNM: Tensor, keep: Filter) -> Tens
     """Return the attended distance between the layers of both models, for each response: (B,).
 
     The mean over the teacher's layers n of r_n sum_m alpha_nm gap_nm, with alpha = softmax_m of the
-    logits and the factors r of the filter.  Ji et al. 2021 (AFD), eq. 5 and 6, with r = 1.
+    logits and the factors r of the filter.  Ji et al. 2021 (AFD) has r = 1.
     """
     attended_BN = (logits_BNM.softmax(2) * gap_BNM).sum(2)
     return (keep(logits_BNM) * attended_BN).mean(1)

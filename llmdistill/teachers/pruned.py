@@ -20,7 +20,7 @@ class PrunedTeacher(LocalTeacher):
     """A frozen model that scores tokens twice: as it is, and without its smallest weights.
 
     The logits of its distribution are (1 - pruned_weight) z + pruned_weight z_pruned.  Kim et al.
-    2023 (R2KD), eq. 11.  Inner states, and the responses that it writes, are those of the model as
+    2023 (R2KD).  Inner states, and the responses that it writes, are those of the model as
     it is.  No copy of the model is made.
 
     Args:
