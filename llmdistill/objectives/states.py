@@ -1,6 +1,6 @@
 """The base class of objectives on inner states of both models.
 
-B = rows, T = tokens of a row, D = width of a state.
+B = rows, T = tokens of a row, D = width of a state, H = hidden size.
 N = predicted tokens, or all tokens of the rows that have one.
 """
 

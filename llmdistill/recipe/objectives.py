@@ -84,7 +84,15 @@ def _one_above_zero(section: ObjectiveSection, *factors: str) -> None:
         )
 
 
-class ResponseRecipe(ObjectiveSection, TakesOptions):
+class _OnDistributions(ObjectiveSection):
+    """Base of the sections that compare distributions."""
+
+    @property
+    def teacher_needs(self) -> frozenset[str]:
+        return frozenset({"distribution"})
+
+
+class ResponseRecipe(_OnDistributions, TakesOptions):
     """Match the teacher's next-token distributions.  The options of `divergence`, `target` and
     `token_weight` are keys of this section, such as `beta` for `divergence: jsd`.
     """
@@ -108,10 +116,6 @@ class ResponseRecipe(ObjectiveSection, TakesOptions):
     """Distribution that the student is compared with."""
     token_weight: one_of(TOKEN_WEIGHTS) = _response.token_weight  # type: ignore[valid-type]
     """How much each token of a response counts."""
-
-    @property
-    def teacher_needs(self) -> frozenset[str]:
-        return frozenset({"distribution"})
 
     # `temperature` is a declared field, so `TakesOptions` does not refuse it for a divergence that
     # has none.
@@ -328,7 +332,7 @@ class FlowRecipe(PktRecipe):
         return super().ends_at_zero and _ends_at_zero(self.inner_weight)
 
 
-class CkdRecipe(ObjectiveSection):
+class CkdRecipe(_OnDistributions):
     """Match the differences between the logits of tokens from different responses (CKD)."""
 
     kind: Literal["ckd"] = "ckd"
@@ -337,12 +341,8 @@ class CkdRecipe(ObjectiveSection):
     temperature: float = Field(_ckd.temperature, gt=0)
     """Temperature of the differences."""
 
-    @property
-    def teacher_needs(self) -> frozenset[str]:
-        return frozenset({"distribution"})
 
-
-class DistRecipe(ObjectiveSection):
+class DistRecipe(_OnDistributions):
     """Match distributions by Pearson's correlation: within each token, and along the tokens of the
     batch for each vocabulary entry (DIST).
     """
@@ -360,12 +360,8 @@ class DistRecipe(ObjectiveSection):
         _one_above_zero(self, "inter", "intra")
         return self
 
-    @property
-    def teacher_needs(self) -> frozenset[str]:
-        return frozenset({"distribution"})
 
-
-class CorrelationRecipe(ObjectiveSection):
+class CorrelationRecipe(_OnDistributions):
     """Match distributions by their cosine and by the order of the likeliest tokens (R2KD)."""
 
     kind: Literal["correlation"] = "correlation"
@@ -382,10 +378,6 @@ class CorrelationRecipe(ObjectiveSection):
     def _one_factor(self) -> CorrelationRecipe:
         _one_above_zero(self, "value", "rank")
         return self
-
-    @property
-    def teacher_needs(self) -> frozenset[str]:
-        return frozenset({"distribution"})
 
 
 ObjectiveRecipe = Annotated[

@@ -231,7 +231,8 @@ class Distillation(nn.Module):
 
 def _warn_about_rates(objective: Objective) -> None:
     """Warn about a learning rate for projectors that the objective does not have."""
-    if objective.projector_learning_rate is not None and not any(objective.parameters()):
+    has_none = next(objective.parameters(), None) is None
+    if objective.projector_learning_rate is not None and has_none:
         logger.warning(
             "objective '%s' has no projectors, because the models have the same width, so its "
             "projector_learning_rate has no effect",

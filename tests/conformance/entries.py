@@ -35,6 +35,15 @@ def objectives() -> dict[str, dict[str, Any]]:
     return {_label(one): one for one in _variants(OBJECTIVES)}
 
 
+def main_objectives() -> dict[str, dict[str, Any]]:
+    """Every kind with its defaults, and every entry of `response`: what slow tests run."""
+    return {
+        name: one
+        for name, one in objectives().items()
+        if one["kind"] == "response" or set(one) == {"kind"}
+    }
+
+
 def rollouts() -> dict[str, dict[str, Any]]:
     return {_label(one): shorter(one) for one in _variants(ROLLOUTS)}
 

@@ -169,3 +169,4 @@ def test_every_objective_and_rollout_is_the_same_on_two_ranks(tmp_path):
 def test_inner_states_of_a_sharded_student(tmp_path):
     """D7: `worker.py` asserts it."""
     two_ranks("sharded", tmp_path)
+    two_ranks("sharded_alone", tmp_path)

@@ -16,8 +16,11 @@ from llmdistill.generate import generate
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
 from llmdistill.models.layers import decoder_layers
 from llmdistill.objectives.build import build_objectives
+from llmdistill.objectives.embed_distill import EmbedDistillObjective
 from llmdistill.objectives.features import HiddenObjective
+from llmdistill.objectives.minilm import MiniLMObjective
 from llmdistill.objectives.response import ResponseObjective
+from llmdistill.objectives.rtk import RtkObjective
 from llmdistill.rollouts.build import build_rollout
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
@@ -220,6 +223,24 @@ def sharded(folder: Path) -> None:
     assert module.objectives[1].projectors[0].weight.grad.full_tensor().abs().max() > 0
 
 
+def sharded_alone(folder: Path) -> None:
+    """D7: each objective on states alone, with FSDP2 and bfloat16 parameters, trains the student."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh, half = init_device_mesh("cpu", (2,)), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for made in (HiddenObjective, MiniLMObjective, RtkObjective, EmbedDistillObjective):
+        teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
+        module = Distillation(toy.model().train(), teacher, [made()], toy.tokenizer())
+        for layer in decoder_layers(module.student):
+            fully_shard(layer, mesh=mesh, mp_policy=half)
+        fully_shard(module, mesh=mesh, mp_policy=half)
+        module(toy.sequences(6, seed=dist.get_rank())).loss.backward()
+        first = decoder_layers(module.student)[0].mlp.up_proj.weight.grad.full_tensor()
+        assert first.abs().max() > 0, made.__name__
+        assert torch.isfinite(first).all(), made.__name__
+
+
 def conformance(folder: Path) -> None:
     """Every objective and every rollout that a recipe can have."""
     for name, options in every_entry():
@@ -231,7 +252,7 @@ def conformance(folder: Path) -> None:
 
 def every_entry():
     """Yield (name, function that makes the trainer's arguments) of each objective and rollout."""
-    for name, one in entries.objectives().items():
+    for name, one in entries.main_objectives().items():
         section = entries.recipe(objectives=[one]).objectives[0]
         yield name, lambda section=section: {"objectives": build_objectives([section])}
     for name, one in entries.rollouts().items():
@@ -256,6 +277,7 @@ CASES = {
         seams,
         hidden_alone,
         sharded,
+        sharded_alone,
         conformance,
     )
 }

@@ -38,10 +38,11 @@ def less(part: Any) -> Any:
         return part
     cut = {key: LESS.get(key, less(value)) for key, value in part.items() if key not in LEFT_OUT}
     if "kind" in part and "layers" in part:  # an objective; the toys have other layers
-        named = isinstance(part["layers"], str)
-        cut["layers"] = (
-            part["layers"] if named else [[min(pair[0], 1), 1] for pair in part["layers"]]
-        )
+        if isinstance(part["layers"], str):
+            # The toy student is not carved out of the toy teacher.
+            cut["layers"] = "uniform" if part["layers"] == "carved" else part["layers"]
+        else:
+            cut["layers"] = [[min(pair[0], 1), 1] for pair in part["layers"]]
     if cut.get("kind") == "adaptive":
         cut["start"] = 1.0  # so that the student writes
     return cut
