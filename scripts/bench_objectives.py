@@ -4,7 +4,7 @@
 
 The pair is the embedded teacher and a copy with 20 of its 30 layers; a batch has 8 rows of 256
 tokens, of which 192 are predicted.  A step is the teacher's forward pass and the student's forward
-and backward pass, without an optimizer.  Every objective runs in a process of its own, alone, so
+and backward pass, without an optimizer.  Each objective is measured without others, in a separate process, so
 hidden states and relations compute no logits.  Times are medians; memory is the peak of the process
 above what the loaded pair takes.  Forward KL runs first and last: the difference is the noise.
 """
@@ -69,7 +69,7 @@ def sequences(length: int) -> Sequences:
 
 
 def measure(name: str, rounds: int) -> dict[str, float]:
-    """Return the seconds of a step and its peak in MiB.  Runs in a process of its own."""
+    """Return the seconds of a step and its peak in MiB.  Call it in a new process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = LocalTeacher.load(NAME, dtype="auto")
     if "pruned" in name:

@@ -145,8 +145,8 @@ class CkdObjective(Objective):
             target = linear_in_states(teacher, lambda states_SH: differences(states_SH, tuples_UK))
             return self._loss(differences(student_SH, tuples_UK), head, target)
 
-        # Tuples that begin with a token of another rank give this rank's states their gradient.
-        # That rank counts their value, and computes the gradient of the head.
+        # Some tuples begin on another rank and contain tokens of this one.  The other rank counts
+        # their value and the gradient of the head; this rank adds the gradient of its tokens.
         begins_S, head = is_own_SK[:, 0], linear(student.head)
         joined = loss(tuples_SK[is_own_SK.any(1) & ~begins_S], head.detach())
         total = loss(tuples_SK[begins_S], head) + joined - joined.detach()

@@ -56,11 +56,10 @@ def _log_relation(states_TD: Tensor, heads: int) -> Tensor:
 class MiniLMObjective(StateObjective):
     """The relations between queries, between keys, and between values, as in MiniLMv2.
 
-    The states of all attention heads are joined and split anew into relation heads.  So the models
-    may differ in width and in their numbers of heads.  Queries and keys are those before the rotary
-    embedding.  The three relations count the same.  The first token of a row relates to itself
-    alone and adds 0.  The relations of one row and one layer at a
-    time are in memory.
+    The states of all attention heads are joined, and then divided into relation heads.  So the
+    models may differ in width and in their numbers of heads.  Queries and keys are those before the
+    rotary embedding.  The three relations count the same.  The first token of a row relates to
+    itself alone and adds 0.  Only the relations of one row and one layer are in memory at a time.
 
     Args:
         relation_heads: Number of relation heads.  It must divide the widths of queries, keys and

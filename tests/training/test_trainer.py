@@ -314,7 +314,7 @@ def test_groups_are_named_after_their_owners(tmp_path):
 
 
 def test_projectors_train_with_their_own_learning_rate(tmp_path):
-    """The schedule is the run's: at half of a linear schedule, each rate is half of its own."""
+    """A rate of 0.5 is used for its projectors alone, and the schedule ends every rate at 0."""
     objectives = [
         ResponseObjective(),
         HiddenObjective(projector_learning_rate=0.5),
