@@ -4,9 +4,10 @@
 
 The pair is the embedded teacher and a copy with 20 of its 30 layers; a batch has 8 rows of 256
 tokens, of which 192 are predicted.  A step is the teacher's forward pass and the student's forward
-and backward pass, without an optimizer.  Each objective is measured without others, in a separate process, so
-hidden states and relations compute no logits.  Times are medians; memory is the peak of the process
-above what the loaded pair takes.  Forward KL runs first and last: the difference is the noise.
+and backward pass, without an optimizer.  Each objective is measured without others, in a separate
+process, so hidden states and relations compute no logits.  Times are medians; memory is the peak of
+the process above what the loaded pair takes.  Forward KL runs first and last: the difference is the
+noise.
 """
 
 from __future__ import annotations

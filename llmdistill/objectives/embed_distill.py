@@ -17,7 +17,7 @@ from llmdistill.objectives.choices import choose
 from llmdistill.objectives.divergences import kl
 from llmdistill.objectives.features import DISTANCES, Distance, projector
 from llmdistill.objectives.layer_maps import LAST_LAYERS, Layers
-from llmdistill.objectives.samples import POOLS, Pool, gather, pooled, share_of, sum_of
+from llmdistill.objectives.samples import POOLS, Pool, gather_together, pooled, share_of, sum_of
 from llmdistill.objectives.states import Compared, StateObjective, projected
 from llmdistill.objectives.weights import responses
 from llmdistill.schedules import Schedule
@@ -108,7 +108,7 @@ class EmbedDistillObjective(StateObjective):
                 total = total + self.distance(response_BH, wanted_BH).sum()
             else:
                 response_BH = wanted_BH
-            found = [gather(one) for one in (prompt_BH, response_BH, asked_BH, wanted_BH)]
+            found = gather_together([prompt_BH, response_BH, asked_BH, wanted_BH])
             if (everyone := len(found[0])) >= self.least_rows:
                 mine_SS = scores(found[0], found[1], self.temperature)
                 loss = score_loss(mine_SS, scores(found[2], found[3], self.temperature))

@@ -16,7 +16,7 @@ from llmdistill.batch import Sequences
 from llmdistill.models.taps import Tokens
 from llmdistill.objectives.choices import choose
 from llmdistill.objectives.layer_maps import LAST_LAYERS, Layers
-from llmdistill.objectives.samples import POOLS, gather, pooled, share_of, sum_of
+from llmdistill.objectives.samples import POOLS, gather_together, pooled, share_of, sum_of
 from llmdistill.objectives.states import (
     Compared,
     StateObjective,
@@ -186,7 +186,7 @@ def hsic(x_NH: Tensor, y_NH: Tensor) -> Tensor:
 
 
 def _centred(states_NH: Tensor) -> Tensor:
-    """Return the states with mean 0 and, for small rounding errors, mean squared length 1."""
+    """Return the states with mean 0 and mean squared length 1, to keep rounding errors small."""
     centred_NH = states_NH - states_NH.mean(0)
     length = centred_NH.square().sum(1).mean().sqrt()
     return centred_NH / length.clamp_min(1e-12)
@@ -223,9 +223,10 @@ class CkaObjective(StateObjective):
     def compare(self, states: Sequence[Compared], sequences: Sequences) -> Tensor:
         """Return 1 - CKA of all ranks' tokens, times this rank's tokens."""
         own = len(states[0].student_ND)
-        found = [[gather(side_ND) for side_ND in pair] for pair in states]
-        everyone = len(found[0][0])
+        found = gather_together([side_ND for pair in states for side_ND in pair])
+        everyone = len(found[0])
         if everyone < CKA_LEAST:
-            return sum_of([mine for mine, _ in found]) * 0.0
-        losses = [1 - cka(mine_NH, other_NH) for mine_NH, other_NH in found]
+            return sum_of(found[::2]) * 0.0
+        pairs = zip(found[::2], found[1::2], strict=True)
+        losses = [1 - cka(mine_NH, other_NH) for mine_NH, other_NH in pairs]
         return share_of(torch.stack(losses).mean(), own, everyone)

@@ -68,6 +68,12 @@ def gather(own_BX: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_together(own: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return `gather` of several tensors (B, D) with the same rows, in one exchange."""
+    widths = [one.shape[1] for one in own]
+    return gather(torch.cat(list(own), 1)).split(widths, dim=1)
+
+
 def gathered_from(own_BX: Tensor) -> int:
     """Return the place of this rank's first sample in the result of `gather`."""
     if not _gathers():
@@ -129,8 +135,7 @@ class SampleObjective(StateObjective):
         """Return the mean relation loss of all ranks' samples, times this rank's samples."""
         counts = tokens_of_rows(sequences, self.tokens)
         own = [pooled(side_ND, counts, self.pool) for pair in states for side_ND in pair]
-        # All layers of both models in one exchange between the ranks.
-        parts = gather(torch.cat(own, 1)).split([side.shape[1] for side in own], dim=1)
+        parts = gather_together(own)
         everyone = len(parts[0])
         if everyone < self.least_rows:
             return sum_of(parts[::2]) * 0.0
