@@ -54,40 +54,80 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
 
     A batch is taken to consist of the longest rows.  No weights are loaded.
     """
-    section, training = recipe.student, recipe.training
-    plan = Plan(**section.carve.model_dump()) if section.carve is not None else None
-    student = skeleton(load_config(section.model, revision=section.revision), plan)
-    student_bytes = weight_bytes(student, _dtype_bytes(section.dtype), section.quantization)
-    if section.peft is not None:
-        options = section.peft.model_dump(exclude={"save", "r"})
-        student = add_adapter(student, rank=section.peft.r, seed=recipe.seed, **options)
-    # A teacher without separate weights is the student with its adapter switched off.
-    teacher, teacher_bytes, size = student, 0.0, _dtype_bytes(section.dtype)
-    if (weights := recipe.teacher.weights) is not None:
-        teacher = skeleton(load_config(weights.model, revision=weights.revision))
-        size = _dtype_bytes(weights.dtype)
-        resident = 1 if weights.offload else None  # decoder layers on the device at a time
-        teacher_bytes = weight_bytes(teacher, size, weights.quantization, resident)
-    # Defaults are those of TrainingArguments, which is not built here.  A rollout writes all rows
-    # of an accumulation window at once; a forward pass reads one micro-batch.
+    student, student_bytes = _student(recipe.student, recipe.seed)
+    load = _load(recipe, train)
+    teacher, parts = _teacher(recipe, student, load)
+    parts |= {"student's weights": student_bytes} | footprint(student, load)
+    _add_objectives(parts, recipe, student, teacher, load)
+    if recipe.rollout.steps_both_models:  # the teacher has a cache, too, and scores drafts
+        size = next(teacher.parameters()).element_size()
+        parts["cache while writing"] += load.written_tokens * size * cached_numbers(teacher)
+        parts["chunks of logits"] += 4.0 * LOGITS
+    return parts
+
+
+def _load(recipe: Recipe, train: EncodedRows) -> Load:
+    """Return what a step works on.  Defaults are those of TrainingArguments, which is not built."""
+    training = recipe.training
     rows = int(training.get("per_device_train_batch_size", 8))
+    # A rollout writes all rows of an accumulation window at once; a forward pass reads one
+    # micro-batch.
     window = rows * int(training.get("gradient_accumulation_steps", 1))
     longest = _longest(recipe, train)
     in_half = training.get("bf16", preferred_dtype(default_device()) is torch.bfloat16)
-    load = Load(
+    return Load(
         tokens=rows * longest,
         written_tokens=window * longest if recipe.rollout.new_tokens else 0,
         product_bytes=2.0 if in_half or training.get("fp16") else 4.0,
         checkpointing=bool(training.get("activation_checkpointing")),
         optimizer=str(training.get("optim", "adamw_torch")),
     )
-    parts = {"teacher's weights": teacher_bytes, "student's weights": student_bytes}
-    parts |= footprint(student, load)
-    _add_objectives(parts, recipe, student, teacher, load)
-    if recipe.rollout.steps_both_models:  # the teacher has a cache, too, and scores drafts
-        parts["cache while writing"] += load.written_tokens * size * cached_numbers(teacher)
-        parts["chunks of logits"] += 4.0 * LOGITS
-    return parts
+
+
+def _student(section: recipes.StudentRecipe, seed: int) -> tuple[PreTrainedModel, float]:
+    """Return a student without weights, with its adapter if it has one, and the bytes it takes."""
+    plan = Plan(**section.carve.model_dump()) if section.carve is not None else None
+    student = skeleton(load_config(section.model, revision=section.revision), plan)
+    size = weight_bytes(student, _dtype_bytes(section.dtype), section.quantization)
+    if section.peft is not None:
+        options = section.peft.model_dump(exclude={"save", "r"})
+        student = add_adapter(student, rank=section.peft.r, seed=seed, **options)
+    return student, size
+
+
+def _teacher(
+    recipe: Recipe, student: PreTrainedModel, load: Load
+) -> tuple[PreTrainedModel, dict[str, float]]:
+    """Return a model without weights whose states are the teacher's, and the bytes by part."""
+    section, parts = recipe.teacher, {}
+    teacher = student  # unless it has weights of its own
+    for place, weights in enumerate(section.models, start=1):
+        teacher = skeleton(load_config(weights.model, revision=weights.revision))
+        teacher = teacher.to(DTYPES[weights.dtype] or preferred_dtype(default_device()))
+        resident = 1 if weights.offload else None  # decoder layers on the device at a time
+        name = "teacher's weights" if len(section.models) == 1 else f"weights of teacher {place}"
+        size = _dtype_bytes(weights.dtype)
+        parts[name] = weight_bytes(teacher, size, weights.quantization, resident)
+    if section.adapter is not None:
+        rank, targets = section.adapter
+        adapted = add_adapter(
+            teacher, rank=rank, alpha=rank, targets=targets, dropout=0.0, seed=0,
+            key="teacher.targets",
+        )  # fmt: skip
+        parts |= _trained("teacher's adapter", adapted, load)
+    for place, peer in enumerate(section.students, start=1):
+        model, size = _student(peer, recipe.seed)
+        parts |= {f"peer {place}: weights": size} | _trained(f"peer {place}", model, load)
+    if section.copies:
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        parts["teacher's copies of weights"] = 4.0 * section.copies * trained
+    return teacher, parts
+
+
+def _trained(name: str, model: PreTrainedModel, load: Load) -> dict[str, float]:
+    """Return the bytes by part with which a model trains along, without its weights."""
+    wanted = ("gradients", "optimizer", "activations")
+    return {f"{name}: {part}": footprint(model, load)[part] for part in wanted}
 
 
 def _add_objectives(

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from llmdistill.batch import Prompts, Sequences, TeacherSignal
 from llmdistill.models.taps import Need as Need
@@ -80,12 +83,19 @@ class Student(Writes, Steps, Protocol):
 class Teacher(Protocol):
     """The model that scores the tokens that the student learns on.
 
-    Some teachers have more than these members.  A teacher that provides inner states also has
-    `config`, the transformers configuration of the model that they come from.  A teacher that can
-    write has `write` (`Writes`) and `ends`, the ids that end a response; one that takes part in
-    interleaved rollouts also has `session` (`Steps`).  A teacher whose signal is not the plain
-    distribution of its model has `scores_anew` and `plain`, the teacher to measure a student
-    against.  A teacher with parameters that are trained is a `teachers.base.TrainableTeacher`.
+    Some teachers have more than these members.
+
+    - `config`: the transformers configuration of the model that its inner states come from.
+    - `write` (`Writes`) and `ends`, the ids that end a response, if it can write.
+    - `session` (`Steps`), if it can take part in interleaved rollouts.
+    - `scores_anew`, which is True if its signal is not what it read while it wrote.
+    - `plain`, the teacher to measure a student against, if it is another one.
+    - `after_step`, `state_dict` and `load_state_dict`, if it changes with the student (`Follows`).
+    - `train_sampler`, if it chooses the order of the rows (`Orders`).
+    - `export`, if something of it is kept when training ends (`Exports`).
+    - `exported`, a context in which the student has the weights to export, if not its own.
+
+    A teacher with parameters that are trained is a `teachers.base.TrainableTeacher`.
     """
 
     @property
@@ -103,6 +113,39 @@ class Teacher(Protocol):
         `sequences` may be on any device.  The method is called once for each micro-batch, unless
         the sequences already have a signal that covers the needs.
         """
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """A frozen teacher whose weights change with the student's, such as their moving average."""
+
+    def after_step(self) -> None:
+        """Follow the student.  The method is called after each optimizer step."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights that a resumed run needs; they are saved in checkpoints."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+@runtime_checkable
+class Orders(Protocol):
+    """A teacher that chooses the order of the training rows."""
+
+    def train_sampler(self, rows: Any, *, epochs: float, seed: int) -> Any:
+        """Return a sampler of the indices of `rows` for one epoch after another.
+
+        `epochs` is the number of passes over the data of the whole run.
+        """
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """A teacher of which something is kept when training ends."""
+
+    def export(self, folder: Path) -> None:
+        """Write it into the run folder.  The method is called on the first rank."""
 
 
 class Rollout(Protocol):
@@ -152,3 +195,12 @@ def scores_anew(teacher: Teacher) -> bool:
     Such a teacher has an attribute `scores_anew` that is True, and its `judge` is always called.
     """
     return bool(getattr(teacher, "scores_anew", False))
+
+
+def plain(teacher: Teacher) -> Teacher:
+    """Return the teacher that a student is measured against; most teachers are their own.
+
+    A teacher that trains along, or that changes the distribution of its model, has an attribute
+    `plain`: a teacher that stays as it is.
+    """
+    return getattr(teacher, "plain", teacher)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +36,11 @@ from llmdistill.generate import RANKS_WAIT, generate
 from llmdistill.models.build import build_student
 from llmdistill.models.load import default_device, load_tokenizer, native_bfloat16
 from llmdistill.objectives.build import build_objectives
-from llmdistill.protocols import Teacher
+from llmdistill.protocols import Exports, Teacher
 from llmdistill.publish.card import model_card
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts.build import build_rollout
-from llmdistill.teachers.build import build_teacher
+from llmdistill.teachers.build import Parts, build_teacher, load_teacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.progress import MetricsFile, ProgressBar
 from llmdistill.training.trainer import DistillTrainer
@@ -108,14 +108,17 @@ def distill(
         logger.info("generating the dataset %s", recipe.generate.output)
         generate(recipe.generate, resume=True)
     train, held = load_data(recipe, tokenizer)
-    teacher, student = load_pair(recipe, tokenizer, train)
-    evaluation = _evaluation(recipe, teacher, held)
+    teacher, student = load_pair(recipe, tokenizer, train, held)
+    against = load_teacher(recipe.evaluate.against) if recipe.evaluate.against else None
+    evaluation = _evaluation(recipe, against or teacher, held)
     before: Measurement | None = None
     reference: PromptDataset | None = None
     if evaluation is not None:
         logger.info("measuring the student before training")
         before, reference = evaluation.measure(student), evaluation.teacher_text()
-    trainer = build_trainer(recipe, arguments, teacher, student, tokenizer, train, reference)
+    trainer = build_trainer(
+        recipe, arguments, teacher, student, tokenizer, train, reference, against
+    )
     _begin(recipe, folder, overwrite=overwrite)
     for callback in _callbacks(recipe, folder, show_progress=show_progress):
         trainer.add_callback(callback)
@@ -124,9 +127,13 @@ def distill(
     trainer.export_student(folder / "student")
     result = Result(folder)
     if PartialState().is_main_process:
+        if isinstance(teacher, Exports):
+            teacher.export(folder)
         if evaluation is not None and before is not None:
             logger.info("measuring the student after training")
-            result = _write_evaluation(folder, evaluation, before, evaluation.measure(student))
+            with trainer.exported():
+                after = evaluation.measure(student)
+            result = _write_evaluation(folder, evaluation, before, after)
         _publish(recipe, trainer, result)
     PartialState().wait_for_everyone()
     if arguments.push_to_hub:
@@ -168,25 +175,43 @@ def load_data(
     """Return the rows to train on, and the held-out rows (None if the recipe has none)."""
     logger.info("reading %s", ", ".join(source.source for source in recipe.data.train))
     needed = recipe.rollout.takes_data
-    train, held = build_rows(recipe.data, tokenizer, needs_response=needed, seed=recipe.seed)
+    train, held = build_rows(
+        recipe.data,
+        tokenizer,
+        needs_response=needed,
+        seed=recipe.seed,
+        reads=recipe.teacher.reads,
+    )
     if isinstance(train, PromptDataset):
         logger.info("%d rows to train on (usable: %s)", len(train), train.counts)
     return train, held
 
 
 def load_pair(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: EncodedRows
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    train: EncodedRows,
+    held: PromptDataset | None = None,
 ) -> tuple[Teacher, PreTrainedModel]:
     """Load the teacher and the student, carved or with its adapter as the recipe asks."""
-    if recipe.teacher.weights is None:  # the teacher is the base model under the student's adapter
-        student = _student(recipe, None, train)
-        return build_teacher(recipe.teacher, student, tokenizer), student
-    logger.info("loading the teacher %s", recipe.teacher_source[0])
-    teacher = build_teacher(recipe.teacher)
-    return teacher, _student(recipe, teacher, train)
+    sample = sample_text(train, CARVE_ROWS)
+    parts = Parts(
+        tokenizer=tokenizer,
+        train=train.rows if isinstance(train, PromptDataset) else (),
+        held=held.rows if held is not None else (),
+        sample=(sample.input_ids_BP, sample.attention_mask_BP),
+        device="cpu" if recipe.training.get("use_cpu") else None,
+        seed=recipe.seed,
+    )
+    if recipe.teacher.uses_student:
+        student = _student(recipe, None, parts)
+        return build_teacher(recipe.teacher, replace(parts, student=student)), student
+    logger.info("loading the teacher %s", ", ".join(n for n, _ in recipe.teacher_sources))
+    teacher = build_teacher(recipe.teacher, parts)
+    return teacher, _student(recipe, teacher, parts)
 
 
-def _student(recipe: Recipe, teacher: Teacher | None, train: EncodedRows) -> Any:
+def _student(recipe: Recipe, teacher: Teacher | None, parts: Parts) -> Any:
     """Build the student.  If it is carved out of the loaded teacher, copy the teacher's weights
     instead of loading them again.
     """
@@ -199,13 +224,9 @@ def _student(recipe: Recipe, teacher: Teacher | None, train: EncodedRows) -> Any
         whole = not any(parameter.is_meta for parameter in model.parameters())  # not offloaded
         if whole and model.dtype == wanted and not getattr(model, "is_quantized", False):
             base = model
-    sample = sample_text(train, CARVE_ROWS)
+    assert parts.sample is not None
     return build_student(
-        section,
-        base=base,
-        sample=(sample.input_ids_BP, sample.attention_mask_BP),
-        device="cpu" if recipe.training.get("use_cpu") else None,
-        seed=recipe.seed,
+        section, base=base, sample=parts.sample, device=parts.device, seed=parts.seed
     )
 
 
@@ -284,8 +305,13 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train: EncodedRows,
     reference: PromptDataset | None = None,
+    against: Teacher | None = None,
 ) -> DistillTrainer:
-    """Make the trainer of a recipe.  `reference` are the rows for the held-out loss."""
+    """Make the trainer of a recipe.
+
+    `reference` are the rows for the held-out loss, and `against` is the teacher of that loss if it
+    is another one.
+    """
     trainer = DistillTrainer(
         student=student,
         teacher=teacher,
@@ -294,6 +320,7 @@ def build_trainer(
         args=arguments,
         train_dataset=train,
         eval_dataset=reference,
+        measured_against=against,
         processing_class=tokenizer,
         merge_adapter=recipe.student.peft is None or recipe.student.peft.save == "merged",
     )

@@ -41,7 +41,7 @@ def test_the_public_names():
 
 SIGNATURES = {
     "DistillTrainer": "student teacher rollout objectives args train_dataset eval_dataset processing_class "
-    "callbacks optimizers model_card merge_adapter",
+    "callbacks optimizers model_card merge_adapter measured_against",
     "LocalTeacher": "model tokenizer",
     "ResponseObjective": "divergence target token_weight weight divisor scale_by_t2 chunk_size options",
     "SampledRollout": "by sampling max_new_tokens samples",

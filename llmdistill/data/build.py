@@ -16,19 +16,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+HELD_OUT = 2**40  # added to the ids of rows from `data.eval`: a teacher finds a row by its id
+
+
 def build_rows(
     section: recipe.DataRecipe,
     tokenizer: PreTrainedTokenizerBase,
     *,
     needs_response: bool,
     seed: int,
+    reads: recipe.Reads | None = None,
 ) -> tuple[EncodedRows, PromptDataset | None]:
     """Return rows to train on and rows to measure on; the latter are None if the recipe has none.
 
     `needs_response` refuses training rows without an answer.  `seed` chooses the copies of rows in
-    a weighted source.  Raises RecipeError or DataError if the rows cannot be used.
+    a weighted source.  `reads` names what the teacher reads of a row.  No row id is in both.  Raises RecipeError or DataError if the rows cannot be used.
     """
     rules = _rules(section, needs_response=needs_response)
+    if reads is not None:
+        rules = replace(rules, **reads._asdict())
     if section.streaming:
         train: EncodedRows = _stream(section.train, tokenizer, rules)
     else:
@@ -40,7 +46,10 @@ def build_rows(
         return train, None
     # Only figures that compare with references need answers here; the teacher writes its own.
     parts = _load(section.eval, tokenizer, replace(rules, needs_response=False))
-    return train, PromptDataset.join(parts, seed=seed)
+    held = PromptDataset.join(parts, seed=seed)
+    return train, PromptDataset(
+        [replace(row, row_id=HELD_OUT + row.row_id) for row in held.rows], held.counts
+    )
 
 
 def _hold_back(

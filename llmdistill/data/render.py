@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ PROBE_MESSAGES: tuple[Message, ...] = (
     {"role": "assistant", "content": "Blue."},
     {"role": "user", "content": "Another one?"},
 )
+PLACEHOLDER = re.compile(r"\{(\w+)\}")  # a name in the template of a context
 # A stand-in for a user's text, by which the text around it is found.
 WHAT_A_USER_SAYS = "what a user says"
 
@@ -60,6 +62,34 @@ def render(
             "answer or drop the row."
         )
     return prompt, _through_end(tokenizer, whole[len(prompt) :], example.place)
+
+
+def with_context(example: Example, template: str, columns: Mapping[str, Any]) -> Example:
+    """Return the prompt as a teacher reads it, with context that the student does not see.
+
+    `{prompt}` in the template stands for the last message, and other names in braces for columns.
+    If all columns are empty, the example is returned as it is.  The result has no answer.  Raises
+    DataError if a column is not text, or the row has no message.
+    """
+    names = set(PLACEHOLDER.findall(template)) - {"prompt"}
+    for name in names:
+        if not isinstance(columns[name], str):
+            raise DataError(
+                f"{example.place}: '{name}' must be text, because the teacher reads it, got "
+                f"{columns[name]!r:.40}"
+            )
+    if not any(columns[name].strip() for name in names):
+        return example
+    if not example.prompt:
+        raise DataError(
+            f"{example.place}: the row is plain text without a prompt, so it has no message that "
+            "could get a context. Use rows with a prompt and a response."
+        )
+    *before, last = example.prompt
+    values = {**columns, "prompt": last["content"]}
+    # One pass: braces in the text of a column are text.
+    content = PLACEHOLDER.sub(lambda found: values[found[1]], template)
+    return Example((*before, {**last, "content": content}), None, example.place)
 
 
 def open_user_turn(

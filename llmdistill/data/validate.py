@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llmdistill.data.formats import to_examples
-from llmdistill.data.render import render
+from llmdistill.data.render import render, with_context
 from llmdistill.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,11 +22,15 @@ class Row:
 
     `row_id` is its place among all examples that were read, dropped ones too, from 0.  It keys the
     random draws of the row.  `response_ids` include the end token unless the response was cut.
+    `columns` are the fields of the row that the teacher reads, and `teacher_prompt_ids` is the
+    prompt with the context that only the teacher sees; None if it reads the same prompt.
     """
 
     row_id: int
     prompt_ids: list[int]
     response_ids: list[int] | None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    teacher_prompt_ids: list[int] | None = None
 
 
 @dataclass
@@ -43,6 +47,7 @@ class RowCounts:
     long_prompts_dropped: int = 0
     long_responses_dropped: int = 0
     responses_truncated: int = 0
+    long_contexts_dropped: int = 0
 
     @property
     def examples(self) -> int:
@@ -64,6 +69,8 @@ class RowCounts:
             parts.append(f"{self.long_responses_dropped} dropped: response too long")
         if self.responses_truncated:
             parts.append(f"{self.responses_truncated} responses cut")
+        if self.long_contexts_dropped:
+            parts.append(f"{self.long_contexts_dropped} dropped: the teacher's prompt too long")
         return ", ".join(parts)
 
 
@@ -73,7 +80,9 @@ class Rules:
 
     `form` is a key of `formats.FORMATS` or auto.  `needs_response` refuses rows without an answer.
     Limits are in tokens, None for no limit; `long_prompts` is drop or stop, `long_responses` is
-    cut, drop or stop.
+    cut, drop or stop.  `columns` are fields of the rows that are kept for the teacher.  `context` is
+    the template of the last message as the teacher reads it, with `{prompt}` and the names of
+    columns in braces.  Rows whose teacher's prompt exceeds `max_context_tokens` are dropped.
     """
 
     form: str = "auto"
@@ -85,6 +94,9 @@ class Rules:
     long_prompts: str = "drop"
     long_responses: str = "cut"
     skip_bad: bool = False
+    columns: tuple[str, ...] = ()
+    context: str | None = None
+    max_context_tokens: int | None = None
 
 
 def encode(
@@ -130,16 +142,14 @@ def stream(
         # The id of this row's first example: `read` has counted one for it already.
         first = counts.examples - 1
         counts.more_answers += len(encoded) - 1
-        for turn, ids in enumerate(encoded):
-            fitting = _fit(Row(first + turn, *ids), place, rules, counts)
+        for turn, one in enumerate(encoded):
+            fitting = _fit(replace(one, row_id=first + turn), place, rules, counts)
             if fitting is not None:
                 counts.kept += 1
                 yield fitting
 
 
-def _encode(
-    row: Any, place: str, tokenizer: PreTrainedTokenizerBase, rules: Rules
-) -> list[tuple[list[int], list[int] | None]]:
+def _encode(row: Any, place: str, tokenizer: PreTrainedTokenizerBase, rules: Rules) -> list[Row]:
     if isinstance(row, DataError):  # a row that its source could not read
         raise row
     examples = to_examples(row, place, form=rules.form, every_turn=rules.every_turn)
@@ -149,7 +159,30 @@ def _encode(
             f"{place}: the row has no response, but a fixed rollout trains on the responses of the "
             "dataset. End 'messages' with role 'assistant', or add 'completion' or 'output'."
         )
-    return [render(tokenizer, example, rules.template_options) for example in examples]
+    columns = {name: _column(row, name, place) for name in rules.columns}
+    rows = []
+    for example in examples:
+        ids = render(tokenizer, example, rules.template_options)
+        seen = None
+        if rules.context is not None:
+            informed = with_context(example, rules.context, columns)
+            # An empty context is the plain prompt, to the last token.
+            seen = ids[0]
+            if informed != example:
+                seen, _ = render(tokenizer, informed, rules.template_options)
+        rows.append(Row(0, *ids, columns, seen))
+    return rows
+
+
+def _column(row: dict[str, Any], name: str, place: str) -> Any:
+    """Return a field of a row that the teacher reads.  Raises DataError if it is missing."""
+    if row.get(name) is None:
+        raise DataError(
+            f"{place}: the row has no '{name}', which the teacher reads; it has "
+            f"{', '.join(map(str, row))}. Add it, map it with 'columns' of the source, or drop the "
+            "row."
+        )
+    return row[name]
 
 
 def _fit(row: Row, place: str, rules: Rules, counts: RowCounts) -> Row | None:
@@ -162,6 +195,9 @@ def _fit(row: Row, place: str, rules: Rules, counts: RowCounts) -> Row | None:
                 "data.long_prompts: drop."
             )
         counts.long_prompts_dropped += 1
+        return None
+    if row.teacher_prompt_ids and _too_long(row.teacher_prompt_ids, rules.max_context_tokens):
+        counts.long_contexts_dropped += 1
         return None
     if row.response_ids and _too_long(row.response_ids, rules.max_response_tokens):
         if rules.long_responses == "stop":

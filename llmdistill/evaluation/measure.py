@@ -12,7 +12,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -27,7 +27,7 @@ from llmdistill.models.footprint import num_bytes
 from llmdistill.models.heads import eval_mode
 from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import num_tokens
-from llmdistill.protocols import Teacher, Writes
+from llmdistill.protocols import Teacher, Writes, plain
 from llmdistill.sampling import GREEDY, Draw, Sampling, Writer
 from llmdistill.teachers.local import LocalTeacher
 
@@ -116,7 +116,7 @@ class Evaluation:
                 "Add responses, or remove the pattern."
             )
         # A teacher may train a student with other distributions than those of its model.
-        teacher = cast(Teacher, getattr(teacher, "plain", teacher))
+        teacher = plain(teacher)
         self.teacher = teacher
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
@@ -142,7 +142,8 @@ class Evaluation:
 
     def teacher_figures(self) -> dict[str, Figures]:
         """Return the teacher's figures against itself under "teacher", or {} if it is not local."""
-        if not isinstance(self.teacher, LocalTeacher):
+        # With a context of its own, the teacher is not the model that is measured here.
+        if not isinstance(self.teacher, LocalTeacher) or getattr(self.teacher, "reads_more", False):
             return {}
         with self.teacher.in_use() as model:
             return {"teacher": self._figures(model, self.reference, self._judged)}

@@ -27,11 +27,12 @@ def add_adapter(
     targets: str | Sequence[str],
     dropout: float,
     seed: int,
+    key: str = "student.peft.targets",
 ) -> PeftModel:
     """Return the model with frozen weights and a trainable LoRA adapter on the target layers.
 
-    `targets` are names of linear layers, or "all-linear" for all of them except the head.  Raises
-    ModelError if no layer has one of the names.
+    `targets` are names of linear layers, or "all-linear" for all of them except the head.  `key` is
+    the key of a recipe that sets them.  Raises ModelError if no layer has one of the names.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -54,9 +55,19 @@ def add_adapter(
             layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
             names = sorted({name.rpartition(".")[2] for name, _ in layers})
             raise ModelError(
-                f"student.peft.targets: {error} Choose among the linear layers of this model: "
-                f"{', '.join(names)}."
+                f"{key}: {error} Choose among the linear layers of this model: {', '.join(names)}."
             ) from error
+
+
+def require_plain(model: PreTrainedModel) -> None:
+    """Raise ModelError if the weights cannot be trained: they are quantised or offloaded."""
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    if offloaded or getattr(model, "is_quantized", False):
+        raise ModelError(
+            f"the weights of this {type(model).__name__} are "
+            f"{'offloaded' if offloaded else 'quantised'}, so a teacher made of it cannot be "
+            "trained. Load it without quantization and offload, or use a LocalTeacher."
+        )
 
 
 def merged_state(student: PeftModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
+from llmdistill.distributions import targets
 from llmdistill.models.chunks import CHUNK_ROWS
 from llmdistill.models.taps import Need
 from llmdistill.objectives.base import Objective
@@ -96,11 +97,18 @@ class ResponseObjective(Objective):
         """Return the sum of the weighted divergences over one micro-batch, in nats."""
         assert signal is not None
         assert signal.distribution is not None
-        teacher = signal.distribution.serve(self.chunk_size)
+        compared = [
+            (factor_N, one.serve(self.chunk_size)) for factor_N, one in targets(signal.distribution)
+        ]
 
         def position_loss(student_nV: Tensor, rows: slice) -> Tensor:
-            teacher_nV = teacher[rows].to(student_nV.device)
-            return self.divergence(student_nV, self.target(student_nV.detach(), teacher_nV))
+            losses = []
+            for factor_N, teacher in compared:
+                teacher_nV = teacher[rows].to(student_nV.device)
+                loss_n = self.divergence(student_nV, self.target(student_nV.detach(), teacher_nV))
+                losses.append(loss_n if factor_N is None else factor_N[rows].to(loss_n) * loss_n)
+            first, *others = losses
+            return sum(others, start=first)
 
         weight_N = self.token_weight(sequences)
         total, _ = chunked_sum(

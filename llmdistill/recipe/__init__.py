@@ -28,7 +28,8 @@ from llmdistill.recipe.schema import (
     StudentRecipe,
 )
 from llmdistill.recipe.sources import SourceRecipe
-from llmdistill.recipe.teachers import TeacherRecipe
+from llmdistill.recipe.teacher_groups import TeacherRecipe
+from llmdistill.recipe.teachers import Reads
 
 __all__ = [
     "CarveRecipe",
@@ -37,6 +38,7 @@ __all__ = [
     "GenerationRecipe",
     "ObjectiveRecipe",
     "PeftRecipe",
+    "Reads",
     "Recipe",
     "RolloutRecipe",
     "SourceRecipe",

@@ -62,6 +62,11 @@ class ObjectiveSection(Strict):
         """Kinds of `Need` that the objective asks of the teacher."""
         return frozenset()
 
+    needs_final_states: ClassVar[bool] = False
+    """Whether the teacher's distribution must follow from its final states by linear maps."""
+    sums_targets: ClassVar[bool] = False
+    """Whether the objective can be summed over several distributions for each token."""
+
     @property
     def ends_at_zero(self) -> bool:
         """Whether the weight is 0 at the end of a run."""
@@ -103,6 +108,7 @@ class ResponseRecipe(_OnDistributions, TakesOptions):
         "token_weight": TOKEN_WEIGHTS,
     }
 
+    sums_targets: ClassVar[bool] = True
     kind: Literal["response"] = "response"
     divergence: one_of(DIVERGENCES) = _response.divergence  # type: ignore[valid-type]
     """Divergence between the teacher's and the student's distribution of each token."""
@@ -335,6 +341,7 @@ class FlowRecipe(PktRecipe):
 class CkdRecipe(_OnDistributions):
     """Match the differences between the logits of tokens from different responses (CKD)."""
 
+    needs_final_states: ClassVar[bool] = True
     kind: Literal["ckd"] = "ckd"
     group: Literal[2, 3] = _ckd.group
     """Tokens in a tuple.  With 3, the mean of two tokens is compared with the third."""

@@ -46,6 +46,16 @@ class RolloutSection(Strict):
         return False
 
     @property
+    def teacher_writes(self) -> bool:
+        """Whether the teacher writes whole responses."""
+        return False
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether some tokens are written by another writer than the student."""
+        return True
+
+    @property
     def follows_the_loss(self) -> bool:
         """Whether the rollout needs held-out losses."""
         return False
@@ -109,6 +119,14 @@ class SampledRecipe(RolloutSection):
         return self.max_new_tokens
 
     @property
+    def teacher_writes(self) -> bool:
+        return self.by == "teacher"
+
+    @property
+    def has_labels(self) -> bool:
+        return self.by == "teacher"
+
+    @property
     def who_writes(self) -> str:
         return f"the {self.by}"
 
@@ -138,6 +156,10 @@ class ReplayRecipe(RolloutSection):
     @property
     def new_tokens(self) -> int:
         return self.rollout.new_tokens
+
+    @property
+    def has_labels(self) -> bool:
+        return False
 
     @property
     def who_writes(self) -> str:
@@ -239,6 +261,14 @@ class MixedRecipe(RolloutSection):
     @property
     def new_tokens(self) -> int:
         return max(self.student.new_tokens, self.other.new_tokens)
+
+    @property
+    def teacher_writes(self) -> bool:
+        return self.student.teacher_writes or self.other.teacher_writes
+
+    @property
+    def has_labels(self) -> bool:
+        return self.student.has_labels or self.other.has_labels
 
     @property
     def steps_both_models(self) -> bool:

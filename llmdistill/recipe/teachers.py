@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Dtype, Quantization, Strict
-from llmdistill.recipe.tables import defaults, needs
+from llmdistill.recipe.tables import Table, defaults, needs, one_of
 
 if TYPE_CHECKING:
-    from llmdistill.recipe.schema import StudentRecipe
+    from llmdistill.recipe.schema import Recipe
+    from llmdistill.recipe.students import StudentRecipe
 
+DIVERGENCES = Table("objectives/divergences.py", "DIVERGENCES")
+_online = defaults("teachers/online.py", "OnlineTeacher")
+_reflexive = defaults("teachers/reflexive.py", "ReflexiveTeacher")
 
 _pruned = defaults("teachers/pruned.py", "PrunedTeacher")
 
@@ -29,10 +34,34 @@ class Weights(NamedTuple):
     offload: bool
 
 
+class Reads(NamedTuple):
+    """What a teacher reads of a row, and the student does not; see `data.validate.Rules`."""
+
+    columns: tuple[str, ...] = ()
+    context: str | None = None
+    max_context_tokens: int | None = None
+
+
 class TeacherSection(Strict):
     """Base of all teacher sections: the properties that other code may use."""
 
     kind: str
+    writes: ClassVar[bool] = True
+    """Whether the teacher can write responses."""
+    steps: ClassVar[bool] = True
+    """Whether the teacher can take part in interleaved rollouts."""
+    is_reference: ClassVar[bool] = True
+    """Whether a student can be measured against the teacher, or against a part of it."""
+
+    @property
+    def has_final_states(self) -> bool:
+        """Whether the distribution follows from final states by linear maps."""
+        return True
+
+    @property
+    def gives_several_targets(self) -> bool:
+        """Whether a token has several distributions, or one with a factor."""
+        return False
 
     @property
     @abstractmethod
@@ -44,14 +73,55 @@ class TeacherSection(Strict):
         """Whether the teacher differs from its model in its distribution alone."""
         return False
 
+    uses_student: ClassVar[bool] = False
+    """Whether the teacher runs the student's own model."""
+
     @property
-    def weights(self) -> Weights | None:
-        """Weights that the teacher loads; None if it uses those of the student."""
+    def models(self) -> tuple[Weights, ...]:
+        """Frozen weights that the teacher loads."""
+        return ()
+
+    @property
+    def adapter(self) -> tuple[int, str | list[str]] | None:
+        """Rank and targets of an adapter that is trained in the teacher; None for none."""
         return None
+
+    @property
+    def students(self) -> tuple[StudentRecipe, ...]:
+        """Further students that are trained along."""
+        return ()
+
+    @property
+    def copies(self) -> int:
+        """Copies of the student's trained weights that the teacher keeps."""
+        return 0
+
+    @property
+    def reads(self) -> Reads | None:
+        """What the teacher reads of a row that the student does not see; None for nothing."""
+        return None
+
+    @property
+    def trains(self) -> str | None:
+        """What of the teacher is trained, in words; None for nothing."""
+        return None
+
+    @property
+    def who(self) -> str:
+        """The teacher in words, for a model card."""
+        return ""
 
     @abstractmethod
     def source(self, student: StudentRecipe) -> tuple[str, str | None]:
-        """Return the name and revision of the teacher's model."""
+        """Return the name and revision of the model whose tokenizer and template it has."""
+
+    def sources(self, student: StudentRecipe) -> tuple[tuple[str, str | None], ...]:
+        """Return the name and revision of each model that teaches."""
+        return tuple((one.model, one.revision) for one in self.models) or (self.source(student),)
+
+    def misfit(self, recipe: Recipe) -> str | None:
+        """Return why the rest of the recipe does not fit this teacher, or None if it does."""
+        return None
 
 
 class LocalTeacherRecipe(TeacherSection):
@@ -93,8 +163,8 @@ class LocalTeacherRecipe(TeacherSection):
         return needs("teachers/local.py", "LocalTeacher")
 
     @property
-    def weights(self) -> Weights:
-        return Weights(self.model, self.revision, self.dtype, self.quantization, self.offload)
+    def models(self) -> tuple[Weights, ...]:
+        return (Weights(self.model, self.revision, self.dtype, self.quantization, self.offload),)
 
     def source(self, student: StudentRecipe) -> tuple[str, str | None]:
         return self.model, self.revision
@@ -142,14 +212,173 @@ class AdapterOffTeacherRecipe(TeacherSection):
     takes no memory for a second model.  It needs `student.peft` and no `student.carve`.
     """
 
+    uses_student: ClassVar[bool] = True
     kind: Literal["adapter_off"] = "adapter_off"
 
     @property
     def provides(self) -> frozenset[str]:
         return needs("teachers/local.py", "LocalTeacher")
 
+    @property
+    def who(self) -> str:
+        return "the student's base model, with its adapter switched off"
+
     def source(self, student: StudentRecipe) -> tuple[str, str | None]:
         return student.model, student.revision
+
+    def misfit(self, recipe: Recipe) -> str | None:
+        # A carved base is a smaller model than the one that the recipe names as its teacher.
+        if recipe.student.peft is not None and recipe.student.carve is None:
+            return None
+        return (
+            "a teacher of kind adapter_off is the base model under the student's adapter. Set "
+            "'student.peft' and remove 'student.carve', or use a teacher of kind local."
+        )
+
+
+class OnlineTeacherRecipe(LocalTeacherRecipe):
+    """A teacher model on this machine that trains along (OKD).  An adapter in it learns from the
+    same forward passes as the student: it moves towards the student, and the labels hold it back.
+    The student is measured against the teacher without the adapter.  The teacher can neither be
+    quantised nor offloaded.
+    """
+
+    kind: Literal["online"] = "online"  # type: ignore[assignment]
+    alpha: float = Field(_online.alpha, ge=0, le=1)
+    """Share of the divergence from the student in the teacher's loss.  The cross-entropy of the
+    labels has the rest.  `0` trains the teacher on the labels alone.
+    """
+    tau: float = Field(_online.tau, gt=0)
+    """Temperature of both distributions in the teacher's loss, whose divergence is multiplied by
+    `tau^2`.  The student's temperature is that of its objective.
+    """
+    teacher_divergence: one_of(DIVERGENCES) = _online.teacher_divergence  # type: ignore[valid-type]
+    """Divergence in the teacher's loss, with the student's distribution as the target: `forward_kl`
+    is KL(student || teacher) (OKD), `reverse_kl` is KL(teacher || student).
+    """
+    teacher_every: int = Field(_online.teacher_every, gt=0)
+    """Number of steps after which the teacher learns again.  `1` lets it learn in each step."""
+    drift_weight: float = Field(_online.drift_weight, ge=0)
+    """Factor of KL(teacher without adapter || teacher) in the teacher's loss.  Raise it if the
+    teacher drifts away.  A value above 0 takes one more forward pass.
+    """
+    r: int = Field(_online.rank, gt=0)
+    """Rank of the teacher's adapter."""
+    targets: Literal["all-linear"] | list[str] = list(_online.targets)
+    """Names of the linear layers to adapt.  `all-linear` adapts all but the head."""
+    teacher_learning_rate: float | None = Field(None, ge=0)
+    """Learning rate of the adapter.  `null` is `training.learning_rate`."""
+
+    @property
+    def adapter(self) -> tuple[int, str | list[str]]:
+        return self.r, self.targets
+
+    @property
+    def trains(self) -> str:
+        return f"an adapter of rank {self.r} in the teacher"
+
+    @property
+    def who(self) -> str:
+        return "trained along with the student, by an adapter (OKD)"
+
+    @model_validator(mode="after")
+    def _plain_weights(self) -> OnlineTeacherRecipe:
+        if self.quantization or self.offload:
+            raise PydanticCustomError(
+                "online",
+                "a teacher of kind online is trained, which needs plain weights on one device. "
+                "Remove 'quantization' and 'offload', or use a teacher of kind local.",
+            )
+        return self
+
+    def misfit(self, recipe: Recipe) -> str | None:
+        if self.alpha < 1 and not recipe.rollout.has_labels:
+            return (
+                "with teacher.alpha below 1 the teacher also learns from labels, but the student "
+                "writes all tokens. Set 'teacher.alpha: 1', or use a rollout with other responses."
+            )
+        return None
+
+
+class ReflexiveTeacherRecipe(TeacherSection):
+    """The student as its own teacher, with a context that only the teacher reads (OPSD, SDFT), or
+    with a moving average of the student's weights.  It takes no memory for a second model, only a
+    copy of the trained weights.
+    """
+
+    uses_student: ClassVar[bool] = True
+    kind: Literal["reflexive"] = "reflexive"
+    weights: one_of(Table("teachers/reflexive.py", "WEIGHTS")) = _reflexive.weights  # type: ignore[valid-type]
+    """Weights of the teacher: `base` are those that the student starts with, `ema` is a moving
+    average of them, and `live` are those that it has now.
+    """
+    ema_rate: float = Field(_reflexive.ema_rate, gt=0, le=1)
+    """Share of the student's new weights in the moving average, after each step."""
+    context: str | None = None
+    """Text of the last message as the teacher reads it, such as `"{prompt}\\n\\nA solution:
+    {solution}"`.  `{prompt}` is the message that the student reads, and other names in braces are
+    columns of the rows.  `null` is the student's own prompt.
+    """
+    max_context_tokens: int = Field(2048, gt=0)
+    """Longest prompt of the teacher, in tokens.  Rows with a longer one are dropped and counted."""
+    export_ema: bool = False
+    """Export the moving average as the student.  It needs `weights: ema`."""
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return needs("teachers/local.py", "LocalTeacher")
+
+    @property
+    def reads(self) -> Reads | None:
+        if self.context is None:
+            return None
+        return Reads(self._columns, self.context, self.max_context_tokens)
+
+    @property
+    def copies(self) -> int:
+        return 2 if self.weights == "ema" else 1
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        names = dict.fromkeys(re.findall(r"\{(\w+)\}", self.context or ""))
+        return tuple(name for name in names if name != "prompt")
+
+    @property
+    def who(self) -> str:
+        weights = {
+            "base": "with the weights it started with",
+            "ema": "as a moving average of its weights",
+            "live": "with its current weights",
+        }
+        shown = f"the student itself, {weights.get(self.weights, '')}"
+        return f"{shown}, which also reads {', '.join(self._columns)}" if self.context else shown
+
+    def source(self, student: StudentRecipe) -> tuple[str, str | None]:
+        return student.model, student.revision
+
+    @model_validator(mode="after")
+    def _its_keys_fit(self) -> ReflexiveTeacherRecipe:
+        wrong = None
+        if self.context is not None and ("{prompt}" not in self.context or not self._columns):
+            wrong = (
+                "'context' needs {prompt} and the name of at least one column in braces, as in "
+                '"{prompt}\n\nA solution: {solution}"'
+            )
+        elif self.export_ema and self.weights != "ema":
+            wrong = "'export_ema' needs 'weights: ema'"
+        if wrong:
+            raise PydanticCustomError("reflexive", "{wrong}", {"wrong": wrong})
+        return self
+
+    def misfit(self, recipe: Recipe) -> str | None:
+        uses = any(one.teacher_needs for one in recipe.objectives)
+        if uses and self.weights == "live" and self.context is None:
+            return (
+                "the teacher is the student itself with the same weights and the same prompt, so "
+                "there is nothing to learn from it. Set 'teacher.context', use 'teacher.weights: "
+                "ema' or 'base', or use objectives that need no teacher."
+            )
+        return None
 
 
 # A plain discriminator field would refuse `teacher: {model: ...}`, which means a local teacher.
@@ -158,11 +387,3 @@ def kind_or_local(given: Any) -> str:
     if isinstance(given, Mapping):
         return str(given.get("kind", "local"))
     return getattr(given, "kind", "local")
-
-
-TeacherRecipe = Annotated[
-    Annotated[LocalTeacherRecipe, Tag("local")]
-    | Annotated[PrunedTeacherRecipe, Tag("pruned")]
-    | Annotated[AdapterOffTeacherRecipe, Tag("adapter_off")],
-    Discriminator(kind_or_local),
-]

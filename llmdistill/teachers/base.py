@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor, nn
@@ -38,7 +39,13 @@ class TrainableTeacher(nn.Module, abc.ABC):
     config: PreTrainedConfig | None = None
     """The configuration of its model; required if it provides inner states."""
     weight: float | Schedule = 1.0
-    """Factor on the mean of the teacher's loss: a number, or a schedule over the run."""
+    """Factor on the mean of the teacher's loss: a number, or a schedule over the run.
+
+    In a step with weight 0 the teacher does not learn: its loss is not computed, and its parameters
+    stay as they are.
+    """
+    learning_rate: float | None = None
+    """Learning rate of its parameters; None is that of the student."""
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever `mode` is: dropout would make the targets noisy."""
@@ -54,6 +61,9 @@ class TrainableTeacher(nn.Module, abc.ABC):
 
         `signal` has gradients, and `student` is detached.
         """
+
+    def watch(self, figures: Mapping[str, float]) -> None:
+        """Look at the means of a log line, such as the teacher's own figures; it may warn."""
 
     def divisor(self, sequences: Sequences) -> Tensor:
         """Return what this batch adds to the divisor of the step: (), an integer tensor."""

@@ -2,56 +2,152 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmdistill.data.validate import Row
+from llmdistill.errors import RecipeError
+from llmdistill.models.build import build_student
+from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.protocols import Teacher
+from llmdistill.recipe import teacher_groups as groups
 from llmdistill.recipe import teachers as sections
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
+from llmdistill.teachers.ensemble import EnsembleTeacher
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.teachers.mutual import MutualTeacher
+from llmdistill.teachers.online import OnlineTeacher
 from llmdistill.teachers.pruned import PrunedTeacher
+from llmdistill.teachers.reflexive import ReflexiveTeacher
+from llmdistill.teachers.routed import CurriculumTeacher, RoutedTeacher, token_balance
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def build_teacher(
-    section: sections.TeacherRecipe,
-    student: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Teacher:
+@dataclass(frozen=True)
+class Parts:
+    """What a teacher may be made of, besides its own models.
+
+    `student` is None until it is loaded; a section whose `uses_student` is True is built after it.
+    `train` and `held` are the rows to train on and to measure on.  `sample` is the text by which a
+    model is carved: ids and mask, (B, T) each.
+    """
+
+    student: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    train: Sequence[Row] = ()
+    held: Sequence[Row] = ()
+    sample: tuple[Tensor, Tensor] | None = None
+    device: str | None = None
+    seed: int = 0
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows."""
+        return (*self.train, *self.held)
+
+
+def build_teacher(section: groups.TeacherRecipe, parts: Parts | None = None) -> Teacher:
     """Return the teacher that a section of a recipe describes.
 
-    `student` and its `tokenizer` are needed only for sections whose `weights` are None, because
-    these teachers use the student's own weights.
+    Raises RecipeError if a row names a teacher that is not listed.
     """
-    return _BUILDERS[type(section)](section, student, tokenizer)
+    return _BUILDERS[type(section)](section, parts or Parts())
 
 
 def load_teacher(section: sections.LocalTeacherRecipe) -> LocalTeacher:
     """Load the model of a section onto this machine, and return it as a teacher."""
-    return LocalTeacher.load(section.model, **section.model_dump(exclude={"kind", "model"}))
+    return LocalTeacher.load(section.model, **section.model_dump(include=_LOADING))
 
 
-def _local(section: sections.LocalTeacherRecipe, *_: Any) -> Teacher:
+# The keys of kind `local` other than the model's name.
+_LOADING = set(sections.LocalTeacherRecipe.model_fields) - {"kind", "model"}
+
+
+def _local(section: sections.LocalTeacherRecipe, _: Parts) -> Teacher:
     return load_teacher(section)
 
 
-def _pruned(section: sections.PrunedTeacherRecipe, *_: Any) -> Teacher:
+def _pruned(section: sections.PrunedTeacherRecipe, _: Parts) -> Teacher:
     added = section.model_dump(include={"share", "pruned_weight"})
-    loaded = LocalTeacher.load(
-        section.model, **section.model_dump(exclude={"kind", "model", *added})
+    return PrunedTeacher.of(load_teacher(section), **added)
+
+
+def _adapter_off(_: sections.AdapterOffTeacherRecipe, parts: Parts) -> Teacher:
+    return AdapterOffTeacher(parts.student, parts.tokenizer)
+
+
+def _online(section: sections.OnlineTeacherRecipe, parts: Parts) -> Teacher:
+    model = load_model(section.model, **section.model_dump(include=_LOADING))
+    options = section.model_dump(exclude={"kind", "model", "r", *_LOADING})
+    tokenizer = load_tokenizer(section.model, revision=section.revision)
+    return OnlineTeacher(model, tokenizer, rank=section.r, seed=parts.seed, **options)
+
+
+def _reflexive(section: sections.ReflexiveTeacherRecipe, parts: Parts) -> Teacher:
+    prompts = None
+    if section.context is not None:
+        prompts = {row.row_id: row.teacher_prompt_ids or row.prompt_ids for row in parts.rows}
+    return ReflexiveTeacher(
+        parts.student,
+        parts.tokenizer,
+        weights=section.weights,
+        ema_rate=section.ema_rate,
+        export_ema=section.export_ema,
+        prompts=prompts,
     )
-    return PrunedTeacher.of(loaded, **added)
 
 
-def _adapter_off(_: sections.AdapterOffTeacherRecipe, student: Any, tokenizer: Any) -> Teacher:
-    return AdapterOffTeacher(student, tokenizer)
+def _ensemble(section: groups.EnsembleTeacherRecipe, _: Parts) -> Teacher:
+    teachers = [load_teacher(one) for one in section.teachers]
+    return EnsembleTeacher(teachers, **section.model_dump(exclude={"kind", "teachers"}))
+
+
+def _route(section: groups.RouteTeacherRecipe, parts: Parts) -> Teacher:
+    names = [one.name for one in section.teachers]
+    route = {row.row_id: row.columns[section.column] for row in parts.rows}
+    unknown = sorted({str(name) for name in route.values() if name not in names})
+    if unknown:
+        raise RecipeError(
+            f"teacher.column: rows have '{unknown[0]}' in their column '{section.column}', but no "
+            f"teacher has this name. The teachers are: {', '.join(names)}. Add a teacher, or "
+            "change the rows."
+        )
+    balance = token_balance(parts.train, route) if section.token_balance else None
+    if balance is not None:
+        balance = {name: balance.get(name, 1.0) for name in names}
+    teachers = {one.name: load_teacher(one) for one in section.teachers}
+    return RoutedTeacher(teachers, route, balance=balance)
+
+
+def _curriculum(section: groups.CurriculumTeacherRecipe, parts: Parts) -> Teacher:
+    teachers = {str(place): load_teacher(one) for place, one in enumerate(section.teachers, 1)}
+    return CurriculumTeacher(teachers, parts.train, pace_from=section.pace_from)
+
+
+def _mutual(section: groups.MutualTeacherRecipe, parts: Parts) -> Teacher:
+    assert parts.sample is not None
+    peers = [
+        build_student(one, base=None, sample=parts.sample, device=parts.device, seed=parts.seed)
+        for one in section.peers
+    ]
+    options = section.model_dump(include={"divergence", "temperature", "ce_weight"})
+    name, revision = section.peers[0].model, section.peers[0].revision
+    return MutualTeacher(peers, load_tokenizer(name, revision=revision), **options)
 
 
 # One builder for each section; a new teacher adds a line here.
-_BUILDERS: dict[type, Callable[[Any, Any, Any], Teacher]] = {
+_BUILDERS: dict[type, Callable[[Any, Parts], Teacher]] = {
     sections.LocalTeacherRecipe: _local,
     sections.PrunedTeacherRecipe: _pruned,
     sections.AdapterOffTeacherRecipe: _adapter_off,
+    sections.OnlineTeacherRecipe: _online,
+    sections.ReflexiveTeacherRecipe: _reflexive,
+    groups.EnsembleTeacherRecipe: _ensemble,
+    groups.RouteTeacherRecipe: _route,
+    groups.CurriculumTeacherRecipe: _curriculum,
+    groups.MutualTeacherRecipe: _mutual,
 }

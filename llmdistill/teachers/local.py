@@ -109,6 +109,10 @@ class LocalTeacher:
     @torch.no_grad()
     def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
         """Score the predicted tokens with one forward pass, which keeps only what is needed."""
+        return self.score(sequences, needs)
+
+    def score(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
+        """Do the same as `judge`, with gradients if they are on."""
         with self.in_use() as model:
             seen = read(model, sequences.to(self.device), self.num_tokens, needs)
         dense = Dense(seen.hidden_NH, seen.head) if Need.DISTRIBUTION in needs else None

@@ -12,7 +12,8 @@ from llmdistill.errors import TrainingError
 from llmdistill.models.layers import decoder_layers
 from llmdistill.models.taps import STATES, Need, layers_seen_inside
 from llmdistill.objectives.base import Objective
-from llmdistill.protocols import Rollout, steps_both_models
+from llmdistill.protocols import Rollout, Teacher, steps_both_models
+from llmdistill.teachers.reflexive import ReflexiveTeacher
 from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def compile_layers(trainer: DistillTrainer) -> None:
         # Accelerate would compile the whole step, and fail on it.
         trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         needs = model.student_needs
-        # An AdapterOffTeacher runs the student's own layers, so its hooks are on them, too.
+        # A teacher may run the student's own layers, so its hooks are on them, too.
         if getattr(model.teacher, "model", None) is model.student:
             needs = needs | model.teacher_needs
         plain = layers_seen_inside(model.student, needs)
@@ -97,7 +98,7 @@ def is_sharded(trainer: DistillTrainer) -> bool:
     return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
 
-def check_sharding(rollout: Rollout, *, sharded: bool, requested: bool) -> None:
+def check_sharding(rollout: Rollout, teacher: Teacher, *, sharded: bool, requested: bool) -> None:
     """Raise TrainingError if sharding was requested but not done, or cannot work.
 
     `sharded` is whether Accelerate has sharded the model, `requested` whether `args.fsdp` is set.
@@ -107,6 +108,11 @@ def check_sharding(rollout: Rollout, *, sharded: bool, requested: bool) -> None:
             "interleaved rollouts do not work with FSDP or ZeRO-3: ranks run different numbers of "
             "forward passes and would deadlock. Train with DDP or ZeRO-2, or use "
             "rollout.kind: sampled."
+        )
+    if sharded and isinstance(teacher, ReflexiveTeacher):
+        raise TrainingError(
+            "a ReflexiveTeacher gives the student other weights while it runs, which does not work "
+            "with FSDP or ZeRO-3, because they are sharded. Train with DDP or ZeRO-2."
         )
     # On a CPU Accelerate accepts `fsdp` and trains with DDP without a warning.
     if requested and not sharded:

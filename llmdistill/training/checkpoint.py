@@ -2,7 +2,7 @@
 
     model.safetensors, config.json, tokenizer ...   the student
     objectives.safetensors                          parameters of objectives (projectors), if any
-    teacher.safetensors                             parameters of a trainable teacher
+    teacher.safetensors                             weights of a teacher that changes, if any
     rollout.json, or rollout_0.json ...             state of each rank's rollout, if it has any
 
 Trainer adds the optimizer, the scheduler, the random state and its own state.  This package writes
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmdistill.errors import CheckpointError
 from llmdistill.models.adapters import merged_state
-from llmdistill.protocols import Rollout, Stateful
+from llmdistill.protocols import Follows, Rollout, Stateful, Teacher
 from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 STUDENT_PREFIX = "student."
 # Trained parts of `Distillation` other than the student, and the file of each.
-PARTS = {"objectives": "objectives.safetensors", "trained_teacher": "teacher.safetensors"}
+TEACHER_FILE = "teacher.safetensors"
+PARTS = {"objectives": "objectives.safetensors", "trained_teacher": TEACHER_FILE}
 
 # Files of a checkpoint that only resuming needs.  The Hub gets the student without them.
 TRAINING_ONLY = [
@@ -74,6 +75,8 @@ def save_parts(
     distillation: Distillation, folder: Path, state: dict[str, Tensor] | None = None
 ) -> None:
     """Write one file for each trained part other than the student, if it has any tensors."""
+    if isinstance(distillation.teacher, Follows) and (kept := distillation.teacher.state_dict()):
+        safetensors.torch.save_file(kept, folder / TEACHER_FILE)
     state = distillation.state_dict() if state is None else state
     frozen = _frozen_teacher(distillation)
     for part, file in PARTS.items():
@@ -112,17 +115,13 @@ def load(distillation: Distillation, folder: Path) -> None:
     Raises CheckpointError if a file or a weight is missing, damaged or unexpected.
     """
     _load_student(distillation.student, folder)
+    _load_follower(distillation.teacher, folder)
     frozen = _frozen_teacher(distillation)
     for part, file in PARTS.items():
         wanted = [k for k in distillation.state_dict() if k.startswith(f"{part}.")]
         if not (wanted := [name for name in wanted if name not in frozen]):
             continue
-        if not (folder / file).is_file():
-            raise CheckpointError(
-                f"{folder} has no {file}, but this run has weights to load from it. Resume from "
-                "another checkpoint, or use the recipe that this one was made with."
-            )
-        found = _read(folder, file)
+        found = _read_part(folder, file)
         module = getattr(distillation, part)
         live = module.state_dict(keep_vars=True)
         loaded = {id(tensor) for name, tensor in live.items() if name in found}
@@ -131,6 +130,25 @@ def load(distillation: Distillation, folder: Path) -> None:
         missing = [name for name in names if id(live[name]) not in loaded]
         unexpected = module.load_state_dict(found, strict=False).unexpected_keys
         _refuse_unfit(folder / file, missing, unexpected)
+
+
+def _load_follower(teacher: Teacher, folder: Path) -> None:
+    """Load the weights of a teacher that follows the student, if it has any."""
+    if isinstance(teacher, Follows) and (wanted := teacher.state_dict()):
+        found = _read_part(folder, TEACHER_FILE)
+        missing, unexpected = sorted(wanted.keys() - found), sorted(found.keys() - wanted)
+        _refuse_unfit(folder / TEACHER_FILE, missing, unexpected)
+        teacher.load_state_dict(found)
+
+
+def _read_part(folder: Path, file: str) -> dict[str, Tensor]:
+    """Return the tensors of a part's file.  Raises CheckpointError if it is missing or damaged."""
+    if not (folder / file).is_file():
+        raise CheckpointError(
+            f"{folder} has no {file}, but this run has weights to load from it. Resume from "
+            "another checkpoint, or use the recipe that this one was made with."
+        )
+    return _read(folder, file)
 
 
 def load_rollout(rollout: Rollout, folder: Path, rank: int | None) -> None:

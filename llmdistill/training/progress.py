@@ -1,4 +1,4 @@
-"""Callbacks of a run: a progress bar, metrics.jsonl, and the time that steps take."""
+"""Callbacks of a run: a progress bar, metrics.jsonl, the time of steps, and what follows a step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+
+from llmdistill.protocols import Follows
 
 
 class ProgressBar(TrainerCallback):
@@ -48,6 +50,16 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class AfterStep(TrainerCallback):
+    """Lets a teacher that follows the student know that a step is done."""
+
+    def __init__(self, teacher: Follows) -> None:
+        self.teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.teacher.after_step()
 
 
 class StepClock(TrainerCallback):

@@ -6,7 +6,9 @@ writes them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +148,19 @@ class StudentTrainer(Trainer):
         Raises:
             ModelError: `merge_adapter` is True, but the adapter is not plain LoRA.
         """
-        # Gathering sharded weights is a collective call, so every rank has to make it.
-        state = self.accelerator.get_state_dict(self.model_wrapped)
-        if self.args.should_save:
-            save = checkpoint.save_merged if self.merge_adapter else checkpoint.save_student
-            save(self.model, Path(folder), state)
+        with self.exported():
+            # Gathering sharded weights is a collective call, so every rank has to make it.
+            state = self.accelerator.get_state_dict(self.model_wrapped)
+            if self.args.should_save:
+                save = checkpoint.save_merged if self.merge_adapter else checkpoint.save_student
+                save(self.model, Path(folder), state)
+
+    def exported(self) -> AbstractContextManager[None]:
+        """Return a context in which the student has the weights that are exported.
+
+        They are its own, unless the teacher keeps others for the export, such as an average.
+        """
+        return getattr(self.model.teacher, "exported", contextlib.nullcontext)()
 
     # ---- the Hub: the student alone ----
 

@@ -26,7 +26,7 @@ from llmdistill.models.heads import check_split
 from llmdistill.models.taps import STATES, Need, check_taps
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.objectives.base import Objective
-from llmdistill.protocols import Progress, Teacher
+from llmdistill.protocols import Progress, Teacher, plain
 from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.schedules import value
 from llmdistill.teachers.base import TrainableTeacher
@@ -77,6 +77,7 @@ class Distillation(nn.Module):
         teacher: Teacher,
         objectives: Sequence[Objective],
         tokenizer: PreTrainedTokenizerBase,
+        measured_against: Teacher | None = None,
     ) -> None:
         super().__init__()
         check_split(student)
@@ -84,8 +85,10 @@ class Distillation(nn.Module):
         self.student = student
         self.objectives = nn.ModuleList(objectives)
         self.trained_teacher = teacher if isinstance(teacher, TrainableTeacher) else None
+        self._teacher_learns = False
         # nn.Module registers a module in an attribute as its own part, but not one in a list.
         self._teacher = [teacher]
+        self._measured_against = [plain(teacher) if measured_against is None else measured_against]
         self.tokenizer = tokenizer
         self.num_tokens = num_tokens(tokenizer)
         teacher_config = getattr(teacher, "config", None)
@@ -119,22 +122,43 @@ class Distillation(nn.Module):
         teacher's own term last.  Without it the micro-batch counts as the whole step, and weights
         are those of the first step.
         """
+        divisors_K = self.divisors(sequences)
         if scales_K is None:
-            scales_K = self.scales(self.divisors(sequences), START)
-        signal = teacher_signal(self.teacher, sequences, self.num_tokens, self.teacher_needs)
+            scales_K = self.scales(divisors_K, START)
+        trained = self.trained_teacher
+        # In an evaluation the teacher is one that stays as it is, so that losses can be compared.
+        learns = self.training and trained is not None and bool(scales_K[-1])
+        teacher = self.teacher if self.training else self._measured_against[0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            signal = teacher_signal(teacher, sequences, self.num_tokens, self.teacher_needs)
         student = read(self.student, sequences, self.num_tokens, self.student_needs)
         # Gradients do not cross: objectives train the student alone, and the teacher's own loss
         # trains the teacher alone.
         seen = None if signal is None else signal.detach()
         sums: list[LossSum] = [one(student, seen, sequences) for one in self.objectives]
-        if self.trained_teacher is not None:
-            sums.append(self.trained_teacher(student.detach(), signal, sequences))
+        if learns and trained is not None:
+            sums.append(trained(student.detach(), signal, sequences))
         loss = torch.zeros((), device=scales_K.device)
-        for scale, (total, _) in zip(scales_K, sums, strict=True):
-            loss = loss + scale * total
-        divisors = self.divisors(sequences)
-        columns = zip(self.term_names, sums, divisors, strict=True)
-        return StepOutput(loss, {name: (s.total.detach(), count) for name, s, count in columns})
+        for scale, one in zip(scales_K, sums, strict=False):
+            loss = loss + scale * one.total
+        if self.training and trained is not None and not learns:
+            # DDP waits for a gradient of every parameter; the trainer drops these zeros.
+            loss = loss + sum(0.0 * p.sum() for p in trained.parameters() if p.requires_grad)
+        self._teacher_learns = learns
+        columns = zip(self.term_names, sums, divisors_K, strict=False)
+        terms = {name: (one.total.detach(), count) for name, one, count in columns}
+        for one in sums:
+            terms |= one.figures
+        return StepOutput(loss, terms)
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the last step must not change.
+
+        They are those of a trained teacher whose weight was 0 in that step.
+        """
+        if self.trained_teacher is None or self._teacher_learns:
+            return []
+        return [p for p in self.trained_teacher.parameters() if p.requires_grad]
 
     @property
     def _terms(self) -> list[Any]:
@@ -194,12 +218,17 @@ class Distillation(nn.Module):
     @property
     def learning_rates(self) -> dict[str, float]:
         """Learning rates of parameters that do not have the student's, by name in this module."""
-        return {
+        rates = {
             f"objectives.{place}.{name}": one.projector_learning_rate
             for place, one in enumerate(self.objectives)
             if isinstance(one, Objective) and one.projector_learning_rate is not None
             for name, _ in one.named_parameters()
         }
+        trained = self.trained_teacher
+        if trained is not None and trained.learning_rate is not None:
+            names = (f"trained_teacher.{name}" for name, _ in trained.named_parameters())
+            rates |= dict.fromkeys(names, trained.learning_rate)
+        return rates
 
     def parameter_groups(self) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
         """Yield each owner with its trainable parameters, by their names in this module.

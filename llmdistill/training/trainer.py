@@ -25,12 +25,12 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from llmdistill.batch import Prompts
-from llmdistill.data.collate import ByLength, EncodedRows, PromptDataset, collate
+from llmdistill.data.collate import EncodedRows, PromptDataset, collate
 from llmdistill.errors import RecipeError, TrainingError
 from llmdistill.models.heads import num_rows, unwrap_adapters
 from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.base import Objective
-from llmdistill.protocols import Progress, Rollout, Teacher
+from llmdistill.protocols import Follows, Progress, Rollout, Teacher
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.training.arguments import (
     check_arguments,
@@ -41,6 +41,8 @@ from llmdistill.training.arguments import (
 )
 from llmdistill.training.groups import GroupedTrainer
 from llmdistill.training.guards import stop_if_not_finite
+from llmdistill.training.order import order
+from llmdistill.training.progress import AfterStep
 from llmdistill.training.step import Distillation
 from llmdistill.training.tally import Tally
 
@@ -69,6 +71,7 @@ class DistillTrainer(GroupedTrainer):
         optimizers: Optimizer and scheduler; each None is built from `args`.
         model_card: Text of the README.md that a push to the Hub uploads.  None uploads none.
         merge_adapter: Whether `export_student` merges a LoRA adapter into its base model.
+        measured_against: Teacher of the held-out loss.  None is `teacher`, or its `plain` one.
 
     Raises:
         RecipeError: There are no objectives, the teacher has no tokenizer, or the teacher does not
@@ -98,6 +101,7 @@ class DistillTrainer(GroupedTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         model_card: str | None = None,
         merge_adapter: bool = True,
+        measured_against: Teacher | None = None,
     ) -> None:
         if teacher.tokenizer is None:
             raise RecipeError(
@@ -116,7 +120,9 @@ class DistillTrainer(GroupedTrainer):
         # the fork leaves the caller's generator as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            distillation = Distillation(student, teacher, objectives, processing_class)
+            distillation = Distillation(
+                student, teacher, objectives, processing_class, measured_against
+            )
         super().__init__(
             model=distillation,
             args=forced(args, distillation),
@@ -129,18 +135,20 @@ class DistillTrainer(GroupedTrainer):
         )
         # Trainer overwrites use_cache with args.use_cache, and the export would save that value.
         student.config.use_cache = use_cache
-        check_sharding(rollout, sharded=is_sharded(self), requested=bool(self.args.fsdp))
+        if isinstance(teacher, Follows):
+            self.add_callback(AfterStep(teacher))
+        check_sharding(rollout, teacher, sharded=is_sharded(self), requested=bool(self.args.fsdp))
         check_arguments(self.args, distillation)
         compile_layers(self)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """Group rows by length if `args` asks for it: Trainer cannot see how long they are."""
+        """Let a curriculum choose the order of rows, or group them by length if `args` asks for it.
+
+        Trainer cannot see how long rows are.
+        """
         rows = self.train_dataset if train_dataset is None else train_dataset
-        by_length = self.args.train_sampling_strategy == "group_by_length"
-        if not by_length or not isinstance(rows, PromptDataset):
-            return super()._get_train_sampler(train_dataset)
-        window = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return ByLength(rows, window, seed=self.args.seed)
+        chosen = order(rows, self.args, self.teacher)
+        return super()._get_train_sampler(train_dataset) if chosen is None else chosen
 
     # ---- who writes: the responses of an accumulation window, and the divisors of its step ----
 
@@ -234,6 +242,8 @@ class DistillTrainer(GroupedTrainer):
 
         This is Trainer's last call before the update.
         """
+        for parameter in self.model.idle_parameters():
+            parameter.grad = None  # a zero would still move it, by the optimizer's momentum
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss = torch.as_tensor(self._step_loss, device=self.args.device)
         # The scaler of float16 expects overflows: it skips such a step and lowers its scale.
@@ -247,6 +257,8 @@ class DistillTrainer(GroupedTrainer):
         if "loss" in logs:  # a line about training, not about an evaluation
             logs.update(self._tally.figures(self.accelerator))
             logs.update(_scheduled_weights(self))
+            if self.model.trained_teacher is not None:
+                self.model.trained_teacher.watch(logs)
         super().log(logs, start_time)
 
 

@@ -15,7 +15,12 @@ from llmdistill.recipe.rollouts import RolloutSection
 from llmdistill.rollouts.build import _BUILDERS as ROLLOUTS
 from llmdistill.teachers.build import _BUILDERS as TEACHERS
 
-REQUIRED: dict[str, Any] = {}  # by the name of the field, for example {"of": "response"}
+# By the name of the field.  Models are those of `recipe`; tests put real ones in their place.
+REQUIRED: dict[str, Any] = {
+    "teachers": [{"model": "t", "name": "a"}, {"model": "t", "name": "b"}],
+    "peers": [{"model": "s"}, {"model": "s"}],
+    "column": "input",
+}
 NEW_TOKENS = 5
 
 
@@ -25,6 +30,8 @@ def _variants(sections: dict[type, Any]) -> Iterator[dict[str, Any]]:
         fields = section.model_fields
         given = {"kind": fields["kind"].default}
         given |= {name: value for name, value in REQUIRED.items() if name in fields}
+        if "teachers" in given and "column" not in given:  # their teachers have no names
+            given["teachers"] = [{"model": one["model"]} for one in given["teachers"]]
         yield given
         for field, table in section.CHOICES.items():
             others = (name for name in table.entries if name != fields[field].default)

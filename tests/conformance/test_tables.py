@@ -132,7 +132,7 @@ def test_an_unknown_format_is_named_with_a_suggestion():
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_every_quantization_may_be_said_and_has_a_size(kind):
     teacher = {"model": "t", "quantization": kind}
-    assert entries.recipe(teacher=teacher).teacher.weights.quantization == kind
+    assert entries.recipe(teacher=teacher).teacher.models[0].quantization == kind
     assert 0 < QUANTIZATIONS[kind].bytes_per_weight < 2
 
 
