@@ -40,6 +40,7 @@ from llmdistill.protocols import Exports, Teacher
 from llmdistill.publish.card import model_card
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts.build import build_rollout
+from llmdistill.run_folder import Start, start_of
 from llmdistill.teachers.build import Parts, build_teacher, load_teacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.progress import MetricsFile, ProgressBar
@@ -87,6 +88,8 @@ def distill(
 ) -> Result:
     """Run a recipe: load, measure, train, measure, export.
 
+    A recipe may consist of several runs in their own folders, such as a chain of assistants.
+
     Args:
         recipe: A recipe from `load_recipe`.
         resume: Continue from the newest checkpoint in the run folder.
@@ -95,21 +98,44 @@ def distill(
         show_progress: Show a progress bar of the training steps on stderr.
 
     Raises:
-        CheckpointError: The run folder is not empty, and neither `resume` nor `overwrite` is set.
+        CheckpointError: A run folder is not empty, and neither `resume` nor `overwrite` is set.
     """
-    folder = Path(recipe.output)
-    arguments = training_arguments(recipe, folder, resume=resume)
+    stages = recipe.stages
+    starts = [Start(resume, overwrite)]
+    if len(stages) > 1:
+        starts = [start_of(Path(stage.output), starts[0]) for stage in stages]
+        PartialState().wait_for_everyone()  # no rank may write before all have looked
     with PartialState().main_process_first():
         if PartialState().is_main_process:
-            run_folder.check(folder, resume=resume, overwrite=overwrite)
-    checkpoint = _newest_checkpoint(folder) if resume else None
+            for stage, start in zip(stages, starts, strict=True):
+                start.check(Path(stage.output))
+    result = Result(Path(recipe.output))
+    for number, (stage, start) in enumerate(zip(stages, starts, strict=True), start=1):
+        last = number == len(stages)
+        if not (start.runs or last):
+            logger.info("run %d of %d is finished: %s", number, len(stages), stage.output)
+            continue
+        if len(stages) > 1:
+            logger.info("run %d of %d: %s", number, len(stages), stage.output)
+        # The record and the card of the last run are those of the whole recipe.
+        result = _run(stage, recipe if last else stage, start, show_progress=show_progress)
+    return result
+
+
+def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> Result:
+    """Do one run of a recipe.  `told` is the recipe that its record and its card show."""
+    recipe, folder = stage, Path(stage.output)
+    arguments = training_arguments(recipe, folder, resume=start.resume)
+    checkpoint = _newest_checkpoint(folder) if start.resume else None
     tokenizer = load_student_tokenizer(recipe)
     if recipe.generate is not None:
         logger.info("generating the dataset %s", recipe.generate.output)
         generate(recipe.generate, resume=True)
     train, held = load_data(recipe, tokenizer)
     teacher, student = load_pair(recipe, tokenizer, train, held)
-    against = load_teacher(recipe.evaluate.against) if recipe.evaluate.against else None
+    against = None
+    if recipe.evaluate.against not in (None, recipe.teacher):
+        against = load_teacher(recipe.evaluate.against)
     evaluation = _evaluation(recipe, against or teacher, held)
     before: Measurement | None = None
     reference: PromptDataset | None = None
@@ -119,7 +145,7 @@ def distill(
     trainer = build_trainer(
         recipe, arguments, teacher, student, tokenizer, train, reference, against
     )
-    _begin(recipe, folder, overwrite=overwrite)
+    _begin(told, folder, overwrite=start.overwrite)
     for callback in _callbacks(recipe, folder, show_progress=show_progress):
         trainer.add_callback(callback)
     logger.info("training on responses of %s", recipe.rollout.who_writes)
@@ -132,9 +158,9 @@ def distill(
         if evaluation is not None and before is not None:
             logger.info("measuring the student after training")
             with trainer.exported():
-                after = evaluation.measure(student)
+                after = evaluation.measure(trainer.model.exported)
             result = _write_evaluation(folder, evaluation, before, after)
-        _publish(recipe, trainer, result)
+        _publish(told, trainer, result)
     PartialState().wait_for_everyone()
     if arguments.push_to_hub:
         trainer.push_to_hub()

@@ -15,6 +15,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from llmdistill.errors import CheckpointError
 
@@ -23,6 +24,30 @@ RECORD = "recipe.yaml"
 REPLACED = ".replaced"
 
 logger = logging.getLogger("llmdistill")
+
+
+class Start(NamedTuple):
+    """How a run begins; `runs` is False for one that is finished and need not be repeated."""
+
+    resume: bool
+    overwrite: bool
+    runs: bool = True
+
+    def check(self, folder: Path) -> None:
+        """Raise CheckpointError if the folder of the run cannot be used in this way."""
+        if self.runs:
+            check(folder, resume=self.resume, overwrite=self.overwrite)
+
+
+def start_of(folder: Path, asked: Start) -> Start:
+    """Return how one of several runs begins, if the recipe is started in the way `asked`."""
+    if not asked.resume:
+        return asked
+    if (folder / "student" / "README.md").is_file():  # written last
+        return Start(True, False, runs=False)
+    if any((folder / "checkpoints").glob("checkpoint-*")):
+        return asked
+    return Start(False, overwrite=is_used(folder))
 
 
 def is_used(folder: Path, *, record: str = RECORD) -> bool:

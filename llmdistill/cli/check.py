@@ -57,6 +57,7 @@ def check(
         console.print(
             f"             held out {len(held)} rows (usable: {held.counts})", highlight=False
         )
+    _models(loaded)
     _compared(loaded)
     console.print("example      the student is trained on the tokens in brackets:\n")
     console.print(_marked(train.head(1)[0], tokenizer, written=not loaded.rollout.takes_data))
@@ -89,6 +90,36 @@ def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
     verdict = "the same tokens" if same else "different tokens, so this pair cannot be trained"
     console.print(f"template     teacher and student render {verdict}")
     return student, same and found.match is not VocabularyMatch.DIFFERENT
+
+
+def _models(recipe: Recipe) -> None:
+    """Print what is loaded where, what is trained, and the runs of a recipe of several runs."""
+    from llmdistill.cli.show import console
+    from llmdistill.models.load import default_device
+
+    here = "cpu" if recipe.training.get("use_cpu") else str(default_device())
+
+    def line(label: str, text: str) -> None:
+        console.print(f"{label:12} {text}", soft_wrap=True, markup=False, highlight=False)
+
+    for place, one in enumerate(recipe.teacher.models):
+        kept = [one.dtype, one.quantization, "layers in CPU memory" if one.offload else None]
+        form = ", ".join(part for part in kept if part)
+        line("" if place else "teacher", f"{one.model} on {one.device or here} ({form})")
+    if recipe.teacher.who:
+        line("" if recipe.teacher.models else "teacher", recipe.teacher.who)
+    if recipe.evaluate.against is not None:
+        line("measured", f"against {recipe.evaluate.against.model}")
+    student = recipe.student
+    trained = "all weights" if student.peft is None else f"an adapter of rank {student.peft.r}"
+    carved = ", carved" if student.carve is not None else ""
+    line("student", f"{student.model}{carved} on {here} ({student.dtype})")
+    more = f", and {recipe.teacher.trains}" if recipe.teacher.trains else ""
+    line("trained", f"{trained} of the student{more}")
+    if len(recipe.stages) > 1:
+        for place, stage in enumerate(recipe.stages, start=1):
+            taught = ", ".join(name for name, _ in stage.teacher_sources)
+            line(f"run {place}", f"{taught} teaches {stage.student.model} in {stage.output}")
 
 
 def _compared(recipe: Recipe) -> None:

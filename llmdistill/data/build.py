@@ -30,7 +30,8 @@ def build_rows(
     """Return rows to train on and rows to measure on; the latter are None if the recipe has none.
 
     `needs_response` refuses training rows without an answer.  `seed` chooses the copies of rows in
-    a weighted source.  `reads` names what the teacher reads of a row.  No row id is in both.  Raises RecipeError or DataError if the rows cannot be used.
+    a weighted source.  `reads` names what the teacher reads of a row.  Row ids are unique.
+    Raises RecipeError or DataError if the rows cannot be used.
     """
     rules = _rules(section, needs_response=needs_response)
     if reads is not None:

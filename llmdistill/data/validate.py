@@ -80,8 +80,8 @@ class Rules:
 
     `form` is a key of `formats.FORMATS` or auto.  `needs_response` refuses rows without an answer.
     Limits are in tokens, None for no limit; `long_prompts` is drop or stop, `long_responses` is
-    cut, drop or stop.  `columns` are fields of the rows that are kept for the teacher.  `context` is
-    the template of the last message as the teacher reads it, with `{prompt}` and the names of
+    cut, drop or stop.  `columns` are fields of the rows that are kept for the teacher.  `context`
+    is the template of the last message as the teacher reads it, with `{prompt}` and the names of
     columns in braces.  Rows whose teacher's prompt exceeds `max_context_tokens` are dropped.
     """
 

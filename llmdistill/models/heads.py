@@ -118,6 +118,19 @@ def num_rows(model: Any) -> int:
     return unwrap_adapters(model).get_output_embeddings().weight.shape[0]
 
 
+def final_norm(model: Any) -> nn.Module:
+    """Return the norm after the last layer of a causal LM; ModelError if it has none."""
+    backbone, _ = split(model)
+    # Found by the name of its class, so that a new family needs no entry here.
+    norms = [child for child in backbone.children() if "norm" in type(child).__name__.lower()]
+    if not norms:
+        raise ModelError(
+            f"{type(backbone).__name__} has no norm after its last layer, with which an exit could "
+            "start. Use another model."
+        )
+    return norms[-1]
+
+
 def _scale(config: Any) -> float:
     """Return the factor of the logits.
 

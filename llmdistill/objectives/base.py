@@ -14,7 +14,7 @@ from llmdistill.objectives.weights import predicted_tokens
 from llmdistill.schedules import Schedule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Objective(nn.Module, abc.ABC):
@@ -52,6 +52,13 @@ class Objective(nn.Module, abc.ABC):
         has none.  Random parameters may be drawn from the global generator here, because all ranks
         seed it the same.
         """
+
+    def start_from(self, student: PreTrainedModel) -> None:
+        """Copy parts of the student, if the objective starts with some; called after `prepare`."""
+
+    def exported(self, student: PreTrainedModel) -> PreTrainedModel | None:
+        """Return the model to export if it is not the whole student; None if it is."""
+        return None
 
     def divisor(self, sequences: Sequences) -> Tensor:
         """Return what this batch adds to the divisor of the step: (), an integer tensor.

@@ -8,6 +8,7 @@ from llmdistill.objectives.base import Objective
 from llmdistill.objectives.ckd import CkdObjective
 from llmdistill.objectives.correlation import CorrelationObjective, DistObjective
 from llmdistill.objectives.embed_distill import EmbedDistillObjective
+from llmdistill.objectives.exits import ExitsObjective
 from llmdistill.objectives.features import CkaObjective, HiddenObjective
 from llmdistill.objectives.minilm import MiniLMObjective
 from llmdistill.objectives.relations import (
@@ -71,6 +72,7 @@ _BUILDERS: dict[type, Callable[..., Objective | list[Objective]]] = {
     sections.SimilarityRecipe: _plain(SimilarityObjective),
     sections.PktRecipe: _plain(PktObjective),
     sections.FlowRecipe: _flow,
+    sections.ExitsRecipe: _plain(ExitsObjective),
     sections.CkdRecipe: _plain(CkdObjective),
     sections.DistRecipe: _plain(DistObjective),
     sections.CorrelationRecipe: _plain(CorrelationObjective),

@@ -41,7 +41,10 @@ def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    terms = license_of(recipe.teacher_source[0])
+    teachers = dict.fromkeys(name for name, _ in recipe.teacher_sources)
+    found = {license_of(name) for name in teachers}
+    # One licence only if all teachers have the same.
+    terms = found.pop() if len(found) == 1 else None
     data = ModelCardData(
         base_model=_hub_name(recipe.student.model),
         license=terms or "other",
@@ -54,7 +57,7 @@ def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
         f"---\n{data.to_yaml()}\n---",
         f"# {shown(recipe.output.rstrip('/').split('/')[-1])}",
     ]
-    parts.append(_origin(recipe, terms))
+    parts.append(_origin(recipe, list(teachers), terms))
     if evaluation:
         parts.append(_measured(recipe, evaluation))
     parts.append(_made(recipe))
@@ -79,19 +82,26 @@ def license_of(name: str, *, kind: Literal["model", "dataset"] = "model") -> str
     return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
 
 
-def _origin(recipe: Recipe, license_name: str | None) -> str:
+def _origin(recipe: Recipe, teachers: Sequence[str], license_name: str | None) -> str:
     student = f"`{shown(recipe.student.model)}`"
     if recipe.student.carve is not None:
         student += f", carved ({_options(recipe.student.carve)})"
-    terms = (
-        f"The teacher's licence is {shown(license_name)}."
-        if license_name
-        else "The teacher's licence could not be read. Look it up before you share this model."
-    )
+    whose = "The teacher's licence" if len(teachers) == 1 else "The licence of all teachers"
+    terms = f"{whose} is {shown(license_name)}."
+    if license_name is None:
+        terms = "The teacher's licence could not be read. Look it up before you share this model."
+        if len(teachers) > 1:
+            terms = (
+                "The teachers' licences differ or could not be read. Look them up before you share "
+                "this model."
+            )
+    taught = ", ".join(f"`{shown(name)}`" for name in teachers)
+    if recipe.teacher.who:
+        taught += f" ({shown(recipe.teacher.who)})"
     return (
         "This is a causal language model that was distilled with "
         f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n- **Student**: {student}\n- "
-        f"**Teacher**: `{shown(recipe.teacher_source[0])}`\n- **Rollout**: "
+        f"**Teacher**: {taught}\n- **Rollout**: "
         f"{_describe(recipe.rollout)}\n- **Objectives**: "
         f"{'; '.join(_describe(o) for o in recipe.objectives)}\n- **Data**: "
         f"{_sources(recipe.data.train)}\n\n{terms}"

@@ -5,99 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.base import Strict
+from llmdistill.recipe.objective_base import (
+    POOLS,
+    Layers,
+    ObjectiveSection,
+    OnDistributions,
+    OnSamples,
+    OnStates,
+    WithProjectors,
+    is_zero_at_end,
+    one_above_zero,
+)
 from llmdistill.recipe.options import TakesOptions
-from llmdistill.recipe.schedules import CriticalPeriodRecipe, ScheduleSection, Weight
+from llmdistill.recipe.schedules import CriticalPeriodRecipe, Weight
 from llmdistill.recipe.tables import Table, defaults, one_of
 
 DIVERGENCES = Table("objectives/divergences.py", "DIVERGENCES")
 TARGETS = Table("objectives/targets.py", "TARGETS")
 TOKEN_WEIGHTS = Table("objectives/weights.py", "TOKEN_WEIGHTS")
 DISTANCES = Table("objectives/features.py", "DISTANCES")
+ADAPTORS = Table("objectives/exits.py", "ADAPTORS")
 FILTERS = Table("objectives/rtk.py", "FILTERS")
 KERNELS = Table("objectives/relations.py", "KERNELS")
-LAYER_MAPS = Table("objectives/layer_maps.py", "LAYER_MAPS")
-POOLS = Table("objectives/samples.py", "POOLS")
-_objective = defaults("objectives/base.py", "Objective")
 _response = defaults("objectives/response.py", "ResponseObjective")
-_states = defaults("objectives/states.py", "StateObjective")
 _hidden = defaults("objectives/features.py", "HiddenObjective")
 _rtk = defaults("objectives/rtk.py", "RtkObjective")
 _embed = defaults("objectives/embed_distill.py", "EmbedDistillObjective")
 _minilm = defaults("objectives/minilm.py", "MiniLMObjective")
-_samples = defaults("objectives/samples.py", "SampleObjective")
 _rkd = defaults("objectives/relations.py", "RkdObjective")
 _pkt = defaults("objectives/relations.py", "PktObjective")
 _flow = defaults("objectives/relations.py", "FlowObjective")
+_states = defaults("objectives/states.py", "StateObjective")
+_exits = defaults("objectives/exits.py", "ExitsObjective")
 _ckd = defaults("objectives/ckd.py", "CkdObjective")
 _dist = defaults("objectives/correlation.py", "DistObjective")
 _correlation = defaults("objectives/correlation.py", "CorrelationObjective")
 
-Layers: Any = Annotated[
-    Annotated[one_of(LAYER_MAPS), Tag("name")]
-    | Annotated[
-        list[Annotated[list[int], Field(min_length=2, max_length=2)]],
-        Field(min_length=1),
-        Tag("pairs"),
-    ],
-    Discriminator(lambda given: "name" if isinstance(given, str) else "pairs"),
-]
-"""A layer map by name, or a list of pairs [student's layer, teacher's layer]."""
 
-
-class ObjectiveSection(Strict):
-    """Base of all objective sections: the properties that other code may use."""
-
-    kind: str
-    weight: Weight = _objective.weight
-    """Factor of the objective's mean in the loss: a number, or a schedule over the run.  Change it
-    to balance several objectives.
-    """
-
-    @property
-    def teacher_needs(self) -> frozenset[str]:
-        """Kinds of `Need` that the objective asks of the teacher."""
-        return frozenset()
-
-    needs_final_states: ClassVar[bool] = False
-    """Whether the teacher's distribution must follow from its final states by linear maps."""
-    sums_targets: ClassVar[bool] = False
-    """Whether the objective can be summed over several distributions for each token."""
-
-    @property
-    def ends_at_zero(self) -> bool:
-        """Whether the weight is 0 at the end of a run."""
-        return _ends_at_zero(self.weight)
-
-
-def _ends_at_zero(weight: float | ScheduleSection) -> bool:
-    # `last` is None for a schedule that adapts, and None == 0 is False.
-    return (weight.last if isinstance(weight, ScheduleSection) else weight) == 0
-
-
-def _one_above_zero(section: ObjectiveSection, *factors: str) -> None:
-    """Refuse a section whose factors are all 0, because it would train nothing."""
-    if not any(getattr(section, factor) for factor in factors):
-        raise PydanticCustomError(
-            "factors",
-            "{names} are both 0, so the objective would train nothing. Raise one of them, or "
-            "remove the objective.",
-            {"names": " and ".join(f"'{factor}'" for factor in factors)},
-        )
-
-
-class _OnDistributions(ObjectiveSection):
-    """Base of the sections that compare distributions."""
-
-    @property
-    def teacher_needs(self) -> frozenset[str]:
-        return frozenset({"distribution"})
-
-
-class ResponseRecipe(_OnDistributions, TakesOptions):
+class ResponseRecipe(OnDistributions, TakesOptions):
     """Match the teacher's next-token distributions.  The options of `divergence`, `target` and
     `token_weight` are keys of this section, such as `beta` for `divergence: jsd`.
     """
@@ -153,42 +101,7 @@ class CrossEntropyRecipe(ObjectiveSection):
     kind: Literal["cross_entropy"] = "cross_entropy"
 
 
-class _OnStates(ObjectiveSection):
-    """Base of the sections that compare inner states of both models."""
-
-    layers: Layers = [list(pair) for pair in _states.layers]
-    """Layers that are compared, as pairs `[student, teacher]`.  Layers are counted from 1; `0` is
-    the embeddings and `-1` the last layer.  `last` pairs all layers of the student with as many
-    last layers of the teacher, `skip` with every k-th layer, `uniform` with layers at the same
-    relative depth, and `carved` with the layers that the student was carved from.
-    """
-
-    @property
-    def teacher_needs(self) -> frozenset[str]:
-        return frozenset({"hidden"})
-
-
-class _WithProjectors(_OnStates):
-    """Base of the sections whose objectives have trained parameters."""
-
-    projector_learning_rate: float | None = Field(None, gt=0)
-    """Learning rate of the projectors.  `null` is that of the student.  Both follow the same
-    schedule.
-    """
-
-
-class _OnSamples(_OnStates):
-    """Base of the sections that compare the responses of a batch with each other."""
-
-    CHOICES: ClassVar[Mapping[str, Table]] = {"pool": POOLS}
-
-    pool: one_of(POOLS) = _samples.pool  # type: ignore[valid-type]
-    """How the states of a response become one vector: `mean` takes their mean, `last` the state
-    that predicts the last token.
-    """
-
-
-class HiddenRecipe(_WithProjectors):
+class HiddenRecipe(WithProjectors):
     """Match hidden states: FitNets, PKD, and the hidden and embedding losses of TinyBERT.  If the
     hidden sizes differ, a linear projector for each pair of layers is trained with the student and
     not exported.
@@ -210,7 +123,7 @@ class HiddenRecipe(_WithProjectors):
     """
 
 
-class CkaRecipe(_OnStates):
+class CkaRecipe(OnStates):
     """Match how hidden states are placed relative to each other, by linear CKA.  The models may
     differ in width without a projector.
     """
@@ -245,7 +158,7 @@ class RtkRecipe(ObjectiveSection):
         return frozenset({"hidden"})
 
 
-class EmbedDistillRecipe(_WithProjectors):
+class EmbedDistillRecipe(WithProjectors):
     """Match the embeddings of prompts and responses, which are their pooled hidden states, and the
     scores of all prompts of a batch against all responses (EmbedDistill).
     """
@@ -267,7 +180,7 @@ class EmbedDistillRecipe(_WithProjectors):
     """
 
 
-class MiniLMRecipe(_OnStates):
+class MiniLMRecipe(OnStates):
     """Match the relations between queries, between keys and between values of all tokens
     (MiniLMv2).
     The models may differ in width and in their numbers of attention heads.
@@ -285,7 +198,7 @@ class MiniLMRecipe(_OnStates):
         return frozenset({"queries", "keys", "values"})
 
 
-class RkdRecipe(_OnSamples):
+class RkdRecipe(OnSamples):
     """Match the distances and angles between the responses of a batch (RKD)."""
 
     kind: Literal["rkd"] = "rkd"
@@ -296,11 +209,11 @@ class RkdRecipe(_OnSamples):
 
     @model_validator(mode="after")
     def _one_factor(self) -> RkdRecipe:
-        _one_above_zero(self, "distance", "angle")
+        one_above_zero(self, "distance", "angle")
         return self
 
 
-class SimilarityRecipe(_OnSamples):
+class SimilarityRecipe(OnSamples):
     """Match the similarities between the responses of a batch (SP).  The paper's `weight` is
     3,000.
     """
@@ -308,7 +221,7 @@ class SimilarityRecipe(_OnSamples):
     kind: Literal["similarity"] = "similarity"
 
 
-class PktRecipe(_OnSamples):
+class PktRecipe(OnSamples):
     """Match which responses of a batch are each other's neighbours (PKT)."""
 
     CHOICES: ClassVar[Mapping[str, Table]] = {"pool": POOLS, "kernel": KERNELS}
@@ -335,10 +248,51 @@ class FlowRecipe(PktRecipe):
 
     @property
     def ends_at_zero(self) -> bool:
-        return super().ends_at_zero and _ends_at_zero(self.inner_weight)
+        return super().ends_at_zero and is_zero_at_end(self.inner_weight)
 
 
-class CkdRecipe(_OnDistributions):
+class ExitsRecipe(ObjectiveSection):
+    """Give the student exits after some of its layers, which learn from its own last layer and from
+    the labels (BYOT).  The exits are dropped when the student is exported.
+    """
+
+    CHOICES: ClassVar[Mapping[str, Table]] = {"adaptor": ADAPTORS}
+
+    kind: Literal["exits"] = "exits"
+    layers: Literal["quarters"] | list[int] = _exits.layers
+    """Layers after which there is an exit, counted from 1: a list, or `quarters` for the layers at
+    a quarter, a half and three quarters of the depth.
+    """
+    alpha: float = Field(_exits.alpha, ge=0, le=1)
+    """Share of the divergence from the last layer in an exit's loss.  The cross-entropy of the
+    labels has the rest.
+    """
+    temperature: float = Field(_exits.temperature, gt=0)
+    """Temperature of this divergence, which is multiplied by its square."""
+    state_weight: float = Field(_exits.state_weight, ge=0)
+    """Factor on the squared distance between the states of an exit and of the last layer."""
+    adaptor: one_of(ADAPTORS) = _exits.adaptor  # type: ignore[valid-type]
+    """Trained parts of an exit: `mlp` is a norm and a small MLP, `norm` is a norm alone."""
+    export: int | None = None
+    """Exit that is exported as the student, with the layers up to it: one of `layers`.  It needs
+    `adaptor: norm`.  `null` exports the whole student.
+    """
+    projector_learning_rate: float | None = Field(None, gt=0)
+    """Learning rate of the exits.  `null` is that of the student."""
+
+    @model_validator(mode="after")
+    def _an_exit_can_be_exported(self) -> ExitsRecipe:
+        if self.export is not None and (
+            self.adaptor != "norm" or self.layers == "quarters" or self.export not in self.layers
+        ):
+            raise PydanticCustomError(
+                "exits",
+                "'export' needs 'adaptor: norm', and must be one of the layers in 'layers'.",
+            )
+        return self
+
+
+class CkdRecipe(OnDistributions):
     """Match the differences between the logits of tokens from different responses (CKD)."""
 
     needs_final_states: ClassVar[bool] = True
@@ -349,7 +303,7 @@ class CkdRecipe(_OnDistributions):
     """Temperature of the differences."""
 
 
-class DistRecipe(_OnDistributions):
+class DistRecipe(OnDistributions):
     """Match distributions by Pearson's correlation: within each token, and along the tokens of the
     batch for each vocabulary entry (DIST).
     """
@@ -364,11 +318,11 @@ class DistRecipe(_OnDistributions):
 
     @model_validator(mode="after")
     def _one_factor(self) -> DistRecipe:
-        _one_above_zero(self, "inter", "intra")
+        one_above_zero(self, "inter", "intra")
         return self
 
 
-class CorrelationRecipe(_OnDistributions):
+class CorrelationRecipe(OnDistributions):
     """Match distributions by their cosine and by the order of the likeliest tokens (R2KD)."""
 
     kind: Literal["correlation"] = "correlation"
@@ -383,7 +337,7 @@ class CorrelationRecipe(_OnDistributions):
 
     @model_validator(mode="after")
     def _one_factor(self) -> CorrelationRecipe:
-        _one_above_zero(self, "value", "rank")
+        one_above_zero(self, "value", "rank")
         return self
 
 
@@ -399,6 +353,7 @@ ObjectiveRecipe = Annotated[
     | SimilarityRecipe
     | PktRecipe
     | FlowRecipe
+    | ExitsRecipe
     | CkdRecipe
     | DistRecipe
     | CorrelationRecipe,

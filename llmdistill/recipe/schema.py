@@ -205,6 +205,11 @@ class Recipe(Strict):
         """Name and revision of each model that teaches."""
         return self.teacher.sources(self.student)
 
+    @property
+    def stages(self) -> list[Recipe]:
+        """The recipes of the runs that this one consists of; most recipes are one run."""
+        return self.teacher.stages(self)
+
     # The held-out loss uses the final weights of the objectives, so that its values can be compared
     # over a run in which the weights change.
     @model_validator(mode="after")

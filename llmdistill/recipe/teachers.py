@@ -32,6 +32,7 @@ class Weights(NamedTuple):
     dtype: Dtype
     quantization: Quantization | None
     offload: bool
+    device: str | None
 
 
 class Reads(NamedTuple):
@@ -75,6 +76,8 @@ class TeacherSection(Strict):
 
     uses_student: ClassVar[bool] = False
     """Whether the teacher runs the student's own model."""
+    several_runs: ClassVar[bool] = False
+    """Whether the recipe consists of several runs, each with a teacher of another kind."""
 
     @property
     def models(self) -> tuple[Weights, ...]:
@@ -123,6 +126,10 @@ class TeacherSection(Strict):
         """Return why the rest of the recipe does not fit this teacher, or None if it does."""
         return None
 
+    def stages(self, recipe: Recipe) -> list[Recipe]:
+        """Return the recipes of the runs that this recipe consists of, one after the other."""
+        return [recipe]
+
 
 class LocalTeacherRecipe(TeacherSection):
     """A teacher model on this machine."""
@@ -164,7 +171,8 @@ class LocalTeacherRecipe(TeacherSection):
 
     @property
     def models(self) -> tuple[Weights, ...]:
-        return (Weights(self.model, self.revision, self.dtype, self.quantization, self.offload),)
+        kept = (self.dtype, self.quantization, self.offload, self.device)
+        return (Weights(self.model, self.revision, *kept),)
 
     def source(self, student: StudentRecipe) -> tuple[str, str | None]:
         return self.model, self.revision

@@ -24,7 +24,7 @@ from llmdistill.protocols import Follows, Rollout, Stateful, Teacher
 from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STUDENT_PREFIX = "student."
 # Trained parts of `Distillation` other than the student, and the file of each.
@@ -53,6 +53,12 @@ def save_student(
     students = None if state is None else _under(state, STUDENT_PREFIX)
     distillation.student.save_pretrained(folder, state_dict=students)
     distillation.tokenizer.save_pretrained(folder)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write another model than the student, and its tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def save_merged(

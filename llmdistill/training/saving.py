@@ -151,9 +151,13 @@ class StudentTrainer(Trainer):
         with self.exported():
             # Gathering sharded weights is a collective call, so every rank has to make it.
             state = self.accelerator.get_state_dict(self.model_wrapped)
-            if self.args.should_save:
-                save = checkpoint.save_merged if self.merge_adapter else checkpoint.save_student
-                save(self.model, Path(folder), state)
+            if not self.args.should_save:
+                return
+            if (smaller := self.model.exported) is not self.model.student:
+                checkpoint.save_model(smaller, self.model.tokenizer, Path(folder))
+                return
+            save = checkpoint.save_merged if self.merge_adapter else checkpoint.save_student
+            save(self.model, Path(folder), state)
 
     def exported(self) -> AbstractContextManager[None]:
         """Return a context in which the student has the weights that are exported.

@@ -94,6 +94,7 @@ class Distillation(nn.Module):
         teacher_config = getattr(teacher, "config", None)
         for objective in objectives:  # this also chooses the layers that they need
             objective.prepare(student.config.get_text_config(), teacher_config)
+            objective.start_from(student)
             _warn_about_rates(objective)
         self.student_needs = frozenset().union(*(one.student_needs for one in objectives))
         self.teacher_needs = frozenset().union(*(one.teacher_needs for one in objectives))
@@ -196,6 +197,12 @@ class Distillation(nn.Module):
         weights = list(self.weights(progress).values())
         # If a divisor is 0, no rank has anything to sum, and the term is 0 as well.
         return torch.tensor(weights, device=divisors_K.device) / divisors_K.clamp_min(1)
+
+    @property
+    def exported(self) -> PreTrainedModel:
+        """The model to export: the student, or what an objective makes of it."""
+        made = [one.exported(self.student) for one in self.objectives]  # type: ignore[operator]
+        return next((one for one in made if one is not None), self.student)
 
     def write(
         self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw

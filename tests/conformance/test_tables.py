@@ -45,7 +45,9 @@ def kinds(union: Any) -> set[str]:
 )
 def test_every_section_has_a_builder(union, module):
     assert len(members(union)) > 1
-    assert members(union) == set(module._BUILDERS)
+    # A recipe of several runs has no teacher of its own kind: each run has one of another kind.
+    built = {one for one in members(union) if not getattr(one, "several_runs", False)}
+    assert built == set(module._BUILDERS)
 
 
 CHOICES = [
