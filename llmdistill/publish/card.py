@@ -87,14 +87,15 @@ def _origin(recipe: Recipe, teachers: Sequence[str], license_name: str | None) -
     if recipe.student.carve is not None:
         student += f", carved ({_options(recipe.student.carve)})"
     whose = "The teacher's licence" if len(teachers) == 1 else "The licence of all teachers"
-    terms = f"{whose} is {shown(license_name)}."
-    if license_name is None:
-        terms = "The teacher's licence could not be read. Look it up before you share this model."
-        if len(teachers) > 1:
-            terms = (
-                "The teachers' licences differ or could not be read. Look them up before you share "
-                "this model."
-            )
+    if license_name is not None:
+        terms = f"{whose} is {shown(license_name)}."
+    elif len(teachers) == 1:
+        terms = f"{whose} could not be read. Look it up before you share this model."
+    else:
+        terms = (
+            "The teachers' licences differ or could not be read. Look them up before you share "
+            "this model."
+        )
     taught = ", ".join(f"`{shown(name)}`" for name in teachers)
     if recipe.teacher.who:
         taught += f" ({shown(recipe.teacher.who)})"
