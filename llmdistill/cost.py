@@ -102,7 +102,8 @@ def _teacher(
     section, parts = recipe.teacher, {}
     teacher = student  # unless it has weights of its own
     for place, weights in enumerate(section.models, start=1):
-        teacher = skeleton(load_config(weights.model, revision=weights.revision))
+        config = load_config(weights.model, revision=weights.revision)
+        teacher = skeleton(config, sees_images=weights.sees_images)
         teacher = teacher.to(DTYPES[weights.dtype] or preferred_dtype(default_device()))
         resident = 1 if weights.offload else None  # decoder layers on the device at a time
         name = "teacher's weights" if len(section.models) == 1 else f"weights of teacher {place}"

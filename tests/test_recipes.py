@@ -129,10 +129,17 @@ def test_runs_two_steps_on_a_toy_pair(path, pair, data):
     result = distill(recipe)
     assert recipes.load(folder / "recipe.yaml") == recipe
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    assert set(evaluation) == {"before", "after", "teacher"}
+    # A teacher that reads more than the student is no model that could be measured like it.
+    reads_more = recipe.teacher.reads is not None and not recipe.evaluate.against
+    reads_more = reads_more and recipe.teacher.kind in ("reflexive", "multimodal")
+    measured = {"before", "after"} | (set() if reads_more else {"teacher"})
+    if recipe.teacher.kind == "route":  # several teachers, none of which is the teacher
+        measured -= {"teacher"}
+    assert set(evaluation) == measured
     assert all(set(figures) == FIGURES for figures in evaluation.values())
     # What it writes is judged while it is written: in bfloat16 the digits differ a little.
-    assert evaluation["teacher"]["kl_teacher_text"] == pytest.approx(0, abs=1e-4)
+    if "teacher" in evaluation:
+        assert evaluation["teacher"]["kl_teacher_text"] == pytest.approx(0, abs=1e-4)
     assert evaluation["before"]["kl_teacher_text"] != evaluation["after"]["kl_teacher_text"]
     assert result.answers[0].teacher != ""
     assert {1, 2} <= {entry["step"] for entry in read_jsonl(folder / "metrics.jsonl")}

@@ -77,7 +77,7 @@ def _load(
 ) -> list[tuple[PromptDataset, float]]:
     parts = []
     for source in sources:
-        rows = read(source.source, columns=source.columns)
+        rows = read(source.source, columns=source.columns, add=source.add)
         part = PromptDataset.encode(rows, tokenizer, _of_source(rules, source))
         parts.append((part, source.weight))
     return parts
@@ -95,7 +95,7 @@ def _stream(
 
     def rows() -> Iterator[tuple[str, Any]]:
         for source in sources:
-            yield from read(source.source, columns=source.columns, streaming=True)
+            yield from read(source.source, columns=source.columns, add=source.add, streaming=True)
 
     return PromptStream(rows, tokenizer, _of_source(rules, sources[0]))
 

@@ -31,16 +31,23 @@ HELP = (
 Rows = Iterator[tuple[str, Any]]
 
 
-def read(source: str, *, columns: Mapping[str, str] | None = None, streaming: bool = False) -> Rows:
+def read(
+    source: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    add: Mapping[str, str] | None = None,
+    streaming: bool = False,
+) -> Rows:
     """Yield the rows of a source, each with its place.
 
     `columns` renames fields: {"instruction": "question"} reads the column `question` as
-    `instruction`.  `streaming` reads a Hub dataset without storing it first.  Files are never
-    loaded into memory as a whole, except a .json file that is one list.  Raises DataError if the
-    source cannot be read; a bad row is yielded as a DataError.
+    `instruction`.  `add` are fields that each row gets.  `streaming` reads a Hub dataset without
+    storing it first.  Files are never loaded into memory as a whole, except a .json file that is
+    one list.  Raises DataError if the source cannot be read; a bad row is yielded as a DataError.
     """
     rows = _rows(source, streaming)
-    return _renamed(rows, columns) if columns else rows
+    rows = _renamed(rows, columns) if columns else rows
+    return _with_fields(rows, add) if add else rows
 
 
 def hub_name(source: str) -> str | None:
@@ -186,6 +193,18 @@ def _numbered(rows: Iterable[Any], source: str) -> Rows:
     """Yield rows with places such as `rows.parquet[3]`, counted from 0."""
     for number, row in enumerate(rows):
         yield f"{source}[{number}]", row
+
+
+def _with_fields(rows: Rows, add: Mapping[str, str]) -> Rows:
+    """Yield rows with further fields.  A row that has one of them already is a DataError."""
+    for place, row in rows:
+        if not isinstance(row, dict):
+            yield place, row
+        elif taken := [name for name in add if name in row]:
+            wrong = f"'add' of the source sets the field '{taken[0]}', but the row already has it"
+            yield place, DataError(f"{place}: {wrong}")
+        else:
+            yield place, row | dict(add)
 
 
 def _renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from llmdistill.data.formats import to_examples
+from llmdistill.data.formats import Message, to_examples
 from llmdistill.data.render import render, with_context
 from llmdistill.errors import DataError
 
@@ -24,6 +24,7 @@ class Row:
     random draws of the row.  `response_ids` include the end token unless the response was cut.
     `columns` are the fields of the row that the teacher reads, and `teacher_prompt_ids` is the
     prompt with the context that only the teacher sees; None if it reads the same prompt.
+    `messages` are those of the prompt, if the teacher renders them itself.
     """
 
     row_id: int
@@ -31,6 +32,7 @@ class Row:
     response_ids: list[int] | None
     columns: Mapping[str, Any] = field(default_factory=dict)
     teacher_prompt_ids: list[int] | None = None
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Rules:
     cut, drop or stop.  `columns` are fields of the rows that are kept for the teacher.  `context`
     is the template of the last message as the teacher reads it, with `{prompt}` and the names of
     columns in braces.  Rows whose teacher's prompt exceeds `max_context_tokens` are dropped.
+    `keeps_messages` keeps the messages of the prompt.
     """
 
     form: str = "auto"
@@ -97,6 +100,7 @@ class Rules:
     columns: tuple[str, ...] = ()
     context: str | None = None
     max_context_tokens: int | None = None
+    keeps_messages: bool = False
 
 
 def encode(
@@ -170,7 +174,8 @@ def _encode(row: Any, place: str, tokenizer: PreTrainedTokenizerBase, rules: Rul
             seen = ids[0]
             if informed != example:
                 seen, _ = render(tokenizer, informed, rules.template_options)
-        rows.append(Row(0, *ids, columns, seen))
+        messages = example.prompt if rules.keeps_messages else ()
+        rows.append(Row(0, *ids, columns, seen, messages))
     return rows
 
 

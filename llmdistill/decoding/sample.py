@@ -9,7 +9,7 @@ reaches its own warpers.  The model's own `generation_config` is hidden during t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -76,13 +76,15 @@ def sample(
     keep_states: bool = False,
     stops: bool = True,
     stop: str = "",
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Sequences:
     """Return the prompts with the model's responses, which include their end tokens.
 
     The model writes in eval mode and is left as it was.  `keep_states` also returns its final
     hidden states as `signal`, so that a teacher need not run again (not with continuous batching).
     `stops=False` lets no token end a response, for timing.  A response that contains the text
-    `stop` ends soon after it; the tokens after the text have no meaning.
+    `stop` ends soon after it; the tokens after the text have no meaning.  `inputs` are more
+    inputs of the model, such as the pixels of images.
     """
     if sampling.continuous:
         options: Any = {"max_new_tokens": max_new_tokens, "draw": draw, "writer": writer}
@@ -101,6 +103,7 @@ def sample(
         output_BT = model.generate(
             input_ids=ids_BP,
             attention_mask=prompts.attention_mask_BP.to(device),
+            **(inputs or {}),
             generation_config=_greedy(max_new_tokens, ends, pad_id),
             logits_processor=[sampler],
             stopping_criteria=[HoldsText(tokenizer, ids_BP.shape[1], stop)] if stop else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from llmdistill.instruct.filters import Filter
 from llmdistill.instruct.generators import given, lists, variants
 from llmdistill.instruct.generators.base import Answering, TaskGenerator
 from llmdistill.instruct.lion import Pools
-from llmdistill.instruct.responders import LocalResponder, RemoteResponder
+from llmdistill.instruct.responders import LocalResponder, MultimodalResponder, RemoteResponder
 from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.instruct.tasks import Task
 from llmdistill.models.load import load_tokenizer
@@ -24,9 +24,10 @@ from llmdistill.recipe import generators as generator_sections
 from llmdistill.recipe.generators import AnsweringRecipe, GeneratorSection
 from llmdistill.recipe.remote import RemoteTeacherRecipe
 from llmdistill.recipe.sampling import SamplingRecipe
-from llmdistill.recipe.teachers import LocalTeacherRecipe
+from llmdistill.recipe.teachers import LocalTeacherRecipe, MultimodalTeacherRecipe
 from llmdistill.sampling import Sampling
-from llmdistill.teachers.build import load_teacher
+from llmdistill.teachers.build import Parts, image_folder, load_multimodal, load_teacher
+from llmdistill.teachers.multimodal import images_in
 from llmdistill.teachers.remote import RemoteTeacher
 
 Split = Callable[[generator_sections.LionRecipe], Pools]
@@ -36,12 +37,15 @@ Split = Callable[[generator_sections.LionRecipe], Pools]
 class Inputs:
     """Inputs of a generator in addition to the options of its section.
 
-    `split` sorts the tasks of Lion's pool into hard and easy ones.
+    `split` sorts the tasks of Lion's pool into hard and easy ones.  `images` is the column with the
+    images of a prompt, if the teacher sees them, and `image_folder` is where relative paths start.
     """
 
     seed: int
     seed_tasks: Sequence[Task]
     split: Split
+    images: str | None = None
+    image_folder: Path | None = None
 
 
 def build_generator(
@@ -53,7 +57,10 @@ def build_generator(
     DataError if there are too few tasks.
     """
     section = recipe.generator
-    return _builder(_GENERATORS, section)(section, Inputs(recipe.seed, seed_tasks, split))
+    teacher, inputs = recipe.teacher, Inputs(recipe.seed, seed_tasks, split)
+    if isinstance(teacher, MultimodalTeacherRecipe):
+        inputs = replace(inputs, images=teacher.images, image_folder=image_folder(teacher))
+    return _builder(_GENERATORS, section)(section, inputs)
 
 
 def build_filters(recipe: recipes.GenerationRecipe, seed_tasks: Sequence[Task]) -> list[Filter]:
@@ -131,7 +138,10 @@ def _magpie(section: generator_sections.MagpieRecipe, inputs: Inputs) -> TaskGen
 
 
 def _answer(section: generator_sections.AnswerRecipe, inputs: Inputs) -> TaskGenerator:
-    return given.Answer(read_tasks(section.prompts), **_options(section, "prompts"))
+    tasks = read_tasks(section.prompts, images=inputs.images)
+    for number, task in enumerate(tasks):  # before the teacher is loaded
+        images_in(inputs.image_folder, task.images, f"prompt {number}")
+    return given.Answer(tasks, **_options(section, "prompts"))
 
 
 def _rewrite(section: generator_sections.RewriteRecipe, inputs: Inputs) -> TaskGenerator:
@@ -157,6 +167,17 @@ def _local(
 ) -> LocalResponder:
     teacher = load_teacher(section)
     return LocalResponder(teacher, seed=recipe.seed, batch_size=recipe.batch_size, **common)
+
+
+def _multimodal(
+    recipe: recipes.GenerationRecipe,
+    section: MultimodalTeacherRecipe,
+    folder: Path,
+    common: Mapping[str, Any],
+) -> MultimodalResponder:
+    teacher = load_multimodal(section, Parts())
+    options = {"seed": recipe.seed, "batch_size": recipe.batch_size, **common}
+    return MultimodalResponder(teacher, folder=image_folder(section), **options)
 
 
 def _remote(
@@ -201,6 +222,7 @@ _GENERATORS: dict[type, Callable[[Any, Inputs], TaskGenerator]] = {
 }
 _RESPONDERS: dict[type, Callable[..., LocalResponder | RemoteResponder]] = {
     LocalTeacherRecipe: _local,
+    MultimodalTeacherRecipe: _multimodal,
     RemoteTeacherRecipe: _remote,
 }
 _FILTERS: dict[type, Callable[[Any, Sequence[Task]], Filter]] = {

@@ -210,6 +210,7 @@ class Pipeline:
             "instruction": task.instruction,
             "input": task.input,
             "output": task.output,
+            **({"images": list(task.images)} if task.images else {}),
             "variant": task.variant,
             **self.settings.about,
             "prompt_hash": made.prompt_hash,

@@ -16,7 +16,8 @@ class Request:
     """A conversation that the teacher continues.
 
     `turn` is the role whose text comes next: a teacher can also write what a user would say.  The
-    text begins with `start` and ends before `stop`; the reply contains neither.
+    text begins with `start` and ends before `stop`; the reply contains neither.  `images` are paths
+    of the images that the teacher sees before the last message.
     """
 
     messages: tuple[Message, ...]
@@ -25,6 +26,7 @@ class Request:
     turn: Literal["assistant", "user"] = "assistant"
     start: str = ""
     stop: str = ""
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

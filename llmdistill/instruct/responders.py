@@ -31,6 +31,7 @@ from llmdistill.instruct.records import append_lines, drop_half_line, read_whole
 from llmdistill.instruct.requests import Asked, Reply, Request
 from llmdistill.models.vocabulary import end_ids
 from llmdistill.sampling import Draw, Sampling, Writer
+from llmdistill.teachers.multimodal import MultimodalTeacher, Seen, images_in
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken
 
 if TYPE_CHECKING:
@@ -81,16 +82,9 @@ class LocalResponder:
         self._ends = end_ids(teacher.model, teacher.tokenizer) | special
 
     def respond(self, asked: Sequence[Asked]) -> list[Reply]:
-        # A batch has one setting for everything but its prompts, so requests are grouped first.
         prompts = [self._prompt(one.request) for one in asked]
         replies: dict[int, Reply] = {}
-        groups: dict[tuple[Sampling, int, int, str], list[int]] = {}
-        for place, one in enumerate(asked):
-            request = one.request
-            stop = _stop(request, self.teacher.tokenizer, self.template_options)
-            key = (request.sampling, request.max_new_tokens, one.stage, stop)
-            groups.setdefault(key, []).append(place)
-        for (sampling, max_new_tokens, stage, stop), places in groups.items():
+        for (sampling, max_new_tokens, stage, stop), places in self._groups(asked).items():
             places.sort(key=lambda place: len(prompts[place]))
             # With continuous batching, transformers forms the batches itself.
             size = len(places) if sampling.continuous else self.batch_size
@@ -106,8 +100,23 @@ class LocalResponder:
                     batch, sampling, max_new_tokens=max_new_tokens,
                     draw=Draw(self.seed, epoch=stage, sample=sample), stop=stop,
                 )  # fmt: skip
-                replies |= zip(some, self._replies(written, stop), strict=True)
+                each = written_log_probs(self.teacher, written) if self.scored else None
+                found = self._replies(written.responses(), stop, each)
+                replies |= zip(some, found, strict=True)
         return [replies[place] for place in range(len(asked))]
+
+    def _groups(self, asked: Sequence[Asked]) -> dict[tuple[Sampling, int, int, str], list[int]]:
+        """Return the places of the requests that can share a batch.
+
+        A batch has one setting for everything but its prompts.
+        """
+        groups: dict[tuple[Sampling, int, int, str], list[int]] = {}
+        for place, one in enumerate(asked):
+            request = one.request
+            stop = _stop(request, self.teacher.tokenizer, self.template_options)
+            key = (request.sampling, request.max_new_tokens, one.stage, stop)
+            groups.setdefault(key, []).append(place)
+        return groups
 
     def _prompt(self, request: Request) -> list[int]:
         """Return the ids up to where the teacher's text begins, `request.start` included."""
@@ -118,14 +127,16 @@ class LocalResponder:
             ids, _ = render(tokenizer, Example(request.messages, None, "a request"), options)
         return ids + continued(tokenizer, request.start, "a request")
 
-    def _replies(self, written: Sequences, stop: str) -> list[Reply]:
+    def _replies(
+        self, responses: Sequence[list[int]], stop: str, each: list[Tensor] | None = None
+    ) -> list[Reply]:
         """Return the text of each row up to `stop` or to the first special token.
 
-        Only a template writes special tokens: they end a turn or open another one.
+        Only a template writes special tokens: they end a turn or open another one.  `each` are the
+        log-probabilities of the tokens, if replies are scored.
         """
         tokenizer, replies = self.teacher.tokenizer, []
-        each = written_log_probs(self.teacher, written) if self.scored else None
-        for row, ids in enumerate(written.responses()):
+        for row, ids in enumerate(responses):
             end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
             text = tokenizer.decode(ids[:end])
             cut = text.find(stop) if stop else -1
@@ -137,6 +148,41 @@ class LocalResponder:
             is_whole = end < len(ids) or cut >= 0
             replies.append(Reply(text if cut < 0 else text[:cut], not is_whole, log_prob=mean))
         return replies
+
+
+class MultimodalResponder(LocalResponder):
+    """Responder with a teacher on this machine that also sees the images of a request.
+
+    Relative paths of images start from `folder`, or else from the working directory.
+    """
+
+    teacher: MultimodalTeacher  # type: ignore[assignment]
+
+    def __init__(
+        self, teacher: MultimodalTeacher, *, folder: Path | None = None, **options: Any
+    ) -> None:
+        super().__init__(teacher, **options)  # type: ignore[arg-type]
+        self.folder = folder
+
+    def respond(self, asked: Sequence[Asked]) -> list[Reply]:
+        replies: dict[int, Reply] = {}
+        for (sampling, max_new_tokens, stage, stop), places in self._groups(asked).items():
+            # Rows with and without images are written in separate batches.
+            places.sort(key=lambda place: bool(asked[place].request.images))
+            for start in range(0, len(places), self.batch_size):
+                some = places[start : start + self.batch_size]
+                seen = [self._seen(asked[place]) for place in some]
+                responses = self.teacher.answer(
+                    seen, [asked[place].call for place in some], sampling,
+                    max_new_tokens=max_new_tokens, stop=stop,
+                    draw=Draw(self.seed, epoch=stage, sample=tuple(asked[p].place for p in some)),
+                )  # fmt: skip
+                replies |= zip(some, self._replies(responses, stop), strict=True)
+        return [replies[place] for place in range(len(asked))]
+
+    def _seen(self, asked: Asked) -> Seen:
+        places = images_in(self.folder, asked.request.images, f"prompt {asked.call}")
+        return Seen(asked.request.messages, places)
 
 
 class RemoteResponder:

@@ -13,6 +13,7 @@ class Task:
     - `reference`: the answer in the dataset that the task comes from, if it has one.
     - `classifies`: the answers are a few fixed labels.
     - `variant`: how its generator made the task, for example "harder".
+    - `images`: paths of the images that the teacher sees with the prompt, as the row has them.
     - `log_prob`: the teacher's mean log-probability of the text that it wrote, in nats per token;
       None if it was not scored.
     """
@@ -25,6 +26,7 @@ class Task:
     classifies: bool = False
     variant: str = ""
     log_prob: float | None = None
+    images: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str:

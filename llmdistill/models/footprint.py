@@ -57,12 +57,15 @@ def num_bytes(model: PreTrainedModel) -> int:
     return total
 
 
-def skeleton(config: PreTrainedConfig, plan: Plan | None = None) -> PreTrainedModel:
+def skeleton(
+    config: PreTrainedConfig, plan: Plan | None = None, *, sees_images: bool = False
+) -> PreTrainedModel:
     """Return a model of this configuration without weights, carved if there is a plan."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    loader = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = loader.from_config(config)
     if plan is None:
         return model
     count = len(decoder_layers(model))
@@ -95,6 +98,8 @@ def weight_bytes(
     With `quantization`, a key of QUANTIZATIONS, the decoder layers take less.  With
     `resident_layers`, only that many of them are on the device at a time.
     """
+    if quantization is None and resident_layers is None:
+        return size * sum(p.numel() for p in model.parameters())
     in_layers = sum(p.numel() for p in decoder_layers(model).parameters())
     others = sum(p.numel() for p in model.parameters()) - in_layers
     if resident_layers is not None:

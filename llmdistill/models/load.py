@@ -24,7 +24,12 @@ from llmdistill.models.offload import offload_layers
 from llmdistill.models.quantization import quantization_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+    )
 
 
 logger = logging.getLogger("llmdistill")
@@ -68,6 +73,7 @@ def load_model(
     device: str | torch.device | None = None,
     quantization: str | None = None,
     offload: bool = False,
+    sees_images: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM in eval mode.
 
@@ -80,6 +86,7 @@ def load_model(
         quantization: A name in QUANTIZATIONS.
         offload: Keep the decoder layers in the CPU's memory.  Each one visits the GPU for its
             forward pass.
+        sees_images: Load the whole of a model that reads images and text, and not its text part.
 
     Raises:
         ModelError: The model cannot be loaded; the message gives the reason.
@@ -89,7 +96,7 @@ def load_model(
     device = torch.device(device or default_device())
     wanted = DTYPES[dtype] or preferred_dtype(device)
     if not offload:
-        return _load(name, revision, wanted, device, quantization)
+        return _load(name, revision, wanted, device, quantization, sees_images=sees_images)
     if device.type == "cpu" or quantization is not None:
         reason = "the device is the CPU" if device.type == "cpu" else "it is quantised"
         raise ModelError(f"cannot offload '{name}': {reason}; leave `offload` out")
@@ -102,6 +109,8 @@ def _load(
     dtype: torch.dtype,
     device: torch.device,
     quantization: str | None,
+    *,
+    sees_images: bool = False,
 ) -> PreTrainedModel:
     if base := adapter_base(name, revision=revision):
         if quantization is not None:
@@ -109,8 +118,9 @@ def _load(
                 f"cannot quantise '{name}': it is an adapter. Merge it into its base model first."
             )
         return _on_its_base(name, _load(base, None, dtype, device, None), revision)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    loader = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
     folder, options = _locate(name)
     is_gguf = "gguf_file" in options
     if is_gguf and quantization is not None:
@@ -126,7 +136,7 @@ def _load(
     if not is_gguf and (quantization is not None or _stored_quantized(name, revision)):
         options["device_map"] = {"": device}  # quantised weights cannot be moved later
     with _clear_errors(name):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             folder,
             revision=revision,
             dtype=dtype,
@@ -208,6 +218,31 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.name_or_path = name
     return tokenizer
+
+
+def load_processor(name: str, *, revision: str | None = None) -> ProcessorMixin:
+    """Load the processor of a model that reads images and text.
+
+    Raises ModelError if the model has none, or Pillow is not installed.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    if importlib.util.find_spec("PIL") is None:
+        raise ModelError(
+            "a teacher that reads images needs Pillow. Install it with: pip install "
+            "'llmdistill[images]'"
+        )
+    folder, _ = _locate(name)
+    with _clear_errors(name):
+        processor = AutoProcessor.from_pretrained(
+            folder, revision=revision, trust_remote_code=False
+        )
+    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
+        raise ModelError(
+            f"'{name}' has no processor for images. Use a model that reads images and text, or a "
+            "teacher of kind local."
+        )
+    return processor
 
 
 def revision_of(model: PreTrainedModel, name: str) -> str:

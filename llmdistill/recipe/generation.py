@@ -14,10 +14,16 @@ from llmdistill.recipe.generators import GeneratorRecipe, GeneratorSection
 from llmdistill.recipe.remote import RemoteTeacherRecipe
 from llmdistill.recipe.sources import SourceRecipe, Sources
 from llmdistill.recipe.tables import Table, defaults, one_of
-from llmdistill.recipe.teachers import LocalTeacherRecipe, kind_or_local
+from llmdistill.recipe.teachers import (
+    LocalTeacherRecipe,
+    MultimodalTeacherRecipe,
+    kind_or_local,
+)
 
 GenerationTeacher = Annotated[
-    Annotated[LocalTeacherRecipe, Tag("local")] | Annotated[RemoteTeacherRecipe, Tag("remote")],
+    Annotated[LocalTeacherRecipe, Tag("local")]
+    | Annotated[MultimodalTeacherRecipe, Tag("multimodal")]
+    | Annotated[RemoteTeacherRecipe, Tag("remote")],
     Discriminator(kind_or_local),
 ]
 
@@ -99,6 +105,18 @@ class GenerationRecipe(Strict):
                 "the generator needs next-token distributions, which a remote teacher does not "
                 "provide. Use 'generator.compare_by: referee'.",
             )
+        if self.teacher.sees_images and not self.generator.takes_images:
+            raise PydanticCustomError(
+                "images",
+                "a teacher of kind multimodal answers prompts with images. Use 'generator: {{kind: "
+                "answer, prompts: ...}}'.",
+            )
+        if self.teacher.sees_images and self.needs_log_probs:
+            raise PydanticCustomError(
+                "images",
+                "a teacher of kind multimodal gives no log-probabilities. Remove 'best_by: "
+                "likelihood' and the perplexity filter.",
+            )
         if self.generator.needs_template and self.teacher.tokenizer_source is None:
             raise PydanticCustomError(
                 "template",
@@ -111,7 +129,7 @@ class GenerationRecipe(Strict):
     # A server does its own batching.
     @model_validator(mode="after")
     def _continuous_batches_keep_no_states(self) -> GenerationRecipe:
-        if not (self.needs_log_probs or self.teacher.is_remote):
+        if not (self.needs_log_probs or self.teacher.is_remote or self.teacher.sees_images):
             return self
         for name, sampling in self.generator.samplings.items():
             if sampling.continuous:

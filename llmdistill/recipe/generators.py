@@ -55,6 +55,8 @@ class GeneratorSection(Strict):
     """Whether the prompts are the user's rows.  Such a generator ends when all are answered."""
     needs_template: ClassVar[bool] = False
     """Whether the teacher writes the user's turn, which its chat template must open."""
+    takes_images: ClassVar[bool] = False
+    """Whether the prompts can come with images."""
     num_balanced_variants: ClassVar[int] = 0
     """Number of variants that share the kept rows equally; 0 if rows are kept as they come."""
 
@@ -186,6 +188,7 @@ class AnswerRecipe(GivenPromptsSection):
 
     RENAMED: ClassVar = {"answer": "answering"}
 
+    takes_images: ClassVar[bool] = True
     kind: Literal["answer"] = "answer"
     samples: int = Field(_answer.samples, gt=0)
     """Number of answers to each prompt."""

@@ -24,6 +24,7 @@ class RemoteTeacherRecipe(Strict):
     )
     """Keys that a resumed run can change, because the rows do not depend on them."""
     is_remote: ClassVar[bool] = True
+    sees_images: ClassVar[bool] = False
 
     kind: Literal["remote"] = "remote"
     model: str

@@ -28,6 +28,10 @@ class SourceRecipe(Strict):
     """Renamed fields, as `{expected name: name in the source}`.  For example `{instruction:
     question, output: answer}` reads the column `question` as `instruction`.
     """
+    add: dict[str, str] = {}
+    """Fields that each row of this source gets, such as `{domain: maths}`.  They can choose the row's
+    teacher (kind `route`).
+    """
     weight: float = Field(1.0, gt=0)
     """How often each row appears in an epoch: `2` is twice, `0.5` keeps half of the rows, the same
     half in every epoch.  Change it to mix several sources of training data.

@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.objective_base import ObjectiveSection
-from llmdistill.recipe.objectives import CrossEntropyRecipe
+from llmdistill.recipe.self_teachers import (
+    AdapterOffTeacherRecipe,
+    BornAgainTeacherRecipe,
+    ChainTeacherRecipe,
+    ReflexiveTeacherRecipe,
+)
 from llmdistill.recipe.students import StudentRecipe
 from llmdistill.recipe.tables import Table, defaults, needs, one_of
 from llmdistill.recipe.teachers import (
     DIVERGENCES,
-    AdapterOffTeacherRecipe,
     LocalTeacherRecipe,
+    MultimodalTeacherRecipe,
     OnlineTeacherRecipe,
     PrunedTeacherRecipe,
     Reads,
-    ReflexiveTeacherRecipe,
     TeacherSection,
     Weights,
     kind_or_local,
@@ -274,120 +277,12 @@ class MutualTeacherRecipe(TeacherSection):
         return self
 
 
-class ChainTeacherRecipe(TeacherSection):
-    """A teacher with assistants of decreasing size (TAKD): it teaches the first assistant, each
-    assistant teaches the next one, and the last one teaches `student`.  Each is a run, in the
-    folders `<output>.assistant1` and so on, with the other keys of the recipe.  All are measured
-    against `teacher`.
-    """
-
-    several_runs: ClassVar[bool] = True
-    kind: Literal["chain"] = "chain"
-    teacher: LocalTeacherRecipe
-    """The first teacher, with the keys of kind `local`."""
-    assistants: list[StudentRecipe]
-    """The assistants, from the largest to the smallest, each with the keys of `student`.  The model
-    of one can be the folder of the one before, such as `<output>.assistant1/student`.
-    """
-
-    @property
-    def provides(self) -> frozenset[str]:
-        return self.teacher.provides
-
-    @property
-    def models(self) -> tuple[Weights, ...]:
-        return self.teacher.models
-
-    @property
-    def who(self) -> str:
-        number = len(self.assistants)
-        return f"through {number} assistant{'s' * (number != 1)} (TAKD)"
-
-    def source(self, student: StudentRecipe) -> tuple[str, str | None]:
-        return self.teacher.source(student)
-
-    @model_validator(mode="after")
-    def _whole_assistants(self) -> ChainTeacherRecipe:
-        if any(one.peft and one.peft.save == "adapter" for one in self.assistants):
-            raise PydanticCustomError(
-                "chain",
-                "an assistant teaches the next model, so it is saved as a whole. Use 'save: "
-                "merged' in its 'peft'.",
-            )
-        return self
-
-    def stages(self, recipe: Recipe) -> list[Recipe]:
-        evaluate = recipe.evaluate
-        if evaluate.against is None and (recipe.data.eval or recipe.data.hold_back):
-            evaluate = evaluate.model_copy(update={"against": self.teacher})
-        found, teacher = [], self.teacher
-        for number, assistant in enumerate(self.assistants, start=1):
-            output = f"{recipe.output.rstrip('/')}.assistant{number}"
-            changes = {"output": output, "teacher": teacher, "student": assistant}
-            found.append(recipe.model_copy(update=changes | {"evaluate": evaluate}))
-            teacher = _student_of(output, self.teacher)
-        return [*found, recipe.model_copy(update={"teacher": teacher, "evaluate": evaluate})]
-
-
-class BornAgainTeacherRecipe(TeacherSection):
-    """The student's earlier generation as its teacher (born-again networks).  Generation 0 learns
-    from the labels alone.  Each later one starts from `student` again, and learns from the one
-    before.  Each is a run, in the folders `<output>.generation0` and so on; the last one is in
-    `output`.
-    """
-
-    several_runs: ClassVar[bool] = True
-    kind: Literal["born_again"] = "born_again"
-    generations: int = Field(1, gt=0)
-    """Number of generations after generation 0."""
-
-    @property
-    def provides(self) -> frozenset[str]:
-        return needs("teachers/local.py", "LocalTeacher")
-
-    @property
-    def who(self) -> str:
-        return f"generation {self.generations - 1} of the student (born-again networks)"
-
-    def source(self, student: StudentRecipe) -> tuple[str, str | None]:
-        return student.model, student.revision
-
-    def misfit(self, recipe: Recipe) -> str | None:
-        if not recipe.rollout.has_labels or not recipe.rollout.takes_data:
-            return (
-                "generation 0 learns from the labels of the dataset, but they are not trained on. "
-                "Use 'rollout: {kind: fixed}'."
-            )
-        if recipe.student.peft and recipe.student.peft.save == "adapter":
-            return (
-                "a generation teaches the next one, so it is saved as a whole. Use 'save: merged' "
-                "in 'student.peft'."
-            )
-        return None
-
-    def stages(self, recipe: Recipe) -> list[Recipe]:
-        found = []
-        teacher: TeacherSection = ReflexiveTeacherRecipe(weights="live")
-        objectives: list[ObjectiveSection] = [CrossEntropyRecipe()]
-        for number in range(self.generations):
-            output = f"{recipe.output.rstrip('/')}.generation{number}"
-            changes = {"output": output, "teacher": teacher, "objectives": objectives}
-            found.append(recipe.model_copy(update=changes))
-            teacher, objectives = _student_of(output), list(recipe.objectives)
-        return [*found, recipe.model_copy(update={"teacher": teacher})]
-
-
-def _student_of(output: str, like: LocalTeacherRecipe | None = None) -> LocalTeacherRecipe:
-    """Return the section of a teacher that is the student of a run in the folder `output`."""
-    place = {} if like is None else like.model_dump(include={"dtype", "device"})
-    return LocalTeacherRecipe(model=f"{output}/student", **place)
-
-
 TeacherRecipe = Annotated[
     Annotated[LocalTeacherRecipe, Tag("local")]
     | Annotated[PrunedTeacherRecipe, Tag("pruned")]
     | Annotated[AdapterOffTeacherRecipe, Tag("adapter_off")]
     | Annotated[OnlineTeacherRecipe, Tag("online")]
+    | Annotated[MultimodalTeacherRecipe, Tag("multimodal")]
     | Annotated[ReflexiveTeacherRecipe, Tag("reflexive")]
     | Annotated[EnsembleTeacherRecipe, Tag("ensemble")]
     | Annotated[RouteTeacherRecipe, Tag("route")]

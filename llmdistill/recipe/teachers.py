@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 DIVERGENCES = Table("objectives/divergences.py", "DIVERGENCES")
 _online = defaults("teachers/online.py", "OnlineTeacher")
-_reflexive = defaults("teachers/reflexive.py", "ReflexiveTeacher")
 
 _pruned = defaults("teachers/pruned.py", "PrunedTeacher")
 
@@ -33,6 +31,7 @@ class Weights(NamedTuple):
     quantization: Quantization | None
     offload: bool
     device: str | None
+    sees_images: bool = False
 
 
 class Reads(NamedTuple):
@@ -41,6 +40,7 @@ class Reads(NamedTuple):
     columns: tuple[str, ...] = ()
     context: str | None = None
     max_context_tokens: int | None = None
+    keeps_messages: bool = False
 
 
 class TeacherSection(Strict):
@@ -137,6 +137,7 @@ class LocalTeacherRecipe(TeacherSection):
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
     """Keys that a resumed `llmdistill generate` can change."""
     is_remote: ClassVar[bool] = False
+    sees_images: ClassVar[bool] = False
     stated_license: ClassVar[str | None] = None
     """None, because the model's card states its licence."""
 
@@ -215,35 +216,6 @@ class PrunedTeacherRecipe(LocalTeacherRecipe):
         return self
 
 
-class AdapterOffTeacherRecipe(TeacherSection):
-    """The student's base model as the teacher, with the adapter of `student.peft` switched off.  It
-    takes no memory for a second model.  It needs `student.peft` and no `student.carve`.
-    """
-
-    uses_student: ClassVar[bool] = True
-    kind: Literal["adapter_off"] = "adapter_off"
-
-    @property
-    def provides(self) -> frozenset[str]:
-        return needs("teachers/local.py", "LocalTeacher")
-
-    @property
-    def who(self) -> str:
-        return "the student's base model, with its adapter switched off"
-
-    def source(self, student: StudentRecipe) -> tuple[str, str | None]:
-        return student.model, student.revision
-
-    def misfit(self, recipe: Recipe) -> str | None:
-        # A carved base is a smaller model than the one that the recipe names as its teacher.
-        if recipe.student.peft is not None and recipe.student.carve is None:
-            return None
-        return (
-            "a teacher of kind adapter_off is the base model under the student's adapter. Set "
-            "'student.peft' and remove 'student.carve', or use a teacher of kind local."
-        )
-
-
 class OnlineTeacherRecipe(LocalTeacherRecipe):
     """A teacher model on this machine that trains along (OKD).  An adapter in it learns from the
     same forward passes as the student: it moves towards the student, and the labels hold it back.
@@ -308,85 +280,49 @@ class OnlineTeacherRecipe(LocalTeacherRecipe):
         return None
 
 
-class ReflexiveTeacherRecipe(TeacherSection):
-    """The student as its own teacher, with a context that only the teacher reads (OPSD, SDFT), or
-    with a moving average of the student's weights.  It takes no memory for a second model, only a
-    copy of the trained weights.
+class MultimodalTeacherRecipe(LocalTeacherRecipe):
+    """A teacher model on this machine that also sees images, for a student that reads text alone.
+    It reads the row's messages with its own chat template and the images before the last message.
+    The student's tokens must have the same ids in the teacher.  It needs the extra `images`.
     """
 
-    uses_student: ClassVar[bool] = True
-    kind: Literal["reflexive"] = "reflexive"
-    weights: one_of(Table("teachers/reflexive.py", "WEIGHTS")) = _reflexive.weights  # type: ignore[valid-type]
-    """Weights of the teacher: `base` are those that the student starts with, `ema` is a moving
-    average of them, and `live` are those that it has now.
-    """
-    ema_rate: float = Field(_reflexive.ema_rate, gt=0, le=1)
-    """Share of the student's new weights in the moving average, after each step."""
-    context: str | None = None
-    """Text of the last message as the teacher reads it, such as `"{prompt}\\n\\nA solution:
-    {solution}"`.  `{prompt}` is the message that the student reads, and other names in braces are
-    columns of the rows.  `null` is the student's own prompt.
-    """
-    max_context_tokens: int = Field(2048, gt=0)
-    """Longest prompt of the teacher, in tokens.  Rows with a longer one are dropped and counted."""
-    export_ema: bool = False
-    """Export the moving average as the student.  It needs `weights: ema`."""
+    kind: Literal["multimodal"] = "multimodal"  # type: ignore[assignment]
+    images: str = "images"
+    """Column of the rows with the path of an image, or a list of paths.  It can be empty."""
+    image_folder: str | None = None
+    """Folder that relative paths start from.  `null` is the working directory."""
+    sees_images: ClassVar[bool] = True
+    steps: ClassVar[bool] = False
 
     @property
     def provides(self) -> frozenset[str]:
-        return needs("teachers/local.py", "LocalTeacher")
+        return needs("teachers/multimodal.py", "MultimodalTeacher")
 
     @property
-    def reads(self) -> Reads | None:
-        if self.context is None:
-            return None
-        return Reads(self._columns, self.context, self.max_context_tokens)
+    def models(self) -> tuple[Weights, ...]:
+        return tuple(one._replace(sees_images=True) for one in super().models)
 
     @property
-    def copies(self) -> int:
-        return 2 if self.weights == "ema" else 1
-
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        names = dict.fromkeys(re.findall(r"\{(\w+)\}", self.context or ""))
-        return tuple(name for name in names if name != "prompt")
+    def reads(self) -> Reads:
+        return Reads(columns=(self.images,), keeps_messages=True)
 
     @property
     def who(self) -> str:
-        weights = {
-            "base": "with the weights it started with",
-            "ema": "as a moving average of its weights",
-            "live": "with its current weights",
-        }
-        shown = f"the student itself, {weights.get(self.weights, '')}"
-        return f"{shown}, which also reads {', '.join(self._columns)}" if self.context else shown
+        return "it also saw images, which the student does not"
 
     def source(self, student: StudentRecipe) -> tuple[str, str | None]:
+        # Its own processor renders its prompts, so only the student's template matters.
         return student.model, student.revision
 
     @model_validator(mode="after")
-    def _its_keys_fit(self) -> ReflexiveTeacherRecipe:
-        wrong = None
-        if self.context is not None and ("{prompt}" not in self.context or not self._columns):
-            wrong = (
-                "'context' needs {prompt} and the name of at least one column in braces, as in "
-                '"{prompt}\n\nA solution: {solution}"'
+    def _plain_weights(self) -> MultimodalTeacherRecipe:
+        if self.quantization or self.offload:
+            raise PydanticCustomError(
+                "multimodal",
+                "a teacher of kind multimodal needs plain weights on one device. Remove "
+                "'quantization' and 'offload'.",
             )
-        elif self.export_ema and self.weights != "ema":
-            wrong = "'export_ema' needs 'weights: ema'"
-        if wrong:
-            raise PydanticCustomError("reflexive", "{wrong}", {"wrong": wrong})
         return self
-
-    def misfit(self, recipe: Recipe) -> str | None:
-        uses = any(one.teacher_needs for one in recipe.objectives)
-        if uses and self.weights == "live" and self.context is None:
-            return (
-                "the teacher is the student itself with the same weights and the same prompt, so "
-                "there is nothing to learn from it. Set 'teacher.context', use 'teacher.weights: "
-                "ema' or 'base', or use objectives that need no teacher."
-            )
-        return None
 
 
 # A plain discriminator field would refuse `teacher: {model: ...}`, which means a local teacher.

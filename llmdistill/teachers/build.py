@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmdistill.data.validate import Row
 from llmdistill.errors import RecipeError
 from llmdistill.models.build import build_student
-from llmdistill.models.load import load_model, load_tokenizer
+from llmdistill.models.load import load_model, load_processor, load_tokenizer
 from llmdistill.protocols import Teacher
+from llmdistill.recipe import self_teachers
 from llmdistill.recipe import teacher_groups as groups
 from llmdistill.recipe import teachers as sections
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
 from llmdistill.teachers.ensemble import EnsembleTeacher
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.teachers.multimodal import MultimodalTeacher, seen_of
 from llmdistill.teachers.mutual import MutualTeacher
 from llmdistill.teachers.online import OnlineTeacher
 from llmdistill.teachers.pruned import PrunedTeacher
@@ -76,7 +79,7 @@ def _pruned(section: sections.PrunedTeacherRecipe, _: Parts) -> Teacher:
     return PrunedTeacher.of(load_teacher(section), **added)
 
 
-def _adapter_off(_: sections.AdapterOffTeacherRecipe, parts: Parts) -> Teacher:
+def _adapter_off(_: self_teachers.AdapterOffTeacherRecipe, parts: Parts) -> Teacher:
     return AdapterOffTeacher(parts.student, parts.tokenizer)
 
 
@@ -87,7 +90,7 @@ def _online(section: sections.OnlineTeacherRecipe, parts: Parts) -> Teacher:
     return OnlineTeacher(model, tokenizer, rank=section.r, seed=parts.seed, **options)
 
 
-def _reflexive(section: sections.ReflexiveTeacherRecipe, parts: Parts) -> Teacher:
+def _reflexive(section: self_teachers.ReflexiveTeacherRecipe, parts: Parts) -> Teacher:
     prompts = None
     if section.context is not None:
         prompts = {row.row_id: row.teacher_prompt_ids or row.prompt_ids for row in parts.rows}
@@ -101,6 +104,20 @@ def _reflexive(section: sections.ReflexiveTeacherRecipe, parts: Parts) -> Teache
     )
 
 
+def load_multimodal(section: sections.MultimodalTeacherRecipe, parts: Parts) -> MultimodalTeacher:
+    """Load the model of a section that also sees images, for the rows and tokenizer of `parts`."""
+    # Rows first: a missing file shows in seconds, and the model may take minutes to load.
+    processor = load_processor(section.model, revision=section.revision)
+    seen = seen_of(parts.rows, section.images, image_folder(section))
+    model = load_model(section.model, sees_images=True, **section.model_dump(include=_LOADING))
+    return MultimodalTeacher(model, processor, seen=seen, tokenizer=parts.tokenizer)
+
+
+def image_folder(section: sections.MultimodalTeacherRecipe) -> Path | None:
+    """Return the folder that relative paths of images start from; None for the working one."""
+    return None if section.image_folder is None else Path(section.image_folder).expanduser()
+
+
 def _ensemble(section: groups.EnsembleTeacherRecipe, _: Parts) -> Teacher:
     teachers = [load_teacher(one) for one in section.teachers]
     return EnsembleTeacher(teachers, **section.model_dump(exclude={"kind", "teachers"}))
@@ -108,8 +125,8 @@ def _ensemble(section: groups.EnsembleTeacherRecipe, _: Parts) -> Teacher:
 
 def _route(section: groups.RouteTeacherRecipe, parts: Parts) -> Teacher:
     names = [one.name for one in section.teachers]
-    route = {row.row_id: row.columns[section.column] for row in parts.rows}
-    unknown = sorted({str(name) for name in route.values() if name not in names})
+    route = {row.row_id: str(row.columns[section.column]) for row in parts.rows}
+    unknown = sorted({name for name in route.values() if name not in names})
     if unknown:
         raise RecipeError(
             f"teacher.column: rows have '{unknown[0]}' in their column '{section.column}', but no "
@@ -143,9 +160,10 @@ def _mutual(section: groups.MutualTeacherRecipe, parts: Parts) -> Teacher:
 _BUILDERS: dict[type, Callable[[Any, Parts], Teacher]] = {
     sections.LocalTeacherRecipe: _local,
     sections.PrunedTeacherRecipe: _pruned,
-    sections.AdapterOffTeacherRecipe: _adapter_off,
+    self_teachers.AdapterOffTeacherRecipe: _adapter_off,
     sections.OnlineTeacherRecipe: _online,
-    sections.ReflexiveTeacherRecipe: _reflexive,
+    self_teachers.ReflexiveTeacherRecipe: _reflexive,
+    sections.MultimodalTeacherRecipe: load_multimodal,
     groups.EnsembleTeacherRecipe: _ensemble,
     groups.RouteTeacherRecipe: _route,
     groups.CurriculumTeacherRecipe: _curriculum,

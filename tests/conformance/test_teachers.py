@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from llmdistill.teachers.base import TrainableTeacher
 from llmdistill.training.step import Distillation
 from tests import toy
 from tests.conformance import entries
+from tests.support import vision
 from tests.support.teachers import trained
 from tests.training.helpers import trainer
 
@@ -37,6 +40,8 @@ def on_toys(section, pair):
         own = {"teachers": [one | local for one in section["teachers"]]}
     if "peers" in section:
         own = {"peers": [{"model": student} for _ in section["peers"]]}
+    if section["kind"] == "multimodal":
+        own = {"model": vision.save(Path(student).parent / "seer"), "dtype": "float32"}
     return section | own
 
 
@@ -47,7 +52,10 @@ def loaded(name, pair):
     # A reflexive teacher with the student's own prompt and weights would teach nothing.
     recipe = entries.recipe(teacher=section, student=student)
     tokenizer = load_tokenizer(pair[1])
-    rows = [row | {"input": "ab"[i % 2]} for i, row in enumerate(toy.rows(8))]
+    images = vision.pictures(Path(pair[1]).parent / "pictures")
+    rows = [
+        row | {"input": "ab"[i % 2], "images": images[: i % 3]} for i, row in enumerate(toy.rows(8))
+    ]
     reads = recipe.teacher.reads
     rules = Rules() if reads is None else Rules(**reads._asdict())
     data = PromptDataset.encode(((f"row {i}", row) for i, row in enumerate(rows)), tokenizer, rules)
@@ -59,7 +67,9 @@ def test_its_section_says_what_it_is(name, pair):
     recipe, _, teacher, student = loaded(name, pair)
     section = recipe.teacher
     assert section.provides == {need.what for need in teacher.provides}
-    assert bool(section.models) == (pair[0] in {model for model, _ in recipe.teacher_sources})
+    loaded_models = {one.model for one in section.models}
+    assert loaded_models <= {model for model, _ in recipe.teacher_sources}
+    assert bool(loaded_models) == (not section.uses_student and not section.students)
     assert section.uses_student == (getattr(teacher, "model", None) is student)
     assert (section.trains is not None) == isinstance(teacher, TrainableTeacher)
     assert section.writes == hasattr(teacher, "write")

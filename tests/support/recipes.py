@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill import recipe as recipes
+from tests import toy
+from tests.support import vision
+from tests.support.files import write_jsonl
 
 
 def build_generation(values: dict[str, Any]) -> recipes.GenerationRecipe:
@@ -51,19 +54,51 @@ def less(part: Any) -> Any:
 def on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any]:
     """A training recipe with toy models, and toy rows unless it brings its own."""
     cut = less(given) | {"output": str(data / "run")}
-    if cut["teacher"].get("kind") != "adapter_off":
-        cut["teacher"] |= {"model": pair[0]}
+    cut["teacher"] = teacher_on_toys(cut["teacher"], pair, data)
     cut["student"] |= {"model": pair[1]}
     if "generate" in cut:
         cut["generate"] = generation_on_toys(cut["generate"], pair, data)
         cut["data"] |= {"train": f"{data}/set/train.jsonl"}
     elif cut["data"]["train"] != "seed_tasks":
-        cut["data"] |= {"train": f"{data}/train.jsonl"}
+        cut["data"] |= {"train": rows_on_toys(cut["data"]["train"], cut["teacher"], data)}
     if "eval" in cut["data"]:
         cut["data"] |= {"eval": f"{data}/heldout.jsonl"}
     training = TRAINING | {"max_steps": 2, "save_steps": 1, "num_train_epochs": 1}
     evaluate = cut.get("evaluate", {}) | {"max_new_tokens": 6}
+    if "against" in evaluate:
+        evaluate["against"] = {"model": pair[0], "dtype": "float32"}
     return cut | {"training": cut["training"] | training, "evaluate": evaluate}
+
+
+def teacher_on_toys(teacher: dict[str, Any], pair, data: Path) -> dict[str, Any]:
+    """The section of a teacher with toy models in place of all that it names."""
+    local, student = {"model": pair[0], "dtype": "float32"}, {"model": pair[1]}
+    if "teachers" in teacher:
+        return teacher | {"teachers": [one | local for one in teacher["teachers"]]}
+    if "peers" in teacher:
+        return teacher | {"peers": [one | student for one in teacher["peers"]]}
+    if "assistants" in teacher:
+        assistants = [one | student for one in teacher["assistants"]]
+        return teacher | {"teacher": local, "assistants": assistants}
+    if teacher.get("kind") == "multimodal":
+        seer = {"model": vision.save(data / "seer"), "image_folder": str(data / "pictures")}
+        return teacher | seer | {"dtype": "float32"}
+    return teacher | local if "model" in teacher else teacher
+
+
+def rows_on_toys(train: Any, teacher: dict[str, Any], data: Path) -> Any:
+    """The toy rows, with the columns that the teacher reads."""
+    file = f"{data}/train.jsonl"
+    if "column" in teacher:  # a source for each teacher
+        return [
+            {"source": file, "add": {teacher["column"]: t["name"]}} for t in teacher["teachers"]
+        ]
+    if teacher.get("kind") == "multimodal":
+        vision.pictures(data / "pictures")
+        rows = [row | {teacher["images"]: "1.png"} for row in toy.rows(9)]
+        file = f"{data}/pictures.jsonl"
+        write_jsonl(Path(file), rows)
+    return file
 
 
 def generation_on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any]:

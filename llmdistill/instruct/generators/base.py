@@ -39,7 +39,7 @@ class Answering:
     def request(self, task: Task) -> Request:
         """Return the request for the answer to a task."""
         asked = f"{task.prompt}\n\n{self.hint}" if self.hint else task.prompt
-        return Request(user(asked), self.sampling, self.max_new_tokens)
+        return Request(user(asked), self.sampling, self.max_new_tokens, images=task.images)
 
 
 class TaskGenerator(ABC):
