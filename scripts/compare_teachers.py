@@ -26,8 +26,8 @@ from llmdistill import recipe as recipes
 from llmdistill.run import distill
 
 NAME = "smollm2-135m-instruct"
-STEPS, BATCH, HELD_OUT, NEW_TOKENS = 100, 4, 24, 32
-LONGEST_PROMPT, LONGEST_RESPONSE, LEARNING_RATE = 72, 40, 2e-4
+STEPS, BATCH, HELD_OUT, NEW_TOKENS = 100, 4, 16, 32
+LONGEST_PROMPT, LONGEST_RESPONSE, LEARNING_RATE = 56, 32, 2e-4
 LOCAL: dict[str, Any] = {"model": NAME}
 LABELS: list[dict[str, Any]] = [{"kind": "cross_entropy"}]
 BOTH: list[dict[str, Any]] = [{"kind": "response"}, *LABELS]
@@ -53,13 +53,9 @@ def runs(work: Path) -> dict[str, dict[str, Any]]:
     return {
         "kd_20": {"teacher": LOCAL},
         "okd_20": {"teacher": LOCAL | {"kind": "online"}},
-        "kd_20_longer": {"teacher": LOCAL, "steps": 180},
         "on_policy_20": {"teacher": LOCAL, "rollout": ON_POLICY},
-        "on_policy_20_shorter": {"teacher": LOCAL, "rollout": ON_POLICY, "steps": 50},
         "kd_10": {"teacher": LOCAL, "student": carved(10)},
         "okd_10": {"teacher": LOCAL | {"kind": "online"}, "student": carved(10)},
-        "kd_10_longer": {"teacher": LOCAL, "student": carved(10), "steps": 180},
-        "on_policy_10": {"teacher": LOCAL, "rollout": ON_POLICY, "student": carved(10)},
         "curriculum_10": {"teacher": curriculum, "student": carved(10)},
         "chain_10": {"teacher": chain, "student": from_assistant},
         "sft_20": {"teacher": LIVE, "objectives": LABELS},
@@ -68,22 +64,22 @@ def runs(work: Path) -> dict[str, dict[str, Any]]:
             "objectives": BOTH,
         },
         "byot_20": {"teacher": LIVE, "objectives": [*LABELS, exits]},
-        "byot_exit_10": {"teacher": LIVE, "objectives": [*LABELS, shallow]},
-        "born_again_20": {"teacher": {"kind": "born_again"}, "objectives": BOTH},
         "opsd": {
             "teacher": {"kind": "reflexive", "context": CONTEXT},
             "rollout": ON_POLICY,
             "student": {"model": NAME},
         },
-        "opsd_fixed": {
-            "teacher": {"kind": "reflexive", "context": CONTEXT},
-            "student": {"model": NAME},
-        },
         "sft_maths": {"teacher": LIVE, "objectives": LABELS, "student": {"model": NAME}},
+        "on_policy_20_shorter": {"teacher": LOCAL, "rollout": ON_POLICY, "steps": 51},
+        "kd_20_longer": {"teacher": LOCAL, "steps": 181},
+        "on_policy_10": {"teacher": LOCAL, "rollout": ON_POLICY, "student": carved(10)},
+        "kd_10_longer": {"teacher": LOCAL, "student": carved(10), "steps": 181},
+        "byot_exit_10": {"teacher": LIVE, "objectives": [*LABELS, shallow]},
+        "born_again_20": {"teacher": {"kind": "born_again"}, "objectives": BOTH},
     }
 
 
-MATHS = ("opsd", "opsd_fixed", "sft_maths")
+MATHS = ("opsd", "sft_maths")
 
 
 def prepare(data: Path, work: Path) -> None:
@@ -134,17 +130,16 @@ def main() -> None:
     parser.add_argument("--write", help="also write the page to this Markdown file")
     parser.add_argument("--work", type=Path, default=Path("runs/compare_teachers"))
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
-    parser.add_argument("--only", nargs="*", help="names of runs; all if not given")
+    parser.add_argument("--finished", action="store_true", help="show finished runs, make none")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     prepare(options.data, options.work)
     found = {}
     for name, given in runs(options.work).items():
-        if options.only and name not in options.only:
-            continue
-        recipe = recipe_of(name, given, options.data, options.work)
-        finished = (options.work / name / "student" / "README.md").is_file()
-        if not finished:
+        if not (options.work / name / "student" / "README.md").is_file():
+            if options.finished:
+                continue
+            recipe = recipe_of(name, given, options.data, options.work)
             print(f"running {name}", file=sys.stderr, flush=True)
             distill(recipe, overwrite=True, show_progress=False)
         found[name] = given | {"work": options.work / name}

@@ -32,6 +32,8 @@ class Objective(nn.Module, abc.ABC):
     """What a forward pass of the student must provide.  Before `prepare`, kinds are enough."""
     teacher_needs: frozenset[Need] = frozenset()
     """What a forward pass of the teacher must provide.  Before `prepare`, kinds are enough."""
+    reaches_the_head: bool = True
+    """Whether its loss has a gradient to the last layer and the head, if it needs logits."""
     compares_samples: bool = False
     """Whether the value depends on which samples share a micro-batch."""
     least_rows: int = 1

@@ -84,6 +84,7 @@ class ExitsObjective(Objective):
 
     name = "exits"
     student_needs = frozenset({Need.DISTRIBUTION, Need.HIDDEN})
+    reaches_the_head = False
 
     def __init__(
         self,

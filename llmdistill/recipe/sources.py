@@ -29,7 +29,7 @@ class SourceRecipe(Strict):
     question, output: answer}` reads the column `question` as `instruction`.
     """
     add: dict[str, str] = {}
-    """Fields that each row of this source gets, such as `{domain: maths}`.  They can choose the row's
+    """Fields that each row of this source gets, such as `{domain: maths}`.  They can choose a row's
     teacher (kind `route`).
     """
     weight: float = Field(1.0, gt=0)

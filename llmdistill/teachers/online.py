@@ -167,6 +167,9 @@ class OnlineTeacher(TrainableTeacher):
         """Return the sum of KL(p0 || p) over some tokens, and their number: (), ()."""
         if untouched is None:
             rows = (sequences.num_predicted > 0).nonzero()[:DRIFT_ROWS, 0]
+            if not len(rows):  # filler rows alone
+                zero = torch.zeros((), device=own.hidden_NH.device)
+                return zero, zero
             some = sequences.select(rows)
             row_N = torch.arange(len(sequences), device=rows.device)
             row_N = row_N.repeat_interleave(sequences.num_predicted)

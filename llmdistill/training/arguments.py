@@ -63,9 +63,12 @@ def forced(args: TrainingArguments, distillation: Distillation) -> TrainingArgum
         # gradient, even if it is zero.  Inner states alone leave the layers above them without one.
         # The loss of a trainable teacher sends no gradient to the student, so only the
         # needs of objectives count.
-        needs = [need for one in distillation.objectives for need in one.student_needs]  # type: ignore[union-attr]
-        reaches_the_head = Need.DISTRIBUTION in needs
-        args.ddp_find_unused_parameters = not reaches_the_head
+        args.ddp_find_unused_parameters = not any(
+            isinstance(one, Objective)
+            and one.reaches_the_head
+            and Need.DISTRIBUTION in one.student_needs
+            for one in distillation.objectives
+        )
     return args
 
 

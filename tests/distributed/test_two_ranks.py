@@ -152,12 +152,13 @@ def test_hidden_states_alone_on_two_ranks(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_every_objective_and_rollout_is_the_same_on_two_ranks(tmp_path):
+def test_every_objective_rollout_and_teacher_is_the_same_on_two_ranks(tmp_path):
     """D2, D5: this covers everything that a recipe can have; the eighth row is filler."""
     two_ranks("conformance", tmp_path)
     names = []
     for name, options in every_entry():
-        made = trainer(tmp_path, rows=dataset(7), per_device_train_batch_size=8, **options())
+        rows = {"rows": dataset(7), "per_device_train_batch_size": 8}
+        made = trainer(tmp_path, **rows, **options())
         made.train()
         found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         torch.testing.assert_close(found, trained(made), rtol=0, atol=1e-5, msg=name)

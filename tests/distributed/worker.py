@@ -30,7 +30,7 @@ from llmdistill.training.step import Distillation
 from tests import toy
 from tests.conformance import entries
 from tests.support.spies import spy
-from tests.support.teachers import Learner, seam_objectives, trained
+from tests.support.teachers import Learner, every_teacher, seam_objectives, trained
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
 
@@ -242,16 +242,18 @@ def sharded_alone(folder: Path) -> None:
 
 
 def conformance(folder: Path) -> None:
-    """Every objective and every rollout that a recipe can have."""
+    """Every objective, rollout and teacher that a recipe can have."""
     for name, options in every_entry():
-        made = trainer(folder / "run", rows=dataset(7), per_device_train_batch_size=4, **options())
+        rows = {"rows": dataset(7), "per_device_train_batch_size": 4}
+        made = trainer(folder / "run", **rows, **options())
         made.train()
         if dist.get_rank() == 0:
             torch.save(trained(made), folder / f"{name}.pt")
 
 
 def every_entry():
-    """Yield (name, function that makes the trainer's arguments) of each objective and rollout."""
+    """Yield (name, function that makes the trainer's arguments) of each part of a recipe."""
+    yield from every_teacher().items()
     for name, one in entries.main_objectives().items():
         section = entries.recipe(objectives=[one]).objectives[0]
         yield name, lambda section=section: {"objectives": build_objectives([section])}

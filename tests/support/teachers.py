@@ -1,6 +1,9 @@
-"""A teacher that trains along, and objectives that use every extension point with it."""
+"""Teachers for tests: every kind on toys, and one that uses every extension point."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +15,16 @@ from llmdistill.objectives.base import Objective
 from llmdistill.objectives.chunked import chunked_sum
 from llmdistill.objectives.divergences import kl, log_probs
 from llmdistill.objectives.features import HiddenObjective
-from llmdistill.objectives.response import ResponseObjective
+from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.teachers.base import TrainableTeacher
+from llmdistill.teachers.ensemble import EnsembleTeacher
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.teachers.mutual import MutualTeacher
+from llmdistill.teachers.online import OnlineTeacher
+from llmdistill.teachers.reflexive import ReflexiveTeacher
+from llmdistill.teachers.routed import CurriculumTeacher, RoutedTeacher, token_balance
 from tests import toy
+from tests.training.helpers import dataset
 
 
 class Learner(TrainableTeacher):
@@ -59,3 +69,42 @@ def trained(trainer) -> torch.Tensor:
     return torch.cat(
         [p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]
     ).clone()
+
+
+def local(seed: int = 1, hidden: int = 48) -> LocalTeacher:
+    return LocalTeacher(toy.teacher_model(seed=seed, hidden=hidden), toy.tokenizer())
+
+
+def every_teacher() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Each kind of teacher, as a function that makes the arguments of a trainer on `dataset(7)`."""
+    rows = dataset(7).rows
+    route = {row.row_id: "ab"[row.row_id % 2] for row in rows}
+    longer = {row.row_id: [*row.prompt_ids, 7, 8, 9] for row in rows}
+    labels = [ResponseObjective(), CrossEntropyObjective()]
+
+    def two() -> list[LocalTeacher]:
+        return [local(), local(2, 32)]
+
+    def named() -> dict[str, LocalTeacher]:
+        return dict(zip("ab", two(), strict=True))
+
+    def reflexive(**options: Any) -> dict[str, Any]:
+        student = toy.model()
+        teacher = ReflexiveTeacher(student, toy.tokenizer(), **options)
+        return {"student": student, "teacher": teacher, "objectives": labels, "max_steps": 2}
+
+    made: dict[str, Callable[[], Any]] = {
+        "online": lambda: OnlineTeacher(toy.teacher_model(), toy.tokenizer(), drift_weight=0.1),
+        "resting": lambda: OnlineTeacher(toy.teacher_model(), toy.tokenizer(), teacher_every=2),
+        "mixture": lambda: EnsembleTeacher(two()),
+        "sum": lambda: EnsembleTeacher(two(), mix="sum", weigh="likelihood"),
+        "route": lambda: RoutedTeacher(named(), route, balance=token_balance(rows, route)),
+        "curriculum": lambda: CurriculumTeacher(named(), rows),
+        "mutual": lambda: MutualTeacher([toy.model(seed=s) for s in (3, 4)], toy.tokenizer()),
+    }
+    found: dict[str, Callable[[], dict[str, Any]]] = {
+        name: lambda make=make: {"teacher": make(), "max_steps": 2} for name, make in made.items()
+    }
+    found["context"] = lambda: reflexive(prompts=longer)
+    found["average"] = lambda: reflexive(weights="ema", ema_rate=0.3)
+    return {f"teacher-{name}": options for name, options in found.items()}
