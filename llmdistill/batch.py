@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,13 +30,11 @@ class LossSum(NamedTuple):
 
     `total` is the sum: (), with gradients, in nats for distributions.  `num_tokens` is the number
     of predicted tokens: (), an integer.  The trainer does not divide by `num_tokens`; it divides
-    the sum over a whole step by the objective's own `divisor`.  `figures` are further numbers for
-    the log, which are not part of the loss: a sum and its divisor by name, both detached.
+    the sum over a whole step by the objective's own `divisor`.
     """
 
     total: Tensor
     num_tokens: Tensor
-    figures: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

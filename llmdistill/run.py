@@ -157,7 +157,7 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
             teacher.export(folder)
         if evaluation is not None and before is not None:
             logger.info("measuring the student after training")
-            with trainer.exported():
+            with trainer.model.exported_weights():
                 after = evaluation.measure(trainer.model.exported)
             result = _write_evaluation(folder, evaluation, before, after)
         _publish(told, trainer, result)

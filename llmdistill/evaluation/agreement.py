@@ -134,8 +134,7 @@ def perplexity(model: PreTrainedModel, batches: Sequence[Sequences], num_tokens:
     for batch in batches:
         sequences = batch.to(device)
         view = read(model, sequences, num_tokens)
-        found = likelihood(view, None, sequences)
-        sums += torch.tensor([float(found.total), float(found.num_tokens)])
+        sums += torch.tensor([float(part) for part in likelihood(view, None, sequences)])
     total, count = sums.tolist()
     return math.exp(min(total / max(count, 1), 700))  # exp overflows a float above 709
 

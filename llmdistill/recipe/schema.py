@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.facts import check_training_argument, wrong_pattern
+from llmdistill.recipe.fits import unfit_teacher
 from llmdistill.recipe.generation import GenerationRecipe
 from llmdistill.recipe.objectives import ObjectiveRecipe, ResponseRecipe
 from llmdistill.recipe.rollouts import FixedRecipe, RolloutRecipe
@@ -223,95 +224,9 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
-    def _the_teacher_provides_it(self) -> Recipe:
-        for place, objective in enumerate(self.objectives):
-            if missing := objective.teacher_needs - self.teacher.provides:
-                raise PydanticCustomError(
-                    "needs",
-                    "objectives[{place}] of kind {objective} needs {missing} from the teacher, but "
-                    "a teacher of kind {teacher} provides {provides}. Use another teacher, or "
-                    "remove the objective.",
-                    {
-                        "place": place,
-                        "objective": objective.kind,
-                        "missing": ", ".join(sorted(missing)),
-                        "teacher": self.teacher.kind,
-                        "provides": ", ".join(sorted(self.teacher.provides)) or "nothing",
-                    },
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _the_teachers_distribution_is_used(self) -> Recipe:
-        uses = any("distribution" in one.teacher_needs for one in self.objectives)
-        if self.teacher.changes_distribution and not uses:
-            raise PydanticCustomError(
-                "teacher",
-                "a teacher of kind {kind} changes the distribution, but no objective uses it. Add "
-                "one that does, such as 'response', or use a teacher of kind local.",
-                {"kind": self.teacher.kind},
-            )
-        return self
-
-    @model_validator(mode="after")
     def _the_teacher_fits(self) -> Recipe:
-        if wrong := self.teacher.misfit(self):
+        if wrong := unfit_teacher(self):
             raise PydanticCustomError("teacher", "{wrong}", {"wrong": wrong})
-        for one in self.objectives:
-            lacks = None
-            if one.needs_final_states and not self.teacher.has_final_states:
-                lacks = "needs the final states of one model"
-            elif (
-                self.teacher.gives_several_targets
-                and "distribution" in one.teacher_needs
-                and not one.sums_targets
-            ):
-                lacks = "needs one distribution without a factor for each token"
-            if lacks:
-                raise PydanticCustomError(
-                    "teacher",
-                    "an objective of kind {kind} {lacks}, which the teacher of kind {teacher} does "
-                    "not give with these keys. Use 'kind: response', or change the teacher.",
-                    {"kind": one.kind, "lacks": lacks, "teacher": self.teacher.kind},
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _the_teacher_can_write(self) -> Recipe:
-        kind = self.teacher.kind
-        if self.rollout.teacher_writes and not self.teacher.writes:
-            raise PydanticCustomError(
-                "rollout",
-                "a teacher of kind {kind} scores responses but cannot write them. Use 'rollout: "
-                "{{kind: fixed}}', or 'kind: sampled' with 'by: student'.",
-                {"kind": kind},
-            )
-        if self.rollout.steps_both_models and not self.teacher.steps:
-            raise PydanticCustomError(
-                "rollout",
-                "a teacher of kind {kind} cannot write token by token with the student, as an "
-                "interleaved rollout does. Use 'kind: fixed' or 'kind: sampled'.",
-                {"kind": kind},
-            )
-        if self.data.streaming and self.teacher.reads is not None:
-            raise PydanticCustomError(
-                "streaming",
-                "a teacher of kind {kind} looks up rows by their ids, which a stream does not "
-                "keep. Set 'data.streaming: false'.",
-                {"kind": kind},
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _there_is_something_to_measure_against(self) -> Recipe:
-        measured = self.data.eval or self.data.hold_back
-        if measured and not self.teacher.is_reference and self.evaluate.against is None:
-            raise PydanticCustomError(
-                "against",
-                "a teacher of kind {kind} changes during the run, so held-out figures need a model "
-                "that stays as it is. Set 'evaluate.against' to one, or remove the held-out rows.",
-                {"kind": self.teacher.kind},
-            )
         return self
 
     @model_validator(mode="after")

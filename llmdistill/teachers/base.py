@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ class TrainableTeacher(nn.Module, abc.ABC):
     In a step with weight 0 the teacher does not learn: its loss is not computed, and its parameters
     stay as they are.
     """
+    figures: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
+    """Further numbers for the log of the last `forward`: a sum and its divisor by name."""
     learning_rate: float | None = None
     """Learning rate of its parameters; None is that of the student."""
 

@@ -1,6 +1,6 @@
 """A teacher that also sees images, for a student that reads text alone.
 
-B = rows, T = tokens of the teacher, P = prompt tokens, N = predicted tokens.
+B = rows, T = tokens, P = prompt tokens, N = predicted tokens, H = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations

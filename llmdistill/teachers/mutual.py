@@ -1,6 +1,6 @@
 """Students that teach each other (deep mutual learning).
 
-N = predicted tokens, n = those of one block, V = vocabulary.
+N = predicted tokens, n = those of one block, K = models, H = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations

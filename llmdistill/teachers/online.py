@@ -1,7 +1,7 @@
 """A teacher that trains along with the student (OKD).
 
-N = predicted tokens, n = those of one block, V = vocabulary, p = the teacher, p0 = the teacher
-without its adapter, q = the student.
+N = predicted tokens, n = those of one block, H = hidden size, V = vocabulary, p = the teacher,
+p0 = the teacher without its adapter, q = the student.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ class OnlineTeacher(TrainableTeacher):
 
         ones_N = torch.ones_like(labelled_N)
         total, _ = chunked_sum(own.hidden_NH, own.head, position_loss, ones_N)
-        drift = self._drift(own.detach(), untouched, sequences)
-        return LossSum(total, predicted_tokens(sequences), {DRIFT: drift})
+        self.figures = {DRIFT: self._drift(own.detach(), untouched, sequences)}
+        return LossSum(total, predicted_tokens(sequences))
 
     @torch.no_grad()
     def _untouched(self, sequences: Sequences, num_tokens: int) -> Dense:

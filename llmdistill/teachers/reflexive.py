@@ -1,6 +1,6 @@
 """The student as its own teacher: with other weights, or with a context that it does not see.
 
-B = rows.
+B = rows, T = tokens.
 """
 
 from __future__ import annotations

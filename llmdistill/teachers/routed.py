@@ -1,6 +1,6 @@
 """One teacher for each row: chosen by a column of the rows, or by how hard the row is.
 
-B = rows, N = predicted tokens, K = teachers.
+B = rows of a batch, R = rows of the dataset, T = tokens, N = predicted tokens, K = teachers.
 """
 
 from __future__ import annotations

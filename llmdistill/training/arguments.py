@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llmdistill")
 
 
+def settle(trainer: DistillTrainer) -> None:
+    """Check what can be checked once Accelerate is set up, and compile the student if asked to."""
+    requested = bool(trainer.args.fsdp)
+    check_sharding(
+        trainer.rollout, trainer.teacher, sharded=is_sharded(trainer), requested=requested
+    )
+    check_arguments(trainer.args, trainer.model)
+    compile_layers(trainer)
+
+
 def compile_layers(trainer: DistillTrainer) -> None:
     """Compile the student's decoder layers if `torch_compile` is set.
 

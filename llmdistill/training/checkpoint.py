@@ -24,7 +24,7 @@ from llmdistill.protocols import Follows, Rollout, Stateful, Teacher
 from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 STUDENT_PREFIX = "student."
 # Trained parts of `Distillation` other than the student, and the file of each.
@@ -55,10 +55,16 @@ def save_student(
     distillation.tokenizer.save_pretrained(folder)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write another model than the student, and its tokenizer."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def export(
+    distillation: Distillation, folder: Path, state: dict[str, Tensor], *, merged: bool
+) -> None:
+    """Write the model that is the result of the run, and its tokenizer."""
+    if (smaller := distillation.exported) is distillation.student:
+        save = save_merged if merged else save_student
+        save(distillation, folder, state)
+    else:
+        smaller.save_pretrained(folder)
+        distillation.tokenizer.save_pretrained(folder)
 
 
 def save_merged(

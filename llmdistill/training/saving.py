@@ -6,9 +6,7 @@ writes them.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -148,23 +146,11 @@ class StudentTrainer(Trainer):
         Raises:
             ModelError: `merge_adapter` is True, but the adapter is not plain LoRA.
         """
-        with self.exported():
+        with self.model.exported_weights():
             # Gathering sharded weights is a collective call, so every rank has to make it.
             state = self.accelerator.get_state_dict(self.model_wrapped)
-            if not self.args.should_save:
-                return
-            if (smaller := self.model.exported) is not self.model.student:
-                checkpoint.save_model(smaller, self.model.tokenizer, Path(folder))
-                return
-            save = checkpoint.save_merged if self.merge_adapter else checkpoint.save_student
-            save(self.model, Path(folder), state)
-
-    def exported(self) -> AbstractContextManager[None]:
-        """Return a context in which the student has the weights that are exported.
-
-        They are its own, unless the teacher keeps others for the export, such as an average.
-        """
-        return getattr(self.model.teacher, "exported", contextlib.nullcontext)()
+            if self.args.should_save:
+                checkpoint.export(self.model, Path(folder), state, merged=self.merge_adapter)
 
     # ---- the Hub: the student alone ----
 

@@ -9,6 +9,7 @@ A frozen teacher is not part of the module, so it is not saved, moved or put in 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -148,8 +149,8 @@ class Distillation(nn.Module):
         self._teacher_learns = learns
         columns = zip(self.term_names, sums, divisors_K, strict=False)
         terms = {name: (one.total.detach(), count) for name, one, count in columns}
-        for one in sums:
-            terms |= one.figures
+        if learns and trained is not None:
+            terms |= trained.figures
         return StepOutput(loss, terms)
 
     def idle_parameters(self) -> list[nn.Parameter]:
@@ -204,6 +205,13 @@ class Distillation(nn.Module):
         made = [one.exported(self.student) for one in self.objectives]  # type: ignore[operator]
         return next((one for one in made if one is not None), self.student)
 
+    def exported_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which the student has the weights that are exported.
+
+        They are its own, unless the teacher keeps others for the export, such as an average.
+        """
+        return getattr(self.teacher, "exported", contextlib.nullcontext)()
+
     def write(
         self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
     ) -> Sequences:
@@ -225,17 +233,7 @@ class Distillation(nn.Module):
     @property
     def learning_rates(self) -> dict[str, float]:
         """Learning rates of parameters that do not have the student's, by name in this module."""
-        rates = {
-            f"objectives.{place}.{name}": one.projector_learning_rate
-            for place, one in enumerate(self.objectives)
-            if isinstance(one, Objective) and one.projector_learning_rate is not None
-            for name, _ in one.named_parameters()
-        }
-        trained = self.trained_teacher
-        if trained is not None and trained.learning_rate is not None:
-            names = (f"trained_teacher.{name}" for name, _ in trained.named_parameters())
-            rates |= dict.fromkeys(names, trained.learning_rate)
-        return rates
+        return dict(_own_rates(self))
 
     def parameter_groups(self) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
         """Yield each owner with its trainable parameters, by their names in this module.
@@ -263,6 +261,17 @@ class Distillation(nn.Module):
         if name in FORWARDED_TO_STUDENT:
             return getattr(super().__getattr__("student"), name)
         return super().__getattr__(name)
+
+
+def _own_rates(distillation: Distillation) -> Iterator[tuple[str, float]]:
+    """Yield the parameters with a learning rate of their own, and the rate."""
+    for place, one in enumerate(distillation.objectives):
+        rate = one.projector_learning_rate if isinstance(one, Objective) else None
+        if rate is not None:
+            yield from ((f"objectives.{place}.{name}", rate) for name, _ in one.named_parameters())
+    trained = distillation.trained_teacher
+    if trained is not None and (rate := trained.learning_rate) is not None:
+        yield from ((f"trained_teacher.{name}", rate) for name, _ in trained.named_parameters())
 
 
 def _warn_about_rates(objective: Objective) -> None:

@@ -32,13 +32,7 @@ from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Follows, Progress, Rollout, Teacher
 from llmdistill.rollouts.fixed import FixedRollout
-from llmdistill.training.arguments import (
-    check_arguments,
-    check_sharding,
-    compile_layers,
-    forced,
-    is_sharded,
-)
+from llmdistill.training.arguments import forced, settle
 from llmdistill.training.groups import GroupedTrainer
 from llmdistill.training.guards import stop_if_not_finite
 from llmdistill.training.order import order
@@ -113,16 +107,14 @@ class DistillTrainer(GroupedTrainer):
         self.model_card, self.merge_adapter = model_card, merge_adapter
         self._tally = Tally()
         self._step_loss: Tensor | float = 0.0
-        ends = getattr(teacher, "ends", ())
-        list_end_ids(unwrap_adapters(student), processing_class, ends)
+        list_end_ids(unwrap_adapters(student), processing_class, getattr(teacher, "ends", ()))
         use_cache = student.config.use_cache
         # Projectors are created on the CPU.  The seed gives them the same weights on all ranks, and
         # the fork leaves the caller's generator as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            distillation = Distillation(
-                student, teacher, objectives, processing_class, measured_against
-            )
+            pair = (student, teacher)
+            distillation = Distillation(*pair, objectives, processing_class, measured_against)
         super().__init__(
             model=distillation,
             args=forced(args, distillation),
@@ -137,15 +129,10 @@ class DistillTrainer(GroupedTrainer):
         student.config.use_cache = use_cache
         if isinstance(teacher, Follows):
             self.add_callback(AfterStep(teacher))
-        check_sharding(rollout, teacher, sharded=is_sharded(self), requested=bool(self.args.fsdp))
-        check_arguments(self.args, distillation)
-        compile_layers(self)
+        settle(self)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """Let a curriculum choose the order of rows, or group them by length if `args` asks for it.
-
-        Trainer cannot see how long rows are.
-        """
+        """Let a curriculum choose the order of rows, or group them by length if `args` asks."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         chosen = order(rows, self.args, self.teacher)
         return super()._get_train_sampler(train_dataset) if chosen is None else chosen
@@ -219,19 +206,14 @@ class DistillTrainer(GroupedTrainer):
         Each objective counts with the weight that it has at the end of the run, so that losses
         from different steps can be compared.  Raises TrainingError if these weights are all 0.
         """
-        weights = self.model.weights(_end(self))
-        if not any(weights[name] for name in self.model.objective_names):
-            raise TrainingError(
-                "the held-out loss uses each objective's weight at the end of the run, and these "
-                "weights are all 0. Let a schedule end above 0, or turn off the held-out loss."
-            )
+        weights = _held_out_weights(self)
         self._eval_tally = Tally()
         # The ranks add up one number per name, so a rank without a batch needs the names, too.
         self._eval_tally.add_terms(dict.fromkeys(self.model.objective_names, (0.0, 0.0)))
         result = super().evaluation_loop(*args, **kwargs)
         means = self._eval_tally.term_means(self.accelerator)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        loss = sum(weights[name] * means[name] for name in self.model.objective_names)
+        loss = sum(weight * means[name] for name, weight in weights.items())
         result.metrics[f"{prefix}_loss"] = loss
         return result
 
@@ -285,6 +267,18 @@ def _end(trainer: DistillTrainer) -> Progress:
         loader = trainer.get_train_dataloader()
         *_, steps = trainer.set_initial_training_values(trainer.args, loader)
     return replace(_progress(trainer), step=max(steps - 1, 0), num_steps=max(steps, 1))
+
+
+def _held_out_weights(trainer: DistillTrainer) -> dict[str, float]:
+    """Return each objective's weight at the end of the run."""
+    weights = trainer.model.weights(_end(trainer))
+    found = {name: weights[name] for name in trainer.model.objective_names}
+    if not any(found.values()):
+        raise TrainingError(
+            "the held-out loss uses each objective's weight at the end of the run, and these "
+            "weights are all 0. Let a schedule end above 0, or turn off the held-out loss."
+        )
+    return found
 
 
 def _scheduled_weights(trainer: DistillTrainer) -> dict[str, float]:
