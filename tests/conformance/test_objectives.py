@@ -181,7 +181,7 @@ def test_makes_no_tensor_of_n_x_v(name):
 @each
 def test_twenty_steps_have_the_losses_that_are_kept(tmp_path, name):
     """N10: `python -m tests.conformance.golden` writes them; see that a change is meant."""
-    found = golden.losses(tmp_path, objective(name))
+    found = golden.losses(tmp_path, objectives=objective(name))
     assert found == pytest.approx(golden.KEPT[name], rel=2e-3, abs=1e-6)
     assert len(found) == golden.STEPS
     assert found[-1] < found[0]

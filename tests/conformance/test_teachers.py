@@ -18,10 +18,10 @@ from llmdistill.run import load_pair
 from llmdistill.teachers.base import TrainableTeacher
 from llmdistill.training.step import Distillation
 from tests import toy
-from tests.conformance import entries
+from tests.conformance import entries, golden
 from tests.support import vision
-from tests.support.teachers import trained
-from tests.training.helpers import trainer
+from tests.support.teachers import every_teacher, trained
+from tests.training.helpers import dataset, trainer
 
 TEACHERS = entries.teachers()
 each = pytest.mark.parametrize("name", TEACHERS)
@@ -132,3 +132,31 @@ def test_accumulation_changes_nothing_that_is_trained(name, pair, tmp_path):
         )
     assert found[0].abs().max() > 1e-3
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", every_teacher())
+def test_twenty_steps_are_those_of_the_golden_file(tmp_path, name):
+    """N10: `python -m tests.conformance.golden` writes them; see that a change is meant."""
+    found = golden.losses(tmp_path, **golden.parts()[name]())
+    assert found == pytest.approx(golden.KEPT[name], rel=2e-3, abs=1e-6)
+    assert len(found) == golden.STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", every_teacher())
+def test_a_resumed_run_is_the_same_run(tmp_path, name):
+    """F1: from a checkpoint after two of four steps, everything that is trained is equal."""
+    options = {
+        "rows": dataset(7), "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch",
+        "learning_rate": 0.01, "per_device_train_batch_size": 2,
+    }  # fmt: skip
+
+    def made():
+        return trainer(tmp_path, **options | every_teacher()[name]() | {"max_steps": 4})
+
+    whole, again = made(), made()
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(trained(again), trained(whole))
+    assert not torch.equal(trained(again), trained(made()))
