@@ -263,15 +263,14 @@ def load_student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     student = (recipe.student.model, recipe.student.revision)
     tokenizer = load_tokenizer(student[0], revision=student[1])
-    if student == recipe.teacher_source:
-        return tokenizer
-    base, revision = recipe.teacher_source
-    if not same_template(load_tokenizer(base, revision=revision), tokenizer):
-        raise VocabularyError(
-            f"the chat templates of teacher '{base}' and student '{student[0]}' render the same "
-            "conversation as different tokens, so the teacher would score text that it does not "
-            "expect. Give the student the teacher's template, or choose another pair."
-        )
+    for base, revision in dict.fromkeys(recipe.teacher.paired(recipe.student)):
+        same = (base, revision) == student
+        if not (same or same_template(load_tokenizer(base, revision=revision), tokenizer)):
+            raise VocabularyError(
+                f"the chat templates of teacher '{base}' and student '{student[0]}' render the "
+                "same conversation as different tokens, so the teacher would score text that it "
+                "does not expect. Give the student the teacher's template, or choose another pair."
+            )
     return tokenizer
 
 

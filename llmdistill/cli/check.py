@@ -43,7 +43,9 @@ def check(
     from llmdistill.data.collate import PromptDataset
     from llmdistill.run import load_data
 
-    run_folder = f"The run folder would be {loaded.output}."
+    # Of a recipe of several runs, the first one is looked at: the others need its student.
+    whole, loaded = loaded, loaded.stages[0]
+    run_folder = f"The run folder would be {whole.output}."
     console.print(f"recipe       {recipe} is valid. {run_folder}", soft_wrap=True, markup=False)
     tokenizer, fits = _pair(loaded)
     train, held = load_data(loaded, tokenizer)
@@ -58,6 +60,7 @@ def check(
             f"             held out {len(held)} rows (usable: {held.counts})", highlight=False
         )
     _models(loaded)
+    _runs(whole)
     _compared(loaded)
     console.print("example      the student is trained on the tokens in brackets:\n")
     console.print(_marked(train.head(1)[0], tokenizer, written=not loaded.rollout.takes_data))
@@ -70,7 +73,7 @@ def check(
 
 
 def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
-    """Print whether the tokenizers of teacher and student match.
+    """Print whether the tokenizers of each teacher and the student match.
 
     Returns the student's tokenizer, and whether the pair can be trained.
     """
@@ -79,17 +82,22 @@ def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
     from llmdistill.models.load import load_config, load_tokenizer
     from llmdistill.models.vocabulary import VocabularyMatch, compare
 
-    sides = (recipe.teacher_source, (recipe.student.model, recipe.student.revision))
-    teacher, student = (load_tokenizer(name, revision=revision) for name, revision in sides)
-    configs = [load_config(name, revision=revision).get_text_config() for name, revision in sides]
-    found = compare(teacher, student, *(config.vocab_size for config in configs))
-    reason = found.reason or f"{found.shared} shared ids"
-    # The reason quotes tokens, and `[/INST]` would be read as markup.
-    console.print(f"vocabulary   {found.match.value}: {reason}", soft_wrap=True, markup=False)
-    same = same_template(teacher, student)
-    verdict = "the same tokens" if same else "different tokens, so this pair cannot be trained"
-    console.print(f"template     teacher and student render {verdict}")
-    return student, same and found.match is not VocabularyMatch.DIFFERENT
+    name, revision = recipe.student.model, recipe.student.revision
+    student = load_tokenizer(name, revision=revision)
+    rows = load_config(name, revision=revision).get_text_config().vocab_size
+    fits = True
+    for base, of_base in dict.fromkeys(recipe.teacher.paired(recipe.student)):
+        teacher = load_tokenizer(base, revision=of_base)
+        teacher_rows = load_config(base, revision=of_base).get_text_config().vocab_size
+        found = compare(teacher, student, teacher_rows, rows)
+        reason = found.reason or f"{found.shared} shared ids"
+        # The reason quotes tokens, and `[/INST]` would be read as markup.
+        console.print(f"vocabulary   {found.match.value}: {reason}", soft_wrap=True, markup=False)
+        same = same_template(teacher, student)
+        verdict = "the same tokens" if same else "different tokens, so this pair cannot be trained"
+        console.print(f"template     teacher and student render {verdict}")
+        fits = fits and same and found.match is not VocabularyMatch.DIFFERENT
+    return student, fits
 
 
 def _models(recipe: Recipe) -> None:
@@ -116,10 +124,18 @@ def _models(recipe: Recipe) -> None:
     line("student", f"{student.model}{carved} on {here} ({student.dtype})")
     more = f", and {recipe.teacher.trains}" if recipe.teacher.trains else ""
     line("trained", f"{trained} of the student{more}")
-    if len(recipe.stages) > 1:
-        for place, stage in enumerate(recipe.stages, start=1):
-            taught = ", ".join(name for name, _ in stage.teacher_sources)
-            line(f"run {place}", f"{taught} teaches {stage.student.model} in {stage.output}")
+
+
+def _runs(recipe: Recipe) -> None:
+    """Print the runs of a recipe of several runs."""
+    from llmdistill.cli.show import console
+
+    stages = recipe.stages
+    for place, stage in enumerate(stages, start=1):
+        taught = ", ".join(name for name, _ in stage.teacher_sources)
+        text = f"run {place} of {len(stages)}   {taught} teaches {stage.student.model} in "
+        if len(stages) > 1:
+            console.print(text + stage.output, soft_wrap=True, markup=False, highlight=False)
 
 
 def _compared(recipe: Recipe) -> None:

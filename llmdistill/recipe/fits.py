@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def unfit_teacher(recipe: Recipe) -> str | None:
     """Return the first reason why the rest of a recipe does not fit its teacher, or None."""
-    checks = (_objectives, _writing, _rows, _reference)
+    checks = (_objectives, _writing, _rows, _held_out_loss, _reference)
     found = (check(recipe) for check in checks)
     return next((wrong for wrong in found if wrong), None) or recipe.teacher.misfit(recipe)
 
@@ -73,6 +73,19 @@ def _rows(recipe: Recipe) -> str | None:
             f"a teacher of kind {recipe.teacher.kind} looks up rows by their ids, which a stream "
             "does not keep. Set 'data.streaming: false'."
         )
+    return None
+
+
+def _held_out_loss(recipe: Recipe) -> str | None:
+    """Find out whether the held-out loss can be taken against another model."""
+    for one in recipe.objectives:
+        states = one.teacher_needs - {"distribution"}
+        if recipe.evaluate.against is not None and recipe.evaluate.every_steps and states:
+            return (
+                f"'evaluate.every_steps' measures the objectives against 'evaluate.against', but "
+                f"an objective of kind {one.kind} needs the inner states of the teacher itself. "
+                "Remove 'evaluate.against' or 'evaluate.every_steps'."
+            )
     return None
 
 

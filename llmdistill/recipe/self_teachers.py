@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -180,7 +180,8 @@ class ChainTeacherRecipe(TeacherSection):
         for number, assistant in enumerate(self.assistants, start=1):
             output = f"{recipe.output.rstrip('/')}.assistant{number}"
             changes = {"output": output, "teacher": teacher, "student": assistant}
-            found.append(recipe.model_copy(update=changes | {"evaluate": evaluate}))
+            changes |= {"evaluate": evaluate, "training": _not_pushed(recipe)}
+            found.append(recipe.model_copy(update=changes))
             teacher = _student_of(output, self.teacher)
         return [*found, recipe.model_copy(update={"teacher": teacher, "evaluate": evaluate})]
 
@@ -228,9 +229,19 @@ class BornAgainTeacherRecipe(TeacherSection):
         for number in range(self.generations):
             output = f"{recipe.output.rstrip('/')}.generation{number}"
             changes = {"output": output, "teacher": teacher, "objectives": objectives}
+            changes["training"] = _not_pushed(recipe)
             found.append(recipe.model_copy(update=changes))
             teacher, objectives = _student_of(output), list(recipe.objectives)
         return [*found, recipe.model_copy(update={"teacher": teacher})]
+
+
+def _not_pushed(recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments of an earlier run: only the student of the last one is pushed."""
+    return {
+        key: value
+        for key, value in recipe.training.items()
+        if not key.startswith(("hub_", "push_to_hub"))
+    }
 
 
 def _student_of(output: str, like: LocalTeacherRecipe | None = None) -> LocalTeacherRecipe:

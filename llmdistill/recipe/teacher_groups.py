@@ -91,6 +91,9 @@ class SeveralTeachers(TeacherSection):
     def source(self, student: StudentRecipe) -> tuple[str, str | None]:
         return self.teachers[0].source(student)
 
+    def paired(self, student: StudentRecipe) -> tuple[tuple[str, str | None], ...]:
+        return self.sources(student)
+
 
 class EnsembleTeacherRecipe(SeveralTeachers):
     """Several teachers that are combined into one at each token.  A teacher with weight 0 does not
@@ -267,6 +270,9 @@ class MutualTeacherRecipe(TeacherSection):
 
     def sources(self, student: StudentRecipe) -> tuple[tuple[str, str | None], ...]:
         return tuple((one.model, one.revision) for one in self.peers)
+
+    def paired(self, student: StudentRecipe) -> tuple[tuple[str, str | None], ...]:
+        return self.sources(student)
 
     @model_validator(mode="after")
     def _whole_weights(self) -> MutualTeacherRecipe:

@@ -122,6 +122,10 @@ class TeacherSection(Strict):
         """Return the name and revision of each model that teaches."""
         return tuple((one.model, one.revision) for one in self.models) or (self.source(student),)
 
+    def paired(self, student: StudentRecipe) -> tuple[tuple[str, str | None], ...]:
+        """Return the models whose tokens and template must be those of the student."""
+        return (self.source(student),)
+
     def misfit(self, recipe: Recipe) -> str | None:
         """Return why the rest of the recipe does not fit this teacher, or None if it does."""
         return None
@@ -291,6 +295,7 @@ class MultimodalTeacherRecipe(LocalTeacherRecipe):
     """Column of the rows with the path of an image, or a list of paths.  It can be empty."""
     image_folder: str | None = None
     """Folder that relative paths start from.  `null` is the working directory."""
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"image_folder"})
     sees_images: ClassVar[bool] = True
     steps: ClassVar[bool] = False
 
@@ -305,6 +310,9 @@ class MultimodalTeacherRecipe(LocalTeacherRecipe):
     @property
     def reads(self) -> Reads:
         return Reads(columns=(self.images,), keeps_messages=True)
+
+    def public(self) -> MultimodalTeacherRecipe:
+        return self.model_copy(update={"image_folder": None})
 
     @property
     def who(self) -> str:

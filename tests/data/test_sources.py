@@ -274,3 +274,11 @@ def test_a_column_that_is_not_there_is_a_bad_row(tmp_path):
         str(bad[1])
         == f"{source}:3: 'columns' of the source names the field 'q', but the row has question"
     )
+
+
+def test_a_source_can_add_fields_to_its_rows(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "b", "domain": "x"}])
+    rows = [row for _, row in read(str(path), add={"domain": "maths"})]
+    assert rows[0] == {"prompt": "a", "domain": "maths"}
+    assert isinstance(rows[1], DataError)
+    assert "'add' of the source sets the field 'domain', but the row already has it" in str(rows[1])

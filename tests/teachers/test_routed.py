@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from llmdistill.data.collate import PromptDataset
-from llmdistill.errors import DataError, RecipeError
+from llmdistill.data.validate import Rules
+from llmdistill.errors import DataError, RecipeError, TrainingError
 from llmdistill.objectives.divergences import log_probs
+from llmdistill.protocols import plain
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.sampling import GREEDY, Draw
+from llmdistill.teachers.build import Parts, build_teacher
 from llmdistill.teachers.routed import (
     CurriculumTeacher,
     Paced,
@@ -21,6 +24,7 @@ from llmdistill.teachers.routed import (
     token_balance,
 )
 from tests import toy
+from tests.conformance import entries
 from tests.support.spies import spy
 from tests.teachers.test_ensemble import experts, logits, served, signal
 from tests.training.helpers import dataset, gradient, trainer
@@ -214,3 +218,34 @@ def test_rows_without_a_response_have_no_difficulty():
     rows = PromptDataset.of(toy.rows(3, answers=False), toy.tokenizer()).rows
     with pytest.raises(DataError, match="row 0 has no response"):
         CurriculumTeacher(named(2), rows)
+
+
+def test_a_curriculum_and_lengths_cannot_both_choose_the_order(tmp_path):
+    teacher = CurriculumTeacher(named(2), dataset(8).rows, pace_from=0.5)
+    made = trainer(
+        tmp_path, teacher=teacher, rows=dataset(8), train_sampling_strategy="group_by_length"
+    )
+    with pytest.raises(TrainingError, match="the teacher chooses the order of the rows"):
+        made.train()
+
+
+def test_a_student_is_measured_without_the_factors():
+    teacher = RoutedTeacher(named(), ROUTE, balance=dict.fromkeys(NAMES, 2.0))
+    with pytest.raises(TrainingError, match="only ResponseObjective can sum its losses"):
+        signal(teacher).serve()
+    torch.testing.assert_close(logits(plain(teacher)), logits(RoutedTeacher(named(), ROUTE)))
+
+
+def test_a_column_that_names_no_teacher_is_refused_with_its_value(pair, tmp_path):
+    rows = [row | {"domain": "ab"[i % 2]} for i, row in enumerate(toy.rows(4))]
+    data = PromptDataset.encode(
+        ((f"row {i}", row) for i, row in enumerate(rows)),
+        toy.tokenizer(),
+        Rules(columns=("domain",)),
+    )
+    teachers = [{"name": "a", "model": pair[0]}]
+    section = entries.recipe(
+        teacher={"kind": "route", "column": "domain", "teachers": teachers}
+    ).teacher
+    with pytest.raises(RecipeError, match="rows have 'b' in their column 'domain', but no teacher"):
+        build_teacher(section, Parts(train=data.rows))
