@@ -9,6 +9,7 @@ import pytest
 from llmdistill.data.formats import to_examples
 from llmdistill.data.sources import SEED_TASKS, hub_name, read
 from llmdistill.errors import DataError
+from tests.support.files import write_jsonl
 
 
 def write(tmp_path, content: str | bytes) -> str:
