@@ -5,11 +5,13 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
+from llmdistill.models.heads import unwrap_adapters
+from llmdistill.models.layers import decoder_layers
 from llmdistill.models.taps import Need
 from llmdistill.objectives.weights import predicted_tokens
 from llmdistill.schedules import Schedule
@@ -50,9 +52,24 @@ class TrainableTeacher(nn.Module, abc.ABC):
     learning_rate: float | None = None
     """Learning rate of its parameters; None is that of the student."""
 
+    trained_models: tuple[Any, ...] = ()
+    """Its models of transformers that have trained parameters."""
+    _checkpointed: tuple[nn.Module, ...] = ()
+
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever `mode` is: dropout would make the targets noisy."""
-        return super().train(False)
+        super().train(False)
+        # transformers checkpoints only layers in training mode.  Their parts stay in eval mode.
+        for layer in self._checkpointed:
+            layer.training = True
+        return self
+
+    def enable_checkpointing(self) -> None:
+        """Compute the activations of its models again in the backward pass, to save memory."""
+        for model in self.trained_models:
+            unwrap_adapters(model).activation_checkpointing_enable()
+            self._checkpointed += tuple(decoder_layers(model))
+        self.train()
 
     @abc.abstractmethod
     def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:

@@ -70,6 +70,7 @@ class MutualTeacher(TrainableTeacher):
         for peer in peers:
             check_split(peer)
         self.peers = nn.ModuleList(peer.requires_grad_(True) for peer in peers).eval()
+        self.trained_models = tuple(self.peers)
         self.tokenizer = tokenizer
         self.num_tokens = num_tokens(tokenizer)
         self.divergence = choose("divergence", divergence, DIVERGENCES)

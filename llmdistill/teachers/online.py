@@ -96,6 +96,7 @@ class OnlineTeacher(TrainableTeacher):
             key="teacher.targets",
         )  # fmt: skip
         local.model = self.model.eval()
+        self.trained_models = (self.model,)
         self._local = local
         self.plain = AdapterOffTeacher(self.model, tokenizer)
         """The teacher without its adapter, which does not change."""

@@ -23,12 +23,15 @@ logger = logging.getLogger("llmdistill")
 
 
 def settle(trainer: DistillTrainer) -> None:
-    """Check what can be checked once Accelerate is set up, and compile the student if asked to."""
+    """Check what can be checked once Accelerate is set up, and set up the models as `args` asks."""
     requested = bool(trainer.args.fsdp)
     check_sharding(
         trainer.rollout, trainer.teacher, sharded=is_sharded(trainer), requested=requested
     )
     check_arguments(trainer.args, trainer.model)
+    trained = trainer.model.trained_teacher
+    if trainer.args.activation_checkpointing and trained is not None:
+        trained.enable_checkpointing()  # Trainer does it for the student
     compile_layers(trainer)
 
 

@@ -10,6 +10,7 @@ import torch
 from llmdistill import recipe as recipes
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.validate import Rules
+from llmdistill.models.layers import decoder_layers
 from llmdistill.models.load import load_tokenizer
 from llmdistill.models.taps import STATES, Need
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
@@ -160,3 +161,27 @@ def test_a_resumed_run_is_the_same_run(tmp_path, name):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert torch.equal(trained(again), trained(whole))
     assert not torch.equal(trained(again), trained(made()))
+
+
+@pytest.mark.parametrize("name", ["teacher-online", "teacher-mutual"])
+def test_activation_checkpointing_saves_the_activations_of_what_trains_along(tmp_path, name):
+    """Each layer runs twice in a step, its parts stay in eval mode, and the result is the same."""
+    found, calls = [], []
+    for checkpointing in (False, True):
+        made = trainer(
+            tmp_path, **{"rows": dataset(7), "activation_checkpointing": checkpointing}
+            | every_teacher()[name]() | {"max_steps": 1},
+        )  # fmt: skip
+        layer = decoder_layers(made.model.trained_teacher.trained_models[0])[1]
+        seen = []
+        layer.mlp.register_forward_pre_hook(
+            lambda module, _, seen=seen: seen.append(module.training)
+        )
+        made.train()
+        found.append(trained(made))
+        calls.append(seen)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+    drift = name == "teacher-online"  # one more pass, without the adapter
+    assert len(calls[0]) == 1 + drift
+    assert len(calls[1]) == 2 + drift
+    assert not any(calls[1])
