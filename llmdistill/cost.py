@@ -163,6 +163,7 @@ def seconds_per_step(recipe: Recipe) -> dict[str, tuple[float, float | None]]:
     Each value is (seconds, share of the steps); the share is None if it adapts during training.
     Two steps are made for each way, without saving anything, and the second one is timed.
     """
+    recipe = recipe.model_copy(update={"teacher": recipe.teacher.busiest()})
     tokenizer = load_student_tokenizer(recipe)
     train, _ = load_data(recipe, tokenizer)
     teacher, student = load_pair(recipe, tokenizer, train)

@@ -141,7 +141,7 @@ class BlendedLogits:
     def __getitem__(self, rows: slice) -> Tensor:
         pairs = zip(self.parts, self.weights, strict=True)
         first, *others = (weight * part[rows] for part, weight in pairs)
-        return sum(others, start=first)
+        return sum((other.to(first.device) for other in others), start=first)
 
 
 class Confidence(NamedTuple):

@@ -112,7 +112,8 @@ def _load(
         "sampling": _samplings(recipe),
         "seed": recipe.seed,
     }
-    settings = Settings(folder, recipe.target, recipe.round_size, about)
+    images = recipe.teacher.image_column
+    settings = Settings(folder, recipe.target, recipe.round_size, about, images)
     return Pipeline(generator, responder, filters, settings), responder
 
 

@@ -34,13 +34,15 @@ from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
 from llmdistill.evaluation.measure import Evaluation, Figures, Measurement
 from llmdistill.generate import RANKS_WAIT, generate
 from llmdistill.models.build import build_student
+from llmdistill.models.heads import num_rows
 from llmdistill.models.load import default_device, load_tokenizer, native_bfloat16
+from llmdistill.models.vocabulary import require_same
 from llmdistill.objectives.build import build_objectives
 from llmdistill.protocols import Exports, Teacher
 from llmdistill.publish.card import model_card
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts.build import build_rollout
-from llmdistill.run_folder import Start, start_of
+from llmdistill.run_folder import Start, starts_of
 from llmdistill.teachers.build import Parts, build_teacher, load_teacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.progress import MetricsFile, ProgressBar
@@ -101,10 +103,8 @@ def distill(
         CheckpointError: A run folder is not empty, and neither `resume` nor `overwrite` is set.
     """
     stages = recipe.stages
-    starts = [Start(resume, overwrite)]
-    if len(stages) > 1:
-        starts = [start_of(Path(stage.output), starts[0]) for stage in stages]
-        PartialState().wait_for_everyone()  # no rank may write before all have looked
+    starts = starts_of([Path(stage.output) for stage in stages], Start(resume, overwrite))
+    PartialState().wait_for_everyone()  # no rank may write before all have looked
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             for stage, start in zip(stages, starts, strict=True):
@@ -136,15 +136,17 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     against = None
     if recipe.evaluate.against not in (None, recipe.teacher):
         against = load_teacher(recipe.evaluate.against)
+        require_same(against.tokenizer, tokenizer, None, num_rows(student))
     evaluation = _evaluation(recipe, against or teacher, held)
     before: Measurement | None = None
     reference: PromptDataset | None = None
     if evaluation is not None:
         logger.info("measuring the student before training")
         before, reference = evaluation.measure(student), evaluation.teacher_text()
-    trainer = build_trainer(
-        recipe, arguments, teacher, student, tokenizer, train, reference, against
-    )
+    # Inner states are those of the run's own teacher, whose layers the objectives have chosen.
+    states = any(one.teacher_needs - {"distribution"} for one in recipe.objectives)
+    parts = (arguments, teacher, student, tokenizer, train, reference, None if states else against)
+    trainer = build_trainer(recipe, *parts)
     _begin(told, folder, overwrite=start.overwrite)
     for callback in _callbacks(recipe, folder, show_progress=show_progress):
         trainer.add_callback(callback)
@@ -220,21 +222,33 @@ def load_pair(
     held: PromptDataset | None = None,
 ) -> tuple[Teacher, PreTrainedModel]:
     """Load the teacher and the student, carved or with its adapter as the recipe asks."""
-    sample = sample_text(train, CARVE_ROWS)
-    parts = Parts(
-        tokenizer=tokenizer,
-        train=train.rows if isinstance(train, PromptDataset) else (),
-        held=held.rows if held is not None else (),
-        sample=(sample.input_ids_BP, sample.attention_mask_BP),
-        device="cpu" if recipe.training.get("use_cpu") else None,
-        seed=recipe.seed,
-    )
+    parts = parts_of(recipe, tokenizer, train, held)
     if recipe.teacher.uses_student:
         student = _student(recipe, None, parts)
         return build_teacher(recipe.teacher, replace(parts, student=student)), student
     logger.info("loading the teacher %s", ", ".join(n for n, _ in recipe.teacher_sources))
     teacher = build_teacher(recipe.teacher, parts)
     return teacher, _student(recipe, teacher, parts)
+
+
+def parts_of(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    train: EncodedRows,
+    held: PromptDataset | None,
+) -> Parts:
+    """Return what a teacher may be made of before the student is loaded."""
+    sample = sample_text(train, CARVE_ROWS)
+    return Parts(
+        tokenizer=tokenizer,
+        train=train.rows if isinstance(train, PromptDataset) else (),
+        held=held.rows if held is not None else (),
+        sample=(sample.input_ids_BP, sample.attention_mask_BP),
+        device="cpu" if recipe.training.get("use_cpu") else None,
+        seed=recipe.seed,
+        takes_data=recipe.rollout.takes_data,
+        template_options=recipe.data.chat_template_kwargs,
+    )
 
 
 def _student(recipe: Recipe, teacher: Teacher | None, parts: Parts) -> Any:

@@ -39,15 +39,24 @@ class Start(NamedTuple):
             check(folder, resume=self.resume, overwrite=self.overwrite)
 
 
-def start_of(folder: Path, asked: Start) -> Start:
-    """Return how one of several runs begins, if the recipe is started in the way `asked`."""
-    if not asked.resume:
-        return asked
-    if (folder / "student" / "README.md").is_file():  # written last
-        return Start(True, False, runs=False)
-    if any((folder / "checkpoints").glob("checkpoint-*")):
-        return asked
-    return Start(False, overwrite=is_used(folder))
+def starts_of(folders: Sequence[Path], asked: Start) -> list[Start]:
+    """Return how each of several runs begins, if their recipe is started in the way `asked`.
+
+    A run that follows one that is not finished has nothing to resume: what its folder holds belongs
+    to an earlier start, and is replaced.
+    """
+    if not asked.resume or len(folders) == 1:
+        return [asked] * len(folders)
+    starts: list[Start] = []
+    for folder in folders:
+        follows = all(not one.runs for one in starts)
+        if follows and (folder / "student" / "README.md").is_file():  # written last
+            starts.append(Start(True, False, runs=False))
+        elif follows and any((folder / "checkpoints").glob("checkpoint-*")):
+            starts.append(asked)
+        else:
+            starts.append(Start(False, overwrite=is_used(folder)))
+    return starts
 
 
 def is_used(folder: Path, *, record: str = RECORD) -> bool:

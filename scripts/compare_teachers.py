@@ -64,14 +64,14 @@ def runs(work: Path) -> dict[str, dict[str, Any]]:
             "objectives": BOTH,
         },
         "byot_20": {"teacher": LIVE, "objectives": [*LABELS, exits]},
+        "on_policy_20_shorter": {"teacher": LOCAL, "rollout": ON_POLICY, "steps": 51},
+        "kd_20_longer": {"teacher": LOCAL, "steps": 181},
         "opsd": {
             "teacher": {"kind": "reflexive", "context": CONTEXT},
             "rollout": ON_POLICY,
             "student": {"model": NAME},
         },
         "sft_maths": {"teacher": LIVE, "objectives": LABELS, "student": {"model": NAME}},
-        "on_policy_20_shorter": {"teacher": LOCAL, "rollout": ON_POLICY, "steps": 51},
-        "kd_20_longer": {"teacher": LOCAL, "steps": 181},
         "on_policy_10": {"teacher": LOCAL, "rollout": ON_POLICY, "student": carved(10)},
         "kd_10_longer": {"teacher": LOCAL, "student": carved(10), "steps": 181},
         "byot_exit_10": {"teacher": LIVE, "objectives": [*LABELS, shallow]},
@@ -87,7 +87,7 @@ def prepare(data: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     held = (data / "instructions_eval.jsonl").read_text().splitlines()
     (work / "eval.jsonl").write_text("\n".join(held[:HELD_OUT]) + "\n")
-    for name, number in (("train", 600), ("test", HELD_OUT)):
+    for name, number in (("train", 600), ("test", HELD_OUT // 2)):
         lines = (data / f"gsm8k_{name}.jsonl").read_text().splitlines()[:number]
         rows = [json.loads(line) for line in lines]
         rows = [row | {"solution": row["completion"]} for row in rows]
@@ -105,7 +105,7 @@ def recipe_of(name: str, given: dict[str, Any], data: Path, work: Path) -> recip
         rows = {"train": str(work / "maths_train.jsonl"), "eval": str(work / "maths_test.jsonl")}
         limits = {"max_prompt_tokens": 160, "max_response_tokens": 96}
         if "rollout" in parts:
-            parts["rollout"] = parts["rollout"] | {"max_new_tokens": 64}
+            parts["rollout"] = parts["rollout"] | {"max_new_tokens": 48}
     shared = {
         "output": str(work / name),
         "student": carved(20),

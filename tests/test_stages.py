@@ -109,6 +109,46 @@ def test_a_resumed_chain_repeats_no_run_that_is_finished(parts, pair, tmp_path):
     assert torch.equal(exported(tmp_path / "chain"), expected)
 
 
+def test_what_an_older_start_left_is_not_taken_for_a_finished_run(parts, pair, tmp_path):
+    """Overwritten with another learning rate and killed in the first run, then resumed."""
+    teacher = chain(pair, {"model": pair[1]})
+    run(tmp_path, parts, "chain", teacher=teacher)
+    faster = parts | {"training": parts["training"] | {"learning_rate": 0.03}}
+    expected = run(tmp_path, faster, "other", teacher=teacher)
+    first = tmp_path / "chain.assistant1"
+    shutil.rmtree(first)
+    shutil.copytree(tmp_path / "other.assistant1", first)
+    shutil.rmtree(first / "student")
+    shutil.rmtree(first / "checkpoints" / "checkpoint-2")
+    recipe = recipes.build({"output": str(tmp_path / "chain")} | faster | {"teacher": teacher})
+    distill(recipe, resume=True, show_progress=False)
+    assert torch.equal(exported(tmp_path / "chain"), expected)
+
+
+def test_earlier_runs_are_not_pushed_and_generation_0_follows_no_loss(parts, pair):
+    training = parts["training"] | {"push_to_hub": True, "hub_model_id": "me/small"}
+    changes = {"training": training, "data": parts["data"] | {"hold_back": 2}}
+    changes |= {"evaluate": {"every_steps": 1, "patience": 1}}
+    for teacher in (chain(pair, {"model": pair[1]}), {"kind": "born_again"}):
+        recipe = recipes.build({"output": "run"} | parts | changes | {"teacher": teacher})
+        first, last = recipe.stages
+        assert not {"push_to_hub", "hub_model_id"} & first.training.keys()
+        assert last.training == recipe.training
+        assert last.evaluate.patience == 1
+        assert first.evaluate.patience == (None if teacher["kind"] == "born_again" else 1)
+
+
+def test_inner_states_are_measured_against_the_runs_own_teacher(parts, pair, tmp_path):
+    """The first teacher, of another width, gives the figures, but no states for the held-out loss."""
+    run(
+        tmp_path, parts, "chain",
+        teacher=chain(pair, {"model": pair[1]}),
+        objectives=[{"kind": "response"}, {"kind": "hidden", "layers": [[2, 2]]}],
+        data=parts["data"] | {"hold_back": 2},
+        evaluate={"max_new_tokens": 4, "every_steps": 1},
+    )  # fmt: skip
+
+
 def test_a_folder_of_any_run_that_is_in_use_stops_all_of_them(parts, pair, tmp_path):
     teacher = chain(pair, {"model": pair[1]})
     run(tmp_path, parts, "chain", teacher=teacher)

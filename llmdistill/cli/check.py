@@ -41,7 +41,8 @@ def check(
     output.set_up(quiet=True, verbose=verbose)  # the lines below say more than the log
 
     from llmdistill.data.collate import PromptDataset
-    from llmdistill.run import load_data
+    from llmdistill.run import load_data, parts_of
+    from llmdistill.teachers.build import check_rows
 
     # Of a recipe of several runs, the first one is looked at: the others need its student.
     whole, loaded = loaded, loaded.stages[0]
@@ -59,6 +60,7 @@ def check(
         console.print(
             f"             held out {len(held)} rows (usable: {held.counts})", highlight=False
         )
+    check_rows(loaded.teacher, parts_of(loaded, tokenizer, train, held))
     _models(loaded)
     _runs(whole)
     _compared(loaded)

@@ -82,10 +82,11 @@ class Rules:
 
     `form` is a key of `formats.FORMATS` or auto.  `needs_response` refuses rows without an answer.
     Limits are in tokens, None for no limit; `long_prompts` is drop or stop, `long_responses` is
-    cut, drop or stop.  `columns` are fields of the rows that are kept for the teacher.  `context`
-    is the template of the last message as the teacher reads it, with `{prompt}` and the names of
-    columns in braces.  Rows whose teacher's prompt exceeds `max_context_tokens` are dropped.
-    `keeps_messages` keeps the messages of the prompt.
+    cut, drop or stop.  `columns` are fields of the rows that are kept for the teacher, as are
+    `optional` ones, which a row may lack.  `context` is the template of the last message as the
+    teacher reads it, with `{prompt}` and the names of columns in braces.  Rows whose teacher's
+    prompt exceeds `max_context_tokens` are dropped.  `keeps_messages` keeps the messages of the
+    prompt.
     """
 
     form: str = "auto"
@@ -98,6 +99,7 @@ class Rules:
     long_responses: str = "cut"
     skip_bad: bool = False
     columns: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     context: str | None = None
     max_context_tokens: int | None = None
     keeps_messages: bool = False
@@ -163,7 +165,8 @@ def _encode(row: Any, place: str, tokenizer: PreTrainedTokenizerBase, rules: Rul
             f"{place}: the row has no response, but a fixed rollout trains on the responses of the "
             "dataset. End 'messages' with role 'assistant', or add 'completion' or 'output'."
         )
-    columns = {name: _column(row, name, place) for name in rules.columns}
+    columns = {name: row.get(name) for name in rules.optional}
+    columns |= {name: _column(row, name, place) for name in rules.columns}
     rows = []
     for example in examples:
         ids = render(tokenizer, example, rules.template_options)

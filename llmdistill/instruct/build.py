@@ -175,7 +175,7 @@ def _multimodal(
     folder: Path,
     common: Mapping[str, Any],
 ) -> MultimodalResponder:
-    teacher = load_multimodal(section, Parts())
+    teacher = load_multimodal(section, Parts(template_options=recipe.chat_template_kwargs))
     options = {"seed": recipe.seed, "batch_size": recipe.batch_size, **common}
     return MultimodalResponder(teacher, folder=image_folder(section), **options)
 

@@ -60,8 +60,9 @@ def _share(row: Mapping[str, Any]) -> float:
     All rows with the same question, up to case, therefore go into the same split.
     """
     text = f"{row['instruction']}\n{row['input']}".lower()
-    if row.get("images"):  # the same question about another image is another question
-        text += "\n" + "\n".join(row["images"])
+    for value in row.values():
+        if isinstance(value, list):  # the same question about another image is another question
+            text += "\n" + "\n".join(value)
     # 12 hex digits are 48 bits, which a float holds exactly, so the result is below 1.
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12
 

@@ -73,13 +73,15 @@ class Settings:
     """Options of a pipeline.
 
     A `target` of None means all calls of the generator.  `about` is added to every row: generator,
-    teacher, revision, sampling and seed.
+    teacher, revision, sampling and seed.  `images` is the column with the images that the teacher
+    saw; None if it sees none.
     """
 
     folder: Path
     target: int | None
     round_size: int
     about: Mapping[str, Any]
+    images: str | None = None
 
 
 class Pipeline:
@@ -210,7 +212,7 @@ class Pipeline:
             "instruction": task.instruction,
             "input": task.input,
             "output": task.output,
-            **({"images": list(task.images)} if task.images else {}),
+            **({} if self.settings.images is None else {self.settings.images: list(task.images)}),
             "variant": task.variant,
             **self.settings.about,
             "prompt_hash": made.prompt_hash,

@@ -102,7 +102,8 @@ class ExitsObjective(Objective):
         self.layers, self.alpha, self.temperature = layers, alpha, temperature
         self.state_weight, self.export = state_weight, export
         self.adaptor = choose("adaptor", adaptor, ADAPTORS)
-        if export is not None and (adaptor != "norm" or export not in layers):
+        listed = () if isinstance(layers, str) else layers
+        if export is not None and (adaptor != "norm" or export not in listed):
             raise RecipeError(
                 f"export={export} needs adaptor='norm', and must be one of the layers that are "
                 "listed."
@@ -120,6 +121,8 @@ class ExitsObjective(Objective):
 
     def start_from(self, student: PreTrainedModel) -> None:
         """Start each exit's norm as a copy of the student's last norm."""
+        if self.export is not None:
+            _require_whole(student)
         norm = final_norm(student)
         self.norms = nn.ModuleList(copy.deepcopy(norm).requires_grad_(True) for _ in self.depths)
 
@@ -161,15 +164,20 @@ class ExitsObjective(Objective):
         """
         if self.export is None:
             return None
-        if unwrap_adapters(student) is not student:
-            raise ModelError(
-                "an exit of a student with an adapter cannot be exported. Train all weights, or "
-                "set export to None."
-            )
+        _require_whole(student)
         small = keep_layers(student, range(self.export))
         norm = self.norms[self.depths.index(self.export)]
         final_norm(small).load_state_dict(norm.state_dict())
         return small
+
+
+def _require_whole(student: PreTrainedModel) -> None:
+    """Raise ModelError for a student with an adapter."""
+    if unwrap_adapters(student) is not student:
+        raise ModelError(
+            "an exit of a student with an adapter cannot be exported. Train all weights, or set "
+            "export to None."
+        )
 
 
 def exit_layers(layers: str | Sequence[int], depth: int) -> list[int]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def unfit_teacher(recipe: Recipe) -> str | None:
     """Return the first reason why the rest of a recipe does not fit its teacher, or None."""
-    checks = (_objectives, _writing, _rows, _held_out_loss, _reference)
+    checks = (_objectives, _writing, _rows, _reference)
     found = (check(recipe) for check in checks)
     return next((wrong for wrong in found if wrong), None) or recipe.teacher.misfit(recipe)
 
@@ -28,6 +28,11 @@ def _objectives(recipe: Recipe) -> str | None:
                 f"the teacher, but a teacher of kind {teacher.kind} provides "
                 f"{', '.join(sorted(teacher.provides)) or 'nothing'}. Use another teacher, or "
                 "remove the objective."
+            )
+        if one.makes_the_student and recipe.student.peft is not None:
+            return (
+                f"objectives[{place}] of kind {one.kind} exports a part of the student, which does "
+                "not work with an adapter. Remove 'export' or 'student.peft'."
             )
         uses = "distribution" in one.teacher_needs
         lacks = None
@@ -73,19 +78,6 @@ def _rows(recipe: Recipe) -> str | None:
             f"a teacher of kind {recipe.teacher.kind} looks up rows by their ids, which a stream "
             "does not keep. Set 'data.streaming: false'."
         )
-    return None
-
-
-def _held_out_loss(recipe: Recipe) -> str | None:
-    """Find out whether the held-out loss can be taken against another model."""
-    for one in recipe.objectives:
-        states = one.teacher_needs - {"distribution"}
-        if recipe.evaluate.against is not None and recipe.evaluate.every_steps and states:
-            return (
-                f"'evaluate.every_steps' measures the objectives against 'evaluate.against', but "
-                f"an objective of kind {one.kind} needs the inner states of the teacher itself. "
-                "Remove 'evaluate.against' or 'evaluate.every_steps'."
-            )
     return None
 
 

@@ -53,6 +53,11 @@ class ObjectiveSection(Strict):
     """Whether the objective can be summed over several distributions for each token."""
 
     @property
+    def makes_the_student(self) -> bool:
+        """Whether a part of the objective is exported as the student."""
+        return False
+
+    @property
     def ends_at_zero(self) -> bool:
         """Whether the weight is 0 at the end of a run."""
         return is_zero_at_end(self.weight)

@@ -280,6 +280,10 @@ class ExitsRecipe(ObjectiveSection):
     projector_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the exits.  `null` is that of the student."""
 
+    @property
+    def makes_the_student(self) -> bool:
+        return self.export is not None
+
     @model_validator(mode="after")
     def _an_exit_can_be_exported(self) -> ExitsRecipe:
         if self.export is not None and (

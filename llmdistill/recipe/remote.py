@@ -25,6 +25,7 @@ class RemoteTeacherRecipe(Strict):
     """Keys that a resumed run can change, because the rows do not depend on them."""
     is_remote: ClassVar[bool] = True
     sees_images: ClassVar[bool] = False
+    image_column: ClassVar[str | None] = None
 
     kind: Literal["remote"] = "remote"
     model: str

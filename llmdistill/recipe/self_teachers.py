@@ -56,6 +56,7 @@ class ReflexiveTeacherRecipe(TeacherSection):
     """
 
     uses_student: ClassVar[bool] = True
+    steps: ClassVar[bool] = False
     kind: Literal["reflexive"] = "reflexive"
     weights: one_of(Table("teachers/reflexive.py", "WEIGHTS")) = _reflexive.weights  # type: ignore[valid-type]
     """Weights of the teacher: `base` are those that the student starts with, `ema` is a moving
@@ -81,7 +82,11 @@ class ReflexiveTeacherRecipe(TeacherSection):
     def reads(self) -> Reads | None:
         if self.context is None:
             return None
-        return Reads(self._columns, self.context, self.max_context_tokens)
+        return Reads(
+            columns=self._columns,
+            context=self.context,
+            max_context_tokens=self.max_context_tokens,
+        )
 
     @property
     def copies(self) -> int:
@@ -230,6 +235,11 @@ class BornAgainTeacherRecipe(TeacherSection):
             output = f"{recipe.output.rstrip('/')}.generation{number}"
             changes = {"output": output, "teacher": teacher, "objectives": objectives}
             changes["training"] = _not_pushed(recipe)
+            if number == 0 and recipe.evaluate.against is None:
+                # Nothing has taught it, so there are no answers whose loss could be followed.
+                changes["evaluate"] = recipe.evaluate.model_copy(
+                    update={"every_steps": 0, "patience": None}
+                )
             found.append(recipe.model_copy(update=changes))
             teacher, objectives = _student_of(output), list(recipe.objectives)
         return [*found, recipe.model_copy(update={"teacher": teacher})]

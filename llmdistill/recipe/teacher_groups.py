@@ -274,6 +274,14 @@ class MutualTeacherRecipe(TeacherSection):
     def paired(self, student: StudentRecipe) -> tuple[tuple[str, str | None], ...]:
         return self.sources(student)
 
+    def misfit(self, recipe: Recipe) -> str | None:
+        if all(one == recipe.student for one in self.peers):
+            return (
+                "all peers start as the student does, so they would stay equal and teach each "
+                "other nothing. Use another model, or carve them differently."
+            )
+        return None
+
     @model_validator(mode="after")
     def _whole_weights(self) -> MutualTeacherRecipe:
         if any(one.peft or one.quantization for one in self.peers):

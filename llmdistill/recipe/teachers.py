@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -38,6 +38,7 @@ class Reads(NamedTuple):
     """What a teacher reads of a row, and the student does not; see `data.validate.Rules`."""
 
     columns: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     context: str | None = None
     max_context_tokens: int | None = None
     keeps_messages: bool = False
@@ -122,6 +123,10 @@ class TeacherSection(Strict):
         """Return the name and revision of each model that teaches."""
         return tuple((one.model, one.revision) for one in self.models) or (self.source(student),)
 
+    def busiest(self) -> Self:
+        """Return the section with which every step costs as much as the most expensive one."""
+        return self
+
     def paired(self, student: StudentRecipe) -> tuple[tuple[str, str | None], ...]:
         """Return the models whose tokens and template must be those of the student."""
         return (self.source(student),)
@@ -181,6 +186,11 @@ class LocalTeacherRecipe(TeacherSection):
 
     def source(self, student: StudentRecipe) -> tuple[str, str | None]:
         return self.model, self.revision
+
+    @property
+    def image_column(self) -> str | None:
+        """Column of the rows with images that the teacher sees; None if it sees none."""
+        return None
 
     @property
     def tokenizer_source(self) -> tuple[str, str | None]:
@@ -267,13 +277,17 @@ class OnlineTeacherRecipe(LocalTeacherRecipe):
 
     @model_validator(mode="after")
     def _plain_weights(self) -> OnlineTeacherRecipe:
-        if self.quantization or self.offload:
+        if self.quantization or self.offload or self.device:
             raise PydanticCustomError(
                 "online",
-                "a teacher of kind online is trained, which needs plain weights on one device. "
-                "Remove 'quantization' and 'offload', or use a teacher of kind local.",
+                "a teacher of kind online is trained, which needs plain weights on the student's "
+                "device. Remove 'quantization', 'offload' and 'device', or use a teacher of kind "
+                "local.",
             )
         return self
+
+    def busiest(self) -> Self:
+        return self.model_copy(update={"teacher_every": 1})
 
     def misfit(self, recipe: Recipe) -> str | None:
         if self.alpha < 1 and not recipe.rollout.has_labels:
@@ -292,7 +306,7 @@ class MultimodalTeacherRecipe(LocalTeacherRecipe):
 
     kind: Literal["multimodal"] = "multimodal"  # type: ignore[assignment]
     images: str = "images"
-    """Column of the rows with the path of an image, or a list of paths.  It can be empty."""
+    """Column of the rows with the path of an image, or a list of paths.  A row may lack it."""
     image_folder: str | None = None
     """Folder that relative paths start from.  `null` is the working directory."""
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"image_folder"})
@@ -309,7 +323,11 @@ class MultimodalTeacherRecipe(LocalTeacherRecipe):
 
     @property
     def reads(self) -> Reads:
-        return Reads(columns=(self.images,), keeps_messages=True)
+        return Reads(optional=(self.images,), keeps_messages=True)
+
+    @property
+    def image_column(self) -> str:
+        return self.images
 
     def public(self) -> MultimodalTeacherRecipe:
         return self.model_copy(update={"image_folder": None})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,9 @@ from llmdistill.recipe import self_teachers
 from llmdistill.recipe import teacher_groups as groups
 from llmdistill.recipe import teachers as sections
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
-from llmdistill.teachers.ensemble import EnsembleTeacher
+from llmdistill.teachers.ensemble import EnsembleTeacher, require_one_vocabulary
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.teachers.multimodal import MultimodalTeacher, seen_of
+from llmdistill.teachers.multimodal import MultimodalTeacher, require_shared_ids, seen_of
 from llmdistill.teachers.mutual import MutualTeacher
 from llmdistill.teachers.online import OnlineTeacher
 from llmdistill.teachers.pruned import PrunedTeacher
@@ -36,7 +36,8 @@ class Parts:
 
     `student` is None until it is loaded; a section whose `uses_student` is True is built after it.
     `train` and `held` are the rows to train on and to measure on.  `sample` is the text by which a
-    model is carved: ids and mask, (B, T) each.
+    model is carved: ids and mask, (B, T) each.  `takes_data` is whether the dataset's responses are
+    trained on, and `template_options` are those of the chat template.
     """
 
     student: PreTrainedModel | None = None
@@ -46,6 +47,8 @@ class Parts:
     sample: tuple[Tensor, Tensor] | None = None
     device: str | None = None
     seed: int = 0
+    takes_data: bool = True
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -110,7 +113,13 @@ def load_multimodal(section: sections.MultimodalTeacherRecipe, parts: Parts) -> 
     processor = load_processor(section.model, revision=section.revision)
     seen = seen_of(parts.rows, section.images, image_folder(section))
     model = load_model(section.model, sees_images=True, **section.model_dump(include=_LOADING))
-    return MultimodalTeacher(model, processor, seen=seen, tokenizer=parts.tokenizer)
+    return MultimodalTeacher(
+        model,
+        processor,
+        seen=seen,
+        tokenizer=parts.tokenizer,
+        template_options=parts.template_options,
+    )
 
 
 def image_folder(section: sections.MultimodalTeacherRecipe) -> Path | None:
@@ -123,7 +132,22 @@ def _ensemble(section: groups.EnsembleTeacherRecipe, _: Parts) -> Teacher:
     return EnsembleTeacher(teachers, **section.model_dump(exclude={"kind", "teachers"}))
 
 
-def _route(section: groups.RouteTeacherRecipe, parts: Parts) -> Teacher:
+def check_rows(section: groups.TeacherRecipe, parts: Parts) -> None:
+    """Check what the teacher reads of the rows, without loading a model.
+
+    Raises RecipeError or DataError, as `build_teacher` does.
+    """
+    if isinstance(section, groups.RouteTeacherRecipe):
+        route_of(section, parts)
+    if isinstance(section, sections.MultimodalTeacherRecipe):
+        processor = load_processor(section.model, revision=section.revision)
+        assert parts.tokenizer is not None
+        require_shared_ids(parts.tokenizer, processor.tokenizer)
+        seen_of(parts.rows, section.images, image_folder(section))
+
+
+def route_of(section: groups.RouteTeacherRecipe, parts: Parts) -> dict[int, str]:
+    """Return the name of each row's teacher.  Raises RecipeError for a name that is not listed."""
     names = [one.name for one in section.teachers]
     route = {row.row_id: str(row.columns[section.column]) for row in parts.rows}
     unknown = sorted({name for name in route.values() if name not in names})
@@ -133,9 +157,15 @@ def _route(section: groups.RouteTeacherRecipe, parts: Parts) -> Teacher:
             f"teacher has this name. The teachers are: {', '.join(names)}. Add a teacher, or "
             "change the rows."
         )
-    balance = token_balance(parts.train, route) if section.token_balance else None
-    if balance is not None:
-        balance = {name: balance.get(name, 1.0) for name in names}
+    return route
+
+
+def _route(section: groups.RouteTeacherRecipe, parts: Parts) -> Teacher:
+    names, route = [one.name for one in section.teachers], route_of(section, parts)
+    balance = None
+    if section.token_balance:
+        counted = token_balance(parts.train, route, by_tokens=parts.takes_data)
+        balance = {name: counted.get(name, 1.0) for name in names}
     teachers = {one.name: load_teacher(one) for one in section.teachers}
     return RoutedTeacher(teachers, route, balance=balance)
 
@@ -152,8 +182,9 @@ def _mutual(section: groups.MutualTeacherRecipe, parts: Parts) -> Teacher:
         for one in section.peers
     ]
     options = section.model_dump(include={"divergence", "temperature", "ce_weight"})
-    name, revision = section.peers[0].model, section.peers[0].revision
-    return MutualTeacher(peers, load_tokenizer(name, revision=revision), **options)
+    tokenizers = [load_tokenizer(one.model, revision=one.revision) for one in section.peers]
+    require_one_vocabulary(tokenizers)
+    return MutualTeacher(peers, tokenizers[0], **options)
 
 
 # One builder for each section; a new teacher adds a line here.

@@ -99,7 +99,7 @@ class EnsembleTeacher:
         self.teachers = list(teachers)
         if wrong := wrong_ensemble(len(self.teachers), mix, weigh, weights):
             raise RecipeError(f"EnsembleTeacher: {wrong}")
-        require_one_vocabulary(self.teachers)
+        require_one_vocabulary([teacher.tokenizer for teacher in self.teachers])
         self.mix_name, self.mix = mix, choose("mix", mix, MIXES)
         self.weigh, self.weight_temperature = weigh, weight_temperature
         given = [1.0] * len(self.teachers) if weights is None else list(weights)
@@ -147,9 +147,9 @@ class EnsembleTeacher:
         return weight_KB.repeat_interleave(sequences.num_predicted.cpu(), dim=1)
 
 
-def require_one_vocabulary(teachers: Sequence[Teacher]) -> None:
+def require_one_vocabulary(tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
     """Raise VocabularyError, which names the teachers, unless all share one vocabulary."""
-    first, *others = (teacher.tokenizer for teacher in teachers)
+    first, *others = tokenizers
     for other in others:
         found = compare(first, other, None, num_tokens(first))
         if found.match is VocabularyMatch.DIFFERENT:

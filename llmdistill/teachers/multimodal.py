@@ -50,6 +50,7 @@ class MultimodalTeacher:
         seen: What the teacher reads of each row, by row id.
         tokenizer: The student's tokenizer, whose ids must mean the same to the teacher.  None is
             the teacher's own.
+        template_options: Options for the chat template, such as `enable_thinking`.
 
     Raises:
         ModelError: The processor has no chat template.
@@ -67,10 +68,11 @@ class MultimodalTeacher:
         *,
         seen: Mapping[int, Seen] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
         own = processor.tokenizer
         self.model, self.processor = model.eval().requires_grad_(False), processor
-        self.seen = dict(seen or {})
+        self.seen, self.template_options = dict(seen or {}), dict(template_options or {})
         self.tokenizer = own if tokenizer is None else tokenizer
         self.num_tokens = num_tokens(self.tokenizer)
         if processor.chat_template is None and own.chat_template is None:
@@ -78,7 +80,7 @@ class MultimodalTeacher:
                 f"the processor of '{own.name_or_path}' has no chat template, so prompts with "
                 "images cannot be rendered. Use an instruct model."
             )
-        _require_shared_ids(self.tokenizer, own)
+        require_shared_ids(self.tokenizer, own)
 
     @property
     def device(self) -> torch.device:
@@ -195,6 +197,7 @@ class MultimodalTeacher:
                 return_tensors="pt",
                 sanitize_control_tokens=True,
                 processor_kwargs={"padding": True},
+                **self.template_options,
             )
         finally:
             own.padding_side = before
@@ -264,6 +267,8 @@ def image_files(value: Any, where: str, column: str) -> list[str]:
 
     Raises DataError if the value is neither.
     """
+    if value is None or value == "":  # an empty cell of a table
+        return []
     files = [value] if isinstance(value, str) else value
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise DataError(
@@ -312,7 +317,7 @@ def _conversation(seen: Seen) -> list[dict[str, Any]]:
     return made
 
 
-def _require_shared_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def require_shared_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """Raise VocabularyError unless each token of the student has the same id for the teacher.
 
     The teacher may have more tokens, such as those that stand for images.

@@ -123,7 +123,9 @@ class ReflexiveTeacher(LocalTeacher):
         """
         if self.prompts is not None:
             sequences = reprompted(sequences, self._prompts_of(sequences.row_ids_B))
-        return super().judge(sequences, needs)
+        with self.in_use():
+            # Cut off here, because afterwards the head's parameter has the student's weights again.
+            return super().judge(sequences, needs).detach()
 
     def write(
         self,
@@ -144,8 +146,11 @@ class ReflexiveTeacher(LocalTeacher):
         return Sequences.pack(*ids, writer=Writer.TEACHER, pad_id=0)
 
     def session(self, prompts: Prompts) -> AbstractContextManager[Session]:
-        """Open a session on the prompts that the teacher reads, for interleaved rollouts."""
-        return super().session(self._seen(prompts))
+        """Raise RecipeError: student and teacher cannot take turns in one model."""
+        raise RecipeError(
+            "a ReflexiveTeacher cannot take part in an interleaved rollout, because both models "
+            "would keep their caches and packed weights in one model. Use SampledRollout."
+        )
 
     def _seen(self, prompts: Prompts) -> Prompts:
         """Return the prompts as the teacher reads them."""

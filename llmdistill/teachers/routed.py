@@ -70,7 +70,7 @@ class RoutedTeacher:
                 f"({len(unknown)} rows are). The teachers are: {', '.join(self.teachers)}. Add "
                 "it, or change the rows."
             )
-        require_one_vocabulary(list(self.teachers.values()))
+        require_one_vocabulary([teacher.tokenizer for teacher in self.teachers.values()])
         names = list(self.teachers)
         self.place = {row: names.index(name) for row, name in route.items()}
         self.balance = None if balance is None else [balance[name] for name in names]
@@ -150,18 +150,22 @@ class RoutedTeacher:
         return [self.place[row] for row in rows]
 
 
-def token_balance(rows: Sequence[Row], route: Mapping[int, str]) -> dict[str, float]:
+def token_balance(
+    rows: Sequence[Row], route: Mapping[int, str], *, by_tokens: bool = True
+) -> dict[str, float]:
     """Return the factor of each teacher's tokens with which all teachers count the same.
 
-    It is N / (K N_k), with N_k the response tokens of teacher k in the rows, or the number of its
-    rows if a model writes the responses.  So it does not depend on which rows share a step.
+    It is N / (K N_k), with N_k the response tokens of teacher k in the rows, or without `by_tokens`
+    the number of its rows, because a model writes the responses.  So it does not depend on which
+    rows share a step.
     """
     counts: dict[str, int] = {}
     for row in rows:
         name = route[row.row_id]
-        counts[name] = counts.get(name, 0) + len(row.response_ids or (0,))
+        tokens = len(row.response_ids or ()) if by_tokens else 1
+        counts[name] = counts.get(name, 0) + tokens
     total = sum(counts.values())
-    return {name: total / (len(counts) * count) for name, count in counts.items()}
+    return {name: total / (len(counts) * max(count, 1)) for name, count in counts.items()}
 
 
 class CurriculumTeacher(RoutedTeacher):

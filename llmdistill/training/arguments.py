@@ -12,7 +12,7 @@ from llmdistill.errors import TrainingError
 from llmdistill.models.layers import decoder_layers
 from llmdistill.models.taps import STATES, Need, layers_seen_inside
 from llmdistill.objectives.base import Objective
-from llmdistill.protocols import Rollout, Teacher, steps_both_models
+from llmdistill.protocols import Exports, Rollout, Teacher, steps_both_models
 from llmdistill.teachers.reflexive import ReflexiveTeacher
 from llmdistill.training.step import Distillation
 
@@ -129,6 +129,11 @@ def check_sharding(rollout: Rollout, teacher: Teacher, *, sharded: bool, request
         raise TrainingError(
             "a ReflexiveTeacher gives the student other weights while it runs, which does not work "
             "with FSDP or ZeRO-3, because they are sharded. Train with DDP or ZeRO-2."
+        )
+    if sharded and isinstance(teacher, Exports):
+        raise TrainingError(
+            f"a {type(teacher).__name__} is written when training ends, which does not work with "
+            "FSDP or ZeRO-3, because its weights are sharded. Train with DDP or ZeRO-2."
         )
     # On a CPU Accelerate accepts `fsdp` and trains with DDP without a warning.
     if requested and not sharded:

@@ -21,14 +21,17 @@ def order(rows: Any, args: TrainingArguments, teacher: Teacher) -> Sampler[int] 
         return None
     by_length = args.train_sampling_strategy == "group_by_length"
     window = args.train_batch_size * args.gradient_accumulation_steps
+    epochs = args.num_train_epochs
+    if args.max_steps > 0:
+        epochs = args.max_steps * window * args.world_size / len(rows)
+    chosen = None
     if isinstance(teacher, Orders):
-        if by_length:
-            raise TrainingError(
-                "training.train_sampling_strategy: the teacher chooses the order of the rows, so "
-                "they cannot be grouped by length. Remove it."
-            )
-        epochs = args.num_train_epochs
-        if args.max_steps > 0:
-            epochs = args.max_steps * window * args.world_size / len(rows)
-        return teacher.train_sampler(rows, epochs=epochs, seed=args.seed)
+        chosen = teacher.train_sampler(rows, epochs=epochs, seed=args.seed)
+    if chosen is not None and by_length:
+        raise TrainingError(
+            "training.train_sampling_strategy: the teacher chooses the order of the rows, so they "
+            "cannot be grouped by length. Remove it."
+        )
+    if chosen is not None:
+        return chosen
     return ByLength(rows, window, seed=args.seed) if by_length else None

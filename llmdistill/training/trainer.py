@@ -210,7 +210,8 @@ class DistillTrainer(GroupedTrainer):
         self._eval_tally = Tally()
         # The ranks add up one number per name, so a rank without a batch needs the names, too.
         self._eval_tally.add_terms(dict.fromkeys(self.model.objective_names, (0.0, 0.0)))
-        result = super().evaluation_loop(*args, **kwargs)
+        with self.model.exported_weights():
+            result = super().evaluation_loop(*args, **kwargs)
         means = self._eval_tally.term_means(self.accelerator)
         prefix = kwargs.get("metric_key_prefix", "eval")
         loss = sum(weight * means[name] for name, weight in weights.items())

@@ -163,6 +163,13 @@ def test_what_cannot_be_exported_is_refused():
         if changes:
             with pytest.raises(RecipeError, match="needs adaptor='norm'"):
                 ExitsObjective(export=2, **changes)
+    with pytest.raises(RecipeError, match="needs adaptor='norm'"):
+        ExitsObjective(adaptor="norm", export=1)
+    with pytest.raises(RecipeError, match="exports a part of the student"):
+        entries.recipe(
+            objectives=[{"kind": "exits", "layers": [1], "adaptor": "norm", "export": 1}],
+            student={"model": "s", "peft": {}},
+        )
     exits = ExitsObjective(layers=[1], adaptor="norm", export=1)
     student = add_adapter(toy.model(), rank=2, alpha=2, targets="all-linear", dropout=0.0, seed=0)
     with pytest.raises(ModelError, match="a student with an adapter cannot be exported"):

@@ -38,7 +38,7 @@ def rows_with(images):
 
 
 def encoded(rows):
-    rules = Rules(columns=("images",), keeps_messages=True)
+    rules = Rules(optional=("images",), keeps_messages=True)
     return PromptDataset.encode(
         ((f"row {i}", row) for i, row in enumerate(rows)), toy.tokenizer(), rules
     )
@@ -202,9 +202,21 @@ def test_a_missing_image_and_a_file_that_is_none_are_named(tmp_path):
             seen_of(encoded(rows).rows, "images")
 
 
-def test_a_row_without_the_column_is_malformed():
-    with pytest.raises(DataError, match="the row has no 'images', which the teacher reads"):
-        encoded(toy.rows(2))
+@pytest.mark.parametrize("value", [None, "", []])
+def test_a_row_may_have_no_images(value):
+    rows = [row | {"images": value} for row in toy.rows(1)] + toy.rows(1)  # the last lacks them
+    found = seen_of(encoded(rows).rows, "images")
+    assert [one.images for one in found.values()] == [(), ()]
+
+
+def test_options_reach_the_template_of_the_teacher(data):
+    template = vision.TEMPLATE.replace("assistant\n", "assistant{{ mood }}\n")
+    processor = vision.processor()
+    processor.chat_template = template
+    teacher = MultimodalTeacher(vision.model(), processor, template_options={"mood": " calm"})
+    seen = list(seen_of(data.rows, "images").values())[:1]
+    ids = teacher._processed(seen, side="right")["input_ids"][0]
+    assert "assistant calm\n" in processor.tokenizer.decode(ids)
 
 
 def test_relative_paths_start_from_the_folder(tmp_path):
@@ -262,15 +274,20 @@ def test_a_run_trains_a_text_student_from_rows_with_images(pair, tmp_path):
     assert "it also saw images" in (result.student / "README.md").read_text()
 
 
-def test_captions_are_generated_from_images(tmp_path):
-    """The same question about three images: three rows, each with its image, in two splits."""
+def test_captions_are_generated_from_images(pair, tmp_path):
+    """The same question about three images: three rows, each with its image.  A student then learns
+    from them, and from a row without an image.
+    """
     images = vision.pictures(tmp_path / "pictures")
-    (tmp_path / "prompts.jsonl").write_text(
-        "".join(json.dumps({"instruction": "Describe it.", "images": [i]}) + "\n" for i in images)
-    )
+    prompts = [{"instruction": "Describe it.", "picture": image} for image in images]
+    prompts.append({"instruction": "Say hello."})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     recipe = build_generation({
         "output": str(tmp_path / "set"),
-        "teacher": {"kind": "multimodal", "model": vision.save(tmp_path / "v"), "dtype": "float32"},
+        "teacher": {
+            "kind": "multimodal", "model": vision.save(tmp_path / "v"), "dtype": "float32",
+            "images": "picture",
+        },
         "generator": {
             "kind": "answer", "prompts": str(tmp_path / "prompts.jsonl"),
             "answering": {"max_new_tokens": 6, "sampling": {"temperature": 0.0}},
@@ -278,12 +295,18 @@ def test_captions_are_generated_from_images(tmp_path):
         "filters": [], "format": "alpaca", "test_share": 0.0,
     })  # fmt: skip
     made = generate(recipe)
-    assert made.sizes == {"train": 3}
+    assert made.sizes == {"train": 4}
     lines = (tmp_path / "set" / "train.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert sorted(row["images"][0] for row in rows) == sorted(images)
+    assert sorted(row["picture"] for row in rows) == [[], *([image] for image in sorted(images))]
     assert len({row["output"] for row in rows}) > 1
-    row = {"instruction": "Describe it.", "images": ["gone.png"]}
+    student = recipes.build({
+        "output": str(tmp_path / "run"), "teacher": recipe.teacher.model_dump(),
+        "student": {"model": pair[1]}, "data": {"train": str(tmp_path / "set" / "train.jsonl")},
+        "training": {"use_cpu": True, "max_steps": 1, "save_strategy": "no"},
+    })  # fmt: skip
+    assert (distill(student, show_progress=False).student / "model.safetensors").is_file()
+    row = {"instruction": "Describe it.", "picture": ["gone.png"]}
     (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
     other = build_generation(recipe.model_dump() | {"output": str(tmp_path / "other")})
     with pytest.raises(DataError, match=r"prompt 0: the image '.*gone.png' does not exist"):

@@ -127,7 +127,9 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
 def test_what_cannot_work_is_refused():
     with pytest.raises(RecipeError, match="there are no peers"):
         MutualTeacher([], toy.tokenizer())
-    given = {"kind": "mutual", "peers": [{"model": "s"}]}
+    given = {"kind": "mutual", "peers": [{"model": "other"}]}
+    with pytest.raises(RecipeError, match="all peers start as the student does"):
+        entries.recipe(teacher={"kind": "mutual", "peers": [{"model": "s"}]})
     for peers, wrong in (([], "peers"), ([{"model": "s", "peft": {}}], "Remove 'peft'")):
         with pytest.raises(RecipeError, match=wrong):
             entries.recipe(teacher=given | {"peers": peers})

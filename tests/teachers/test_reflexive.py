@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -19,7 +21,6 @@ from llmdistill.objectives.divergences import forward_kl
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.protocols import plain
-from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.sampling import GREEDY, Draw, Writer
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
@@ -27,7 +28,7 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.reflexive import ReflexiveTeacher, reprompted
 from tests import toy
 from tests.conformance import entries
-from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
+from tests.training.helpers import dataset, trainer, weights
 
 NEEDS = frozenset({Need.DISTRIBUTION})
 CONTEXT = "{prompt} A hint: {hint}"
@@ -152,10 +153,8 @@ def test_it_writes_and_drafts_with_the_context(tmp_path):
     assert found.responses() == other.write(long, GREEDY, **options).responses()
     assert [ids[: len(row.prompt_ids)] for ids, row in zip(
         found.input_ids_BT.tolist(), data.rows, strict=True)] == [r.prompt_ids for r in data.rows]  # fmt: skip
-    for place, rollout in enumerate(
-        [SampledRollout("student", max_new_tokens=4), SampledRollout("teacher", max_new_tokens=4),
-         InterleavedRollout(**INTERLEAVED)]
-    ):  # fmt: skip
+    for place, by in enumerate(("student", "teacher")):
+        rollout = SampledRollout(by, max_new_tokens=4)
         student = toy.model()
         teacher = reflexive(student, prompts=prompts_of(data))
         made = trainer(
@@ -192,12 +191,23 @@ def test_rows_with_a_context_that_is_too_long_are_dropped_and_counted():
 # ---- weights ----
 
 
-def test_base_weights_are_those_at_the_start():
-    student, sequences = toy.model(), toy.sequences()
-    expected = logits(LocalTeacher(toy.model(), toy.tokenizer()), sequences)
+@pytest.mark.parametrize("rows", [toy.NUM_TOKENS, toy.NUM_TOKENS + 5])
+def test_base_weights_are_those_at_the_start(rows):
+    """The head, too: without padding rows, the signal's head is the student's own parameter."""
+    student, sequences = toy.model(rows=rows), toy.sequences()
+    expected = logits(LocalTeacher(toy.model(rows=rows), toy.tokenizer()), sequences)
     teacher = reflexive(student)
     trained_a_little(student)
     now = weights(student)
+    signal = teacher.judge(sequences, NEEDS).distribution
+    trained_a_little(student)
+    found = signal.serve()[0 : len(signal)]
+    torch.testing.assert_close(found[:, : toy.NUM_TOKENS], expected, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter, old in zip(
+            student.parameters(), now.split([p.numel() for p in student.parameters()]), strict=True
+        ):
+            parameter.copy_(old.view_as(parameter))
     torch.testing.assert_close(logits(teacher, sequences), expected, rtol=0, atol=0)
     assert torch.equal(weights(student), now)
     assert all(parameter.requires_grad for parameter in student.parameters())
@@ -347,6 +357,7 @@ def recipe(teacher, **parts):
     ({"weights": "live"}, {}, "there is nothing to learn from it"),
     ({"weights": "life"}, {}, "Did you mean 'live'"),
     ({"ema_rate": 0.0}, {}, "ema_rate"),
+    ({}, {"rollout": {"kind": "interleaved"}}, "cannot write token by token"),
     ({"context": CONTEXT}, {"data": {"train": "x.jsonl", "streaming": True},
                             "training": {"max_steps": 1}}, "Set 'data.streaming: false'"),
 ])  # fmt: skip
@@ -362,3 +373,23 @@ def test_a_live_teacher_is_fine_with_objectives_that_need_no_teacher():
         reflexive(toy.model(), weights="life")
     with pytest.raises(RecipeError, match="export_ema needs weights='ema'"):
         reflexive(toy.model(), export_ema=True)
+    with pytest.raises(RecipeError, match="cannot take part in an interleaved rollout"):
+        reflexive(toy.model()).session(collate(dataset(2).rows))
+
+
+def test_with_export_ema_the_held_out_loss_is_that_of_the_average(tmp_path):
+    student = toy.model()
+    teacher = reflexive(student, weights="ema", ema_rate=0.1, export_ema=True)
+    made = trainer(
+        tmp_path, student=student, teacher=teacher, rows=dataset(8), max_steps=3,
+        objectives=[CrossEntropyObjective()], eval_dataset=dataset(4, seed=3),
+    )  # fmt: skip
+    made.train()
+    found = made.evaluate()["eval_loss"]
+    with made.model.exported_weights():
+        average = copy.deepcopy(student)
+    other = trainer(
+        tmp_path / "other", student=average, rows=dataset(8), eval_dataset=dataset(4, seed=3),
+        objectives=[CrossEntropyObjective()],
+    )  # fmt: skip
+    assert found == pytest.approx(other.evaluate()["eval_loss"], rel=1e-5)

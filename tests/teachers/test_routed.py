@@ -86,6 +86,13 @@ def test_balanced_teachers_contribute_the_same_number_of_tokens():
     assert list(counted.values()) == pytest.approx([sum(tokens.values()) / 3] * 3)
 
 
+def test_rows_are_counted_if_a_model_writes_the_responses():
+    rows = dataset(7).rows
+    route = {row.row_id: "ab"[row.row_id % 2] for row in rows}
+    found = token_balance(rows, route, by_tokens=False)
+    assert found == {"a": pytest.approx(7 / 8), "b": pytest.approx(7 / 6)}
+
+
 def test_the_factors_multiply_the_loss_of_each_teachers_rows(tmp_path):
     teachers, rows = named(2), dataset(8)
     route = {row: NAMES[row % 2] for row in range(8)}
