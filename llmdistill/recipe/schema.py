@@ -116,7 +116,8 @@ class EvaluateRecipe(Strict):
     """
     against: Annotated[LocalTeacherRecipe | None, BeforeValidator(_by_name)] = None
     """Model that the student is measured against: a teacher of kind `local`, or its name alone.
-    `null` is the teacher.  It is needed for a teacher that changes during the run.
+    `null` is the teacher.  It is needed for a teacher that changes during the run.  Objectives on
+    inner states still compare with the teacher in the held-out loss.
     """
     patience: int | None = Field(None, gt=0)
     """Number of measurements without a lower held-out loss after which training stops.  The best

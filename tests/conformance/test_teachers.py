@@ -40,7 +40,7 @@ def on_toys(section, pair):
     if "teachers" in section:
         own = {"teachers": [one | local for one in section["teachers"]]}
     if "peers" in section:
-        own = {"peers": [{"model": student} for _ in section["peers"]]}
+        own = {"peers": [{"model": student, "carve": {"layers": 2}} for _ in section["peers"]]}
     if section["kind"] == "multimodal":
         own = {"model": vision.save(Path(student).parent / "seer"), "dtype": "float32"}
     return section | own

@@ -76,7 +76,8 @@ def teacher_on_toys(teacher: dict[str, Any], pair, data: Path) -> dict[str, Any]
     if "teachers" in teacher:
         return teacher | {"teachers": [one | local for one in teacher["teachers"]]}
     if "peers" in teacher:
-        return teacher | {"peers": [one | student for one in teacher["peers"]]}
+        # The whole toy, so that a peer differs from the carved student.
+        return teacher | {"peers": [student for _ in teacher["peers"]]}
     if "assistants" in teacher:
         assistants = [one | student for one in teacher["assistants"]]
         return teacher | {"teacher": local, "assistants": assistants}

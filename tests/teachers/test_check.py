@@ -63,7 +63,7 @@ def test_the_memory_of_what_trains_along_is_shown_by_part(
     given, pair, tmp_path, monkeypatch, capsys
 ):
     online = {"kind": "online", "model": pair[0]}
-    mutual = {"kind": "mutual", "peers": [{"model": pair[1]}]}
+    mutual = {"kind": "mutual", "peers": [{"model": pair[1], "carve": {"layers": 2}}]}
     average = {"kind": "reflexive", "weights": "ema"}
     for teacher, parts in (
         (online, ["teacher's weights", "teacher's adapter: optimizer", "adapter: activations"]),
