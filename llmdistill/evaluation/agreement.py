@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DISTRIBUTION = frozenset({Need.DISTRIBUTION})
-BLOCK_ROWS = 8  # positions whose logits are turned into log-probabilities at a time
 
 
 @dataclass(frozen=True)
@@ -110,16 +109,6 @@ def per_token(student: PreTrainedModel, judged: Judged, num_tokens: int) -> Tens
         columns = (kl(teacher_nV, student_nV), same_n, accepted_n)
         figures.append(torch.stack([column.float() for column in columns], 1).cpu())
     return torch.cat(figures)
-
-
-def token_log_probs(distribution: Distribution, token_N: Tensor) -> Tensor:
-    """Return the log-probability of one token at each position, in nats: (N,), on the CPU."""
-    blocks, found = distribution.serve(), [torch.zeros(0)]
-    for rows in _blocks(len(token_N), BLOCK_ROWS):
-        log_nV = log_probs(blocks[rows])
-        token_n1 = token_N[rows, None].to(log_nV.device)
-        found.append(log_nV.gather(-1, token_n1)[:, 0].cpu())
-    return torch.cat(found)
 
 
 @torch.no_grad()

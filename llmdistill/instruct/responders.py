@@ -25,11 +25,12 @@ from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.formats import Example
 from llmdistill.data.render import close_user_turn, continued, open_user_turn, render
 from llmdistill.decoding.keyed import row_keys
-from llmdistill.evaluation.agreement import judge, token_log_probs
+from llmdistill.evaluation.agreement import judge
 from llmdistill.instruct.parse import BETWEEN
 from llmdistill.instruct.records import append_lines, drop_half_line, read_whole_lines
 from llmdistill.instruct.requests import Asked, Reply, Request
 from llmdistill.models.vocabulary import end_ids
+from llmdistill.objectives.labels import token_log_probs
 from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.multimodal import MultimodalTeacher, Seen, images_in
 from llmdistill.teachers.remote import Question, RemoteTeacher, Spoken

@@ -22,10 +22,10 @@ from llmdistill.models.taps import Need
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.choices import choose
 from llmdistill.objectives.chunked import chunked_sum
-from llmdistill.objectives.divergences import forward_kl, log_probs
+from llmdistill.objectives.divergences import forward_kl
+from llmdistill.objectives.labels import cross_entropy, labelled
 from llmdistill.objectives.states import projected, wide
 from llmdistill.objectives.weights import predicted_tokens
-from llmdistill.sampling import Writer
 from llmdistill.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -144,13 +144,12 @@ class ExitsObjective(Objective):
     ) -> Tensor:
         """Return the sum of one exit's losses: ()."""
         targets_N = sequences.targets_N
-        labelled_N = (sequences.target_writers_N != Writer.STUDENT).to(torch.float32)
+        labelled_N = labelled(sequences)
 
         def position_loss(exit_nV: Tensor, rows: slice) -> Tensor:
             kl_n = forward_kl(exit_nV, served[rows], temperature=self.temperature)
-            label_n = -log_probs(exit_nV).gather(-1, targets_N[rows, None])[:, 0]
-            weighted_n = (1 - self.alpha) * labelled_N[rows] * label_n
-            return self.alpha * self.temperature**2 * kl_n + weighted_n
+            label_n = labelled_N[rows] * cross_entropy(exit_nV, targets_N[rows])
+            return self.alpha * self.temperature**2 * kl_n + (1 - self.alpha) * label_n
 
         ones_N = torch.ones_like(labelled_N)
         total, _ = chunked_sum(state_NH, last.head, position_loss, ones_N)

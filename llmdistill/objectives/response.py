@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
@@ -19,7 +18,8 @@ from llmdistill.models.taps import Need
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.choices import bind, choose, name_of
 from llmdistill.objectives.chunked import chunked_sum
-from llmdistill.objectives.divergences import BOUNDS, DIVERGENCES, Divergence, log_probs
+from llmdistill.objectives.divergences import BOUNDS, DIVERGENCES, Divergence
+from llmdistill.objectives.labels import cross_entropy, labelled
 from llmdistill.objectives.targets import TARGETS, TargetBuilder
 from llmdistill.objectives.weights import (
     TOKEN_WEIGHTS,
@@ -27,7 +27,6 @@ from llmdistill.objectives.weights import (
     divisor_of,
     predicted_tokens,
 )
-from llmdistill.sampling import Writer
 from llmdistill.schedules import Schedule
 
 
@@ -143,10 +142,13 @@ class CrossEntropyObjective(Objective):
         targets_N = sequences.targets_N
 
         def position_loss(student_nV: Tensor, rows: slice) -> Tensor:
-            return -log_probs(student_nV).gather(-1, targets_N[rows, None])[:, 0]
+            return cross_entropy(student_nV, targets_N[rows])
 
-        weight_N = (sequences.target_writers_N != Writer.STUDENT).to(torch.float32)
         total, _ = chunked_sum(
-            student.hidden_NH, student.head, position_loss, weight_N, chunk_size=self.chunk_size
+            student.hidden_NH,
+            student.head,
+            position_loss,
+            labelled(sequences),
+            chunk_size=self.chunk_size,
         )
         return LossSum(total, predicted_tokens(sequences))

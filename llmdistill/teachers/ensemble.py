@@ -22,11 +22,10 @@ from llmdistill.distributions import (
     mixture,
 )
 from llmdistill.errors import RecipeError, TrainingError, VocabularyError
-from llmdistill.models.chunks import CHUNK_ROWS
 from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import VocabularyMatch, compare, num_tokens
 from llmdistill.objectives.choices import choose
-from llmdistill.objectives.divergences import log_probs
+from llmdistill.objectives.labels import token_log_probs
 from llmdistill.protocols import Teacher
 from llmdistill.recipe.teacher_groups import wrong_ensemble
 
@@ -179,14 +178,8 @@ def mean_log_prob(distribution: Distribution, sequences: Sequences) -> Tensor:
 
     It is 0 for a row without predicted tokens.
     """
-    served, targets_N = distribution.serve(), sequences.targets_N
-    found = [torch.zeros(0)]
-    for start in range(0, len(targets_N), CHUNK_ROWS):
-        rows = slice(start, min(start + CHUNK_ROWS, len(targets_N)))
-        log_nV = log_probs(served[rows])
-        target_n1 = targets_N[rows, None].to(log_nV.device)
-        found.append(log_nV.gather(-1, target_n1)[:, 0].float().cpu())
+    each_N = token_log_probs(distribution, sequences.targets_N)
     counts_B = sequences.num_predicted.cpu()
     row_N = torch.arange(len(counts_B)).repeat_interleave(counts_B)
-    sums_B = torch.zeros(len(counts_B)).index_add(0, row_N, torch.cat(found))
+    sums_B = torch.zeros(len(counts_B), dtype=each_N.dtype).index_add(0, row_N, each_N)
     return sums_B / counts_B.clamp_min(1)

@@ -21,9 +21,9 @@ from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.objectives.choices import choose
 from llmdistill.objectives.chunked import chunked_sum
-from llmdistill.objectives.divergences import DIVERGENCES, Divergence, log_probs
+from llmdistill.objectives.divergences import DIVERGENCES, Divergence
+from llmdistill.objectives.labels import cross_entropy, labelled
 from llmdistill.objectives.weights import predicted_tokens
-from llmdistill.sampling import Writer
 from llmdistill.teachers.base import TrainableTeacher
 
 if TYPE_CHECKING:
@@ -95,13 +95,12 @@ class MutualTeacher(TrainableTeacher):
     def _loss(self, peer: Dense, target: Distribution, sequences: Sequences) -> Tensor:
         """Return the sum of one peer's losses: ()."""
         served, targets_N = target.serve(), sequences.targets_N
-        labelled_N = (sequences.target_writers_N != Writer.STUDENT).to(torch.float32)
+        labelled_N = labelled(sequences)
 
         def position_loss(peer_nV: Tensor, rows: slice) -> Tensor:
             target_nV = served[rows].to(peer_nV.device)
             divergence_n = self.divergence(peer_nV, target_nV, temperature=self.temperature)
-            label_n = -log_probs(peer_nV).gather(-1, targets_N[rows, None])[:, 0]
-            weighted_n = self.ce_weight * labelled_N[rows] * label_n
+            weighted_n = self.ce_weight * labelled_N[rows] * cross_entropy(peer_nV, targets_N[rows])
             return self.temperature**2 * divergence_n + weighted_n
 
         ones_N = torch.ones_like(labelled_N)

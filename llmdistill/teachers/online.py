@@ -23,10 +23,11 @@ from llmdistill.models.adapters import add_adapter, require_plain
 from llmdistill.models.taps import Need
 from llmdistill.objectives.choices import choose
 from llmdistill.objectives.chunked import chunked_sum
-from llmdistill.objectives.divergences import DIVERGENCES, Divergence, forward_kl, log_probs
+from llmdistill.objectives.divergences import DIVERGENCES, Divergence, forward_kl
+from llmdistill.objectives.labels import cross_entropy, labelled
 from llmdistill.objectives.weights import predicted_tokens
 from llmdistill.protocols import Progress
-from llmdistill.sampling import Draw, Sampling, Writer
+from llmdistill.sampling import Draw, Sampling
 from llmdistill.teachers.adapter_off import AdapterOffTeacher
 from llmdistill.teachers.base import TrainableTeacher
 from llmdistill.teachers.local import LocalTeacher
@@ -132,7 +133,7 @@ class OnlineTeacher(TrainableTeacher):
         own, targets_N = signal.distribution, sequences.targets_N
         assert isinstance(own, Dense)
         student_logits = Dense(student.hidden_NH, student.head).serve()
-        labelled_N = (sequences.target_writers_N != Writer.STUDENT).to(torch.float32)
+        labelled_N = labelled(sequences)
         untouched = self._untouched(sequences, own.head.num_tokens) if self.drift_weight else None
         base = None if untouched is None else untouched.serve()
 
@@ -143,8 +144,8 @@ class OnlineTeacher(TrainableTeacher):
                 divergence_n = self.divergence(teacher_nV, student_nV, temperature=self.tau)
                 loss_n = loss_n + self.alpha * self.tau**2 * divergence_n
             if self.alpha < 1:
-                label_n = log_probs(teacher_nV).gather(-1, targets_N[rows, None])[:, 0]
-                loss_n = loss_n - (1 - self.alpha) * labelled_N[rows] * label_n
+                label_n = cross_entropy(teacher_nV, targets_N[rows])
+                loss_n = loss_n + (1 - self.alpha) * labelled_N[rows] * label_n
             if base is not None:
                 loss_n = loss_n + self.drift_weight * forward_kl(teacher_nV, base[rows])
             return loss_n
