@@ -40,27 +40,12 @@ def check(
 
     output.set_up(quiet=True, verbose=verbose)  # the lines below say more than the log
 
-    from llmdistill.data.collate import PromptDataset
-    from llmdistill.run import load_data, parts_of
-    from llmdistill.teachers.build import check_rows
-
     # Of a recipe of several runs, the first one is looked at: the others need its student.
     whole, loaded = loaded, loaded.stages[0]
     run_folder = f"The run folder would be {whole.output}."
     console.print(f"recipe       {recipe} is valid. {run_folder}", soft_wrap=True, markup=False)
     tokenizer, fits = _pair(loaded)
-    train, held = load_data(loaded, tokenizer)
-    known = (
-        f"{len(train)} rows (usable: {train.counts})"
-        if isinstance(train, PromptDataset)
-        else "a stream"
-    )
-    console.print(f"data         train {known}", highlight=False, markup=False)
-    if held is not None:
-        console.print(
-            f"             held out {len(held)} rows (usable: {held.counts})", highlight=False
-        )
-    check_rows(loaded.teacher, parts_of(loaded, tokenizer, train, held))
+    train = _data(loaded, tokenizer)
     _models(loaded)
     _runs(whole)
     _compared(loaded)
@@ -72,6 +57,26 @@ def check(
     if time:
         _time(loaded, train)
     show.next_steps({"Train it": shlex.join(["llmdistill", "train", recipe, *(overrides or [])])})
+
+
+def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
+    """Print how many rows there are, and check what the teacher reads of them; return them."""
+    from llmdistill.cli.show import console
+    from llmdistill.data.collate import PromptDataset
+    from llmdistill.run import load_data, parts_of
+    from llmdistill.teachers.build import check_rows
+
+    train, held = load_data(recipe, tokenizer)
+    known = "a stream"
+    if isinstance(train, PromptDataset):
+        known = f"{len(train)} rows (usable: {train.counts})"
+    console.print(f"data         train {known}", highlight=False, markup=False)
+    if held is not None:
+        console.print(
+            f"             held out {len(held)} rows (usable: {held.counts})", highlight=False
+        )
+    check_rows(recipe.teacher, parts_of(recipe, tokenizer, train, held))
+    return train
 
 
 def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:

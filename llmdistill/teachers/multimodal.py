@@ -23,7 +23,7 @@ from llmdistill.models.heads import split
 from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import end_ids, num_tokens
 from llmdistill.sampling import Draw, Sampling, Writer
-from llmdistill.teachers.reflexive import first_columns
+from llmdistill.teachers.reflexive import response_slices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -212,9 +212,7 @@ class MultimodalTeacher:
         """Return the final hidden states that predict the response tokens: (N, H)."""
         inputs = self._processed(seen, side="right")
         ids_BP, mask_BP = inputs.pop("input_ids"), inputs.pop("attention_mask").bool()
-        first_B = first_columns(sequences).tolist()
-        length_B = sequences.attention_mask_BT.sum(1).tolist()
-        tails = [slice(start, end) for start, end in zip(first_B, length_B, strict=True)]
+        tails = response_slices(sequences)
         lengths = mask_BP.sum(1).tolist()
         width = max(n + t.stop - t.start for n, t in zip(lengths, tails, strict=True))
         ids_BT = torch.zeros(len(tails), width, dtype=torch.long)

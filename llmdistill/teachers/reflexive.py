@@ -177,9 +177,7 @@ def reprompted(sequences: Sequences, prompts: Sequence[Sequence[int]]) -> Sequen
     The predicted tokens keep their number and order, so a signal for the result fits `sequences`.
     """
     device = sequences.input_ids_BT.device
-    first_B = first_columns(sequences)
-    lengths_B = sequences.attention_mask_BT.sum(1).tolist()
-    tails = [slice(int(first), end) for first, end in zip(first_B, lengths_B, strict=True)]
+    tails = response_slices(sequences)
     responses = [
         ids[tail].tolist() for ids, tail in zip(sequences.input_ids_BT, tails, strict=True)
     ]
@@ -195,11 +193,12 @@ def reprompted(sequences: Sequences, prompts: Sequence[Sequence[int]]) -> Sequen
     return replace(made, response_mask_BT=mask_BT)
 
 
-def first_columns(sequences: Sequences) -> Tensor:
-    """Return the column of each row's first response token; its length if it has none: (B,)."""
-    mask_BT = sequences.response_mask_BT
-    has_any_B = mask_BT.any(1)
-    return torch.where(has_any_B, mask_BT.int().argmax(1), sequences.attention_mask_BT.sum(1))
+def response_slices(sequences: Sequences) -> list[slice]:
+    """Return the columns from each row's first response token to its end."""
+    mask_BT, lengths_B = sequences.response_mask_BT, sequences.attention_mask_BT.sum(1)
+    first_B = torch.where(mask_BT.any(1), mask_BT.int().argmax(1), lengths_B)
+    pairs = zip(first_B.tolist(), lengths_B.tolist(), strict=True)
+    return [slice(first, end) for first, end in pairs]
 
 
 def _trained(model: PreTrainedModel) -> dict[str, Tensor]:
