@@ -125,12 +125,20 @@ class ReflexiveTeacherRecipe(TeacherSection):
         return self
 
     def misfit(self, recipe: Recipe) -> str | None:
-        uses = any(one.teacher_needs for one in recipe.objectives)
-        if uses and self.weights == "live" and self.context is None:
+        needs_it = [bool(one.teacher_needs) for one in recipe.objectives]
+        if self.context is not None or not any(needs_it):
+            return None
+        if self.weights == "live":
             return (
                 "the teacher is the student itself with the same weights and the same prompt, so "
                 "there is nothing to learn from it. Set 'teacher.context', use 'teacher.weights: "
                 "ema' or 'base', or use objectives that need no teacher."
+            )
+        if all(needs_it):
+            return (
+                "the teacher starts as the student with the same prompt, so the loss is 0 and "
+                "stays 0. Set 'teacher.context', or add an objective that needs no teacher, such as "
+                "'kind: cross_entropy'."
             )
         return None
 

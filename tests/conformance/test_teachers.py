@@ -50,8 +50,8 @@ def loaded(name, pair):
     """Return a recipe with this teacher on the toy pair, the rows, the teacher and the student."""
     section = on_toys(TEACHERS[name], pair)
     student = {"model": pair[1]} | ({"peft": {"r": 4}} if name == "adapter_off" else {})
-    # A reflexive teacher with the student's own prompt and weights would teach nothing.
-    recipe = entries.recipe(teacher=section, student=student)
+    objectives = [{"kind": "response"}, {"kind": "cross_entropy"}]
+    recipe = entries.recipe(teacher=section, student=student, objectives=objectives)
     tokenizer = load_tokenizer(pair[1])
     images = vision.pictures(Path(pair[1]).parent / "pictures")
     rows = [

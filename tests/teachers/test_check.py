@@ -27,6 +27,7 @@ def given(pair, tmp_path):
         "output": str(tmp_path / "run"),
         "student": {"model": pair[1]},
         "data": {"train": str(tmp_path / "rows.jsonl")},
+        "objectives": [{"kind": "response"}, {"kind": "cross_entropy"}],
         "training": {"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 2},
     }
 

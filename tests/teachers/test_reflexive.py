@@ -355,9 +355,11 @@ def recipe(teacher, **parts):
     ({"context": "Look: {hint}"}, {}, "'context' needs {prompt} and the name"),
     ({"export_ema": True}, {}, "'export_ema' needs 'weights: ema'"),
     ({"weights": "live"}, {}, "there is nothing to learn from it"),
+    ({}, {}, "the loss is 0 and stays 0"),
+    ({"weights": "ema"}, {}, "the loss is 0 and stays 0"),
     ({"weights": "life"}, {}, "Did you mean 'live'"),
     ({"ema_rate": 0.0}, {}, "ema_rate"),
-    ({}, {"rollout": {"kind": "interleaved"}}, "cannot write token by token"),
+    ({"context": CONTEXT}, {"rollout": {"kind": "interleaved"}}, "cannot write token by token"),
     ({"context": CONTEXT}, {"data": {"train": "x.jsonl", "streaming": True},
                             "training": {"max_steps": 1}}, "Set 'data.streaming: false'"),
 ])  # fmt: skip
