@@ -137,8 +137,8 @@ class ReflexiveTeacherRecipe(TeacherSection):
         if all(needs_it):
             return (
                 "the teacher starts as the student with the same prompt, so the loss is 0 and "
-                "stays 0. Set 'teacher.context', or add an objective that needs no teacher, such as "
-                "'kind: cross_entropy'."
+                "stays 0. Set 'teacher.context', or add an objective that needs no teacher, such "
+                "as 'kind: cross_entropy'."
             )
         return None
 

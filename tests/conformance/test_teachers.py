@@ -21,7 +21,7 @@ from llmdistill.training.step import Distillation
 from tests import toy
 from tests.conformance import entries, golden
 from tests.support import vision
-from tests.support.teachers import every_teacher, trained
+from tests.support.teachers import every_teacher, section_on_toys, trained
 from tests.training.helpers import dataset, trainer
 
 TEACHERS = entries.teachers()
@@ -29,26 +29,9 @@ each = pytest.mark.parametrize("name", TEACHERS)
 NEEDS = frozenset({Need.DISTRIBUTION})
 
 
-def on_toys(section, pair):
-    """Return the section with toy models in place of those that it names."""
-    teacher, student = pair
-    kind = next(
-        one for one in entries.TEACHERS if one.model_fields["kind"].default == section["kind"]
-    )
-    local = {"model": teacher, "dtype": "float32"}
-    own = {key: value for key, value in local.items() if key in kind.model_fields}
-    if "teachers" in section:
-        own = {"teachers": [one | local for one in section["teachers"]]}
-    if "peers" in section:
-        own = {"peers": [{"model": student, "carve": {"layers": 2}} for _ in section["peers"]]}
-    if section["kind"] == "multimodal":
-        own = {"model": vision.save(Path(student).parent / "seer"), "dtype": "float32"}
-    return section | own
-
-
 def loaded(name, pair):
     """Return a recipe with this teacher on the toy pair, the rows, the teacher and the student."""
-    section = on_toys(TEACHERS[name], pair)
+    section = section_on_toys(TEACHERS[name], pair)
     student = {"model": pair[1]} | ({"peft": {"r": 4}} if name == "adapter_off" else {})
     objectives = [{"kind": "response"}, {"kind": "cross_entropy"}]
     recipe = entries.recipe(teacher=section, student=student, objectives=objectives)

@@ -168,6 +168,7 @@ def test_every_turn_is_a_row_after_the_turns_before_it(tokenizer):
 
 
 def test_the_template_gets_its_options(tokenizer):
+    tokenizer = toy.tokenizer()  # the fixture is shared
     tokenizer.chat_template = "{% if mood %}<|pad|>{% endif %}" + toy.TEMPLATE
     plain, moody = (
         encode(placed([GOOD]), tokenizer, Rules(template_options=options))[0][0]

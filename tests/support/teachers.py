@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from llmdistill.batch import Dense, LossSum, TeacherSignal
-from llmdistill.forward import read
+from llmdistill.forward import read, teacher_signal
 from llmdistill.models.taps import Need
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.chunked import chunked_sum
@@ -17,6 +18,7 @@ from llmdistill.objectives.divergences import kl, log_probs
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.teachers.base import TrainableTeacher
+from llmdistill.teachers.build import _BUILDERS as BUILDERS
 from llmdistill.teachers.ensemble import EnsembleTeacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.mutual import MutualTeacher
@@ -24,6 +26,7 @@ from llmdistill.teachers.online import OnlineTeacher
 from llmdistill.teachers.reflexive import ReflexiveTeacher
 from llmdistill.teachers.routed import CurriculumTeacher, RoutedTeacher, token_balance
 from tests import toy
+from tests.support import vision
 from tests.training.helpers import dataset
 
 
@@ -108,3 +111,44 @@ def every_teacher() -> dict[str, Callable[[], dict[str, Any]]]:
     found["context"] = lambda: reflexive(prompts=longer)
     found["average"] = lambda: reflexive(weights="ema", ema_rate=0.3)
     return {f"teacher-{name}": options for name, options in found.items()}
+
+
+def section_on_toys(section: dict[str, Any], pair: tuple[str, str]) -> dict[str, Any]:
+    """Return the section with toy models in place of those that it names."""
+    teacher, student = pair
+    kind = next(one for one in BUILDERS if one.model_fields["kind"].default == section["kind"])
+    local = {"model": teacher, "dtype": "float32"}
+    own = {key: value for key, value in local.items() if key in kind.model_fields}
+    if "teachers" in section:
+        own = {"teachers": [one | local for one in section["teachers"]]}
+    if "peers" in section:
+        own = {"peers": [{"model": student, "carve": {"layers": 2}} for _ in section["peers"]]}
+    if section["kind"] == "multimodal":
+        own = {"model": vision.save(Path(student).parent / "seer"), "dtype": "float32"}
+    return section | own
+
+
+# ---- teachers that disagree, and their logits ----
+
+NEEDS = frozenset({Need.DISTRIBUTION})
+SIZES = ((1, 48), (2, 32), (3, 40))  # seed and width of three teachers that disagree
+
+
+def experts(number=3):
+    return [
+        LocalTeacher(toy.teacher_model(seed=seed, hidden=hidden), toy.tokenizer(f"expert{seed}"))
+        for seed, hidden in SIZES[:number]
+    ]
+
+
+def served(distribution):
+    return distribution.serve()[0 : len(distribution)].clone()
+
+
+def signal(teacher, sequences=None):
+    sequences = toy.sequences() if sequences is None else sequences
+    return teacher_signal(teacher, sequences, toy.NUM_TOKENS, NEEDS).distribution
+
+
+def logits(teacher, sequences=None):
+    return served(signal(teacher, sequences))

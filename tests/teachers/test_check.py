@@ -13,8 +13,8 @@ from llmdistill.publish.card import model_card
 from llmdistill.recipe import build
 from tests import toy
 from tests.conformance import entries
-from tests.conformance.test_teachers import on_toys
 from tests.support import vision
+from tests.support.teachers import section_on_toys
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def check(given, tmp_path, monkeypatch, capsys, *options):
 
 @pytest.mark.parametrize("name", entries.teachers())
 def test_it_is_checked_and_timed(name, given, pair, tmp_path, monkeypatch, capsys):
-    given["teacher"] = on_toys(entries.teachers()[name], pair)
+    given["teacher"] = section_on_toys(entries.teachers()[name], pair)
     if name == "adapter_off":
         given["student"]["peft"] = {"r": 4}
     shown = check(given, tmp_path, monkeypatch, capsys, "--time")

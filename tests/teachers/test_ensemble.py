@@ -7,8 +7,6 @@ import torch
 
 from llmdistill.distributions import targets
 from llmdistill.errors import RecipeError, VocabularyError
-from llmdistill.forward import teacher_signal
-from llmdistill.models.taps import Need
 from llmdistill.objectives.divergences import forward_kl, log_probs
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.teachers.ensemble import MIXES, WEIGH, EnsembleTeacher
@@ -16,30 +14,8 @@ from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 from tests.conformance import entries
 from tests.support.spies import spy
+from tests.support.teachers import experts, logits, served, signal
 from tests.training.helpers import dataset, gradient
-
-NEEDS = frozenset({Need.DISTRIBUTION})
-SIZES = ((1, 48), (2, 32), (3, 40))  # seed and width of three teachers that disagree
-
-
-def experts(number=3):
-    return [
-        LocalTeacher(toy.teacher_model(seed=seed, hidden=hidden), toy.tokenizer(f"expert{seed}"))
-        for seed, hidden in SIZES[:number]
-    ]
-
-
-def served(distribution):
-    return distribution.serve()[0 : len(distribution)].clone()
-
-
-def signal(teacher, sequences=None):
-    sequences = toy.sequences() if sequences is None else sequences
-    return teacher_signal(teacher, sequences, toy.NUM_TOKENS, NEEDS).distribution
-
-
-def logits(teacher, sequences=None):
-    return served(signal(teacher, sequences))
 
 
 def probs(teacher):

@@ -26,7 +26,7 @@ from llmdistill.teachers.routed import (
 from tests import toy
 from tests.conformance import entries
 from tests.support.spies import spy
-from tests.teachers.test_ensemble import experts, logits, served, signal
+from tests.support.teachers import experts, logits, served, signal
 from tests.training.helpers import dataset, gradient, trainer
 
 NAMES = ("maths", "code", "prose")
