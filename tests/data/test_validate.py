@@ -167,7 +167,7 @@ def test_every_turn_is_a_row_after_the_turns_before_it(tokenizer):
     assert str(counts) == "5 of 6 answers in 4 rows, 1 malformed rows skipped"
 
 
-def test_the_template_gets_its_options(tokenizer):
+def test_the_template_gets_its_options():
     tokenizer = toy.tokenizer()  # the fixture is shared
     tokenizer.chat_template = "{% if mood %}<|pad|>{% endif %}" + toy.TEMPLATE
     plain, moody = (
