@@ -38,8 +38,8 @@ FIGURES = ("kl_teacher_text", "kl_own_text", "top1_agreement", "rouge_l_teacher"
 MATHS_FIGURES = ("kl_teacher_text", "kl_own_text", "perplexity", "exact_match")
 
 
-def carved(layers: int) -> dict[str, Any]:
-    return {"model": NAME, "carve": {"layers": layers, "by": "influence"}}
+def carved(layers: int, by: str = "influence") -> dict[str, Any]:
+    return {"model": NAME, "carve": {"layers": layers, "by": by}}
 
 
 def runs(work: Path) -> dict[str, dict[str, Any]]:
@@ -60,7 +60,7 @@ def runs(work: Path) -> dict[str, dict[str, Any]]:
         "chain_10": {"teacher": chain, "student": from_assistant},
         "sft_20": {"teacher": LIVE, "objectives": LABELS},
         "mutual_20": {
-            "teacher": {"kind": "mutual", "peers": [carved(20)]},
+            "teacher": {"kind": "mutual", "peers": [carved(20, by="even")]},
             "objectives": BOTH,
         },
         "byot_20": {"teacher": LIVE, "objectives": [*LABELS, exits]},
@@ -70,8 +70,8 @@ def runs(work: Path) -> dict[str, dict[str, Any]]:
             "student": {"model": NAME},
         },
         "on_policy_20_shorter": {"teacher": LOCAL, "rollout": ON_POLICY, "steps": 51},
-        "kd_20_longer": {"teacher": LOCAL, "steps": 181},
         "sft_maths": {"teacher": LIVE, "objectives": LABELS, "student": {"model": NAME}},
+        "kd_20_longer": {"teacher": LOCAL, "steps": 181},
         "on_policy_10": {"teacher": LOCAL, "rollout": ON_POLICY, "student": carved(10)},
         "kd_10_longer": {"teacher": LOCAL, "student": carved(10), "steps": 181},
         "byot_exit_10": {"teacher": LIVE, "objectives": [*LABELS, shallow]},
@@ -87,7 +87,7 @@ def prepare(data: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     held = (data / "instructions_eval.jsonl").read_text().splitlines()
     (work / "eval.jsonl").write_text("\n".join(held[:HELD_OUT]) + "\n")
-    for name, number in (("train", 600), ("test", HELD_OUT // 2)):
+    for name, number in (("train", 600), ("test", HELD_OUT)):
         lines = (data / f"gsm8k_{name}.jsonl").read_text().splitlines()[:number]
         rows = [json.loads(line) for line in lines]
         rows = [row | {"solution": row["completion"]} for row in rows]
@@ -103,7 +103,7 @@ def recipe_of(name: str, given: dict[str, Any], data: Path, work: Path) -> recip
     rows = {"train": str(data / "instructions_seed.jsonl"), "eval": str(work / "eval.jsonl")}
     if maths:
         rows = {"train": str(work / "maths_train.jsonl"), "eval": str(work / "maths_test.jsonl")}
-        limits = {"max_prompt_tokens": 160, "max_response_tokens": 96}
+        limits = {"max_prompt_tokens": 160, "max_response_tokens": 112, "long_responses": "drop"}
         if "rollout" in parts:
             parts["rollout"] = parts["rollout"] | {"max_new_tokens": 48}
     shared = {

@@ -47,7 +47,7 @@ def chain(pair, *assistants):
 
 
 def test_a_chain_of_length_one_is_distillation(parts, pair, tmp_path):
-    """METHODS 16: without an assistant the teacher teaches the student."""
+    """N13: without an assistant the teacher teaches the student."""
     expected = run(tmp_path, parts, "kd", teacher={"model": pair[0], "dtype": "float32"})
     assert torch.equal(run(tmp_path, parts, "chain", teacher=chain(pair)), expected)
 

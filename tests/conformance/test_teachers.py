@@ -131,7 +131,7 @@ def test_twenty_steps_are_those_of_the_golden_file(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", every_teacher())
 def test_a_resumed_run_is_the_same_run(tmp_path, name):
-    """F1: from a checkpoint after two of four steps, everything that is trained is equal."""
+    """R1: from a checkpoint after two of four steps, everything that is trained is equal."""
     options = {
         "rows": dataset(7), "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch",
         "learning_rate": 0.01, "per_device_train_batch_size": 2,

@@ -36,7 +36,7 @@ def loss(objective, model, sequences) -> LossSum:
 
 
 def test_an_exit_after_the_last_layer_is_the_last_layer():
-    """METHODS 8.1: with an adaptor that is the identity, the divergence is 0."""
+    """N13: with an adaptor that is the identity, the divergence is 0."""
     model, sequences = toy.model(layers=4), toy.sequences()
     for adaptor in ("norm", "mlp"):
         objective = ready(model, layers=[4], alpha=1.0, state_weight=1.0, adaptor=adaptor)

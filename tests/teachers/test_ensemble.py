@@ -42,6 +42,7 @@ def test_a_geometric_mean_is_the_weighted_mean_of_the_logits():
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("weigh", WEIGH)
 def test_one_teacher_or_the_same_one_twice_is_that_teacher(tmp_path, mix, weigh):
+    """N13."""
     if (mix, weigh) == ("sum", "confidence"):
         return  # refused
     (one,) = experts(1)

@@ -113,7 +113,7 @@ def test_the_images_matter(data, tmp_path):
 
 
 def test_without_images_it_is_the_text_part_of_the_model(tmp_path):
-    """METHODS 16: cross-modal with nothing to see is plain distillation."""
+    """N13: with nothing to see it is plain distillation."""
     data = encoded([row | {"images": []} for row in toy.rows(6)])
     found = logits(teacher_of(data), batch(data))
     model = vision.model()

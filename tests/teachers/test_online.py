@@ -63,7 +63,7 @@ def run(folder, teacher, **options):
 
 
 def test_a_teacher_whose_adapter_does_not_move_is_offline_distillation_bit_for_bit(tmp_path):
-    """N: OKD with a frozen module equals KD with the model itself."""
+    """N12: OKD with a frozen module equals KD with the model itself."""
     expected, _, _ = run(tmp_path / "local", LocalTeacher(toy.teacher_model(), toy.tokenizer()))
     for options in ({"teacher_learning_rate": 0.0}, {"teacher_every": 10**6}):
         teacher = online(**options)
@@ -93,7 +93,7 @@ def test_the_adapter_changes_nothing_at_first_and_switched_off_nothing_ever(tmp_
 
 
 def test_with_alpha_0_it_is_lora_sft_whatever_the_student_is(tmp_path):
-    """The same adapter for two students, and the one that PEFT alone would train."""
+    """N12: the same adapter for two students, and the one that PEFT alone would train."""
     found = []
     for seed in (0, 5):
         teacher = online(alpha=0.0)
@@ -143,6 +143,7 @@ def test_its_loss_is_the_formula_and_reaches_the_adapter_alone():
 
 
 def test_gradients_do_not_cross(tmp_path):
+    """N12."""
     teacher = moved(online())
     made = trainer(tmp_path, teacher=teacher, rows=dataset(8))
     sequences = toy.sequences()

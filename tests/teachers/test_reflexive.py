@@ -119,7 +119,7 @@ def test_a_response_that_is_trained_in_part_keeps_its_tokens():
 
 
 def test_an_empty_context_and_the_current_weights_have_no_loss(tmp_path):
-    """METHODS 16: OPSD with empty context and a live teacher is zero loss."""
+    """N13: it is the student itself."""
     data, student = informed(hint=" "), toy.model()
     assert all(row.teacher_prompt_ids == row.prompt_ids for row in data.rows)
     teacher = reflexive(student, weights="live", prompts=prompts_of(data))

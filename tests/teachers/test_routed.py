@@ -67,6 +67,7 @@ def test_a_part_of_the_signal_is_that_part_of_the_distribution():
 
 
 def test_all_rows_to_one_teacher_is_that_teacher(tmp_path):
+    """N13."""
     teachers = named()
     expected = gradient(tmp_path / "one", teacher=teachers["code"], rows=dataset(8))
     routed = RoutedTeacher(teachers, dict.fromkeys(range(8), "code"))
@@ -164,6 +165,7 @@ def test_each_row_has_one_expert_and_harder_rows_a_larger_one():
 
 
 def test_one_expert_is_distillation_without_a_curriculum(tmp_path):
+    """N13."""
     (one,) = experts(1)
     expected = gradient(tmp_path / "one", teacher=one, rows=dataset(8))
     teacher = CurriculumTeacher({"1": one}, dataset(8).rows)
