@@ -50,7 +50,9 @@ class Desk:
         self.folder, self.pair = folder, pair
         self.names: dict[str, Any] = {}
         for number, name in enumerate(FILES):
-            write_jsonl(folder / f"{name}.jsonl", toy.rows(9 - number, seed=number))
+            rows = toy.rows(9 - number, seed=number)
+            # A column that a teacher reads, and the student does not.
+            write_jsonl(folder / f"{name}.jsonl", [row | {"solution": "blue"} for row in rows])
         for path in ROOT.glob("recipes/**/*.yaml"):
             given = recipes.parse_yaml(path.read_text(encoding="utf-8"), path.name)
             self.save(given, path.relative_to(ROOT).as_posix())

@@ -55,6 +55,13 @@ def on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any]:
     """A training recipe with toy models, and toy rows unless it brings its own."""
     cut = less(given) | {"output": str(data / "run")}
     cut["teacher"] = teacher_on_toys(cut["teacher"], pair, data)
+    if "peers" in cut["teacher"]:  # a peer must differ from the student
+        one = (
+            {"model": pair[1]}
+            if "carve" in cut["student"]
+            else {"model": pair[1], "carve": {"layers": 2}}
+        )
+        cut["teacher"]["peers"] = [one for _ in cut["teacher"]["peers"]]
     cut["student"] |= {"model": pair[1]}
     if "generate" in cut:
         cut["generate"] = generation_on_toys(cut["generate"], pair, data)
@@ -73,11 +80,10 @@ def on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any]:
 def teacher_on_toys(teacher: dict[str, Any], pair, data: Path) -> dict[str, Any]:
     """The section of a teacher with toy models in place of all that it names."""
     local, student = {"model": pair[0], "dtype": "float32"}, {"model": pair[1]}
+    if "peers" in teacher:
+        return dict(teacher)
     if "teachers" in teacher:
         return teacher | {"teachers": [one | local for one in teacher["teachers"]]}
-    if "peers" in teacher:
-        # The whole toy, so that a peer differs from the carved student.
-        return teacher | {"peers": [student for _ in teacher["peers"]]}
     if "assistants" in teacher:
         assistants = [one | student for one in teacher["assistants"]]
         return teacher | {"teacher": local, "assistants": assistants}
