@@ -6,6 +6,7 @@ W' = W + scaling * B A (Hu et al. 2021, eq. 3).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,9 @@ def add_adapter(
         task_type="CAUSAL_LM",
     )
     # All ranks and runs start with the same adapter, and the global generator is left as it was.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # PEFT uses an attribute that transformers has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)
