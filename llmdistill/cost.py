@@ -100,7 +100,7 @@ def _teacher(
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """Return a model without weights whose states are the teacher's, and the bytes by part."""
     section, parts = recipe.teacher, {}
-    teacher = student  # unless it has weights of its own
+    teacher = student  # if the teacher loads no weights
     for place, weights in enumerate(section.models, start=1):
         config = load_config(weights.model, revision=weights.revision)
         teacher = skeleton(config, sees_images=weights.sees_images)

@@ -142,7 +142,7 @@ class Evaluation:
 
     def teacher_figures(self) -> dict[str, Figures]:
         """Return the teacher's figures against itself under "teacher", or {} if it is not local."""
-        # With a context of its own, the teacher is not the model that is measured here.
+        # A teacher that reads more than the student is not the model that is measured here.
         if not isinstance(self.teacher, LocalTeacher) or getattr(self.teacher, "reads_more", False):
             return {}
         with self.teacher.in_use() as model:

@@ -264,7 +264,7 @@ class Distillation(nn.Module):
 
 
 def _own_rates(distillation: Distillation) -> Iterator[tuple[str, float]]:
-    """Yield the parameters with a learning rate of their own, and the rate."""
+    """Yield each parameter that does not have the student's learning rate, with its rate."""
     for place, one in enumerate(distillation.objectives):
         rate = one.projector_learning_rate if isinstance(one, Objective) else None
         if rate is not None:

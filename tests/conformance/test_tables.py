@@ -45,7 +45,7 @@ def kinds(union: Any) -> set[str]:
 )
 def test_every_section_has_a_builder(union, module):
     assert len(members(union)) > 1
-    # A recipe of several runs has no teacher of its own kind: each run has one of another kind.
+    # No teacher is built for a recipe of several runs: each of its runs has another kind of teacher.
     built = {one for one in members(union) if not getattr(one, "several_runs", False)}
     assert built == set(module._BUILDERS)
 
