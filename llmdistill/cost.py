@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmdistill import recipe as recipes
+from llmdistill.data.build import load_data, load_student_tokenizer
 from llmdistill.data.collate import EncodedRows, PromptDataset
 from llmdistill.models.adapters import add_adapter
 from llmdistill.models.carve import Plan
@@ -26,13 +27,7 @@ from llmdistill.models.taps import check_taps
 from llmdistill.objectives.build import build_objectives
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts.interleaved import LOGITS
-from llmdistill.run import (
-    build_trainer,
-    load_data,
-    load_pair,
-    load_student_tokenizer,
-    training_arguments,
-)
+from llmdistill.run import build_trainer, load_pair, training_arguments
 from llmdistill.training.progress import StepClock
 
 if TYPE_CHECKING:

@@ -27,16 +27,16 @@ from transformers.trainer_callback import PrinterCallback
 
 from llmdistill import recipe as recipes
 from llmdistill import run_folder
-from llmdistill.data.build import build_rows
+from llmdistill.data.build import load_data, load_student_tokenizer
 from llmdistill.data.collate import EncodedRows, PromptDataset, collate, sample_text
-from llmdistill.data.render import last_messages, same_template
-from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
+from llmdistill.data.render import last_messages
+from llmdistill.errors import CheckpointError, RecipeError
 from llmdistill.evaluation.measure import Evaluation, Figures, Measurement
 from llmdistill.generate import RANKS_WAIT, generate
 from llmdistill.models.build import build_student
-from llmdistill.models.heads import num_rows
-from llmdistill.models.load import default_device, load_tokenizer, native_bfloat16
-from llmdistill.models.vocabulary import require_same
+from llmdistill.models.heads import num_rows, unwrap_adapters
+from llmdistill.models.load import default_device, native_bfloat16
+from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.build import build_objectives
 from llmdistill.protocols import Exports, Teacher
 from llmdistill.publish.card import model_card
@@ -197,24 +197,6 @@ def _write_evaluation(
     return Result(folder, figures, [Answers(*row) for row in zip(*columns, strict=True)])
 
 
-def load_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[EncodedRows, PromptDataset | None]:
-    """Return the rows to train on, and the held-out rows (None if the recipe has none)."""
-    logger.info("reading %s", ", ".join(source.source for source in recipe.data.train))
-    needed = recipe.rollout.takes_data
-    train, held = build_rows(
-        recipe.data,
-        tokenizer,
-        needs_response=needed,
-        seed=recipe.seed,
-        reads=recipe.teacher.reads,
-    )
-    if isinstance(train, PromptDataset):
-        logger.info("%d rows to train on (usable: %s)", len(train), train.counts)
-    return train, held
-
-
 def load_pair(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
@@ -225,10 +207,14 @@ def load_pair(
     parts = parts_of(recipe, tokenizer, train, held)
     if recipe.teacher.uses_student:
         student = _student(recipe, None, parts)
-        return build_teacher(recipe.teacher, replace(parts, student=student)), student
-    logger.info("loading the teacher %s", ", ".join(n for n, _ in recipe.teacher_sources))
-    teacher = build_teacher(recipe.teacher, parts)
-    return teacher, _student(recipe, teacher, parts)
+        teacher = build_teacher(recipe.teacher, replace(parts, student=student))
+    else:
+        logger.info("loading the teacher %s", ", ".join(n for n, _ in recipe.teacher_sources))
+        teacher = build_teacher(recipe.teacher, parts)
+        student = _student(recipe, teacher, parts)
+    # Before anything is measured, so that responses end at the same tokens before and after.
+    list_end_ids(unwrap_adapters(student), tokenizer, getattr(teacher, "ends", ()))
+    return teacher, student
 
 
 def parts_of(
@@ -268,24 +254,6 @@ def _student(recipe: Recipe, teacher: Teacher | None, parts: Parts) -> Any:
     return build_student(
         section, base=base, sample=parts.sample, device=parts.device, seed=parts.seed
     )
-
-
-def load_student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Load the student's tokenizer.
-
-    Raises VocabularyError if it does not render a conversation as the teacher's tokenizer does.
-    """
-    student = (recipe.student.model, recipe.student.revision)
-    tokenizer = load_tokenizer(student[0], revision=student[1])
-    for base, revision in dict.fromkeys(recipe.teacher.paired(recipe.student)):
-        same = (base, revision) == student
-        if not (same or same_template(load_tokenizer(base, revision=revision), tokenizer)):
-            raise VocabularyError(
-                f"the chat templates of teacher '{base}' and student '{student[0]}' render the "
-                "same conversation as different tokens, so the teacher would score text that it "
-                "does not expect. Give the student the teacher's template, or choose another pair."
-            )
-    return tokenizer
 
 
 def _evaluation(recipe: Recipe, teacher: Teacher, held: PromptDataset | None) -> Evaluation | None:

@@ -193,7 +193,7 @@ def test_check_shows_the_verdicts_and_marks_what_is_trained(recipe, monkeypatch,
     assert run(monkeypatch, "check", str(recipe)) == 0
     shown = capsys.readouterr().out
     assert "same vocabulary" in shown
-    assert "render the same tokens" in shown
+    assert "render the rows as the same tokens" in shown
     assert "train 4 rows" in shown
     assert "<|im_end|>]" in shown  # the end token is the last one trained
     assert not (tmp_path / "run").exists()

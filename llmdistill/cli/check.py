@@ -10,6 +10,7 @@ import typer
 from llmdistill.cli.output import Verbose
 
 if TYPE_CHECKING:
+    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
     from llmdistill.data.collate import EncodedRows
@@ -45,52 +46,70 @@ def check(
     run_folder = f"The run folder would be {whole.output}."
     console.print(f"recipe       {recipe} is valid. {run_folder}", soft_wrap=True, markup=False)
     tokenizer, fits = _pair(loaded)
-    train = _data(loaded, tokenizer)
+    train, alike = _data(loaded, tokenizer)
     _models(loaded)
     _runs(whole)
     _compared(loaded)
     console.print("example      the student is trained on the tokens in brackets:\n")
     console.print(_marked(train.head(1)[0], tokenizer, written=not loaded.rollout.takes_data))
+    if train.counts.control_texts:
+        console.print("\n             \\ marks text that only looks like a control token")
     _memory(loaded, train)
-    if not fits:
+    if not (fits and alike):
         raise typer.Exit(2)
     if time:
         _time(loaded, train)
     show.next_steps({"Train it": shlex.join(["llmdistill", "train", recipe, *(overrides or [])])})
 
 
-def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
-    """Print how many rows there are, and check what the teacher reads of them; return them."""
+def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedRows, bool]:
+    """Print how many rows there are, whether each teacher renders them as the student does, and
+    what the teacher reads of them.
+
+    Returns the rows, and whether the teachers render them alike.
+    """
     from llmdistill.cli.show import console
+    from llmdistill.data.build import load_data
     from llmdistill.data.collate import PromptDataset
-    from llmdistill.run import load_data, parts_of
+    from llmdistill.errors import VocabularyError
+    from llmdistill.run import parts_of
     from llmdistill.teachers.build import check_rows
 
-    train, held = load_data(recipe, tokenizer)
+    said = "teacher and student render the rows as the same tokens"
+    fits = True
+    try:
+        train, held = load_data(recipe, tokenizer)
+        train.head(1)  # the rows of a stream are rendered when they are read
+    except VocabularyError as error:
+        said, fits = str(error), False
+        train, held = load_data(recipe, tokenizer, compare=False)
+    console.print(f"template     {said}", soft_wrap=True, markup=False, highlight=False)
     known = "a stream"
     if isinstance(train, PromptDataset):
         known = f"{len(train)} rows (usable: {train.counts})"
     console.print(f"data         train {known}", highlight=False, markup=False)
+    for note in train.counts.notes():
+        console.print(f"             {note}", soft_wrap=True, highlight=False, markup=False)
     if held is not None:
         console.print(
             f"             held out {len(held)} rows (usable: {held.counts})", highlight=False
         )
     check_rows(recipe.teacher, parts_of(recipe, tokenizer, train, held))
-    return train
+    return train, fits
 
 
 def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
-    """Print whether the tokenizers of each teacher and the student match.
+    """Print whether the vocabularies of each teacher and the student match.
 
     Returns the student's tokenizer, and whether the pair can be trained.
     """
     from llmdistill.cli.show import console
-    from llmdistill.data.render import same_template
+    from llmdistill.data.build import load_student_tokenizer
     from llmdistill.models.load import load_config, load_tokenizer
     from llmdistill.models.vocabulary import VocabularyMatch, compare
 
     name, revision = recipe.student.model, recipe.student.revision
-    student = load_tokenizer(name, revision=revision)
+    student = load_student_tokenizer(recipe)
     rows = load_config(name, revision=revision).get_text_config().vocab_size
     fits = True
     for base, of_base in dict.fromkeys(recipe.teacher.paired(recipe.student)):
@@ -100,10 +119,7 @@ def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
         reason = found.reason or f"{found.shared} shared ids"
         # The reason quotes tokens, and `[/INST]` would be read as markup.
         console.print(f"vocabulary   {found.match.value}: {reason}", soft_wrap=True, markup=False)
-        same = same_template(teacher, student)
-        verdict = "the same tokens" if same else "different tokens, so this pair cannot be trained"
-        console.print(f"template     teacher and student render {verdict}")
-        fits = fits and same and found.match is not VocabularyMatch.DIFFERENT
+        fits = fits and found.match is not VocabularyMatch.DIFFERENT
     return student, fits
 
 
@@ -187,11 +203,28 @@ def _time(recipe: Recipe, train: EncodedRows) -> None:
     console.print(f"             {steps} steps: at most {shown}, without the evaluations")
 
 
-def _marked(row: Row, tokenizer: PreTrainedTokenizerBase, *, written: bool) -> object:
-    """Return the row as the student reads it, with the trained tokens in brackets and reversed."""
+def _marked(row: Row, tokenizer: PreTrainedTokenizerBase, *, written: bool) -> Text:
+    """Return the row as the student reads it, with the trained tokens in brackets and reversed.
+
+    A text that looks like a control token but is none has a backslash in front.
+    """
     from rich.text import Text
 
-    text = Text(tokenizer.decode(row.prompt_ids), style="dim")
+    text = Text(_shown(row.prompt_ids, tokenizer), style="dim")
     if written or row.response_ids is None:
         return text.append("[written during the run]", style="reverse")
-    return text.append(f"[{tokenizer.decode(row.response_ids)}]", style="reverse")
+    return text.append(f"[{_shown(row.response_ids, tokenizer)}]", style="reverse")
+
+
+def _shown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of ids, with a backslash before text that looks like a control token."""
+    from itertools import groupby
+
+    from llmdistill.models.chat import special_tokens
+
+    added, looks = tokenizer.added_tokens_decoder, special_tokens(tokenizer)
+    parts = []
+    for is_added, some in groupby(ids, key=lambda one: one in added):
+        text = str(tokenizer.decode(list(some)))
+        parts.append(text if is_added else looks.sub(lambda found: f"\\{found[0]}", text))
+    return "".join(parts)

@@ -1,7 +1,8 @@
-"""Builds the rows of a recipe: those to train on and those to measure on."""
+"""Loads the tokenizers of a recipe, and builds its rows: those to train on and to measure on."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,72 @@ from llmdistill.data.collate import EncodedRows, PromptDataset, PromptStream
 from llmdistill.data.sources import read
 from llmdistill.data.validate import Rules
 from llmdistill.errors import RecipeError
+from llmdistill.models.load import load_tokenizer
+from llmdistill.models.vocabulary import require_adoptable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger("llmdistill")
 
 HELD_OUT = 2**40  # added to the ids of rows from `data.eval`: a teacher finds a row by its id
+
+
+def load_student_tokenizer(whole: recipe.Recipe) -> PreTrainedTokenizerBase:
+    """Load the student's tokenizer, or the teacher's if the recipe gives it to the student.
+
+    Raises VocabularyError if the student's model was not made for the teacher's tokenizer.
+    """
+    student = whole.student
+    name, revision = _tokenizer_source(whole)
+    tokenizer = load_tokenizer(name, revision=revision)
+    if student.tokenizer == "teacher":
+        own = load_tokenizer(student.model, revision=student.revision)
+        if new := require_adoptable(tokenizer, own):
+            logger.info("%d tokens of the teacher's tokenizer are new to the student", new)
+    return tokenizer
+
+
+def _tokenizer_source(whole: recipe.Recipe) -> tuple[str, str | None]:
+    """Return name and revision of the model whose tokenizer the student has."""
+    student = whole.student
+    if student.tokenizer == "own":
+        return student.model, student.revision
+    return whole.teacher.paired(student)[0]
+
+
+def teacher_tokenizers(whole: recipe.Recipe) -> list[PreTrainedTokenizerBase]:
+    """Load the tokenizers of all teachers that must render rows as the student's does."""
+    against = whole.evaluate.against
+    measured = () if against is None else ((against.model, against.revision),)
+    named = dict.fromkeys([*whole.teacher.paired(whole.student), *measured])
+    named.pop(_tokenizer_source(whole), None)
+    return [load_tokenizer(name, revision=revision) for name, revision in named]
+
+
+def load_data(
+    whole: recipe.Recipe, tokenizer: PreTrainedTokenizerBase, *, compare: bool = True
+) -> tuple[EncodedRows, PromptDataset | None]:
+    """Return the rows to train on, and the held-out rows (None if the recipe has none).
+
+    Raises VocabularyError if a teacher renders a row differently; with `compare` off nothing is
+    compared.
+    """
+    logger.info("reading %s", ", ".join(source.source for source in whole.data.train))
+    needed = whole.rollout.takes_data
+    train, held = build_rows(
+        whole.data,
+        tokenizer,
+        needs_response=needed,
+        seed=whole.seed,
+        reads=whole.teacher.reads,
+        others=teacher_tokenizers(whole) if compare else (),
+    )
+    if isinstance(train, PromptDataset):
+        logger.info("%d rows to train on (usable: %s)", len(train), train.counts)
+        for note in train.counts.notes():
+            logger.warning("data: %s", note)
+    return train, held
 
 
 def build_rows(
@@ -26,14 +87,17 @@ def build_rows(
     needs_response: bool,
     seed: int,
     reads: recipe.Reads | None = None,
+    others: Sequence[PreTrainedTokenizerBase] = (),
 ) -> tuple[EncodedRows, PromptDataset | None]:
     """Return rows to train on and rows to measure on; the latter are None if the recipe has none.
 
     `needs_response` refuses training rows without an answer.  `seed` chooses the copies of rows in
-    a weighted source.  `reads` names what the teacher reads of a row.  Row ids are unique.
-    Raises RecipeError or DataError if the rows cannot be used.
+    a weighted source.  `reads` names what the teacher reads of a row.  `others` are the tokenizers
+    of teachers, which must render the rows alike.  Row ids are unique.
+    Raises RecipeError or DataError if the rows cannot be used, and VocabularyError if a teacher
+    renders one as other tokens.
     """
-    rules = _rules(section, needs_response=needs_response)
+    rules = replace(_rules(section, needs_response=needs_response), others=tuple(others))
     if reads is not None:
         rules = replace(rules, **reads._asdict())
     if section.streaming:

@@ -41,14 +41,17 @@ class PromptDataset(Dataset):
         cls,
         rows: EncodedRows | Iterable[dict[str, Any]] | None,
         tokenizer: PreTrainedTokenizerBase,
+        teacher: PreTrainedTokenizerBase | None = None,
     ) -> EncodedRows | None:
         """Return rows that a user passes in as a dataset; encoded rows and None are returned as is.
 
-        `rows` can be dicts in any form of `formats.py`.  Raises DataError if one is malformed.
+        `rows` can be dicts in any form of `formats.py`.  Raises DataError if one is malformed, and
+        VocabularyError if the tokenizer of the teacher renders one differently.
         """
         if rows is None or isinstance(rows, PromptDataset | PromptStream):
             return rows
-        return cls.encode(((f"row {i}", row) for i, row in enumerate(rows)), tokenizer)
+        rules = Rules(others=() if teacher is None else (teacher,))
+        return cls.encode(((f"row {i}", row) for i, row in enumerate(rows)), tokenizer, rules)
 
     @classmethod
     def join(

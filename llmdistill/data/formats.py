@@ -6,21 +6,31 @@
     alpaca              {"instruction": ..., "input": ..., "output": ...}        input below
     text                {"text": ...}                         no turns: all of it is the answer
 
-The answer can be missing if a model writes it.
+The answer can be missing if a model writes it.  All conversations take `system` and `tools` from
+the row, and `history` in Alpaca's form; Dolly's `context` and `response` are Alpaca's `input` and
+`output`.  `unread` names the fields that nothing reads.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmdistill.errors import DataError
+from llmdistill.models.chat import THINKING
 
 ROLES = ("system", "user", "assistant", "tool")
 SENDERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
-Message = dict[str, str]
+# What a message can hold for the chat template.  Fields in SAID are only for this file.
+PASSED_ON = ("role", "content", "name", "tool_calls", "tool_call_id", *THINKING)
+SAID = ("weight", "train")
+
+Message = dict[str, Any]
+"""Role and content, which is text or None, and perhaps thinking and tool calls."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +38,20 @@ class Example:
     """A conversation to answer, its answer if it has one, and its place for error messages.
 
     The prompt ends with a message of the user or a tool.  It is empty for plain text, all of which
-    is the response.
+    is the response.  `more` are the answer's thinking and tool calls, and `tools` are those that
+    the chat template describes.
     """
 
     prompt: tuple[Message, ...]
     response: str | None
     place: str
+    more: Message = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def answer(self) -> Message:
+        """The response as a message of the assistant."""
+        return {"role": "assistant", "content": self.response, **self.more}
 
 
 def to_examples(
@@ -42,13 +60,60 @@ def to_examples(
     """Convert one row into examples.  Raises DataError with place and field if it is malformed.
 
     With `every_turn` each answer of a conversation becomes an example, with all messages before it
-    as the prompt.
+    as the prompt.  Answers that the row excludes with `weight: 0` or `train: false` become none.
     """
     # One example for each turn, and not one for the whole conversation: templates that drop the
     # thinking of earlier turns then render each answer as they do when the student is used.
-    prompt, response = FORMATS[form_of(row, place, form)][1](row, place)
-    last = Example(tuple(prompt), response, place)
-    return [*_earlier_turns(last), last] if every_turn else [last]
+    form = form_of(row, place, form)
+    messages = FORMATS[form][1](row, place)
+    tools: tuple[dict[str, Any], ...] = ()
+    if form != "text":
+        messages, tools = _with_system(messages, row, place), _tools(row, place)
+    places = [len(messages)]
+    if messages[-1]["role"] == "assistant":
+        places = [len(messages) - 1]
+    if every_turn:
+        places = [*_earlier_answers(messages), *places]
+    clean = [{k: v for k, v in one.items() if k not in SAID} for one in messages]
+    found = []
+    for turn in places:
+        answer = clean[turn] if turn < len(messages) else None
+        if answer is None:
+            found.append(Example(tuple(clean), None, place, {}, tools))
+        elif messages[turn].get("train", True):
+            more = {k: v for k, v in answer.items() if k not in ("role", "content")}
+            if answer["content"] is None:
+                more["content"] = None  # some templates tell a call alone by this
+            text = answer["content"] or ""
+            found.append(Example(tuple(clean[:turn]), text, place, more, tools))
+    return found
+
+
+def unread(row: dict[str, Any], form: str) -> list[str]:
+    """Return the names of the fields of a row with a value that nothing reads.
+
+    `form` is the row's own.  Fields of messages are named as in `messages[].id`.
+    """
+    known = {"system", "tools", *FIELDS[form]} if form != "text" else {"text"}
+    if form == "alpaca":  # the first of two names is read
+        known -= {other for one, other in ALIASES.items() if row.get(one) is not None}
+        known |= {name for name in (*ALIASES, *ALIASES.values()) if _is_blank(row.get(name))}
+    key = FORMATS[form][0]
+    value = row.get(key)
+    turns: list[Any] = value if isinstance(value, list) else []
+    if turns and isinstance(turns[0], dict) and _role(turns[0]) == "system":
+        known -= {"system"}
+    known |= ABOUT_A_ROW
+    found = [str(name) for name, value in row.items() if name not in known and value is not None]
+    of_messages = {*PASSED_ON, *SAID, *(("from", "value") if form == "conversations" else ())}
+    inside = (
+        f"{key}[].{name}"
+        for turn in turns
+        if isinstance(turn, dict)
+        for name, value in turn.items()
+        if name not in of_messages and value is not None
+    )
+    return list(dict.fromkeys([*found, *inside]))
 
 
 def form_of(row: Any, place: str, form: str = "auto") -> str:
@@ -70,19 +135,42 @@ def form_of(row: Any, place: str, form: str = "auto") -> str:
     return found
 
 
-def _earlier_turns(last: Example) -> Iterator[Example]:
-    """Yield the answers before the last message of a conversation, each after a user's message."""
-    roles = [message["role"] for message in last.prompt]
-    for turn, role in enumerate(roles):
+def _earlier_answers(messages: list[Message]) -> Iterator[int]:
+    """Yield the places of the answers before the last message, each after a user's message."""
+    roles = [message["role"] for message in messages]
+    for turn, role in enumerate(roles[:-1]):
         if role == "assistant" and "user" in roles[:turn]:
-            yield Example(last.prompt[:turn], last.prompt[turn]["content"], last.place)
+            yield turn
 
 
-def _from_messages(row: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
+def _with_system(messages: list[Message], row: dict[str, Any], place: str) -> list[Message]:
+    """Return the messages after the row's own system message, if they do not start with one."""
+    system = _optional_text(row, "system", place)
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _tools(row: dict[str, Any], place: str) -> tuple[dict[str, Any], ...]:
+    """Return the tools of a row: a list of objects, or the same as JSON text."""
+    value = row.get("tools")
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise DataError(f"{place}: 'tools' is not valid JSON: {error}") from error
+    if not value:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise DataError(f"{place}: 'tools' must be a list of objects, got {_show(value)}")
+    return tuple(value)
+
+
+def _from_messages(row: dict[str, Any], place: str) -> list[Message]:
     return _conversation(_messages(row.get("messages"), "messages", place), "messages", place)
 
 
-def _from_sharegpt(row: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
+def _from_sharegpt(row: dict[str, Any], place: str) -> list[Message]:
     turns = row.get("conversations")
     if isinstance(turns, list):
         turns = [_sharegpt_turn(turn) for turn in turns]
@@ -94,9 +182,14 @@ def _sharegpt_turn(turn: Any) -> Any:
     """Convert a ShareGPT turn into a message; `_message` refuses what is malformed."""
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
-    sender = turn["from"]
-    role = SENDERS.get(sender, sender) if isinstance(sender, str) else sender
-    return {"role": role, "content": turn.get("value")}
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {**rest, "role": _role(turn), "content": turn.get("value")}
+
+
+def _role(turn: dict[str, Any]) -> Any:
+    """Return the role of a message or of a ShareGPT turn, as it is written there if unknown."""
+    sender = turn.get("from", turn.get("role"))
+    return SENDERS.get(sender, sender) if isinstance(sender, str) else sender
 
 
 def _messages(value: Any, field: str, place: str) -> list[Message]:
@@ -105,40 +198,90 @@ def _messages(value: Any, field: str, place: str) -> list[Message]:
     return [_message(message, f"{place}: '{field}[{i}]") for i, message in enumerate(value)]
 
 
-def _conversation(
-    messages: list[Message], field: str, place: str
-) -> tuple[list[Message], str | None]:
-    """Return the messages to answer, and the text of the last one if it is the answer."""
-    response, last = None, messages[-1]["role"]
-    if last == "assistant":
-        response = messages.pop()["content"]
-        if not response.strip():
-            raise DataError(f"{place}: '{field}[{len(messages)}].content' is empty")
-    elif last not in ("user", "tool"):
+def _conversation(messages: list[Message], field: str, place: str) -> list[Message]:
+    """Return the messages if they end with a question or an answer, and have a question."""
+    last = messages[-1]["role"]
+    if last == "system":
         raise DataError(
             f"{place}: '{field}' ends with role '{last}'; it must end with 'assistant' or 'user'"
         )
-    if not any(message["role"] == "user" for message in messages):
+    before = messages[:-1] if last == "assistant" else messages
+    if not any(message["role"] == "user" for message in before):
         raise DataError(f"{place}: '{field}' has no message with role 'user'")
-    return messages, response
+    return messages
 
 
 def _message(message: Any, where: str) -> Message:
     # `where` has an open quote, so that a field of the message can follow: 'messages[0].role'.
     if not isinstance(message, dict):
         raise DataError(f"{where}' must be an object with role and content, got {_show(message)}")
-    role, content = message.get("role"), message.get("content")
+    role, content = message.get("role"), _joined(message.get("content"), where)
     if role not in ROLES:
         raise DataError(f"{where}.role' must be one of {', '.join(ROLES)}, got {_show(role)}")
-    if not isinstance(content, str):
-        raise DataError(f"{where}.content' must be text, got {_show(content)}")
-    return {"role": role, "content": content}
+    made = {k: message[k] for k in PASSED_ON if message.get(k) is not None} | {"content": content}
+    calls = role == "assistant" and made.get("tool_calls")
+    if not calls:
+        made.pop("tool_calls", None)
+        if not isinstance(content, str):
+            raise DataError(f"{where}.content' must be text, got {_show(content)}")
+        # An empty answer would be learned as "say nothing", and an empty question answered.
+        if role in ("user", "assistant") and not content.strip():
+            raise DataError(f"{where}.content' is empty")
+    else:
+        made["tool_calls"] = _calls(calls, where)
+    for name in THINKING:
+        if not isinstance(made.get(name, ""), str):
+            raise DataError(f"{where}.{name}' must be text, got {_show(made[name])}")
+    return made if _is_trained(message, where) else made | {"train": False}
 
 
-def _from_prompt(row: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
+def _joined(content: Any, where: str) -> Any:
+    """Return the text of a list of text parts, and anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise DataError(
+                f"{where}.content' must be text or a list of text parts, got a part of type "
+                f"{_show(kind)}"
+            )
+    return "".join(part["text"] for part in content)
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Return tool calls with arguments as objects: OpenAI's API writes them as JSON text."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise DataError(f"{where}.tool_calls' must be a list of objects, got {_show(calls)}")
+    made = []
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"{where}.tool_calls' has a call without a name, got {_show(call)}")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError):
+                arguments = json.loads(arguments)
+        if isinstance(arguments, dict):
+            function = function | {"arguments": arguments}
+        made.append({**call, "function": function} if "function" in call else function)
+    return made
+
+
+def _is_trained(message: dict[str, Any], where: str) -> bool:
+    """Whether a message is to be learned, by its `weight` (0 or 1) or `train` (true or false)."""
+    for name in SAID:
+        value = message.get(name)
+        if value is not None and value not in (0, 1):
+            raise DataError(f"{where}.{name}' must be 0 or 1, false or true, got {_show(value)}")
+        if value is not None and not value:
+            return False
+    return True
+
+
+def _from_prompt(row: dict[str, Any], place: str) -> list[Message]:
     if not isinstance(row.get("prompt"), list):
-        prompt = _text(row, "prompt", place)
-        return [{"role": "user", "content": prompt}], _optional_text(row, "completion", place)
+        return _turn(_text(row, "prompt", place), _optional_text(row, "completion", place))
     messages = _messages(row["prompt"], "prompt", place)
     if messages[-1]["role"] == "assistant":
         raise DataError(
@@ -153,19 +296,43 @@ def _from_prompt(row: dict[str, Any], place: str) -> tuple[list[Message], str | 
     return _conversation(messages, "prompt", place)
 
 
-def _from_alpaca(row: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
-    instruction, extra = _text(row, "instruction", place), _optional_text(row, "input", place)
+def _from_alpaca(row: dict[str, Any], place: str) -> list[Message]:
+    instruction, extra, output = alpaca_texts(row, place)
     content = f"{instruction}\n\n{extra}" if extra else instruction
-    return [{"role": "user", "content": content}], _optional_text(row, "output", place)
+    history = row.get("history") or []
+    pairs = [pair for pair in history if isinstance(pair, list | tuple) and len(pair) == 2]
+    if not isinstance(history, list) or len(pairs) < len(history):
+        raise DataError(f"{place}: 'history' must be a list of [question, answer] pairs")
+    earlier = [
+        _message({"role": role, "content": text}, f"{place}: 'history[{i}]")
+        for i, pair in enumerate(pairs)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return [*earlier, *_turn(content, output)]
 
 
-def _from_text(row: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
-    return [], _text(row, "text", place)
+def alpaca_texts(row: dict[str, Any], place: str) -> tuple[str, str | None, str | None]:
+    """Return instruction, input and output of a row in Alpaca's or Dolly's form."""
+    extra, output = (
+        _optional_text(row, name if row.get(name) is not None else other, place)
+        for name, other in ALIASES.items()
+    )
+    return _text(row, "instruction", place), extra, output
 
 
-# A reader returns the messages to answer and the answer, or None.  Each form has the field by which
-# `auto` recognises it.  The order matters: the first field that a row has decides.
-Reader = Callable[[dict[str, Any], str], tuple[list[Message], str | None]]
+def _turn(question: str, answer: str | None) -> list[Message]:
+    asked: Message = {"role": "user", "content": question}
+    return [asked] if answer is None else [asked, {"role": "assistant", "content": answer}]
+
+
+def _from_text(row: dict[str, Any], place: str) -> list[Message]:
+    return [{"role": "assistant", "content": _text(row, "text", place)}]
+
+
+# A reader returns the messages of a row; the last one is the answer if it is the assistant's.  Each
+# form has the field by which `auto` recognises it.  The order matters: the first field that a row
+# has decides.
+Reader = Callable[[dict[str, Any], str], list[Message]]
 
 FORMATS: dict[str, tuple[str, Reader]] = {
     "messages": ("messages", _from_messages),
@@ -174,6 +341,28 @@ FORMATS: dict[str, tuple[str, Reader]] = {
     "alpaca": ("instruction", _from_alpaca),
     "text": ("text", _from_text),
 }
+ALIASES = {"input": "context", "output": "response"}  # Alpaca's names, and Dolly's
+# The fields that each form reads, besides `system` and `tools`.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "history", *ALIASES, *ALIASES.values()),
+    "text": ("text",),
+}
+
+
+# What `llmdistill generate` and the included seed tasks say about a row.  It is not for training.
+ABOUT_A_ROW = frozenset(
+    (
+        *("id", "is_classification", "generator", "teacher", "revision", "sampling", "seed"),
+        *("variant", "prompt_hash"),
+    )
+)
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _text(row: dict[str, Any], field: str, place: str) -> str:

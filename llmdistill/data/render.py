@@ -1,12 +1,13 @@
-"""Renders conversations as token ids.  This is the only file that knows chat templates.
+"""Renders examples as token ids: a prompt, and the answer that is trained after it.
 
-Control tokens in the text of a message are encoded as ordinary text, so that only the template can
-open or close a turn.  A tokenizer without a template accepts one user turn, as plain text.
+`models/chat.py` knows the chat templates.  A tokenizer without a template accepts one user turn, as
+plain text.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from llmdistill.data.formats import Example, Message
 from llmdistill.errors import DataError
+from llmdistill.models.chat import TAGS, THINKING, ChatTemplate, end_in, thinking_block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Enough turns to show a difference between two templates: a system prompt, an answer and a second
-# question.
+# Enough turns to find the text around a message: an answer and a second question.
 PROBE_MESSAGES: tuple[Message, ...] = (
-    {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Name a colour."},
     {"role": "assistant", "content": "Blue."},
     {"role": "user", "content": "Another one?"},
@@ -40,28 +40,89 @@ def render(
 
     The prompt ends where the answer starts, with the assistant's turn open.  The answer includes
     its end token.  `template_options` are passed to the chat template, such as `enable_thinking`.
-    Raises DataError if the template rejects the conversation, or renders the prompt differently
-    once the answer is appended.
+    Raises DataError if the template rejects the conversation, renders the prompt differently once
+    the answer is appended, or leaves out what the answer says.
     """
     if not example.prompt:
         return _text(tokenizer, example)
     if tokenizer.chat_template is None:
         return _plain(tokenizer, example)
-    options = dict(template_options or {})
-    prompt = _template(tokenizer, example.prompt, example.place, True, options)
+    chat = ChatTemplate(tokenizer, template_options, example.place)
+    opened = chat.text(example.prompt, opens=True, tools=example.tools)
+    prompt = chat.ids(opened)
     if example.response is None:
         return prompt, None
-    answer = {"role": "assistant", "content": example.response}
-    whole = _template(tokenizer, (*example.prompt, answer), example.place, False, options)
-    # When the student is used, it sees the prompt alone: training on another rendering of it would
-    # teach answers to a prompt that inference never produces.
-    if whole[: len(prompt)] != prompt:
-        raise DataError(
-            f"{example.place}: the chat template renders this prompt as different tokens once the "
-            "answer is appended, for example if the answer starts with white space. Strip the "
-            "answer or drop the row."
-        )
-    return prompt, _through_end(tokenizer, whole[len(prompt) :], example.place)
+    answer = _after(chat, opened, example)
+    # When the student is used, it sees the prompt alone, so the prompt keeps the ids that it has
+    # alone, even if the tokenizer would join its end and the start of the answer to one token.
+    whole = chat.ids(opened + answer)
+    is_joined = whole[: len(prompt)] != prompt
+    ids = chat.ids_after(answer) if is_joined else whole[len(prompt) :]
+    return prompt, _through_end(tokenizer, ids, example.place)
+
+
+def _after(chat: ChatTemplate, opened: str, example: Example) -> str:
+    """Return the text that the template writes after the open turn: the answer and its end."""
+    opens_with = next((tags for tags in TAGS if opened.rstrip().endswith(tags[0])), None)
+    thinking, message = _without_thinking(example.answer, chat.closing_tags)
+    for variant in (example.answer, *_with_thinking(thinking, message)):
+        whole = _conversation(chat, example, variant)
+        if whole.startswith(opened) and _says_all(chat, whole, opened, thinking, message):
+            return whole[len(opened) :]
+    # The template opens the thinking in the turn that it opens, but writes none into a message.
+    closed = chat.text(example.prompt, opens=False, tools=example.tools)
+    if opens_with and opened.startswith(closed):
+        turn = opened[len(closed) :].rpartition(opens_with[0])[0]
+        whole = _conversation(chat, example, message)
+        if whole.startswith(closed + turn):
+            rest = whole[len(closed + turn) :].lstrip("\n")
+            inside = chat.marked(thinking or "").strip("\n")
+            answer = f"{inside}\n{opens_with[1]}\n\n{rest}"
+            if _says_all(chat, opened + answer, opened, thinking, message):
+                return answer
+    what = "the thinking of the answer, or a part of it," if thinking is not None else "the answer"
+    raise DataError(
+        f"{example.place}: the chat template of '{chat.tokenizer.name_or_path}' leaves out {what} "
+        "or renders this prompt differently once the answer is appended, so a student would learn "
+        "something else than the row says. Use a tokenizer with another template, or drop the row."
+    )
+
+
+def _says_all(
+    chat: ChatTemplate, whole: str, opened: str, thinking: str | None, message: Message
+) -> bool:
+    """Whether a rendered answer has the thinking with its tags, and the text after it."""
+    if thinking is None:
+        return True
+    answer = whole[len(opened) :]
+    parts = [chat.marked(part or "").strip() for part in (thinking, message["content"])]
+    is_half = any(end in answer and start not in whole for start, end in TAGS)
+    return all(part in answer for part in parts) and not is_half
+
+
+def _conversation(chat: ChatTemplate, example: Example, answer: Message) -> str:
+    messages = (*example.prompt, answer)
+    return chat.text(messages, opens=False, tools=example.tools)
+
+
+def _without_thinking(answer: Message, may_be_open: Sequence[str]) -> tuple[str | None, Message]:
+    """Return the thinking of an answer, or None, and the message without it."""
+    rest = {key: value for key, value in answer.items() if key not in THINKING}
+    stated = next((answer[name] for name in THINKING if (answer.get(name) or "").strip()), None)
+    block = thinking_block(answer["content"] or "", may_be_open=may_be_open)
+    if stated is not None or block is None:
+        return stated, rest
+    return block.thinking or None, rest | {"content": block.text}
+
+
+def _with_thinking(thinking: str | None, message: Message) -> list[Message]:
+    """Return the ways to state the thinking of a message: in a field, and in its text."""
+    if thinking is None:
+        return []
+    opening, closing = TAGS[0]
+    inside = thinking.strip("\n")
+    text = f"{opening}\n{inside}\n{closing}\n\n{message['content'] or ''}"
+    return [message | {THINKING[0]: thinking}, message | {"content": text}]
 
 
 def with_context(example: Example, template: str, columns: Mapping[str, Any]) -> Example:
@@ -89,7 +150,7 @@ def with_context(example: Example, template: str, columns: Mapping[str, Any]) ->
     values = {**columns, "prompt": last["content"]}
     # One pass: braces in the text of a column are text.
     content = PLACEHOLDER.sub(lambda found: values[found[1]], template)
-    return Example((*before, {**last, "content": content}), None, example.place)
+    return Example((*before, {**last, "content": content}), None, example.place, {}, example.tools)
 
 
 def open_user_turn(
@@ -139,72 +200,36 @@ def continued(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> list
     return _tokens(tokenizer, text, place, start=False) if text else []
 
 
-def same_template(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> bool:
-    """Whether both tokenizers render a conversation of several turns as the same ids."""
-    # The templates' sources are not compared: different sources can render the same.
-    if teacher.chat_template is None or student.chat_template is None:
-        return teacher.chat_template is student.chat_template
-    rendered = [_template(t, PROBE_MESSAGES, "probe", True, {}) for t in (teacher, student)]
-    return rendered[0] == rendered[1]
-
-
-def _template(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    place: str,
-    open_turn: bool,
-    options: dict[str, Any],
-) -> list[int]:
-    """Return the ids of a conversation, with the assistant's turn open if `open_turn`."""
-    try:
-        encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=open_turn,
-            tokenize=True,
-            return_dict=True,
-            sanitize_control_tokens=True,
-            **options,
-        )
-    except Exception as error:  # a template can raise any exception, jinja2's or its own
-        raise DataError(
-            f"{place}: the chat template rejects this conversation: {type(error).__name__}: {error}"
-        ) from error
-    return list(encoded["input_ids"])
-
-
 def _through_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: str) -> list[int]:
-    """Return the answer up to the token that closes its turn.
-
-    That is the tokenizer's end token or, if the template closes a turn with another token, the last
-    special token.  Only the template can have written either, because control tokens in the text
-    were encoded as ordinary text.
-    """
-    if tokenizer.eos_token_id in ids:
-        return ids[: ids.index(tokenizer.eos_token_id) + 1]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for last in range(len(ids) - 1, -1, -1):
-        if ids[last] in special:
-            return ids[: last + 1]
-    raise DataError(
-        f"{place}: the chat template ends the answer with no special token, so a student could not "
-        "learn to stop. Use the tokenizer of an instruct model."
-    )
+    """Return the answer up to the token that closes its turn."""
+    last = end_in(tokenizer, ids)
+    if last is None:
+        raise DataError(
+            f"{place}: the chat template ends the answer with no special token, so a student could "
+            "not learn to stop. Use the tokenizer of an instruct model."
+        )
+    return ids[: last + 1]
 
 
 def _plain(
     tokenizer: PreTrainedTokenizerBase, example: Example
 ) -> tuple[list[int], list[int] | None]:
     """Return the ids of one prompt and its answer as plain text, if there is no chat template."""
-    if len(example.prompt) != 1:
+    if len(example.prompt) != 1 or example.tools or example.more.get("tool_calls"):
+        what = f"has {len(example.prompt)} messages"
+        if len(example.prompt) == 1:
+            what = "uses tools"
         raise DataError(
-            f"{example.place}: the conversation has {len(example.prompt)} messages, but the "
-            "tokenizer has no chat template. Use the tokenizer of an instruct model, or rows with "
-            "one prompt."
+            f"{example.place}: the conversation {what}, but the tokenizer has no chat template. "
+            "Use the tokenizer of an instruct model (for a base model as student, set "
+            "student.tokenizer: teacher), or rows with one prompt."
         )
     prompt = _tokens(tokenizer, example.prompt[0]["content"], example.place, start=True)
     if example.response is None:
         return prompt, None
-    response = _tokens(tokenizer, example.response, example.place, start=False)
+    thinking, message = _without_thinking(example.answer, ())
+    text = [example.answer, *_with_thinking(thinking, message)][-1]["content"]
+    response = _tokens(tokenizer, text, example.place, start=False)
     return prompt, [*response, tokenizer.eos_token_id]
 
 
@@ -218,19 +243,33 @@ def _text(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[in
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, place: str, *, start: bool) -> list[int]:
+    """Return the ids of plain text, after the tokens that start a text if `start`."""
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"tokenizer '{tokenizer.name_or_path}' has no end token, so a student could not learn "
             "to stop. Use the tokenizer of an instruct model."
         )
     try:
-        return tokenizer(text, add_special_tokens=start, split_special_tokens=True)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     # `tokenizers` raises TypeError for text that is not valid Unicode.
     except TypeError as error:
         raise DataError(
             f"{place}: the text cannot be tokenised, probably because it is not valid Unicode: "
             f"{error}"
         ) from error
+    return [*_start_ids(tokenizer), *ids] if start else list(ids)
+
+
+@functools.lru_cache(maxsize=64)
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids that the tokenizer writes before a text.
+
+    Some tokenizers also write an end token after it.  A prompt must not have one, and plain text
+    gets one anyway.
+    """
+    alone, whole = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
+    places = range(len(whole) - len(alone) + 1)
+    return tuple(next((whole[:i] for i in places if whole[i : i + len(alone)] == alone), ()))
 
 
 def last_messages(
@@ -264,11 +303,10 @@ def _around_a_message(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """
     (ids, _), (later_ids, _) = (
         render(tokenizer, Example(messages, None, "probe"))
-        for messages in (PROBE_MESSAGES[1:2], PROBE_MESSAGES[1:])
+        for messages in (PROBE_MESSAGES[:1], PROBE_MESSAGES)
     )
     first, later = str(tokenizer.decode(ids)), str(tokenizer.decode(later_ids))
-    question, answer = PROBE_MESSAGES[1]["content"], PROBE_MESSAGES[2]["content"]
-    last = PROBE_MESSAGES[3]["content"]
+    question, answer, last = (message["content"] for message in PROBE_MESSAGES)
     openings = (first.partition(question)[0], later.partition(answer)[2].partition(last)[0])
     pairs = zip(*(reversed(opening) for opening in openings), strict=False)
     common = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from llmdistill.data.formats import Message, to_examples
+from llmdistill.data.formats import Example, Message, form_of, to_examples, unread
+from llmdistill.data.pairing import Pairing
 from llmdistill.data.render import render, with_context
 from llmdistill.errors import DataError
+from llmdistill.models.chat import special_tokens
+from llmdistill.models.vocabulary import num_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +45,8 @@ class RowCounts:
     """Counts of the rows of a source, by what happened to them.
 
     `more_answers` counts the additional examples that `every_turn` makes of a conversation.
+    `unread` counts the rows with a field that nothing reads, by its name.  `control_texts` counts
+    the rows whose text looks like control tokens, which stays text.
     """
 
     read: int = 0
@@ -50,6 +57,9 @@ class RowCounts:
     long_responses_dropped: int = 0
     responses_truncated: int = 0
     long_contexts_dropped: int = 0
+    excluded: int = 0
+    control_texts: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
 
     @property
     def examples(self) -> int:
@@ -57,7 +67,8 @@ class RowCounts:
         return self.read + self.more_answers
 
     def __add__(self, other: RowCounts) -> RowCounts:
-        return RowCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        names = [one.name for one in fields(self)]
+        return RowCounts(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def __str__(self) -> str:
         parts = [f"{self.kept} of {self.read} rows"]
@@ -73,7 +84,22 @@ class RowCounts:
             parts.append(f"{self.responses_truncated} responses cut")
         if self.long_contexts_dropped:
             parts.append(f"{self.long_contexts_dropped} dropped: the teacher's prompt too long")
+        if self.excluded:
+            parts.append(f"{self.excluded} dropped: 'weight' or 'train' excludes the answer")
         return ", ".join(parts)
+
+    def notes(self) -> list[str]:
+        """Return sentences about what the rows hold and nobody reads, or reads as text."""
+        found = []
+        if self.unread:
+            named = ", ".join(f"'{name}' ({count} rows)" for name, count in self.unread.items())
+            found.append(f"fields that nothing reads: {named}")
+        if self.control_texts:
+            found.append(
+                f"{self.control_texts} rows have text that looks like control tokens; it is read "
+                "as text. For conversations that are rendered already, use 'messages' instead"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -86,7 +112,7 @@ class Rules:
     `optional` ones, which a row may lack.  `context` is the template of the last message as the
     teacher reads it, with `{prompt}` and the names of columns in braces.  Rows whose teacher's
     prompt exceeds `max_context_tokens` are dropped.  `keeps_messages` keeps the messages of the
-    prompt.
+    prompt.  `others` are the tokenizers of the teachers, which must render the rows alike.
     """
 
     form: str = "auto"
@@ -103,6 +129,7 @@ class Rules:
     context: str | None = None
     max_context_tokens: int | None = None
     keeps_messages: bool = False
+    others: tuple[PreTrainedTokenizerBase, ...] = ()
 
 
 def encode(
@@ -135,19 +162,27 @@ def stream(
     """Yield the encoded rows one by one.
 
     `counts` is updated along the way.  `on_bad` is called with the error of each malformed row.
-    Raises DataError at a row that is too long if the rules say stop.
+    Raises DataError at a row that is too long if the rules say stop, and VocabularyError if a
+    teacher renders a row differently.
     """
+    pairing = Pairing(tokenizer, rules.others, rules.template_options)
+    control, limit = special_tokens(tokenizer), num_tokens(tokenizer)
     for place, row in rows:
         counts.read += 1
         try:
-            encoded = _encode(row, place, tokenizer, rules)
+            examples = _examples(row, place, rules)
+            encoded = [_encode(row, one, tokenizer, rules) for one in examples]
+            _check_ids(encoded, place, tokenizer, limit)
         except DataError as error:
             counts.bad += 1
             on_bad(error)
             continue
+        for example in examples:
+            pairing.check(example)
+        _count(row, place, examples, control, rules, counts)
         # The id of this row's first example: `read` has counted one for it already.
         first = counts.examples - 1
-        counts.more_answers += len(encoded) - 1
+        counts.more_answers += max(len(encoded) - 1, 0)
         for turn, one in enumerate(encoded):
             fitting = _fit(replace(one, row_id=first + turn), place, rules, counts)
             if fitting is not None:
@@ -155,31 +190,62 @@ def stream(
                 yield fitting
 
 
-def _encode(row: Any, place: str, tokenizer: PreTrainedTokenizerBase, rules: Rules) -> list[Row]:
+def _examples(row: Any, place: str, rules: Rules) -> list[Example]:
     if isinstance(row, DataError):  # a row that its source could not read
         raise row
     examples = to_examples(row, place, form=rules.form, every_turn=rules.every_turn)
     # The last example has no answer if the conversation ends with the user.
-    if rules.needs_response and examples[-1].response is None:
+    if rules.needs_response and examples and examples[-1].response is None:
         raise DataError(
             f"{place}: the row has no response, but a fixed rollout trains on the responses of the "
             "dataset. End 'messages' with role 'assistant', or add 'completion' or 'output'."
         )
+    return examples
+
+
+def _encode(
+    row: dict[str, Any], example: Example, tokenizer: PreTrainedTokenizerBase, rules: Rules
+) -> Row:
     columns = {name: row.get(name) for name in rules.optional}
-    columns |= {name: _column(row, name, place) for name in rules.columns}
-    rows = []
-    for example in examples:
-        ids = render(tokenizer, example, rules.template_options)
-        seen = None
-        if rules.context is not None:
-            informed = with_context(example, rules.context, columns)
-            # An empty context is the plain prompt, to the last token.
-            seen = ids[0]
-            if informed != example:
-                seen, _ = render(tokenizer, informed, rules.template_options)
-        messages = example.prompt if rules.keeps_messages else ()
-        rows.append(Row(0, *ids, columns, seen, messages))
-    return rows
+    columns |= {name: _column(row, name, example.place) for name in rules.columns}
+    ids = render(tokenizer, example, rules.template_options)
+    seen = None
+    if rules.context is not None:
+        informed = with_context(example, rules.context, columns)
+        # An empty context is the plain prompt, to the last token.
+        seen = ids[0]
+        if informed != example:
+            seen, _ = render(tokenizer, informed, rules.template_options)
+    return Row(0, *ids, columns, seen, example.prompt if rules.keeps_messages else ())
+
+
+def _check_ids(rows: list[Row], place: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+    """Raise DataError if a row has an id for which the model has no row."""
+    for row in rows:
+        highest = max([*row.prompt_ids, *(row.response_ids or ()), *(row.teacher_prompt_ids or ())])
+        if highest >= limit:
+            raise DataError(
+                f"{place}: the row has the token {tokenizer.convert_ids_to_tokens(highest)!r} "
+                f"({highest}), but the model has only {limit} tokens. Use a tokenizer that was "
+                "made for the model, or drop the row."
+            )
+
+
+def _count(
+    row: dict[str, Any],
+    place: str,
+    examples: list[Example],
+    control: re.Pattern[str],
+    rules: Rules,
+    counts: RowCounts,
+) -> None:
+    """Count what a usable row holds that is not read, or is read as text."""
+    counts.excluded += not examples
+    read = {*rules.columns, *rules.optional}
+    names = unread(row, form_of(row, place, rules.form))
+    counts.unread.update(name for name in names if name not in read)
+    messages = [one for example in examples[-1:] for one in (*example.prompt, example.answer)]
+    counts.control_texts += any(control.search(one["content"] or "") for one in messages)
 
 
 def _column(row: dict[str, Any], name: str, place: str) -> Any:

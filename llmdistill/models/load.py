@@ -22,6 +22,7 @@ import torch
 from llmdistill.errors import ModelError
 from llmdistill.models.offload import offload_layers
 from llmdistill.models.quantization import quantization_config
+from llmdistill.models.vocabulary import MODEL_ROWS, num_tokens
 
 if TYPE_CHECKING:
     from transformers import (
@@ -203,7 +204,10 @@ def _on_its_base(name: str, base: PreTrainedModel, revision: str | None) -> PreT
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.  If it has no padding token, the end token is used as one."""
+    """Load the tokenizer of a model.
+
+    If it has no padding token, or the model has no row for it, the end token is used as one.
+    """
     from transformers import AutoTokenizer
 
     folder, options = _locate(name)
@@ -214,7 +218,11 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         tokenizer = AutoTokenizer.from_pretrained(
             folder, revision=revision, trust_remote_code=False, **options
         )
-    if tokenizer.pad_token_id is None:
+    with contextlib.suppress(ModelError, AttributeError):  # a tokenizer alone has no model
+        rows = load_config(name, revision=revision).get_text_config().vocab_size
+        setattr(tokenizer, MODEL_ROWS, rows)
+    known = tokenizer.pad_token_id is not None and tokenizer.pad_token_id < num_tokens(tokenizer)
+    if not known:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.name_or_path = name
     return tokenizer

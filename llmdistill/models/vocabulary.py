@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmdistill.errors import VocabularyError
+from llmdistill.models.chat import template_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,9 @@ class VocabularyComparison:
     shared: int
     reason: str = ""
 
+
+MODEL_ROWS = "model_rows"
+"""Attribute of a tokenizer: the number of rows of its model's embedding, if that is known."""
 
 # Equal vocabularies may still split a text differently (normalisation, pre-tokenizer).  This text
 # has what such rules treat specially: digits, runs of spaces, a tab, accents, other scripts, code
@@ -85,14 +89,19 @@ def require_same(
         raise VocabularyError(
             f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens{teacher_head}) and student "
             f"'{student.name_or_path}' ({len(student)} tokens, head of {student_rows_V} rows) do "
-            f"not share a vocabulary: {found.reason}. Use models with the same tokenizer."
+            f"not share a vocabulary: {found.reason}. Use models with the same tokenizer. If the "
+            "student's model has a row for each token of the teacher, set student.tokenizer: "
+            "teacher."
         )
     return found.shared
 
 
 def _difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str:
     """Return the first difference between two tokenizers, or ""."""
-    ours, theirs = teacher.get_vocab(), student.get_vocab()
+    ours, theirs = (
+        {token: number for token, number in one.get_vocab().items() if number < num_tokens(one)}
+        for one in (teacher, student)
+    )
     if ours != theirs:
         moved = [token for token, number in ours.items() if theirs.get(token) != number]
         missing = [token for token in theirs if token not in ours]
@@ -101,39 +110,69 @@ def _difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBa
             f"{len(moved) + len(missing)} tokens differ; for example, {token!r} has the id "
             f"{ours.get(token)} in the teacher and {theirs.get(token)} in the student"
         )
-    if teacher.eos_token_id != student.eos_token_id:
-        return (
-            f"the end token is {teacher.eos_token!r} ({teacher.eos_token_id}) in the teacher and "
-            f"{student.eos_token!r} ({student.eos_token_id}) in the student"
-        )
     mine, yours = (t(PROBE_TEXT, add_special_tokens=False)["input_ids"] for t in (teacher, student))
     return "" if mine == yours else f"they tokenise {PROBE_TEXT[:24]!r}... differently"
 
 
+def require_adoptable(adopted: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> int:
+    """Return the number of tokens that are new to a model which adopts another tokenizer.
+
+    `own` is the tokenizer that the model was trained with.  Only added tokens, such as those of a
+    chat template, may differ.  Raises VocabularyError if other tokens differ.
+    """
+    added = {*adopted.added_tokens_decoder, *own.added_tokens_decoder}
+    ours, theirs = (
+        {token: number for token, number in one.get_vocab().items() if number not in added}
+        for one in (adopted, own)
+    )
+    text = PROBE_TEXT.partition("<|")[0]
+    mine, yours = (t(text, add_special_tokens=False)["input_ids"] for t in (adopted, own))
+    if ours != theirs or mine != yours:
+        raise VocabularyError(
+            f"student.tokenizer: the model of '{own.name_or_path}' was trained with another "
+            f"vocabulary than that of '{adopted.name_or_path}': {_difference(adopted, own)}. "
+            "Choose a student of the teacher's family."
+        )
+    known = own.get_vocab()
+    return sum(known.get(token) != number for token, number in adopted.get_vocab().items())
+
+
 def num_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of ids of a tokenizer.  A head may have more rows."""
+    """Return the number of ids of a tokenizer that its model can have.  A head may have more rows.
+
+    `load_tokenizer` notes if the model has fewer rows than the tokenizer has ids: some tokenizers
+    have a padding token that the model was never given.
+    """
     # One more than the highest id, and not `len(tokenizer)`, because ids may have gaps.
-    return max(tokenizer.get_vocab().values()) + 1
+    found = max(tokenizer.get_vocab().values()) + 1
+    return min(found, getattr(tokenizer, MODEL_ROWS, found))
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end a response: those of the tokenizer and of the generation config."""
+    """Return the ids that end a response.
+
+    They are those of the tokenizer and of the generation config, and the one with which the chat
+    template closes an answer: a response that is trained with it must also end there when a model
+    writes it.
+    """
     listed = model.generation_config.eos_token_id if model.generation_config else None
     configured = [listed] if isinstance(listed, int) else list(listed or [])
-    return frozenset(i for i in (tokenizer.eos_token_id, *configured) if i is not None)
+    found = (tokenizer.eos_token_id, *configured, *template_ends(tokenizer))
+    return frozenset(i for i in found if i is not None)
 
 
 def list_end_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, others: Iterable[int] = ()
-) -> None:
-    """Set the end tokens of the model's generation config to `end_ids` and `others`.
+) -> frozenset[int]:
+    """Set the end tokens of the model's generation config to `end_ids` and `others`; return them.
 
     Plain transformers ends a response only at the tokens in the generation config.  With all of
     them, an exported student ends its responses as it did in training.
     """
-    config = model.generation_config
-    if config is not None and (ends := sorted(end_ids(model, tokenizer) | set(others))):
-        config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    config, ends = model.generation_config, end_ids(model, tokenizer) | set(others)
+    if config is not None and ends:
+        config.eos_token_id = min(ends) if len(ends) == 1 else sorted(ends)
         # Without one, `generate` warns and takes an end token for padding.
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id
+    return ends

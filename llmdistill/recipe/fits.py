@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def unfit_teacher(recipe: Recipe) -> str | None:
     """Return the first reason why the rest of a recipe does not fit its teacher, or None."""
-    checks = (_objectives, _writing, _rows, _reference)
+    checks = (_objectives, _writing, _rows, _reference, _tokenizer)
     found = (check(recipe) for check in checks)
     return next((wrong for wrong in found if wrong), None) or recipe.teacher.misfit(recipe)
 
@@ -89,5 +89,17 @@ def _reference(recipe: Recipe) -> str | None:
             f"a teacher of kind {recipe.teacher.kind} changes during the run, so held-out figures "
             "need a model that stays as it is. Set 'evaluate.against' to one, or remove the "
             "held-out rows."
+        )
+    return None
+
+
+def _tokenizer(recipe: Recipe) -> str | None:
+    """Find out whether there is a teacher whose tokenizer the student can take."""
+    student = recipe.student
+    itself = (student.model, student.revision)
+    if student.tokenizer == "teacher" and recipe.teacher.paired(student)[0] == itself:
+        return (
+            f"a teacher of kind {recipe.teacher.kind} is the student itself, so it has no other "
+            "tokenizer. Remove 'student.tokenizer'."
         )
     return None

@@ -80,6 +80,11 @@ class StudentRecipe(Strict):
     """Quantise the frozen base model under an adapter, to save memory.  `null` keeps its weights as
     they are.  It needs `peft` with `save: adapter`, and the extra `quantization`.
     """
+    tokenizer: Literal["own", "teacher"] = "own"
+    """Tokenizer of the student: its `own`, or the `teacher`'s, with which the student is then
+    trained, measured and exported.  `teacher` fits a base model under an instruct teacher of its
+    family, which adds a chat template and another end token.
+    """
     carve: CarveRecipe | None = None
     """How the student is cut out of `model`.  `null` trains the whole model."""
     peft: PeftRecipe | None = None

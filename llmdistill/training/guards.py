@@ -1,10 +1,12 @@
-"""The guard that stops a run before an update that would spoil the weights.
+"""Guards: one stops a run before an update that would spoil the weights, one warns.
 
 R = ranks.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +16,29 @@ from llmdistill.errors import NonFiniteLossError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger("llmdistill")
+
+MANY = 0.5  # share of unfinished responses from which a run warns
+
+
+class EndWatch:
+    """Warns once if many of the written responses have no end token."""
+
+    def __init__(self) -> None:
+        self.has_warned = False
+
+    def __call__(self, logs: Mapping[str, float]) -> None:
+        """Look at the figure `unfinished` of a line of the log."""
+        share = logs.get("unfinished", 0.0)
+        if share > MANY and not self.has_warned:
+            self.has_warned = True
+            logger.warning(
+                "%.0f%% of the written responses have no end token, because the limit of new "
+                "tokens cut them off. A student learns from them not to stop. Raise "
+                "max_new_tokens of the rollout, if the models do end their responses.",
+                100 * share,
+            )
 
 
 def stop_if_not_finite(

@@ -5,7 +5,7 @@ B = sequences, N = predicted tokens, Q = quarters of a response.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from llmdistill.sampling import Writer
 QUARTERS = ("q1", "q2", "q3", "q4")
 SUMS = (
     *("tokens", "by_teacher", "seconds", "written", "accepted", "teacher_passes"),
+    *("responses", "unfinished"),
     *(f"{part}_{quarter}" for quarter in QUARTERS for part in ("all", "replaced")),
 )
 
@@ -25,10 +26,12 @@ SUMS = (
 class Tally:
     """Sums of who wrote what, and of the terms of the loss, on one rank.
 
-    All ranks must have the same names of sums, because `over_ranks` adds them up in one tensor.
+    `ends` are the ids that end a response.  All ranks must have the same names of sums, because
+    `over_ranks` adds them up in one tensor.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends: Collection[int] = ()) -> None:
+        self._ends = torch.tensor(sorted(ends), dtype=torch.long)
         self._sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
         self._terms: dict[str, tuple[Tensor | float, Tensor | float]] = {}
 
@@ -53,6 +56,12 @@ class Tally:
             "tokens": count_B.sum(),
             "by_teacher": (writer_N == Writer.TEACHER).sum(),
         }
+        last_B = (count_B.cumsum(0) - 1)[count_B > 0]
+        written_B = writer_N[last_B] != Writer.DATA
+        found["responses"] = written_B.sum()
+        found["unfinished"] = (
+            written_B & ~torch.isin(sequences.targets_N[last_B], self._ends)
+        ).sum()
         # Both models have written these now.  Other rollouts may return responses that they kept,
         # so a speed would be meaningless.
         if sequences.teacher_passes_B is not None:
@@ -69,7 +78,8 @@ class Tally:
         """Return the figures since the last call, over all ranks; then forget the sums.
 
         `acceptance`, `teacher_token_share` and `replaced_q1` to `replaced_q4` are shares from 0 to
-        1.  `written_per_second` is in tokens per second of all ranks together.
+        1, and so is `unfinished`, of the responses of a model that have no end token.
+        `written_per_second` is in tokens per second of all ranks together.
         """
         sums, means = over_ranks(accelerator, self._sums), self.term_means(accelerator)
         self._sums = dict.fromkeys(SUMS, 0.0)
@@ -77,6 +87,8 @@ class Tally:
         figures = {"predicted_tokens": tokens}
         if len(means) > 1:  # the loss already shows a single term
             figures |= means
+        if sums["responses"]:
+            figures["unfinished"] = sums["unfinished"] / sums["responses"]
         if sums["written"]:
             # Ranks write at the same time, so the time that has passed is their mean.
             seconds = sums["seconds"] / accelerator.num_processes

@@ -34,7 +34,7 @@ from llmdistill.protocols import Follows, Progress, Rollout, Teacher
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.training.arguments import forced, settle
 from llmdistill.training.groups import GroupedTrainer
-from llmdistill.training.guards import stop_if_not_finite
+from llmdistill.training.guards import EndWatch, stop_if_not_finite
 from llmdistill.training.order import order
 from llmdistill.training.progress import AfterStep
 from llmdistill.training.step import Distillation
@@ -105,22 +105,23 @@ class DistillTrainer(GroupedTrainer):
         require_same(teacher.tokenizer, processing_class, None, num_rows(student))
         self.teacher, self.rollout = teacher, rollout
         self.model_card, self.merge_adapter = model_card, merge_adapter
-        self._tally = Tally()
         self._step_loss: Tensor | float = 0.0
-        list_end_ids(unwrap_adapters(student), processing_class, getattr(teacher, "ends", ()))
+        others = getattr(teacher, "ends", ())
+        ends = list_end_ids(unwrap_adapters(student), processing_class, others)
+        self._tally, self._watch_ends = Tally(ends), EndWatch()
         use_cache = student.config.use_cache
         # Projectors are created on the CPU.  The seed gives them the same weights on all ranks, and
         # the fork leaves the caller's generator as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            pair = (student, teacher)
-            distillation = Distillation(*pair, objectives, processing_class, measured_against)
+            parts = (student, teacher, objectives, processing_class, measured_against)
+            distillation = Distillation(*parts)
         super().__init__(
             model=distillation,
             args=forced(args, distillation),
             data_collator=collate,
-            train_dataset=PromptDataset.of(train_dataset, processing_class),
-            eval_dataset=PromptDataset.of(eval_dataset, processing_class),
+            train_dataset=PromptDataset.of(train_dataset, processing_class, teacher.tokenizer),
+            eval_dataset=PromptDataset.of(eval_dataset, processing_class, teacher.tokenizer),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -240,6 +241,7 @@ class DistillTrainer(GroupedTrainer):
         if "loss" in logs:  # a line about training, not about an evaluation
             logs.update(self._tally.figures(self.accelerator))
             logs.update(_scheduled_weights(self))
+            self._watch_ends(logs)
             if self.model.trained_teacher is not None:
                 self.model.trained_teacher.watch(logs)
         super().log(logs, start_time)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmdistill.data.formats import Example, to_examples
+from llmdistill.data.formats import Example, form_of, to_examples, unread
 from llmdistill.errors import DataError
 
 USER = {"role": "user", "content": "hi"}
@@ -39,7 +39,7 @@ def refused(row, form="auto") -> str:
             [USER, {"role": "tool", "content": "3"}],
             None,
         ),
-        ({"messages": [USER | {"name": "x"}, ANSWER]}, [USER], "yo"),
+        ({"messages": [USER | {"name": "x"}, ANSWER]}, [USER | {"name": "x"}], "yo"),
         ({"prompt": "hi", "completion": "yo"}, [USER], "yo"),
         ({"prompt": "hi"}, [USER], None),
         ({"prompt": "hi", "completion": None}, [USER], None),
@@ -164,3 +164,126 @@ def test_an_answer_to_nobody_is_no_example():
     """A greeting before the user has said anything."""
     row = {"messages": [ANSWER, USER, ANSWER]}
     assert len(to_examples(row, PLACE, every_turn=True)) == 1
+
+
+# ---- fields with a meaning ----
+
+SYSTEM = {"role": "system", "content": "Answer in French."}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "response"),
+    [
+        (
+            {
+                "instruction": "And then?",
+                "input": "",
+                "output": "Then b.",
+                "system": "Answer in French.",
+                "history": [["a?", "a."]],
+            },
+            [
+                SYSTEM,
+                {"role": "user", "content": "a?"},
+                {"role": "assistant", "content": "a."},
+                {"role": "user", "content": "And then?"},
+            ],
+            "Then b.",
+        ),
+        (
+            {"instruction": "hi", "context": "there", "response": "yo"},
+            [{"role": "user", "content": "hi\n\nthere"}],
+            "yo",
+        ),
+        (
+            {
+                "system": "Answer in French.",
+                "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}],
+            },
+            [SYSTEM, USER],
+            "yo",
+        ),
+        ({"system": "Answer in French.", "prompt": "hi"}, [SYSTEM, USER], None),
+        ({"system": "Answer in French.", "messages": [USER, ANSWER]}, [SYSTEM, USER], "yo"),
+        ({"system": "ignored", "messages": [SYSTEM, USER]}, [SYSTEM, USER], None),
+        ({"system": " ", "prompt": "hi"}, [USER], None),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"text": "i"}]}]},
+            [USER],
+            None,
+        ),
+        ({"instruction": "hi", "history": [], "output": "yo"}, [USER], "yo"),
+    ],
+)
+def test_fields_that_others_know_are_used(row, prompt, response):
+    assert to_examples(row, PLACE) == [Example(tuple(prompt), response, PLACE)]
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"instruction": "hi", "output": "yo", "topic": "x", "lang": None}, ["topic"]),
+        ({"prompt": "hi", "rejected": "no"}, ["rejected"]),
+        ({"text": "hi", "system": "x"}, ["system"]),
+        ({"system": "x", "messages": [SYSTEM, USER]}, ["system"]),
+        ({"messages": [USER | {"emotion": "glad"}, ANSWER | {"audio": None}]}, ["messages[].emotion"]),
+        ({"conversations": [{"from": "human", "value": "hi", "id": 3}]}, ["conversations[].id"]),
+        ({"instruction": "hi", "input": "a", "context": "b"}, ["context"]),
+        ({"instruction": "hi", "input": "", "context": "b"}, ["context"]),
+        ({"instruction": "hi", "response": "yo", "id": "1", "teacher": "m"}, []),
+        ({"prompt": "hi", "instruction": "other"}, ["instruction"]),
+        ({"prompt": "hi", "completion": "yo", "input": "x"}, ["input"]),
+    ],
+)
+def test_fields_that_nothing_reads_are_named(row, names):
+    assert unread(row, form_of(row, PLACE)) == names
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_an_excluded_answer_is_context_alone(mark):
+    messages = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "5", **mark},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "4", "weight": 1},
+    ]
+    (only,) = to_examples({"messages": messages}, PLACE, every_turn=True)
+    assert only.response == "4"
+    assert only.prompt[1] == {"role": "assistant", "content": "5"}
+    assert to_examples({"messages": messages[:2]}, PLACE) == []
+    sharegpt = [
+        {"from": "human", "value": "2+2?"},
+        {"from": "gpt", "value": "5"} | mark,
+        {"from": "human", "value": "Sure?"},
+        {"from": "gpt", "value": "4"},
+    ]
+    assert len(to_examples({"conversations": sharegpt}, PLACE, every_turn=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "'messages[1].weight' must be 0 or 1"),
+        ({"messages": [USER, ANSWER | {"content": ""}, USER]}, "'messages[1].content' is empty"),
+        ({"messages": [USER, ANSWER | {"content": "  "}, USER, ANSWER]}, "'messages[1].content' is empty"),
+        ({"messages": [USER | {"content": ""}, ANSWER]}, "'messages[0].content' is empty"),
+        ({"messages": [USER, ANSWER, USER | {"content": "\n"}]}, "'messages[2].content' is empty"),
+        ({"instruction": "hi", "history": [["a"]]}, "'history' must be a list of [question, answer]"),
+        ({"instruction": "hi", "history": [["a", ""]]}, "'history[0].content' is empty"),
+        ({"instruction": "hi", "history": "a"}, "'history' must be a list"),
+        ({"prompt": "hi", "system": 3}, "'system' must be text"),
+        ({"prompt": "hi", "tools": "[{"}, "'tools' is not valid JSON"),
+        ({"prompt": "hi", "tools": ["w"]}, "'tools' must be a list of objects"),
+        ({"messages": [USER, ANSWER | {"tool_calls": "w"}]}, "'messages[1].tool_calls' must be a list"),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, "a call without a name"),
+        ({"messages": [USER, ANSWER | {"thinking": 3}]}, "'messages[1].thinking' must be text"),
+        (
+            {"messages": [USER | {"content": [{"type": "image_url", "image_url": {}}]}]},
+            "must be text or a list of text parts, got a part of type 'image_url'",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_name(row, said):
+    assert said in refused(row)
+    with pytest.raises(DataError):
+        to_examples(row, PLACE, every_turn=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AddedToken
 
 from llmdistill.data.formats import Example
-from llmdistill.data.render import render, same_template
+from llmdistill.data.render import render
 from llmdistill.errors import DataError
 from tests import toy
 
@@ -23,11 +25,6 @@ CONVERSATION = (
     {"role": "user", "content": "Hello"},
     {"role": "assistant", "content": "Hi."},
     {"role": "user", "content": "Again"},
-)
-THINKS = (
-    "{"
-    "% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 CLOSES = toy.TEMPLATE.replace("{% endif %}", "{% else %}<|pad|>{% endif %}")
 
@@ -150,8 +147,9 @@ def test_a_template_that_trims_its_messages_is_fine():
 
 
 def test_a_template_that_writes_the_prompt_otherwise_is_refused():
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: .*as different tokens once the answer"):
-        render(templated(THINKS), example("hi"))
+    counts = "{{ messages | length }}" + toy.TEMPLATE
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: .*differently once the answer"):
+        render(templated(counts), example("hi"))
 
 
 def test_a_template_without_an_end_is_refused():
@@ -168,13 +166,32 @@ def test_a_template_that_refuses_is_named_with_the_row(template):
         render(templated(template), example("hi"))
 
 
-def test_same_template():
-    assert same_template(toy.tokenizer(), toy.tokenizer())
-    assert not same_template(toy.tokenizer(), templated(toy.TEMPLATE.replace("}\n{", "} {")))
-    assert not same_template(toy.tokenizer(), plain())
-    assert not same_template(plain(), toy.tokenizer())
-    assert same_template(plain(), plain())
+def ending_itself(template=None):
+    """A tokenizer that writes an end token after every text."""
+    made = toy.tokenizer()
+    made.chat_template = template
+    made._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>",
+        special_tokens=[("<|im_start|>", START), ("<|im_end|>", END)],
+    )
+    return made
 
 
-def test_templates_written_otherwise_with_the_same_ids_are_the_same():
-    assert same_template(toy.tokenizer(), templated("{# a remark #}" + toy.TEMPLATE))
+def test_an_end_token_that_the_tokenizer_adds_is_written_once():
+    """Before, the prompt ended with one, and a text had two."""
+    made = ending_itself()
+    prompt, response = render(made, example("hi"))
+    assert prompt == [START, *plain().encode("hi")]
+    assert response == [*plain().encode("yo"), END]
+    ids = render(made, Example((), "yo", "x"))
+    assert [*ids[0], *ids[1]] == [START, *plain().encode("yo"), END]
+    assert render(ending_itself(toy.TEMPLATE), example("hi")) == render(toy.tokenizer(), example("hi"))
+
+
+def test_a_prompt_keeps_its_ids_if_the_tokenizer_would_join_it_with_the_answer():
+    """The end of a prompt and a newline after it can be one token, which a model never writes."""
+    made = toy.tokenizer()
+    made.add_tokens([AddedToken("\n\n", normalized=False)])
+    prompt, response = render(made, example("hi", response="\nyo"))
+    assert prompt == render(made, example("hi", response=None))[0]
+    assert made.decode(response) == "\nyo<|im_end|>"

@@ -214,3 +214,37 @@ def test_toy_rows_are_ragged(tokenizer):
     kept, _ = encode(placed(toy.rows(12)), tokenizer)
     assert len({len(row.prompt_ids) for row in kept}) > 4
     assert len({len(row.response_ids) for row in kept}) > 4
+
+
+def test_what_is_not_read_or_read_as_text_is_counted(tokenizer):
+    rows = [
+        {"prompt": "hi", "completion": "yo", "topic": "x"},
+        {"prompt": "hi", "completion": "yo", "topic": "x", "lang": "en"},
+        {"text": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a", "weight": 0}]},
+    ]
+    places = [(f"row {i}", row) for i, row in enumerate(rows)]
+    data = PromptDataset.encode(places, tokenizer, Rules(needs_response=True))
+    assert data.counts.unread == {"topic": 2, "lang": 1}
+    assert (data.counts.control_texts, data.counts.excluded, len(data)) == (1, 1, 3)
+    assert [row.row_id for row in data.rows] == [0, 1, 2]
+    assert "'topic' (2 rows), 'lang' (1 rows)" in data.counts.notes()[0]
+    assert "1 rows have text that looks like control tokens" in data.counts.notes()[1]
+    assert "1 dropped: 'weight' or 'train' excludes the answer" in str(data.counts)
+    both = data.counts + data.counts
+    assert both.unread == {"topic": 4, "lang": 2}
+    assert both.read == 8
+
+
+def test_a_column_that_the_teacher_reads_is_read(tokenizer):
+    places = [("row 0", {"prompt": "hi", "hint": "x"})]
+    data = PromptDataset.encode(places, tokenizer, Rules(columns=("hint",)))
+    assert not data.counts.unread
+
+
+def test_a_row_with_an_id_that_the_model_lacks_is_refused(tokenizer):
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.model_rows = toy.NUM_TOKENS
+    places = [("row 0", {"prompt": "hi <|new|>", "completion": "yo"})]
+    with pytest.raises(DataError, match=r"row 0: the row has the token '<\|new\|>' \(259\)"):
+        PromptDataset.encode(places, tokenizer, Rules())

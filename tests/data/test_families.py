@@ -1,0 +1,237 @@
+"""What is trained is what the template of each family writes, to the token."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llmdistill.data.formats import to_examples
+from llmdistill.data.pairing import Pairing
+from llmdistill.data.render import render
+from llmdistill.errors import DataError, VocabularyError
+from llmdistill.models.chat import template_ends
+from tests.support.families import FAMILIES, tokenizer
+
+ASKED = {"role": "user", "content": "Capital of France?"}
+TEMPLATED = [name for name, family in FAMILIES.items() if family.template is not None]
+THINKS = {"qwen3", "qwen3-base"}  # its template writes thinking that a message states in a field
+OPENS = "deepseek-r1-distill"  # its template opens the thinking of an answer itself
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+FORGED = "<|im_end|><|eot_id|><end_of_turn></s><｜end▁of▁sentence｜>"
+
+
+def answered(content, **more):
+    return {"messages": [ASKED, {"role": "assistant", "content": content, **more}]}
+
+
+def rendered(name, row):
+    (example,) = to_examples(row, "rows.jsonl:1")
+    return render(tokenizer(name), example)
+
+
+def own_ids(name, messages, **options):
+    """What the template itself writes."""
+    made = tokenizer(name)
+    text = made.apply_chat_template(messages, tokenize=False, **options)
+    return made(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATED if name != OPENS])
+def test_an_answer_is_trained_as_its_template_writes_it(name):
+    row = answered("Paris.")
+    prompt, answer = rendered(name, row)
+    whole = own_ids(name, row["messages"])
+    assert prompt == own_ids(name, [ASKED], add_generation_prompt=True)
+    assert prompt + answer == whole[: len(prompt) + len(answer)]
+    assert {answer[-1]} == template_ends(tokenizer(name))
+    assert tokenizer(name).decode(whole[len(prompt) + len(answer) :]).strip() == ""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        answered("<think>\nIt is big.\n</think>\n\nParis."),
+        answered("Paris.", reasoning_content="It is big."),
+        answered("Paris.", thinking="It is big."),
+        answered("Paris.", reasoning="It is big."),
+    ],
+    ids=["text", "reasoning_content", "thinking", "reasoning"],
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_thinking_is_trained_whichever_way_a_row_states_it(name, row):
+    prompt, answer = rendered(name, row)
+    made = tokenizer(name)
+    space = " " if name == "mistral-instruct" else ""
+    text = f"{space}<think>\nIt is big.\n</think>\n\nParis."
+    if name == OPENS:
+        assert made.decode(prompt).endswith("<｜Assistant｜><think>\n")
+        text = text.removeprefix("<think>\n")
+    # Tags are control tokens wherever the tokenizer has such, and never spelled out.
+    assert answer[:-1] == made(text, add_special_tokens=False)["input_ids"]
+    if name in THINKS:
+        assert prompt + answer == own_ids(name, row["messages"])[: len(prompt) + len(answer)]
+
+
+@pytest.mark.parametrize("content", ["Paris.", "<think>\n\n</think>\n\nParis."])
+def test_an_answer_without_thinking_closes_the_thinking_that_its_template_opens(content):
+    prompt, answer = rendered(OPENS, answered(content))
+    made = tokenizer(OPENS)
+    assert made.decode(prompt + answer).endswith(
+        "<｜Assistant｜><think>\n\n</think>\n\nParis.<｜end▁of▁sentence｜>"
+    )
+    assert made.convert_tokens_to_ids("</think>") in answer
+
+
+@pytest.mark.parametrize("name", [OPENS, *sorted(THINKS)])
+def test_thinking_without_its_opening_tag_is_thinking_where_the_template_knows_it(name):
+    """Servers return it so for models whose template opens the thinking."""
+    whole = rendered(name, answered("<think>\nIt is big.\n</think>\n\nParis."))
+    assert rendered(name, answered("It is big.\n</think>\n\nParis.")) == whole
+
+
+def test_earlier_thinking_is_left_to_the_template():
+    row = {"messages": [ASKED, *answered("<think>\nBig.\n</think>\n\nParis.")["messages"][1:]]}
+    row["messages"] += [{"role": "user", "content": "And Spain?"}]
+    for name in (OPENS, *THINKS):
+        prompt, _ = rendered(name, row)
+        assert "Big." not in tokenizer(name).decode(prompt)
+    prompt, _ = rendered("smollm3", row)
+    assert tokenizer("smollm3").convert_tokens_to_ids("<think>") in prompt
+
+
+def test_an_answer_that_its_template_would_cut_is_whole_or_refused():
+    """Both templates cut everything before the last closing tag."""
+    row = answered("<think>\nBig.\n</think>\n\nPar</think>is.")
+    _, answer = rendered("qwen3", row)  # the thinking is given in its field, so nothing is cut
+    assert tokenizer("qwen3").decode(answer).endswith("\n\nPar</think>is.<|im_end|>")
+    with pytest.raises(DataError, match="leaves out the thinking of the answer, or a part of it"):
+        rendered(OPENS, row)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "row",
+    [
+        answered(f"yo {FORGED}"),
+        answered(f"<think>\n{FORGED}\n</think>\n\nyo {FORGED}"),
+        answered("yo", reasoning_content=FORGED),
+    ],
+)
+def test_control_tokens_in_an_answer_with_thinking_stay_text(name, row):
+    """S5."""
+    _, answer = rendered(name, row)
+    made = tokenizer(name)
+    special = {i for i, token in made.added_tokens_decoder.items() if token.special}
+    assert [i for i in answer if i in special] == [answer[-1]]
+
+
+# ---- tools ----
+
+
+def call(arguments):
+    return {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Oslo"}', {"city": "Oslo"}])
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize(
+    "name", ["qwen2.5-instruct", "qwen3", "mistral-instruct", "llama-3.1-instruct"]
+)
+def test_a_call_is_trained_as_its_template_writes_it(name, content, arguments):
+    spoken = {"role": "assistant", "content": content, "tool_calls": [call(arguments)]}
+    prompt, answer = rendered(name, {"tools": [TOOL], "messages": [ASKED, spoken]})
+    made = tokenizer(name)
+    kept = {**spoken, "tool_calls": [call({"city": "Oslo"})]}
+    whole = own_ids(name, [ASKED, kept], tools=[TOOL])
+    assert prompt + answer == whole[: len(prompt) + len(answer)]
+    assert '{"city": "Oslo"}' in made.decode(answer)
+    assert "weather" in made.decode(prompt)
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_what_follows_a_call_is_trained_after_it(tools):
+    spoken = {"role": "assistant", "content": "", "tool_calls": [call("{}")]}
+    told = [{"role": "tool", "content": "7 degrees"}, {"role": "assistant", "content": "7."}]
+    row = {"tools": tools, "messages": [ASKED, spoken, *told]}
+    prompt, answer = rendered("qwen3", row)
+    made = tokenizer("qwen3")
+    assert "<tool_call>" in made.decode(prompt)
+    assert made.decode(answer).endswith("7.<|im_end|>")
+    turns = to_examples(row, "x", every_turn=True)
+    assert ["tool_calls" in one.more for one in turns] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["gemma-3-instruct", "phi-4", "smollm2-instruct"])
+def test_a_template_that_writes_no_tools_is_refused(name):
+    spoken = {"role": "assistant", "content": None, "tool_calls": [call("{}")]}
+    with pytest.raises(DataError, match=r"does not write tools \(such as 'weather'\)"):
+        rendered(name, {"tools": [TOOL], "messages": [ASKED, spoken]})
+    with pytest.raises(DataError, match=r"does not write tool calls \(such as 'weather'\)"):
+        rendered(name, {"messages": [ASKED, spoken]})
+
+
+# ---- pairs ----
+
+VOCABULARIES = {name: frozenset(family.tokens) for name, family in FAMILIES.items()}
+PAIRS = [
+    (teacher, student)
+    for teacher in FAMILIES
+    for student in FAMILIES
+    if VOCABULARIES[teacher] == VOCABULARIES[student]
+]
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_a_pair_reads_the_same_ids_or_is_refused_with_the_key(teacher, student):
+    (example,) = to_examples(answered("Paris."), "rows.jsonl:1")
+    ours, theirs = (render(tokenizer(name), example) for name in (teacher, student))
+    pairing = Pairing(tokenizer(student), [tokenizer(teacher)])
+    if ours == theirs:
+        pairing.check(example)
+        return
+    with pytest.raises(VocabularyError, match=r"rows\.jsonl:1: .*After ") as caught:
+        pairing.check(example)
+    dates = {"llama-3.1-instruct", "llama-3.2-instruct"}
+    key = "data.chat_template_kwargs" if {teacher, student} == dates else "student.tokenizer"
+    assert key in str(caught.value)
+
+
+def test_a_date_for_both_makes_a_pair():
+    names = ("llama-3.1-instruct", "llama-3.2-instruct")
+    (example,) = to_examples(answered("Paris."), "x")
+    teacher, student = map(tokenizer, names)
+    Pairing(student, [teacher], {"date_string": "1 Jan 2026"}).check(example)
+
+
+def test_only_the_rows_of_the_run_decide():
+    """A default system message is no reason if every row has one of its own."""
+    told = {"messages": [{"role": "system", "content": "Be brief."}, ASKED]}
+    plain = FAMILIES["smollm2-instruct"]._replace(template=FAMILIES["qwen3"].template)
+    student, teacher = tokenizer(plain, "student"), tokenizer("smollm2-instruct")
+    pairing = Pairing(student, [teacher])
+    pairing.check(*to_examples(told, "x"))
+    with pytest.raises(VocabularyError, match="You are a helpful"):
+        pairing.check(*to_examples({"prompt": "hi"}, "x"))
+
+
+def test_plain_text_needs_no_template():
+    student, teacher = tokenizer("smollm2-base"), tokenizer("smollm2-instruct")
+    pairing = Pairing(student, [teacher])
+    with pytest.raises(VocabularyError):
+        pairing.check(*to_examples({"text": "hi"}, "x"))  # its end token differs
+    teacher.eos_token = student.eos_token
+    teacher.bos_token = student.bos_token
+    Pairing(student, [teacher]).check(*to_examples({"text": "hi"}, "x"))
+
+
+def test_a_shape_that_comes_late_is_compared_too():
+    student = tokenizer("qwen3")
+    teacher = tokenizer(FAMILIES["qwen3"]._replace(template=FAMILIES["smollm2-instruct"].template))
+    pairing = Pairing(student, [student])
+    for _ in range(20):
+        pairing.check(*to_examples({"prompt": "hi"}, "x"))
+    pairing.teachers = [teacher]
+    pairing.check(*to_examples({"prompt": "hi"}, "x"))  # seen often enough
+    with pytest.raises(VocabularyError):
+        pairing.check(*to_examples(answered("yo", thinking="hm"), "x"))
