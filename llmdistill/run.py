@@ -5,6 +5,7 @@ B = sequences, P = prompt tokens.
 A run folder holds
 
     recipe.yaml       the recipe with all defaults written out
+    rows.json         a hash of the rows, by which a resumed run knows that they are the same
     metrics.jsonl     the logged figures, one line per log
     checkpoints/      the states that a run can resume from
     student/          the student, its tokenizer and its model card
@@ -28,7 +29,13 @@ from transformers.trainer_callback import PrinterCallback
 from llmdistill import recipe as recipes
 from llmdistill import run_folder
 from llmdistill.data.build import load_data, load_student_tokenizer
-from llmdistill.data.collate import EncodedRows, PromptDataset, collate, sample_text
+from llmdistill.data.collate import (
+    EncodedRows,
+    PromptDataset,
+    collate,
+    fingerprint,
+    sample_text,
+)
 from llmdistill.data.render import last_messages
 from llmdistill.errors import CheckpointError, RecipeError
 from llmdistill.evaluation.measure import Evaluation, Figures, Measurement
@@ -103,22 +110,24 @@ def distill(
         CheckpointError: A run folder is not empty, and neither `resume` nor `overwrite` is set.
     """
     stages = recipe.stages
+    told = [*stages[:-1], recipe]  # the record and the card of the last run are of the whole
     starts = starts_of([Path(stage.output) for stage in stages], Start(resume, overwrite))
     PartialState().wait_for_everyone()  # no rank may write before all have looked
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             for stage, start in zip(stages, starts, strict=True):
                 start.check(Path(stage.output))
+    for stage, start in zip(told, starts, strict=True):
+        if start.runs and start.resume:
+            _require_same_recipe(stage)
     result = Result(Path(recipe.output))
     for number, (stage, start) in enumerate(zip(stages, starts, strict=True), start=1):
-        last = number == len(stages)
-        if not (start.runs or last):
+        if not (start.runs or number == len(stages)):
             logger.info("run %d of %d is finished: %s", number, len(stages), stage.output)
             continue
         if len(stages) > 1:
             logger.info("run %d of %d: %s", number, len(stages), stage.output)
-        # The record and the card of the last run are those of the whole recipe.
-        result = _run(stage, recipe if last else stage, start, show_progress=show_progress)
+        result = _run(stage, told[number - 1], start, show_progress=show_progress)
     return result
 
 
@@ -132,6 +141,9 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
         logger.info("generating the dataset %s", recipe.generate.output)
         generate(recipe.generate, resume=True)
     train, held = load_data(recipe, tokenizer)
+    rows = fingerprint(train)
+    if start.resume:
+        run_folder.require_same_rows(folder, rows)
     teacher, student = load_pair(recipe, tokenizer, train, held)
     against = None
     if recipe.evaluate.against not in (None, recipe.teacher):
@@ -147,7 +159,7 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     states = any(one.teacher_needs - {"distribution"} for one in recipe.objectives)
     parts = (arguments, teacher, student, tokenizer, train, reference, None if states else against)
     trainer = build_trainer(recipe, *parts)
-    _begin(told, folder, overwrite=start.overwrite)
+    _begin(told, folder, rows, overwrite=start.overwrite)
     for callback in _callbacks(recipe, folder, show_progress=show_progress):
         trainer.add_callback(callback)
     logger.info("training on responses of %s", recipe.rollout.who_writes)
@@ -176,13 +188,25 @@ def _publish(recipe: Recipe, trainer: DistillTrainer, result: Result) -> None:
     (result.student / "README.md").write_text(trainer.model_card, encoding="utf-8")
 
 
-def _begin(recipe: Recipe, folder: Path, *, overwrite: bool) -> None:
+def _require_same_recipe(recipe: Recipe) -> None:
+    """Raise CheckpointError if the run to resume was started with another recipe."""
+    record = Path(recipe.output) / run_folder.RECORD
+    if changed := recipes.changed_keys(recipes.load(str(record)), recipe):
+        raise CheckpointError(
+            f"{recipe.output} was started with another recipe: {'; '.join(changed)}. Restore it to "
+            "resume, or choose another output. Only how long the run is, what it logs, saves and "
+            "pushes, and what it takes in memory can change."
+        )
+
+
+def _begin(recipe: Recipe, folder: Path, rows: str, *, overwrite: bool) -> None:
     """Make the run folder on the first rank, while the other ranks wait."""
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             run_folder.claim(folder, overwrite=overwrite, results=RESULTS)
             record = folder / run_folder.RECORD
             record.write_text(recipes.dump(recipe), encoding="utf-8")
+            run_folder.record_rows(folder, rows)
 
 
 def _write_evaluation(

@@ -11,6 +11,8 @@ steps can be repeated.  With several ranks, only one of them calls these functio
 
 from __future__ import annotations
 
+import datetime
+import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -20,8 +22,11 @@ from typing import NamedTuple
 from llmdistill.errors import CheckpointError
 
 RECORD = "recipe.yaml"
+ROWS = "rows.json"  # a hash of the encoded rows, and the day on which they were encoded first
 # Marks a folder that `claim` moved.  A user's own backup may be called `<name>.old` and must stay.
 REPLACED = ".replaced"
+
+DAY = "%d %b %Y"
 
 logger = logging.getLogger("llmdistill")
 
@@ -62,15 +67,15 @@ def starts_of(folders: Sequence[Path], asked: Start) -> list[Start]:
 def is_used(folder: Path, *, record: str = RECORD) -> bool:
     """Whether the folder has anything to lose.
 
-    A record alone comes from a start that failed, a *.new file is incomplete, and an empty folder
-    has nothing.
+    Records alone come from a start that failed, a *.new file is incomplete, and an empty folder has
+    nothing.
     """
     if not folder.is_dir():
         return folder.exists()
     names = {
         file.name for file in folder.iterdir() if file.suffix != ".new" and not _is_empty(file)
     }
-    return bool(names - {record, REPLACED})
+    return bool(names - {record, ROWS, REPLACED})
 
 
 def _is_empty(file: Path) -> bool:
@@ -131,6 +136,29 @@ def discard_old(folder: Path) -> None:
     old = old_folder(folder)
     if old.is_dir() and _was_replaced(old):
         _delete(old, last=REPLACED)
+
+
+def record_rows(folder: Path, rows: str) -> None:
+    """Write down the hash of the encoded rows, unless an earlier start of the run has done so."""
+    if not (folder / ROWS).is_file():
+        day = datetime.date.today().strftime(DAY)
+        text = json.dumps({"sha256": rows, "encoded_on": day}, indent=2)
+        (folder / ROWS).write_text(text + "\n", encoding="utf-8")
+
+
+def require_same_rows(folder: Path, rows: str) -> None:
+    """Raise CheckpointError if a run to resume was started with other rows."""
+    try:
+        found = json.loads((folder / ROWS).read_text(encoding="utf-8"))
+        before, day = found["sha256"], found["encoded_on"]
+    except (OSError, ValueError, KeyError):  # the run has no such record
+        return
+    if before != rows:
+        raise CheckpointError(
+            f"the rows of {folder} are rendered as other tokens than on {day}, when the run was "
+            "started. Restore the data, or start again with overwrite. If the chat template writes "
+            f"today's date, set data.chat_template_kwargs: {{date_string: {day}}} from the start."
+        )
 
 
 def hint(folder: Path) -> str:

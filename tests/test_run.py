@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmdistill import recipe as recipes
-from llmdistill.errors import CheckpointError, DataError, LlmDistillError
+from llmdistill.errors import CheckpointError, LlmDistillError
 from llmdistill.run import distill
 from llmdistill.training.trainer import DistillTrainer
 from tests import toy
@@ -117,8 +117,57 @@ def test_a_used_folder_is_refused_before_anything_is_loaded(given, tmp_path):
     wrong = given | {"data": {"train": "rwos.jsonl"}}
     with pytest.raises(CheckpointError, match="is not empty. Pass resume"):
         run(wrong)
-    with pytest.raises(DataError):
+    with pytest.raises(CheckpointError, match=r"'data\.train\[0\]\.source' was .* is 'rwos.jsonl'"):
         run(wrong, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"training": {"learning_rate": 3e-3}}, "training.learning_rate"),
+        ({"training": {"per_device_train_batch_size": 2}}, "training.per_device_train_batch_size"),
+        ({"student": {"model": "other"}}, "student.model"),
+        ({"teacher": {"dtype": "bfloat16"}}, "teacher.dtype"),
+        ({"seed": 3}, "seed"),
+        ({"objectives": [{"kind": "response", "divergence": "jsd"}]}, "objectives[0].divergence"),
+        ({"rollout": {"kind": "sampled", "by": "student"}}, "rollout.kind"),
+    ],
+)
+def test_a_resume_with_another_recipe_names_the_difference(given, tmp_path, change, key):
+    """Before anything on disk changes."""
+    run(given)
+    before = files(tmp_path / "run")
+    wrong = {
+        k: v | change[k] if k in change and isinstance(v, dict) else v for k, v in given.items()
+    }
+    with pytest.raises(CheckpointError) as caught:
+        run({**change, **wrong}, resume=True)
+    assert f"'{key}' was " in str(caught.value)
+    assert files(tmp_path / "run") == before
+
+
+def test_a_resume_may_change_how_long_it_runs_and_what_it_logs(given, tmp_path):
+    run(given)
+    given["training"] |= {
+        "max_steps": 7, "logging_steps": 2, "save_total_limit": 2,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    run(given, resume=True)
+    assert read_jsonl(tmp_path / "run/metrics.jsonl")[-1]["step"] == 7
+
+
+def test_a_resume_with_other_rows_is_refused(given, tmp_path):
+    """Also if it is the chat template that writes them differently, on another day."""
+    run(given)
+    rows = read_jsonl(tmp_path / "rows.jsonl")
+    write_jsonl(
+        tmp_path / "rows.jsonl", [*rows[:-1], {"instruction": "another"} | {"output": "one"}]
+    )
+    before = files(tmp_path / "run")
+    given["training"]["max_steps"] = 7
+    with pytest.raises(CheckpointError, match=r"rendered as other tokens .*date_string"):
+        run(given, resume=True)
+    assert files(tmp_path / "run") == before
 
 
 def test_a_finished_run_is_exported_again_and_not_trained(given, tmp_path):

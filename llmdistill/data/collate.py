@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ from llmdistill.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+FIRST_ROWS = 64  # rows of a stream that stand for all of them
 
 
 class PromptDataset(Dataset):
@@ -168,6 +172,15 @@ def _skip(_error: DataError) -> None:
 
 def _stop(error: DataError) -> None:
     raise error
+
+
+def fingerprint(rows: EncodedRows) -> str:
+    """Return a hash of the ids of all rows; of a stream, of its first rows."""
+    found = hashlib.sha256()
+    for row in rows.rows if isinstance(rows, PromptDataset) else rows.head(FIRST_ROWS):
+        for ids in (row.prompt_ids, row.response_ids, row.teacher_prompt_ids):
+            found.update(array("q", [row.row_id, *(ids or ())]).tobytes())
+    return found.hexdigest()
 
 
 def sample_text(rows: EncodedRows, number: int) -> Prompts:

@@ -7,6 +7,7 @@ The kinds of each section have a module: `teachers`, `rollouts`, `objectives`, `
 """
 
 from llmdistill.recipe.base import Strict
+from llmdistill.recipe.changes import changed_keys
 from llmdistill.recipe.generation import GenerationRecipe
 from llmdistill.recipe.objectives import ObjectiveRecipe
 from llmdistill.recipe.reading import (
@@ -47,6 +48,7 @@ __all__ = [
     "TeacherRecipe",
     "build",
     "build_part",
+    "changed_keys",
     "command_of",
     "dump",
     "load",

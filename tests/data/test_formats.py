@@ -208,7 +208,11 @@ SYSTEM = {"role": "system", "content": "Answer in French."}
         ({"system": "ignored", "messages": [SYSTEM, USER]}, [SYSTEM, USER], None),
         ({"system": " ", "prompt": "hi"}, [USER], None),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"text": "i"}]}]},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "h"}, {"text": "i"}]}
+                ]
+            },
             [USER],
             None,
         ),
@@ -226,7 +230,10 @@ def test_fields_that_others_know_are_used(row, prompt, response):
         ({"prompt": "hi", "rejected": "no"}, ["rejected"]),
         ({"text": "hi", "system": "x"}, ["system"]),
         ({"system": "x", "messages": [SYSTEM, USER]}, ["system"]),
-        ({"messages": [USER | {"emotion": "glad"}, ANSWER | {"audio": None}]}, ["messages[].emotion"]),
+        (
+            {"messages": [USER | {"emotion": "glad"}, ANSWER | {"audio": None}]},
+            ["messages[].emotion"],
+        ),
         ({"conversations": [{"from": "human", "value": "hi", "id": 3}]}, ["conversations[].id"]),
         ({"instruction": "hi", "input": "a", "context": "b"}, ["context"]),
         ({"instruction": "hi", "input": "", "context": "b"}, ["context"]),
@@ -265,16 +272,25 @@ def test_an_excluded_answer_is_context_alone(mark):
     [
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "'messages[1].weight' must be 0 or 1"),
         ({"messages": [USER, ANSWER | {"content": ""}, USER]}, "'messages[1].content' is empty"),
-        ({"messages": [USER, ANSWER | {"content": "  "}, USER, ANSWER]}, "'messages[1].content' is empty"),
+        (
+            {"messages": [USER, ANSWER | {"content": "  "}, USER, ANSWER]},
+            "'messages[1].content' is empty",
+        ),
         ({"messages": [USER | {"content": ""}, ANSWER]}, "'messages[0].content' is empty"),
         ({"messages": [USER, ANSWER, USER | {"content": "\n"}]}, "'messages[2].content' is empty"),
-        ({"instruction": "hi", "history": [["a"]]}, "'history' must be a list of [question, answer]"),
+        (
+            {"instruction": "hi", "history": [["a"]]},
+            "'history' must be a list of [question, answer]",
+        ),
         ({"instruction": "hi", "history": [["a", ""]]}, "'history[0].content' is empty"),
         ({"instruction": "hi", "history": "a"}, "'history' must be a list"),
         ({"prompt": "hi", "system": 3}, "'system' must be text"),
         ({"prompt": "hi", "tools": "[{"}, "'tools' is not valid JSON"),
         ({"prompt": "hi", "tools": ["w"]}, "'tools' must be a list of objects"),
-        ({"messages": [USER, ANSWER | {"tool_calls": "w"}]}, "'messages[1].tool_calls' must be a list"),
+        (
+            {"messages": [USER, ANSWER | {"tool_calls": "w"}]},
+            "'messages[1].tool_calls' must be a list",
+        ),
         ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, "a call without a name"),
         ({"messages": [USER, ANSWER | {"thinking": 3}]}, "'messages[1].thinking' must be text"),
         (

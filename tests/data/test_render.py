@@ -185,7 +185,9 @@ def test_an_end_token_that_the_tokenizer_adds_is_written_once():
     assert response == [*plain().encode("yo"), END]
     ids = render(made, Example((), "yo", "x"))
     assert [*ids[0], *ids[1]] == [START, *plain().encode("yo"), END]
-    assert render(ending_itself(toy.TEMPLATE), example("hi")) == render(toy.tokenizer(), example("hi"))
+    assert render(ending_itself(toy.TEMPLATE), example("hi")) == render(
+        toy.tokenizer(), example("hi")
+    )
 
 
 def test_a_prompt_keeps_its_ids_if_the_tokenizer_would_join_it_with_the_answer():

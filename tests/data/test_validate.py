@@ -221,7 +221,12 @@ def test_what_is_not_read_or_read_as_text_is_counted(tokenizer):
         {"prompt": "hi", "completion": "yo", "topic": "x"},
         {"prompt": "hi", "completion": "yo", "topic": "x", "lang": "en"},
         {"text": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"},
-        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a", "weight": 0}]},
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "a", "weight": 0},
+            ]
+        },
     ]
     places = [(f"row {i}", row) for i, row in enumerate(rows)]
     data = PromptDataset.encode(places, tokenizer, Rules(needs_response=True))
@@ -242,7 +247,8 @@ def test_a_column_that_the_teacher_reads_is_read(tokenizer):
     assert not data.counts.unread
 
 
-def test_a_row_with_an_id_that_the_model_lacks_is_refused(tokenizer):
+def test_a_row_with_an_id_that_the_model_lacks_is_refused():
+    tokenizer = toy.tokenizer()
     tokenizer.add_tokens(["<|new|>"])
     tokenizer.model_rows = toy.NUM_TOKENS
     places = [("row 0", {"prompt": "hi <|new|>", "completion": "yo"})]
