@@ -1,7 +1,7 @@
 """Reads rows from files, folders, datasets on the Hub, and the tasks of this package.
 
-    train.jsonl  train.json  train.csv  train.tsv  train.parquet     a file
-    folder/                                                          all such files in it, by name
+    train.jsonl  train.json  train.csv  train.tsv  train.parquet     a file, perhaps as .gz or .zst
+    folder/  folder:split                                            the files of a split in it
     org/name  org/name:split  org/name:config:split                  a dataset on the Hub
     seed_tasks                                                       175 tasks of this package
 
@@ -11,22 +11,38 @@ on as a DataError in place of the row: the code that encodes rows decides whethe
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import csv
+import gzip
+import io
 import json
+import logging
+import lzma
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llmdistill.errors import DataError
 
+logger = logging.getLogger("llmdistill")
+
 SEED_TASKS = "seed_tasks"
 HELP = (
-    "Give a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, or a dataset of "
-    "the Hub as org/name, org/name:split or org/name:config:split."
+    "Give a file (.jsonl, .json, .csv, .tsv or .parquet, all but the last also as .gz, .bz2, .xz "
+    "or .zst), a folder of such files, or a dataset of the Hub as org/name, org/name:split or "
+    "org/name:config:split."
 )
+# What these functions return is read as text.
+OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path: _open_zst(path),
+}
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -55,8 +71,21 @@ def hub_name(source: str) -> str | None:
     # A name with a known suffix is a file even if it does not exist: a typo in a file name should
     # not be looked up on the Hub.
     path = Path(source).expanduser()
-    here = source == SEED_TASKS or path.exists() or path.suffix in READERS or path.is_absolute()
-    return None if here or source.startswith("./") else source.partition(":")[0]
+    here = source == SEED_TASKS or path.exists() or _type(path) in READERS or path.is_absolute()
+    is_file = here or source.startswith("./") or _folder_and_split(source) is not None
+    return None if is_file else source.partition(":")[0]
+
+
+def _type(path: Path) -> str:
+    """Return the suffix that tells how a file is read, without that of its compression."""
+    return Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+
+
+def _folder_and_split(source: str) -> tuple[Path, str] | None:
+    """Return the parts of `folder:split`, or None if there is no such folder."""
+    name, colon, split = source.rpartition(":")
+    folder = Path(name).expanduser()
+    return (folder, split) if colon and name and folder.is_dir() else None
 
 
 def _rows(source: str, streaming: bool) -> Rows:
@@ -67,60 +96,164 @@ def _rows(source: str, streaming: bool) -> Rows:
     if hub_name(source):
         return _hub_rows(source, streaming)
     path = Path(source).expanduser()
-    return _folder_rows(path, source) if path.is_dir() else _file_rows(path, source)
+    if not path.exists() and (named := _folder_and_split(source)) is not None:
+        return _folder_rows(named[0], source.rpartition(":")[0], named[1])
+    return _folder_rows(path, source, None) if path.is_dir() else _file_rows(path, source)
 
 
-def _folder_rows(folder: Path, source: str) -> Rows:
+def _folder_rows(folder: Path, source: str, split: str | None) -> Rows:
+    """Yield the rows of one split of a folder: the one that is named, or `train`."""
+    if (folder / "dataset_dict.json").is_file():  # of DatasetDict.save_to_disk
+        known = [path.parent.name for path in folder.glob("*/state.json")]
+        name = _chosen(known, split, source)
+        folder, source, split = folder / name, str(Path(source) / name), None
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         import datasets
 
+        if split is not None:
+            raise DataError(f"{source}: the folder is one saved dataset without splits.")
         yield from _numbered(datasets.load_from_disk(str(folder)), source)
         return
-    # A folder of `llmdistill generate`.  Its other split must stay held out, and its records are no
-    # rows.
+    # A folder of `llmdistill generate`: its records are no rows.
     if (folder / "calls.jsonl").is_file():
-        yield from _file_rows(folder / "train.jsonl", source)
+        yield from _file_rows(folder / f"{split or 'train'}.jsonl", source)
         return
-    found = sorted(path for path in folder.iterdir() if path.suffix in READERS)
+    found = _files_by_split(folder)
     if not found:
         raise DataError(f"{source}: the folder has no file of type {', '.join(READERS)}. {HELP}")
-    for path in found:
-        yield from _file_rows(path, str(Path(source) / path.name))
+    files = found[_chosen(list(found), split, source)]
+    for path in files:
+        yield from _file_rows(path, str(Path(source) / path.relative_to(folder)))
+
+
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of each split of a folder, as `datasets.load_dataset` sorts them by name.
+
+    Hidden files are left alone.  A warning names files that belong to no split, or whose type is
+    not known.
+    """
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+
+    splits: dict[str, list[Path]] = {}
+    try:
+        patterns = get_data_patterns(str(folder))
+    except EmptyDatasetError:
+        return {}
+    for split, several in patterns.items():
+        files: set[Path] = set()
+        for pattern in several:
+            with contextlib.suppress(FileNotFoundError):  # no file fits this pattern
+                files |= {Path(name) for name in resolve_pattern(pattern, str(folder))}
+        splits[str(split)] = sorted(path for path in files if _type(path) in READERS)
+    taken = {path for files in splits.values() for path in files}
+    beside = {path for path in folder.iterdir() if path.is_file() and path.name[0] not in "._"}
+    left = sorted(path.name for path in beside - taken if path.suffix not in NO_ROWS)
+    if left and taken:
+        logger.warning("%s: files that are not read: %s", folder, ", ".join(left))
+    return {split: files for split, files in splits.items() if files}
+
+
+def _chosen(known: Sequence[str], split: str | None, source: str) -> str:
+    """Return the split to read.  Raises DataError if there is none of that name."""
+    wanted = split or "train"
+    if wanted not in known:
+        first = sorted(known)[0] if known else "train"
+        raise DataError(
+            f"{source}: there is no split '{wanted}'; the folder has "
+            f"{', '.join(sorted(known)) or 'none'}. Name one, as in {source}:{first}."
+        )
+    return wanted
 
 
 def _file_rows(path: Path, source: str) -> Rows:
     """Yield the rows of one file.  Errors of the whole file name it."""
     if not path.is_file():
         raise DataError(f"no such file: {source}. Check the path.")
-    if path.suffix not in READERS:
+    if _type(path) not in READERS:
         raise DataError(f"{source}: this type of file is not supported. {HELP}")
     try:
-        yield from READERS[path.suffix](path, source)
+        yield from READERS[_type(path)](path, source)
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not valid UTF-8: {error}. Convert it to UTF-8.") from error
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
+        raise DataError(f"{source}: the compressed file is damaged: {error}") from error
+
+
+def _text(path: Path, newline: str) -> TextIO:
+    """Open a file, perhaps a compressed one, as UTF-8.
+
+    Files from Windows can start with a byte order mark.
+    """
+    binary = OPENERS[path.suffix](path) if path.suffix in OPENERS else path.open("rb")
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline)
+
+
+def _open_zst(path: Path) -> Any:
+    try:
+        import zstandard  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise DataError(
+            f"{path}: files of type .zst need a package. Install it with: pip install zstandard"
+        ) from error
+    return zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
 
 
 def _read_json_lines(path: Path, source: str) -> Rows:
-    # utf-8-sig: files from Windows can start with a byte order mark.  newline="\n": only a line
-    # feed ends a row, and U+2028 in a JSON string must not, as it would with `splitlines`.
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+    # newline="\n": only a line feed ends a row, and U+2028 in a JSON string must not, as it would
+    # with `splitlines`.
+    with _text(path, "\n") as lines:
         yield from _json_lines(lines, source)
 
 
 def _read_json(path: Path, source: str) -> Rows:
     """Yield the rows of a .json file, which is one list or has one row per line."""
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+    with _text(path, "\n") as file:
         start = file.read(1)
         while start.isspace():
             start = file.read(1)
+        first_line = start + file.readline()
+    if start == "{" and _parsed(first_line) is None:
+        _refuse_an_object(path, source)
     if start != "[":
         yield from _read_json_lines(path, source)
         return
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        with _text(path, "\n") as file:
+            rows = json.load(file, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source}: not valid JSON: {error}") from error
     yield from _numbered(rows, source)
+
+
+def _refuse_an_object(path: Path, source: str) -> None:
+    """Raise DataError if the whole file is one object over several lines."""
+    with _text(path, "\n") as file:
+        whole = _parsed(file.read())
+    if isinstance(whole, dict):
+        lists = [name for name, value in whole.items() if isinstance(value, list)]
+        where = f" They seem to be in '{lists[0]}'." if lists else ""
+        raise DataError(
+            f"{source}: the rows are not at the top of this file, which is one object with the "
+            f"fields {', '.join(whole)}.{where} Save the list alone, or one row per line."
+        )
+
+
+def _parsed(text: str) -> Any:
+    """Return the value of a JSON text, or None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object.  Raises ValueError for a key that stands twice: one would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key '{twice}' is there twice in one object")
+    return made
 
 
 def _json_lines(lines: Iterable[str], source: str) -> Rows:
@@ -130,7 +263,7 @@ def _json_lines(lines: Iterable[str], source: str) -> Rows:
             continue
         place = f"{source}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         # RecursionError: deep nesting.  ValueError: bad JSON, or a number of too many digits.
         except (ValueError, RecursionError) as error:
             row = DataError(f"{place}: not valid JSON: {error}")
@@ -144,9 +277,17 @@ def _read_separated(path: Path, source: str) -> Rows:
     """
     # The default limit of a field is 131,072 characters, which long answers exceed.
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    options: dict[str, Any] = {"delimiter": ",", "strict": True}
+    if _type(path) == ".tsv":
+        options["delimiter"] = "\t"
+        if not _is_valid(path, options):  # plain TSV, in which a quotation mark has no meaning
+            options |= {"quoting": csv.QUOTE_NONE, "strict": False}
+    with _text(path, "") as file:
+        reader = csv.DictReader(file, **options)
         try:
+            names = list(reader.fieldnames or ())
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(f"{source}: the header names the column '{twice[0]}' twice")
             for row in reader:
                 place = f"{source}:{reader.line_num}"
                 # DictReader collects extra values under the key None, and fills in None for missing
@@ -159,6 +300,15 @@ def _read_separated(path: Path, source: str) -> Rows:
                     yield place, {name: value or None for name, value in row.items()}
         except csv.Error as error:
             raise DataError(f"{source}:{reader.line_num}: not a valid table: {error}") from error
+
+
+def _is_valid(path: Path, options: Mapping[str, Any]) -> bool:
+    """Whether a file is a valid table in which fields can be quoted."""
+    with _text(path, "") as file:
+        try:
+            return all(True for _ in csv.reader(file, **options))
+        except csv.Error:
+            return False
 
 
 def _read_parquet(path: Path, source: str) -> Rows:
@@ -222,6 +372,7 @@ def _renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
             yield place, row
 
 
+NO_ROWS = (".md", ".txt", ".yaml", ".yml", ".py", ".gitattributes", "")
 READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 
+import datasets
 import pytest
 
 from llmdistill.data.formats import to_examples
@@ -283,3 +287,130 @@ def test_a_source_can_add_fields_to_its_rows(tmp_path):
     assert rows[0] == {"prompt": "a", "domain": "maths"}
     assert isinstance(rows[1], DataError)
     assert "'add' of the source sets the field 'domain', but the row already has it" in str(rows[1])
+
+
+# ---- folders and files that people have ----
+
+ONE, TWO = {"prompt": "one"}, {"prompt": "two"}
+
+
+def prompts(source) -> list[str]:
+    return [row["prompt"] for _, row in read(str(source))]
+
+
+def test_a_saved_dataset_dict_has_splits(tmp_path):
+    both = {"train": datasets.Dataset.from_list([ONE]), "test": datasets.Dataset.from_list([TWO])}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "dd")
+    assert prompts(tmp_path / "dd") == ["one"]
+    assert prompts(f"{tmp_path}/dd:test") == ["two"]
+    assert prompts(tmp_path / "dd/test") == ["two"]
+    with pytest.raises(DataError, match=r"no split 'dev'; the folder has test, train.*dd:test"):
+        prompts(f"{tmp_path}/dd:dev")
+    datasets.DatasetDict({"dev": both["test"]}).save_to_disk(tmp_path / "other")
+    with pytest.raises(DataError, match=r"no split 'train'; the folder has dev"):
+        prompts(tmp_path / "other")
+
+
+@pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".tsv"])
+def test_a_compressed_file_is_read(tmp_path, opener, kind):
+    suffix = {gzip.open: ".gz", bz2.open: ".bz2", lzma.open: ".xz"}[opener]
+    text = "prompt\none\n" if kind in (".csv", ".tsv") else '{"prompt": "one"}\n'
+    with opener(tmp_path / f"rows{kind}{suffix}", "wb") as file:
+        file.write(text.encode())
+    assert prompts(tmp_path / f"rows{kind}{suffix}") == ["one"]
+    assert prompts(tmp_path) == ["one"]
+    assert hub_name(f"rows{kind}{suffix}") is None
+
+
+def test_zst_is_read_or_names_its_package(tmp_path):
+    try:
+        import zstandard
+    except ImportError:
+        (tmp_path / "rows.jsonl.zst").write_bytes(b"x")
+        with pytest.raises(DataError, match="pip install zstandard"):
+            prompts(tmp_path / "rows.jsonl.zst")
+        return
+    packed = b"".join(zstandard.compress(json.dumps(row).encode() + b"\n") for row in (ONE, TWO))
+    (tmp_path / "rows.jsonl.zst").write_bytes(packed)
+    assert prompts(tmp_path / "rows.jsonl.zst") == ["one", "two"]
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    (tmp_path / "rows.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz: the compressed file is damaged"):
+        prompts(tmp_path / "rows.jsonl.gz")
+
+
+def test_hidden_files_are_left_alone_and_others_are_named(tmp_path, caplog):
+    write_jsonl(tmp_path / "a.jsonl", [ONE])
+    (tmp_path / "._a.jsonl").write_bytes(b"\x00\x05\x16\x07\xff")
+    (tmp_path / ".DS_Store").write_bytes(b"\xff")
+    (tmp_path / "README.md").write_text("hello")
+    (tmp_path / "b.arrow").write_bytes(b"x")
+    (tmp_path / "more").mkdir()
+    write_jsonl(tmp_path / "more/c.jsonl", [TWO])
+    assert prompts(tmp_path) == ["one", "two"]
+    assert "files that are not read: b.arrow" in caplog.text
+
+
+def test_the_splits_of_a_folder_are_those_of_load_dataset(tmp_path, caplog):
+    """Its test rows are not trained on."""
+    write_jsonl(tmp_path / "train.jsonl", [ONE])
+    write_jsonl(tmp_path / "test.jsonl", [TWO])
+    assert prompts(tmp_path) == ["one"]
+    assert prompts(f"{tmp_path}:test") == ["two"]
+    assert hub_name(f"{tmp_path}:test") is None
+    loaded = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / ".cache"))
+    assert {name: split["prompt"] for name, split in loaded.items()} == {
+        "train": ["one"],
+        "test": ["two"],
+    }
+    write_jsonl(tmp_path / "other.jsonl", [TWO])
+    assert prompts(tmp_path) == ["one"]
+    assert "files that are not read: other.jsonl" in caplog.text
+
+
+def test_shards_of_a_split_are_read_in_order(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number, row in enumerate((ONE, TWO)):
+        write_jsonl(tmp_path / f"data/train-0000{number}-of-00002.jsonl", [row])
+    write_jsonl(tmp_path / "data/test-00000-of-00001.jsonl", [ONE])
+    assert prompts(tmp_path) == ["one", "two"]
+
+
+@pytest.mark.parametrize("indent", [2, None])
+def test_rows_within_an_object_are_said_to_be_there(tmp_path, indent):
+    whole = {"version": 1, "data": [ONE]}
+    (tmp_path / "rows.json").write_text(json.dumps(whole, indent=indent))
+    if indent:
+        with pytest.raises(
+            DataError, match=r"not at the top of this file.*version, data.*in 'data'"
+        ):
+            prompts(tmp_path / "rows.json")
+    else:  # one line is one row, and its fields are named when it is encoded
+        ((_, row),) = read(str(tmp_path / "rows.json"))
+        assert row == whole
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_key_that_stands_twice_is_an_error(tmp_path, name):
+    text = '{"prompt": "one", "prompt": "two"}'
+    (tmp_path / name).write_text(text)
+    ((_, row),) = read(str(tmp_path / name))
+    assert "the key 'prompt' is there twice" in str(row)
+    (tmp_path / "list.json").write_text(f"[{text}]")
+    with pytest.raises(DataError, match="twice"):
+        prompts(tmp_path / "list.json")
+
+
+def test_a_column_that_stands_twice_is_an_error(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,output,output\na,b,c\n")
+    with pytest.raises(DataError, match="the header names the column 'output' twice"):
+        prompts(tmp_path / "rows.csv")
+
+
+def test_a_quotation_mark_in_plain_tsv_is_text(tmp_path):
+    (tmp_path / "rows.tsv").write_text('prompt\tcompletion\n"quoted" start\tb "c"\n')
+    ((_, row),) = read(str(tmp_path / "rows.tsv"))
+    assert row == {"prompt": '"quoted" start', "completion": 'b "c"'}
