@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmdistill import recipe
-from llmdistill.data.collate import EncodedRows, PromptDataset, PromptStream
+from llmdistill.data.collate import EncodedRows, PromptDataset, PromptStream, question
 from llmdistill.data.sources import read
 from llmdistill.data.validate import Rules
 from llmdistill.errors import RecipeError
@@ -112,6 +112,10 @@ def build_rows(
     # Only figures that compare with references need answers here; the teacher writes its own.
     parts = _load(section.eval, tokenizer, replace(rules, needs_response=False))
     held = PromptDataset.join(parts, seed=seed)
+    if isinstance(train, PromptDataset):
+        seen = {question(row) for row in train.rows}
+        if both := sum(question(row) in seen for row in held.rows):
+            logger.warning("data: %d rows of data.eval have a prompt of data.train", both)
     return train, PromptDataset(
         [replace(row, row_id=HELD_OUT + row.row_id) for row in held.rows], held.counts
     )
@@ -124,12 +128,12 @@ def _hold_back(
     # Held-out rows are chosen before the copies of a weighted source are made: a second copy of one
     # would be trained on.
     once = PromptDataset.join([(part, 1.0) for part, _ in parts], seed=seed)
-    if number >= len(once):
+    rest, held = once.hold_back(min(number, len(once)))
+    if not rest.rows:
         raise RecipeError(
-            f"data.hold_back: holding back {number} of {len(once)} rows leaves none to train on. "
-            "Set a smaller number, or use data.eval."
+            f"data.hold_back: holding back {number} of {len(once)} rows leaves none to train on, "
+            "as rows with the same prompt stay together. Set a smaller number, or use data.eval."
         )
-    _, held = once.hold_back(number)
     without = frozenset(row.row_id for row in held.rows)
     return PromptDataset.join(parts, seed=seed, without=without), held
 

@@ -101,14 +101,34 @@ class PromptDataset(Dataset):
         return self.rows[:number]
 
     def hold_back(self, number: int) -> tuple[PromptDataset, PromptDataset]:
-        """Split off `number` evenly spaced rows: return the others, and those.
+        """Split off at least `number` rows, of evenly spaced questions; return the others first.
 
-        The split is the same in every run.  `number` must be smaller than the number of rows.
+        Rows with the same prompt stay together, because a held-out question must not be trained
+        with another answer.  The split is the same in every run.  `number` must be smaller than the
+        number of rows.
         """
-        # The middle of each of `number` equal parts.
-        held = {(2 * i + 1) * len(self) // (2 * number) for i in range(number)}
-        kept = [row for place, row in enumerate(self.rows) if place not in held]
-        return PromptDataset(kept, self.counts), PromptDataset([self.rows[i] for i in sorted(held)])
+        questions: dict[Any, list[int]] = {}
+        for place, row in enumerate(self.rows):
+            questions.setdefault(question(row), []).append(place)
+        groups = list(questions.values())
+        for count in range(-(-number // max(map(len, groups))), len(groups) + 1):
+            # The middle of each of `count` equal parts.
+            middles = ((2 * i + 1) * len(groups) // (2 * count) for i in range(count))
+            held = sorted(place for middle in middles for place in groups[middle])
+            if len(held) >= number:
+                break
+        without = set(held)
+        kept = [row for place, row in enumerate(self.rows) if place not in without]
+        return PromptDataset(kept, self.counts), PromptDataset([self.rows[i] for i in held])
+
+
+def question(row: Row) -> Any:
+    """Return what makes two rows the same question: the prompt, and what the teacher reads.
+
+    Plain text has no prompt, so all of it counts.
+    """
+    text = row.response_ids if row.is_text else None
+    return (*row.prompt_ids, *(text or ())), repr(row.columns)
 
 
 class ByLength(Sampler[int]):

@@ -29,7 +29,8 @@ class Row:
     random draws of the row.  `response_ids` include the end token unless the response was cut.
     `columns` are the fields of the row that the teacher reads, and `teacher_prompt_ids` is the
     prompt with the context that only the teacher sees; None if it reads the same prompt.
-    `messages` are those of the prompt, if the teacher renders them itself.
+    `messages` are those of the prompt, if the teacher renders them itself.  `is_text` marks plain
+    text, whose prompt is its first token alone.
     """
 
     row_id: int
@@ -38,6 +39,7 @@ class Row:
     columns: Mapping[str, Any] = field(default_factory=dict)
     teacher_prompt_ids: list[int] | None = None
     messages: tuple[Message, ...] = ()
+    is_text: bool = False
 
 
 @dataclass
@@ -216,7 +218,8 @@ def _encode(
         seen = ids[0]
         if informed != example:
             seen, _ = render(tokenizer, informed, rules.template_options)
-    return Row(0, *ids, columns, seen, example.prompt if rules.keeps_messages else ())
+    messages = example.prompt if rules.keeps_messages else ()
+    return Row(0, *ids, columns, seen, messages, is_text=not example.prompt)
 
 
 def _check_ids(rows: list[Row], place: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:

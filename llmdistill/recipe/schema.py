@@ -37,8 +37,9 @@ class DataRecipe(Strict):
     eval: Sources = []
     """Held-out rows, which the student is only measured on: a source or a list of sources."""
     hold_back: int = Field(0, ge=0)
-    """Number of evenly spaced rows of `train` that are held out, if there is no `eval`.  `0` holds
-    out none.
+    """Number of rows of `train` that are held out, of evenly spaced questions, if there is no
+    `eval`.  Rows with the same prompt stay together, so a few more can be held out.  `0` holds out
+    none.
     """
     format: one_of(FORMATS, "auto") = "auto"  # type: ignore[valid-type]
     """Layout of the rows of sources that set no `format`.  `auto` detects it from the fields of

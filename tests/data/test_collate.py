@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from llmdistill.data.build import build_rows
-from llmdistill.data.collate import PromptDataset, PromptStream, collate
+from llmdistill.data.collate import PromptDataset, PromptStream, collate, question
 from llmdistill.data.validate import Row, RowCounts, Rules
-from llmdistill.errors import DataError
-from llmdistill.recipe import DataRecipe
+from llmdistill.errors import DataError, RecipeError
+from llmdistill.recipe import DataRecipe, SourceRecipe
 from tests import toy
 from tests.support.files import write_jsonl
 
@@ -195,3 +195,47 @@ def test_a_format_for_all_sources_is_that_of_those_which_say_none(tokenizer, tmp
     responses = [tokenizer.decode(row.response_ids) for row in train.rows]
     assert responses[0].startswith("lain")  # the first token of a text is its prompt
     assert responses[1].startswith("b")
+
+
+def test_rows_of_one_question_are_held_back_together():
+    """Else a held-out question would be trained with another answer."""
+    rows = [Row(i, [i // 4 + 1], [9, i]) for i in range(40)]  # ten questions with four answers
+    kept, held = PromptDataset(rows).hold_back(5)
+    assert not {question(row) for row in kept.rows} & {question(row) for row in held.rows}
+    assert (len(held), len(kept)) == (8, 32)
+    again = PromptDataset(rows).hold_back(5)[1]
+    assert [row.row_id for row in again.rows] == [row.row_id for row in held.rows]
+
+
+def test_questions_apart_in_the_file_are_held_back_together():
+    rows = [Row(i, [i % 3], [i]) for i in range(9)]
+    kept, held = PromptDataset(rows).hold_back(1)
+    assert [row.row_id for row in held.rows] == [1, 4, 7]
+    assert len(kept) == 6
+
+
+def test_a_single_question_cannot_be_held_back(tokenizer, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "hi", "completion": str(i)} for i in range(8)])
+    section = DataRecipe(train=[SourceRecipe(source=str(tmp_path / "rows.jsonl"))], hold_back=2)
+    with pytest.raises(RecipeError, match="rows with the same prompt stay together"):
+        build_rows(section, tokenizer, needs_response=True, seed=0)
+
+
+def test_rows_that_are_trained_and_measured_are_counted(tokenizer, tmp_path, caplog):
+    for name, answers in (("train", "ab"), ("eval", "ac")):
+        rows = [
+            {"prompt": f"{name[0]}{answer}" if answer != "a" else "hi", "completion": answer}
+            for answer in answers
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    sources = {
+        name: [SourceRecipe(source=str(tmp_path / f"{name}.jsonl"))] for name in ("train", "eval")
+    }
+    build_rows(DataRecipe(**sources), tokenizer, needs_response=True, seed=0)
+    assert "1 rows of data.eval have a prompt of data.train" in caplog.text
+
+
+def test_texts_with_the_same_start_are_different_rows(tokenizer):
+    data = PromptDataset.of([{"text": f"hi {i}"} for i in range(6)], tokenizer)
+    kept, held = data.hold_back(2)
+    assert (len(kept), len(held)) == (4, 2)
