@@ -36,6 +36,7 @@ from llmdistill.data.collate import (
     fingerprint,
     sample_text,
 )
+from llmdistill.data.context import require_context
 from llmdistill.data.render import last_messages
 from llmdistill.errors import CheckpointError, RecipeError
 from llmdistill.evaluation.measure import Evaluation, Figures, Measurement
@@ -52,6 +53,8 @@ from llmdistill.rollouts.build import build_rollout
 from llmdistill.run_folder import Start, starts_of
 from llmdistill.teachers.build import Parts, build_teacher, load_teacher
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.training.available import require_available
+from llmdistill.training.guards import require_a_batch, require_steps
 from llmdistill.training.progress import MetricsFile, ProgressBar
 from llmdistill.training.trainer import DistillTrainer
 
@@ -136,6 +139,7 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     recipe, folder = stage, Path(stage.output)
     arguments = training_arguments(recipe, folder, resume=start.resume)
     checkpoint = _newest_checkpoint(folder) if start.resume else None
+    require_available(arguments)
     tokenizer = load_student_tokenizer(recipe)
     if recipe.generate is not None:
         logger.info("generating the dataset %s", recipe.generate.output)
@@ -144,6 +148,8 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     rows = fingerprint(train)
     if start.resume:
         run_folder.require_same_rows(folder, rows)
+    require_a_batch(train, arguments)
+    require_context(recipe, train, held)
     teacher, student = load_pair(recipe, tokenizer, train, held)
     against = None
     if recipe.evaluate.against not in (None, recipe.teacher):
@@ -164,6 +170,7 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
         trainer.add_callback(callback)
     logger.info("training on responses of %s", recipe.rollout.who_writes)
     trainer.train(resume_from_checkpoint=checkpoint)
+    require_steps(trainer)
     trainer.export_student(folder / "student")
     result = Result(folder)
     if PartialState().is_main_process:
@@ -284,7 +291,8 @@ def _evaluation(recipe: Recipe, teacher: Teacher, held: PromptDataset | None) ->
     """Prepare the measurements on the first rank, and on all ranks if the run follows the held-out
     loss.  Returns None if there is nothing to measure.
     """
-    if held is None or not (PartialState().is_main_process or recipe.evaluate.every_steps):
+    follows = recipe.evaluate.every_steps or recipe.training.get("eval_on_start")
+    if held is None or not (PartialState().is_main_process or follows):
         return None
     logger.info("the teacher answers %d held-out prompts", len(held))
     return Evaluation(

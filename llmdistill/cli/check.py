@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,8 +34,10 @@ def check(
     estimate memory and time.
     """
     from llmdistill import recipe as recipes
+    from llmdistill.data.local import require_local
 
     loaded = recipes.load(recipe, overrides or [])
+    require_local(loaded)
 
     from llmdistill.cli import output, show
     from llmdistill.cli.show import console
@@ -71,9 +74,11 @@ def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedRo
     from llmdistill.cli.show import console
     from llmdistill.data.build import load_data
     from llmdistill.data.collate import PromptDataset
+    from llmdistill.data.context import require_context
     from llmdistill.errors import VocabularyError
-    from llmdistill.run import parts_of
+    from llmdistill.run import parts_of, training_arguments
     from llmdistill.teachers.build import check_rows
+    from llmdistill.training.guards import require_a_batch
 
     said = "teacher and student render the rows as the same tokens"
     fits = True
@@ -95,6 +100,8 @@ def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedRo
             f"             held out {len(held)} rows (usable: {held.counts})", highlight=False
         )
     check_rows(recipe.teacher, parts_of(recipe, tokenizer, train, held))
+    require_a_batch(train, training_arguments(recipe, Path(recipe.output)))
+    require_context(recipe, train, held)
     return train, fits
 
 
@@ -126,6 +133,7 @@ def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
 def _models(recipe: Recipe) -> None:
     """Print what is loaded where, what is trained, and the runs of a recipe of several runs."""
     from llmdistill.cli.show import console
+    from llmdistill.models.build import ROUNDS
     from llmdistill.models.load import default_device
 
     here = "cpu" if recipe.training.get("use_cpu") else str(default_device())
@@ -147,6 +155,8 @@ def _models(recipe: Recipe) -> None:
     line("student", f"{student.model}{carved} on {here} ({student.dtype})")
     more = f", and {recipe.teacher.trains}" if recipe.teacher.trains else ""
     line("trained", f"{trained} of the student{more}")
+    if student.rounds_its_steps:
+        line("", ROUNDS)
 
 
 def _runs(recipe: Recipe) -> None:

@@ -52,9 +52,11 @@ def generate(
 ) -> None:
     """Let a teacher write instructions and answers, filter them, and save them as a dataset."""
     from llmdistill import recipe as recipes
+    from llmdistill.data.local import require_local
     from llmdistill.errors import RecipeError
 
     loaded = recipes.load_generation(recipe, overrides or [])
+    require_local(loaded)
     if resume and overwrite:
         raise RecipeError("--resume continues a dataset and --overwrite replaces it. Choose one.")
 

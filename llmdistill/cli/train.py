@@ -35,8 +35,10 @@ def train(
 ) -> None:
     """Distil a student as a recipe describes: measure, train, measure again and export."""
     from llmdistill import recipe as recipes
+    from llmdistill.data.local import require_local
 
     loaded = recipes.load(recipe, overrides or [])
+    require_local(loaded)
 
     from llmdistill.cli import output
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 
 from llmdistill.errors import DataError
+
+CURRENCIES = "$€£¥"
 
 
 def repeated_ngrams(answers: Sequence[str], n: int = 4) -> float:
@@ -49,20 +52,39 @@ def exact_match(answers: Sequence[str], references: Sequence[str], pattern: str)
             f"{pattern!r}: {references[row][-80:]!r}. Correct the pattern or the row."
         )
     found = [result_of(answer, pattern) for answer in answers]
-    return sum(a == b for a, b in zip(found, expected, strict=True)) / max(len(expected), 1)
+    same = map(same_result, found, expected)
+    return sum(same) / max(len(expected), 1)
 
 
 def result_of(text: str, pattern: str) -> str | None:
     r"""Return the result that a text states: the last match of `pattern`, or its group.
 
     Commas and a closing full stop are removed, so `#### (-?[\d,.]+)` reads the numbers of GSM8K.
-    Returns None if nothing matches.
+    If nothing matches, signs of a currency are left out of the text.  Returns None if there is
+    still no match.
     """
     # The last match, because an answer often computes other numbers on the way to its result.
-    matches = list(re.finditer(pattern, text))
+    plain = "".join(sign for sign in text if sign not in CURRENCIES)
+    matches = list(re.finditer(pattern, text)) or list(re.finditer(pattern, plain))
     if not matches:
         return None
     last = matches[-1]
     found = last[1] if last.re.groups else last[0]
     # A group can be None although the pattern matched: `x|(y)`.
     return None if found is None else found.replace(",", "").strip().rstrip(".").rstrip()
+
+
+def same_result(one: str | None, other: str | None) -> bool:
+    """Whether two results are equal, as numbers if both are: "$18.00" is 18.
+
+    None, for a text without a result, equals nothing.
+    """
+    if one is None or other is None:
+        return False
+    numbers = [_number(result) for result in (one, other)]
+    return one == other if None in numbers else numbers[0] == numbers[1]
+
+
+def _number(result: str) -> Decimal | None:
+    plain = result.strip(CURRENCIES + " ")
+    return Decimal(plain) if re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)", plain) else None

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llmdistill.evaluation.text import result_of
+from llmdistill.evaluation.text import result_of, same_result
 from llmdistill.instruct.similarity import RougePool
 from llmdistill.instruct.tasks import Task
 
@@ -240,7 +240,7 @@ class SameResult(Filter):
         if task.reference is None:
             return None
         found, expected = (result_of(t, self.pattern) for t in (task.output, task.reference))
-        return None if found is not None and found == expected else "another result"
+        return None if same_result(found, expected) else "another result"
 
 
 class Perplexity(Filter):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.errors import ModelError
+from llmdistill.models.embedded import public_name
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,13 +54,21 @@ def add_adapter(
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:
             layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
             names = sorted({name.rpartition(".")[2] for name, _ in layers})
             raise ModelError(
                 f"{key}: {error} Choose among the linear layers of this model: {', '.join(names)}."
             ) from error
+    adapted.peft_config["default"].base_model_name_or_path = public_name(model.name_or_path)
+    return adapted
+
+
+def require_mergeable(student: PeftModel) -> None:
+    """Raise ModelError if the adapter is on a layer that it cannot be merged into."""
+    (adapter,) = student.active_adapters
+    _lora_layers(student, adapter)
 
 
 def require_plain(model: PreTrainedModel) -> None:
@@ -109,8 +118,9 @@ def _lora_layers(student: PeftModel, adapter: str) -> list[tuple[str, Any]]:
         if isinstance(layer, LoraLayer):
             if adapter not in layer.lora_A or layer.use_dora.get(adapter) or layer.merged:
                 raise ModelError(
-                    f"the adapter on {name} is not plain LoRA, so it cannot be merged. Export it "
-                    "as an adapter: set student.peft.save: adapter."
+                    f"the adapter on {name} is not plain LoRA on a linear layer, so it cannot be "
+                    "merged. Choose linear layers in student.peft.targets, or export the adapter "
+                    "alone: set student.peft.save: adapter."
                 )
             layers.append((name, layer))
     return layers

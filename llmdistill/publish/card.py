@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from llmdistill import recipe as recipes
 from llmdistill.data.sources import hub_name
 from llmdistill.evaluation.measure import MEANING, Figures
-from llmdistill.models.load import EMBEDDED
+from llmdistill.models.embedded import EMBEDDED
+from llmdistill.models.embedded import hub_name as model_hub_name
 
 if TYPE_CHECKING:
     from llmdistill.recipe import Recipe, SourceRecipe
@@ -46,7 +47,7 @@ def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
     # One licence only if all teachers have the same.
     terms = found.pop() if len(found) == 1 else None
     data = ModelCardData(
-        base_model=_hub_name(recipe.student.model),
+        base_model=model_hub_name(recipe.student.model),
         license=terms or "other",
         datasets=[name for s in recipe.data.train if (name := hub_name(s.source))] or None,
         tags=["distillation", "llmdistill", *sorted({o.kind for o in recipe.objectives})],
@@ -159,17 +160,6 @@ def _number(value: float | int | None) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.0f}" if value >= 100 else f"{value:.3f}"
-
-
-def _hub_name(model: str) -> str | None:
-    """Return a model's name on the Hub, or None for a local path.
-
-    Local paths must not appear as `base_model`: they mean nothing to others, and may hold names.
-    """
-    if model in EMBEDDED:
-        return EMBEDDED[model].hub_id
-    is_local = model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") != 1
-    return None if is_local else model
 
 
 def _version(package: str) -> str:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.tables import Table, one_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = one_of(Table("models/quantization.py", "QUANTIZATIONS"))
+
+# The generators of numpy take no larger one, and Trainer seeds them.
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+# The shell does not expand `~` within a recipe, or after `output=`.
+Folder = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()))]
 
 
 class Strict(BaseModel):

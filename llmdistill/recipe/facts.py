@@ -42,6 +42,7 @@ REFUSED = {
     "label_smoothing_factor": "`objectives` defines the loss, and no objective smooths labels",
     "use_liger_kernel": "it speeds up a loss on full logits, which llmdistill never computes",
 }
+MORE_THAN_ZERO = ("learning_rate", "num_train_epochs")
 
 
 def wrong_pattern(pattern: str) -> str | None:
@@ -84,6 +85,8 @@ def _wrong_argument(key: str, value: Any, expected: tuple[type, ...]) -> str | N
     # transformers takes any negative number for "not set", and 0 for no steps at all.
     if key == "max_steps" and isinstance(value, int) and value < 1 and value != -1:
         return f"should be 1 or more, or -1 to train for num_train_epochs, got {value}"
+    if key in MORE_THAN_ZERO and isinstance(value, int | float) and value <= 0:
+        return f"should be more than 0, because nothing would be learned, got {value}"
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, get_args
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.base import Strict
+from llmdistill.recipe.base import Folder, Seed, Strict
 from llmdistill.recipe.filters import FilterRecipe
 from llmdistill.recipe.generators import GeneratorRecipe, GeneratorSection
 from llmdistill.recipe.remote import RemoteTeacherRecipe
@@ -40,9 +40,9 @@ class GenerationRecipe(Strict):
     MAY_CHANGE: ClassVar = ("target", "format", "test_share")
     """Keys that a resumed run can change, in addition to those of its teacher."""
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of all sampling and of the choice of examples."""
-    output: str
+    output: Folder
     """Folder of the dataset."""
     teacher: GenerationTeacher
     """Model that writes the dataset: of kind `local` on this machine, or `remote` on a server."""

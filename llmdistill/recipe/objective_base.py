@@ -63,6 +63,11 @@ class ObjectiveSection(Strict):
         return is_zero_at_end(self.weight)
 
 
+def is_always_zero(weight: float | ScheduleSection) -> bool:
+    """Whether a weight is 0 in each step."""
+    return not isinstance(weight, ScheduleSection) and weight == 0
+
+
 def is_zero_at_end(weight: float | ScheduleSection) -> bool:
     # `last` is None for a schedule that adapts, and None == 0 is False.
     return (weight.last if isinstance(weight, ScheduleSection) else weight) == 0

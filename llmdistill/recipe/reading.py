@@ -33,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data = _read(path, overrides)
     if command_of(data) == "generate":
         raise RecipeError(f"{path}: this recipe generates a dataset. Use llmdistill generate.")
-    return build(data, str(path))
+    return build_part(Recipe, _with_texts(Recipe, data, overrides), str(path))
 
 
 def load_generation(path: str | Path, overrides: Sequence[str] = ()) -> GenerationRecipe:
@@ -41,6 +41,7 @@ def load_generation(path: str | Path, overrides: Sequence[str] = ()) -> Generati
     data = _read(path, overrides)
     if command_of(data) == "train":
         raise RecipeError(f"{path}: this recipe trains a student. Use llmdistill train.")
+    data = _with_texts(GenerationRecipe, data, overrides)
     return build_part(GenerationRecipe, data, str(path))
 
 
@@ -147,7 +148,11 @@ def _override(data: dict[str, Any], override: str) -> None:
             f"override '{override}' is not of the form dotted.path=value. Write it as in "
             "training.max_steps=20."
         )
-    value = _override_value(text, override)
+    _set(data, path, _override_value(text, override), override)
+
+
+def _set(data: dict[str, Any], path: str, value: Any, override: str) -> None:
+    """Set the value at a dotted path; errors name the override."""
     *parents, last = path.split(".")
     target: Any = data
     for key in parents:
@@ -164,6 +169,28 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise RecipeError(
             f"override '{override}': '{'.'.join(parents)}' is {target!r}, not a mapping or list"
         )
+
+
+def _with_texts(
+    part: type[Strict], data: dict[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Return the data, with what a user typed for a text field as that text.
+
+    YAML reads `hint=Answer: briefly` as a mapping and `output=2024` as a number.
+    """
+    typed = dict(override.split("=", 1) for override in overrides)
+    try:
+        part.model_validate(data)
+    except ValidationError as error:
+        found: list[dict[str, Any]] = [dict(one) for one in error.errors()]
+        for one in found:
+            path = _dotted(one["loc"], data, missing=False)
+            if one["type"] == "option":
+                path = f"{path}.{one['ctx']['key']}"
+            is_text = one["type"] == "string_type" or "should be str" in one["msg"]
+            if is_text and path in typed:
+                _set(data, path, typed[path], path)
+    return data
 
 
 def _override_value(text: str, override: str) -> Any:

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.base import Strict
+from llmdistill.recipe.base import Folder, Seed, Strict
 from llmdistill.recipe.facts import check_training_argument, wrong_pattern
 from llmdistill.recipe.fits import unfit_teacher
 from llmdistill.recipe.generation import GenerationRecipe
+from llmdistill.recipe.objective_base import is_always_zero
 from llmdistill.recipe.objectives import ObjectiveRecipe, ResponseRecipe
 from llmdistill.recipe.rollouts import FixedRecipe, RolloutRecipe
 from llmdistill.recipe.sources import FORMATS, Sources
@@ -146,9 +147,9 @@ class EvaluateRecipe(Strict):
 class Recipe(Strict):
     """A recipe of `llmdistill train`: it trains a student to match a teacher."""
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of everything random: sampling, the order of rows, and new weights."""
-    output: str
+    output: Folder
     """Run folder, with checkpoints, figures and the trained student."""
     teacher: TeacherRecipe
     """Model or models that the student learns from.  `docs/teachers.md` describes each kind."""
@@ -222,6 +223,16 @@ class Recipe(Strict):
                 "weight",
                 "'evaluate.every_steps' measures the objectives with their final weights, which "
                 "are all 0. Let at least one weight end above 0.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> Recipe:
+        if all(is_always_zero(one.weight) for one in self.objectives):
+            raise PydanticCustomError(
+                "weight",
+                "the weights of all objectives are 0, so nothing would be learned. Let at least "
+                "one be above 0.",
             )
         return self
 

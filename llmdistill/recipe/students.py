@@ -90,6 +90,11 @@ class StudentRecipe(Strict):
     peft: PeftRecipe | None = None
     """Adapter to train in place of the weights.  `null` trains all weights."""
 
+    @property
+    def rounds_its_steps(self) -> bool:
+        """Whether the weights that are trained have too few digits for small steps."""
+        return self.peft is None and self.dtype in ("bfloat16", "float16")
+
     # Without these checks both mistakes would show late: a lost base when the adapter is loaded, a
     # merge into quantised weights at the end of training.
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Guards: one stops a run before an update that would spoil the weights, one warns.
+"""Guards against runs that learn nothing, that spoil their weights, or that never learn to stop.
 
 R = ranks.
 """
@@ -12,14 +12,41 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmdistill.errors import NonFiniteLossError
+from llmdistill.data.collate import EncodedRows, PromptDataset
+from llmdistill.errors import NonFiniteLossError, RecipeError, TrainingError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+    from llmdistill.training.trainer import DistillTrainer
 
 logger = logging.getLogger("llmdistill")
 
 MANY = 0.5  # share of unfinished responses from which a run warns
+
+
+def require_a_batch(rows: EncodedRows, args: TrainingArguments) -> None:
+    """Raise RecipeError if incomplete batches are dropped and the rows do not make one batch."""
+    size = args.train_batch_size * args.world_size
+    if not args.dataloader_drop_last:
+        return
+    found = len(rows) if isinstance(rows, PromptDataset) else len(rows.head(size))
+    if found < size:
+        raise RecipeError(
+            f"{found} rows make no batch of {size}, and training.dataloader_drop_last drops "
+            "incomplete batches, so nothing would be learned. Set it to false, or lower "
+            "training.per_device_train_batch_size."
+        )
+
+
+def require_steps(trainer: DistillTrainer) -> None:
+    """Raise TrainingError if training ended without a step."""
+    if trainer.state.global_step == 0:
+        raise TrainingError(
+            "training ended after 0 steps, so nothing was learned and no student is exported. "
+            "Check the number of rows, training.max_steps and training.num_train_epochs."
+        )
 
 
 class EndWatch:

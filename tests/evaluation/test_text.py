@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmdistill.errors import DataError
-from llmdistill.evaluation.text import exact_match, repeated_ngrams, result_of, rouge_l
+from llmdistill.evaluation.text import exact_match, repeated_ngrams, result_of, rouge_l, same_result
 from tests.evaluation.results import RESULTS
 
 
@@ -97,3 +97,21 @@ def test_exact_match_is_a_share():
 def test_a_reference_without_a_result_is_named():
     with pytest.raises(DataError, match="evaluation row 1 .*'none here'"):
         exact_match(["#### 1", "#### 1"], ["#### 1", "none here"], GSM8K)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("18", "18.00", True), ("$18", "18", True), ("18.50", "18.5", True), ("-0.50", "-.5", True), ("0", "-0", True),
+        ("007", "7", True), ("€5", "5", True), ("18", "180", False), ("B", "B", True), ("B", "b", False), (None, None, False),
+        ("18 apples", "18", False), ("1e3", "1000", False), ("100000000000000000001", "100000000000000000000", False),
+    ],
+)  # fmt: skip
+def test_a_number_is_the_same_however_it_is_written(one, other, same):
+    assert same_result(one, other) is same
+    assert same_result(other, one) is same
+
+
+def test_signs_of_a_currency_hide_no_result():
+    assert exact_match(["#### $18"], ["#### 18"], r"#### (-?[\d,.]+)") == 1.0
+    assert exact_match(["so 5.0"], ["so 5"], r"[\d.]+$") == 1.0

@@ -1,0 +1,57 @@
+"""What a run needs beside its models and rows is looked for before anything is measured."""
+
+from __future__ import annotations
+
+from accelerate import PartialState
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from llmdistill.errors import RecipeError
+from llmdistill.training.trainer import DistillTrainer
+
+
+def require_available(args: TrainingArguments) -> None:
+    """Raise RecipeError if a tracker, an optimizer or the Hub cannot be used.
+
+    The repository on the Hub is created, as Trainer would do after the measurements.
+    """
+    known = {*get_available_reporting_integrations(), "none", "all"}
+    for tracker in args.report_to:
+        if tracker not in known:
+            raise RecipeError(
+                f"training.report_to: {tracker} is not installed. Install it with pip, or remove "
+                "the key."
+            )
+    _require_optimizer(args)
+    if args.push_to_hub:
+        _require_hub(args)
+
+
+def _require_optimizer(args: TrainingArguments) -> None:
+    try:
+        DistillTrainer.get_optimizer_cls_and_kwargs(args, None)
+    except Exception as error:
+        # Other errors come from optimizers that need the model, which Trainer gives them later.
+        if isinstance(error, ImportError) or "install" in str(error):
+            raise RecipeError(f"training.optim: {args.optim} cannot be used: {error}") from error
+
+
+class _Pushing:
+    """The part of a trainer that Trainer's own preparation of a push looks at."""
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self.args = args
+
+    def is_world_process_zero(self) -> bool:
+        return bool(PartialState().is_main_process)
+
+
+def _require_hub(args: TrainingArguments) -> None:
+    try:
+        DistillTrainer.init_hf_repo(_Pushing(args))
+    except Exception as error:  # no network, not logged in, no right to write there
+        raise RecipeError(
+            f"training.push_to_hub: cannot use {args.hub_model_id or 'a repository'} on the Hub: "
+            f"{type(error).__name__}: {error}. Log in with 'hf auth login', check the name and the "
+            "network, or remove the key."
+        ) from error
