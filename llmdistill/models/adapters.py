@@ -6,6 +6,7 @@ W' = W + scaling * B A (Hu et al. 2021, eq. 3).
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from llmdistill.errors import ModelError
 from llmdistill.models.embedded import public_name
+
+logger = logging.getLogger("llmdistill")
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,6 +55,7 @@ def add_adapter(
     with torch.random.fork_rng(), warnings.catch_warnings():
         # PEFT uses an attribute that transformers has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(model, config)
@@ -61,6 +65,11 @@ def add_adapter(
             raise ModelError(
                 f"{key}: {error} Choose among the linear layers of this model: {', '.join(names)}."
             ) from error
+    embeddings = adapted.get_base_model().get_input_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and hasattr(embeddings, "base_layer"):
+        logger.warning(
+            "the adapter changes the embeddings alone, not the head that shares their weights"
+        )
     adapted.peft_config["default"].base_model_name_or_path = public_name(model.name_or_path)
     return adapted
 

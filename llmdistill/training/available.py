@@ -33,7 +33,8 @@ def _require_optimizer(args: TrainingArguments) -> None:
     except Exception as error:
         # Other errors come from optimizers that need the model, which Trainer gives them later.
         if isinstance(error, ImportError) or "install" in str(error):
-            raise RecipeError(f"training.optim: {args.optim} cannot be used: {error}") from error
+            name = getattr(args.optim, "value", args.optim)
+            raise RecipeError(f"training.optim: {name} cannot be used: {error}") from error
 
 
 class _Pushing:

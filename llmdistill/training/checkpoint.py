@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from torch import Tensor
@@ -51,7 +51,11 @@ def save_student(
     `state` is the state of the whole module if a wrapper has gathered it; None reads the student.
     """
     students = None if state is None else _under(state, STUDENT_PREFIX)
-    distillation.student.save_pretrained(folder, state_dict=students)
+    # Nothing changes the number of tokens, so an adapter needs no copy of the embeddings.  PEFT
+    # would ask the Hub for the base model to find that out.
+    is_adapter = hasattr(distillation.student, "peft_config")
+    options: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {}
+    distillation.student.save_pretrained(folder, state_dict=students, **options)
     distillation.tokenizer.save_pretrained(folder)
 
 
