@@ -80,7 +80,16 @@ def generate(
     pipeline.run(progress)
     sizes: dict[str, int] = {}
     if PartialState().is_main_process:
-        sizes = write_splits(folder, format=recipe.format, test_share=recipe.test_share)
+        sizes = write_splits(
+            folder,
+            format=recipe.format,
+            test_share=recipe.test_share,
+            keeps_thinking=recipe.thinking == "keep",
+        )
+        if pipeline.counts.thought:
+            done = "saved with" if recipe.thinking == "keep" else "dropped from"
+            number = pipeline.counts.thought
+            logger.info("the thinking of the teacher was %s %d rows", done, number)
         counts, revision = pipeline.counts, pipeline.settings.about["revision"]
         card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, revision))
         replace_text(folder / "README.md", card)
@@ -97,7 +106,9 @@ def _load(
 ) -> tuple[Pipeline, LocalResponder | RemoteResponder]:
     """Build the pipeline and its responder.  Only Lion's comparison may write to `folder` here."""
     # Rows and filters first: their mistakes show in seconds, the teacher may take minutes to load.
-    seed_tasks = read_tasks(recipe.seed_tasks)
+    seed_tasks = read_tasks(
+        recipe.seed_tasks, on_bad_row=recipe.on_bad_row, is_sent=recipe.teacher.is_remote
+    )
     filters = build_filters(recipe, seed_tasks)
     logger.info("loading the teacher %s", recipe.teacher.model)
     responder = build_responder(recipe, folder)

@@ -95,9 +95,12 @@ def _measure(
 ) -> tuple[dict[str, Figures], RowCounts]:
     """Return the figures of each model by its name, and the counts of rows used and dropped."""
     import itertools
+    import math
 
     from llmdistill.data.collate import PromptDataset, collate
+    from llmdistill.data.context import room
     from llmdistill.data.sources import read
+    from llmdistill.data.validate import Rules
     from llmdistill.evaluation.measure import Evaluation
     from llmdistill.models.heads import num_rows
     from llmdistill.models.load import load_config, load_model, load_tokenizer
@@ -110,7 +113,12 @@ def _measure(
     for name in students:  # refuse a wrong pair before the first model is measured
         vocab_size = load_config(name).get_text_config().vocab_size
         require_same(judge.tokenizer, load_tokenizer(name), teacher_rows, vocab_size)
-    dataset = PromptDataset.encode(itertools.islice(read(data), max_rows), judge.tokenizer)
+    configs = [load_config(name).get_text_config() for name in (teacher, *students)]
+    # Prompts that leave no room for an answer are dropped and counted.
+    fits = min(room(config, max_new_tokens) for config in configs)
+    rules = Rules(max_prompt_tokens=None if fits == math.inf else int(fits))
+    rows = itertools.islice(read(data), max_rows)
+    dataset = PromptDataset.encode(rows, judge.tokenizer, rules)
     logger.info("the teacher answers %d prompts", len(dataset))
     evaluation = Evaluation(
         judge,

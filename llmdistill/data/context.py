@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -56,6 +57,15 @@ def can_read_on(config: Any) -> bool:
     # GPT-J and CodeGen also rotate, but look their angles up in a table of that length.
     rotates = any(getattr(config, name, None) for name in ("rope_parameters", "rope_theta"))
     return rotates or config.model_type in ("rwkv", "xglm")
+
+
+def room(config: Any, new_tokens: int) -> float:
+    """Return how many tokens a prompt may have before this many new ones; inf without a limit.
+
+    `config` is that of the text model.  A model that can read on gets no prompt beyond its context.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit - (1 if can_read_on(config) else new_tokens) if limit else math.inf
 
 
 def _longest(

@@ -19,6 +19,7 @@ import torch
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.validate import Row
+from llmdistill.decoding.batches import by_tokens
 from llmdistill.decoding.sample import sample
 from llmdistill.errors import DataError, RecipeError
 from llmdistill.evaluation.agreement import Judged, agreement, judge, perplexity
@@ -43,19 +44,19 @@ BATCH_SIZE = 32  # rows in each batch of everything that is not timed
 class Figures:
     """Figures of one model; MEANING describes each.
 
-    `perplexity` and `rouge_l_references` are None if the rows have no references, `exact_match` is
-    None without an answer pattern.
+    A figure that has no meaning for the rows is None: `perplexity` and `rouge_l_references` without
+    references, `exact_match` without an answer pattern, and measures of words without any.
     """
 
     kl_teacher_text: float
     kl_own_text: float
     top1_agreement: float
     draft_acceptance: float
-    rouge_l_teacher: float
+    rouge_l_teacher: float | None
     rouge_l_references: float | None
     exact_match: float | None
     perplexity: float | None
-    repeated_4grams: float
+    repeated_4grams: float | None
     num_parameters: int
     num_bytes: int
     tokens_per_second: float
@@ -239,8 +240,9 @@ class Evaluation:
         ]
 
     def _batches(self, rows: range) -> Iterator[Prompts]:
-        for start in range(0, len(rows), BATCH_SIZE):
-            yield self.prompts.select(rows[start : start + BATCH_SIZE], pad_id=0)
+        lengths = self.prompts.attention_mask_BP.sum(1)[list(rows)].tolist()
+        for batch in by_tokens(lengths, self.max_new_tokens, BATCH_SIZE):
+            yield self.prompts.select([rows[place] for place in batch], pad_id=0)
 
     def _references(self) -> list[str]:
         return self._decode(self.prompts.responses or ())

@@ -30,7 +30,7 @@ class RepeatedNGrams(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return _info("Share of n-grams that occur earlier in the same text", "predictions")
 
-    def _compute(self, predictions: Sequence[str], n: int = 4) -> dict[str, float]:
+    def _compute(self, predictions: Sequence[str], n: int = 4) -> dict[str, float | None]:
         return {"repeated_ngrams": repeated_ngrams(predictions, n)}
 
 
@@ -40,7 +40,9 @@ class RougeL(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return _info("Mean ROUGE-L F against one reference each", "predictions", "references")
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[str]
+    ) -> dict[str, float | None]:
         return {"rouge_l": rouge_l(predictions, references)}
 
 

@@ -7,35 +7,48 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from llmdistill.errors import DataError
+from llmdistill.evaluation.words import plain_words, words
 
 CURRENCIES = "$€£¥"
 
 
-def repeated_ngrams(answers: Sequence[str], n: int = 4) -> float:
+def repeated_ngrams(answers: Sequence[str], n: int = 4) -> float | None:
     """Return the share of word n-grams that occur earlier in the same answer, in [0, 1].
 
-    The share is taken over the n-grams of all answers together; it is 0 if there are none.
+    The share is taken over the n-grams of all answers together; it is None if there are none.
     """
     total = repeated = 0
     for answer in answers:
-        words = answer.split()
-        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        parts = words(answer)
+        grams = [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]
         total += len(grams)
         repeated += len(grams) - len(set(grams))
-    return repeated / max(total, 1)
+    return repeated / total if total else None
 
 
-def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
+def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float | None:
     """Return the mean ROUGE-L F of each answer against its reference, in [0, 1].
 
-    Lin 2004, without stemming.  Raises ValueError if the lists differ in length.
+    Lin 2004, without stemming.  References without a word are left out; the mean is None if no
+    reference has one.  Raises ValueError if the lists differ in length.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     pairs = list(zip(answers, references, strict=True))
-    scores = [scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs]
-    return sum(scores) / max(len(scores), 1)
+    scores = [
+        scorer.score(reference, answer)["rougeL"].fmeasure
+        for answer, reference in pairs
+        if plain_words(reference)
+    ]
+    return sum(scores) / len(scores) if scores else None
+
+
+class _Words:
+    """The tokenizer of ROUGE, for texts in any language."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return plain_words(text)
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str], pattern: str) -> float:

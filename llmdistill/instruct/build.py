@@ -39,6 +39,7 @@ class Inputs:
 
     `split` sorts the tasks of Lion's pool into hard and easy ones.  `images` is the column with the
     images of a prompt, if the teacher sees them, and `image_folder` is where relative paths start.
+    `on_bad_row` is what happens to malformed prompts.
     """
 
     seed: int
@@ -46,6 +47,8 @@ class Inputs:
     split: Split
     images: str | None = None
     image_folder: Path | None = None
+    on_bad_row: str = "stop"
+    is_remote: bool = False
 
 
 def build_generator(
@@ -57,7 +60,10 @@ def build_generator(
     DataError if there are too few tasks.
     """
     section = recipe.generator
-    teacher, inputs = recipe.teacher, Inputs(recipe.seed, seed_tasks, split)
+    teacher = recipe.teacher
+    inputs = Inputs(
+        recipe.seed, seed_tasks, split, on_bad_row=recipe.on_bad_row, is_remote=teacher.is_remote
+    )
     if isinstance(teacher, MultimodalTeacherRecipe):
         inputs = replace(inputs, images=teacher.images, image_folder=image_folder(teacher))
     return _builder(_GENERATORS, section)(section, inputs)
@@ -69,8 +75,11 @@ def build_filters(recipe: recipes.GenerationRecipe, seed_tasks: Sequence[Task]) 
     Generators with balanced variants (Lion) get a `Balanced` filter at the end.
     """
     # New rows must differ from everything that the teacher was shown, so Lion's pool counts too.
-    known = [*seed_tasks, *read_tasks(recipe.generator.compared_sources)]
+    compared = read_tasks(recipe.generator.compared_sources, on_bad_row=recipe.on_bad_row)
+    known = [*seed_tasks, *compared]
     built = [_builder(_FILTERS, section)(section, known) for section in recipe.filters]
+    for one, section in zip(built, recipe.filters, strict=True):
+        one.kind = section.kind
     if variants := recipe.generator.num_balanced_variants:
         assert recipe.target is not None  # such a recipe is refused without one
         # Rounded up, so that the variants together reach a target that does not divide evenly.
@@ -138,14 +147,21 @@ def _magpie(section: generator_sections.MagpieRecipe, inputs: Inputs) -> TaskGen
 
 
 def _answer(section: generator_sections.AnswerRecipe, inputs: Inputs) -> TaskGenerator:
-    tasks = read_tasks(section.prompts, images=inputs.images)
+    tasks = read_tasks(
+        section.prompts,
+        images=inputs.images,
+        on_bad_row=inputs.on_bad_row,
+        takes_context=True,
+        is_sent=inputs.is_remote,
+    )
     for number, task in enumerate(tasks):  # before the teacher is loaded
         images_in(inputs.image_folder, task.images, f"prompt {number}")
     return given.Answer(tasks, **_options(section, "prompts"))
 
 
 def _rewrite(section: generator_sections.RewriteRecipe, inputs: Inputs) -> TaskGenerator:
-    return given.Rewrite(read_tasks(section.prompts), **_options(section, "prompts"))
+    tasks = read_tasks(section.prompts, on_bad_row=inputs.on_bad_row, is_sent=inputs.is_remote)
+    return given.Rewrite(tasks, **_options(section, "prompts"))
 
 
 def _evolve(section: generator_sections.EvolveRecipe, inputs: Inputs) -> TaskGenerator:

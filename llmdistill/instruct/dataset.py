@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.instruct.records import read_whole_lines, replace_lines
+from llmdistill.models.chat import TAGS, THINKING
 
 SPLITS = ("train", "test")
 FORMER_SPLITS = ("held",)  # name of `test` before 0.1.0; such files are deleted as outdated
 
 
-def write_splits(folder: Path, *, format: str, test_share: float) -> dict[str, int]:
+def write_splits(
+    folder: Path, *, format: str, test_share: float, keeps_thinking: bool = True
+) -> dict[str, int]:
     """Write the files of each split from rows.jsonl, and return the number of rows in each split.
 
     `format` is a key of `ROW_FORMATS`.  Splits without rows are left out.
@@ -29,7 +32,9 @@ def write_splits(folder: Path, *, format: str, test_share: float) -> dict[str, i
     splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
     for row in read_whole_lines(folder / "rows.jsonl"):
         name = "test" if _share(row) < test_share else "train"
-        splits[name].append(ROW_FORMATS[format](row))
+        thinking, context = row.pop("thinking", ""), row.pop("context", [])
+        made = ROW_FORMATS[format](row, thinking if keeps_thinking else "", context)
+        splits[name].append(made)
     # A resumed run may change `test_share` or `format`, so no file of an earlier run may remain.
     for name in (*SPLITS, *FORMER_SPLITS):
         for old in folder.glob(f"{name}.*"):
@@ -39,19 +44,39 @@ def write_splits(folder: Path, *, format: str, test_share: float) -> dict[str, i
             replace_lines(folder / f"{name}.jsonl", rows)
             # Written under another name and renamed, so that a kill leaves no half file.
             fresh = folder / f"{name}.parquet.new"
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), fresh)
+            columns = dict.fromkeys(key for row in rows for key in row)  # some rows have more
+            table = {key: [row.get(key) for row in rows] for key in columns}
+            pyarrow.parquet.write_table(pyarrow.table(table), fresh)
             fresh.replace(folder / f"{name}.parquet")
     return {name: len(rows) for name, rows in splits.items() if rows}
 
 
-def _as_messages(row: Mapping[str, Any]) -> dict[str, Any]:
+def _as_messages(
+    row: Mapping[str, Any], thinking: str, context: list[dict[str, Any]]
+) -> dict[str, Any]:
     given = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")
-    messages = [
-        {"role": "user", "content": given},
-        {"role": "assistant", "content": row["output"]},
-    ]
+    answer = {"role": "assistant", "content": row["output"]}
+    if thinking:
+        answer[THINKING[0]] = thinking
+    messages = [*context, {"role": "user", "content": given}, answer]
     kept = {k: v for k, v in row.items() if k not in ("instruction", "input", "output")}
     return {"id": kept.pop("id"), "messages": messages, **kept}
+
+
+def _as_alpaca(
+    row: Mapping[str, Any], thinking: str, context: list[dict[str, Any]]
+) -> dict[str, Any]:
+    made = dict(row)
+    if thinking:
+        opening, closing = TAGS[0]
+        made["output"] = f"{opening}\n{thinking}\n{closing}\n\n{row['output']}"
+    system = [one["content"] for one in context if one["role"] == "system"]
+    turns = [one["content"] for one in context if one["role"] != "system"]
+    if system:
+        made["system"] = "\n\n".join(system)
+    if turns:
+        made["history"] = [list(pair) for pair in zip(turns[::2], turns[1::2], strict=True)]
+    return made
 
 
 def _share(row: Mapping[str, Any]) -> float:
@@ -62,12 +87,11 @@ def _share(row: Mapping[str, Any]) -> float:
     text = f"{row['instruction']}\n{row['input']}".lower()
     for value in row.values():
         if isinstance(value, list):  # the same question about another image is another question
-            text += "\n" + "\n".join(value)
+            text += "\n" + "\n".join(map(str, value))
     # 12 hex digits are 48 bits, which a float holds exactly, so the result is below 1.
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12
 
 
-ROW_FORMATS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "messages": _as_messages,
-    "alpaca": dict,
-}
+Format = Callable[[Mapping[str, Any], str, list[dict[str, Any]]], dict[str, Any]]
+
+ROW_FORMATS: dict[str, Format] = {"messages": _as_messages, "alpaca": _as_alpaca}

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llmdistill.evaluation.text import result_of, same_result
+from llmdistill.evaluation.words import count_words, plain_words, words
 from llmdistill.instruct.similarity import RougePool
 from llmdistill.instruct.tasks import Task
 
@@ -22,11 +24,14 @@ BLACKLIST = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
     *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
 )
+FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 MIN_MATCHED_WORDS = 4  # shorter texts, such as the answer "Paris", occur in many rows by chance
 
 
 class Filter(ABC):
-    """A test that drops some tasks."""
+    """A test that drops some tasks.  `kind` is its name in recipes, or "" if it has none."""
+
+    kind = ""
 
     @abstractmethod
     def reason(self, task: Task) -> str | None:
@@ -50,10 +55,10 @@ class Length(Filter):
         self.min_words, self.max_words, self.field = min_words, max_words, field
 
     def reason(self, task: Task) -> str | None:
-        words = len(getattr(task, self.field).split())
-        if words < self.min_words:
+        count = count_words(getattr(task, self.field))
+        if count < self.min_words:
             return f"{self.field} too short"
-        return f"{self.field} too long" if words > self.max_words else None
+        return f"{self.field} too long" if count > self.max_words else None
 
 
 class Truncated(Filter):
@@ -78,15 +83,17 @@ class Blacklist(Filter):
 
 
 class OddStart(Filter):
-    """Drops instructions that start with punctuation, a non-ASCII character or "Write a program".
+    """Drops instructions that start with a sign, or with "Write a program".
 
-    The rule is that of Alpaca (Taori et al. 2023).
+    The rule is that of Alpaca (Taori et al. 2023), but letters of any language may start an
+    instruction, and so may opening marks such as "¿" and "«".
     """
 
     def reason(self, task: Task) -> str | None:
         first = task.instruction.lstrip()[:1]
-        odd = not first or not first.isascii() or not first.isalnum()
-        if odd or task.instruction.lstrip().startswith("Write a program"):
+        opens = not first.isascii() and unicodedata.category(first or " ") in ("Ps", "Pi")
+        starts = first.isalnum() or opens or first in ("¿", "¡")
+        if not starts or task.instruction.lstrip().startswith("Write a program"):
             return "odd start"
         return None
 
@@ -95,25 +102,30 @@ class RepeatedLines(Filter):
     """Drops answers that repeat their lines or runs of words.
 
     Neither the share of repeated lines nor that of repeated runs of `ngram` words may be larger
-    than `max_share`.
+    than `max_share`.  In fenced code, where lines and names repeat, only `max_code_share` of the
+    lines may be repeated.
     """
 
-    def __init__(self, max_share: float = 0.3, ngram: int = 4) -> None:
-        self.max_share, self.ngram = max_share, ngram
+    def __init__(self, max_share: float = 0.3, ngram: int = 4, max_code_share: float = 0.8) -> None:
+        self.max_share, self.ngram, self.max_code_share = max_share, ngram, max_code_share
 
     def reason(self, task: Task) -> str | None:
-        lines = [line.strip() for line in task.output.splitlines() if line.strip()]
-        words = task.output.split()
-        runs = [tuple(words[i : i + self.ngram]) for i in range(len(words) - self.ngram + 1)]
-        repeats = max(_repeated(lines), _repeated(runs))
-        return "repeats itself" if repeats > self.max_share else None
+        code = "\n".join(block[1] for block in FENCE.finditer(task.output))
+        text = FENCE.sub("\n", task.output)
+        parts = words(text)
+        runs = [tuple(parts[i : i + self.ngram]) for i in range(len(parts) - self.ngram + 1)]
+        repeats = max(_repeated(_lines(text)), _repeated(runs))
+        is_looping = _repeated(_lines(code)) > self.max_code_share
+        return "repeats itself" if repeats > self.max_share or is_looping else None
 
 
 class EmptyAnswer(Filter):
     """Drops empty answers.  It is no option of recipes, because the pipeline always applies it."""
 
     def reason(self, task: Task) -> str | None:
-        return None if task.output.strip() else "empty answer"
+        if task.output.strip():
+            return None
+        return "only thinking" if task.thinking else "empty answer"
 
 
 class EmptyOrEcho(Filter):
@@ -277,6 +289,10 @@ class Balanced(Filter):
         self.counts[task.variant] += 1
 
 
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def _repeated(parts: Sequence[object]) -> float:
     """Return the share of parts that occurred earlier in the list; 0 for an empty list."""
     return 1 - len(set(parts)) / len(parts) if parts else 0.0
@@ -292,5 +308,5 @@ def _runs(text: str, length: int) -> list[str]:
 
     A text with fewer words is a single run.
     """
-    words = re.findall(r"\w+", text.lower())
-    return [" ".join(words[i : i + length]) for i in range(max(len(words) - length + 1, 1))]
+    found = plain_words(text)
+    return [" ".join(found[i : i + length]) for i in range(max(len(found) - length + 1, 1))]

@@ -11,6 +11,7 @@ on the teacher's answer, and a given share with the largest values is hard.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmdistill.batch import Prompts
+from llmdistill.data.context import room
 from llmdistill.data.formats import Example
 from llmdistill.data.render import render
+from llmdistill.decoding.batches import by_tokens
 from llmdistill.evaluation.agreement import judge, row_kl
 from llmdistill.instruct import prompts
 from llmdistill.instruct.requests import Asked, Reply, Request, user
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmdistill.teachers.local import LocalTeacher
+
+logger = logging.getLogger("llmdistill")
 
 HARD_BY = 1.0  # gap between mean scores of the referee, which are from 1 to 10
 REFEREE = Sampling(temperature=0.2)
@@ -82,20 +87,28 @@ def divergences(
 ) -> list[float]:
     """Return the mean forward KL of each task in nats per token, on the teacher's greedy answer.
 
-    The student uses the teacher's tokenizer, so both must share one vocabulary.
+    The student uses the teacher's tokenizer, so both must share one vocabulary.  A task that leaves
+    no room for an answer in the context of a model gets 0; a warning counts them.
     """
     tokenizer = teacher.tokenizer
     examples = [Example(user(task.prompt), None, task.instruction) for task in tasks]
     ids = [render(tokenizer, example, chat_template_kwargs)[0] for example in examples]
-    means: list[float] = []
-    for start in range(0, len(tasks), batch_size):
-        some = range(start, min(start + batch_size, len(tasks)))
+    configs = [one.config.get_text_config() for one in (teacher.model, student)]
+    fits = min(room(config, max_new_tokens) for config in configs)
+    fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= fits]
+    if len(fitting) < len(ids):
+        logger.warning("%d tasks are too long to be compared", len(ids) - len(fitting))
+    means = [0.0] * len(tasks)
+    for batch in by_tokens([len(ids[i]) for i in fitting], max_new_tokens, batch_size):
+        some = [fitting[place] for place in batch]
         packed = Prompts.pack([ids[i] for i in some], some, pad_id=0)
         written = teacher.write(packed, GREEDY, max_new_tokens=max_new_tokens, draw=Draw(0))
         (judged,) = judge(teacher, [written])
         # Dropout must be off, whichever mode the caller left the student in.
         with eval_mode(student):
-            means += row_kl(student, judged, num_tokens(tokenizer)).tolist()
+            found = row_kl(student, judged, num_tokens(tokenizer)).tolist()
+        for place, mean in zip(some, found, strict=True):
+            means[place] = mean
     return means
 
 

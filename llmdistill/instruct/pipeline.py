@@ -13,6 +13,7 @@ the same as without the interruption.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,8 @@ from llmdistill.instruct.requests import Asked, Reply, Request
 from llmdistill.instruct.responders import Responder
 from llmdistill.instruct.tasks import Task
 
+logger = logging.getLogger("llmdistill")
+
 ALWAYS = (EmptyAnswer(),)  # a row without an answer is of no use in any dataset
 BARREN_ROUNDS = 20  # rounds without a kept row after which an endless generator is stopped
 
@@ -55,12 +58,14 @@ class Made:
 class TaskCounts:
     """Number of tasks that were kept, and dropped by reason.
 
-    `variants` counts the kept ones by the variant of the generator that made them.
+    `variants` counts the kept ones by the variant of the generator that made them, and `thought`
+    those with thinking.
     """
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     variants: Counter[str] = field(default_factory=Counter)
+    thought: int = 0
 
     @property
     def made(self) -> int:
@@ -108,6 +113,7 @@ class Pipeline:
         self._kept: list[Task] = []
         self._next_call = 0
         self._is_answered = False
+        self._warned: set[str] = set()
 
     def run(
         self, progress: Callable[[TaskCounts, float], None] = lambda counts, seconds: None
@@ -179,6 +185,7 @@ class Pipeline:
     def _keep(self, made: Sequence[Made]) -> None:
         """Filter the tasks of a round, and append the kept ones to rows.jsonl."""
         rows, before = [], list(self._kept)
+        self._dropped_by: Counter[str] = Counter()
         for call in made:
             self._is_answered |= any(not r.refused for stage in call.replies for r in stage)
             # Tasks beyond the target are neither kept nor counted, so the counts add up.
@@ -192,17 +199,31 @@ class Pipeline:
         self._kept = before
         self._next_call = made[-1].call + 1 if made else self._next_call
         self._append("rows.jsonl", rows)
+        self._warn_about_filters(sum(len(call.parsed.tasks) for call in made))
+
+    def _warn_about_filters(self, tasks: int) -> None:
+        """Warn once about a filter that drops more than half of the tasks of a round."""
+        for kind, dropped in self._dropped_by.items():
+            if dropped > tasks / 2 and kind not in self._warned:
+                self._warned.add(kind)
+                logger.warning(
+                    "the filter '%s' dropped %d of %d tasks of a round. Change its options in "
+                    "'filters', or leave it out there.", kind, dropped, tasks,
+                )  # fmt: skip
 
     def _passes(self, task: Task) -> bool:
         """Whether all filters keep the task; counts it either way."""
         # Evaluated lazily: the first reason ends the search, so cheap filters should come first.
-        reasons = (one.reason(task) for one in (*ALWAYS, *self.filters))
-        if reason := next(filter(None, reasons), None):
+        reasons = ((one.reason(task), one.kind) for one in (*ALWAYS, *self.filters))
+        reason, kind = next((found for found in reasons if found[0]), (None, ""))
+        if reason is not None:
             self.counts.dropped[reason] += 1
+            self._dropped_by[kind] += bool(kind)
             return False
         for one in self.filters:
             one.kept(task)
         self.counts.kept += 1
+        self.counts.thought += bool(task.thinking)
         self.counts.variants.update([task.variant] if task.variant else [])
         return True
 
@@ -213,6 +234,8 @@ class Pipeline:
             "input": task.input,
             "output": task.output,
             **({} if self.settings.images is None else {self.settings.images: list(task.images)}),
+            **({"thinking": task.thinking} if task.thinking else {}),
+            **({"context": list(task.context)} if task.context else {}),
             "variant": task.variant,
             **self.settings.about,
             "prompt_hash": made.prompt_hash,

@@ -45,13 +45,14 @@ class Reply:
 
     `truncated`: the limit of new tokens cut the text off.  `refused`: why there is no text; empty
     if there is one.  `log_prob`: the mean log-probability of the text in nats per token, or None if
-    the responder does not score replies.
+    the responder does not score replies.  `thinking`: what the teacher thought before the text.
     """
 
     text: str
     truncated: bool = False
     refused: str = ""
     log_prob: float | None = None
+    thinking: str = ""
 
 
 # One call of a task generator, as a Python generator.  It yields several requests at once, is sent

@@ -22,13 +22,16 @@ from accelerate import PartialState
 from torch import Tensor
 
 from llmdistill.batch import Prompts, Sequences
+from llmdistill.data.context import room
 from llmdistill.data.formats import Example
 from llmdistill.data.render import close_user_turn, continued, open_user_turn, render
+from llmdistill.decoding.batches import by_tokens
 from llmdistill.decoding.keyed import row_keys
 from llmdistill.evaluation.agreement import judge
 from llmdistill.instruct.parse import BETWEEN
 from llmdistill.instruct.records import append_lines, drop_half_line, read_whole_lines
 from llmdistill.instruct.requests import Asked, Reply, Request
+from llmdistill.models.chat import TAGS, ChatTemplate, spoken_thinking
 from llmdistill.models.vocabulary import end_ids
 from llmdistill.objectives.labels import token_log_probs
 from llmdistill.sampling import Draw, Sampling, Writer
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
     from llmdistill.teachers.local import LocalTeacher
 
+TOO_LONG = "prompt longer than the teacher's context"
+OPENING_TOKENS = 16  # at the end of a prompt, in which the tag that opens thinking is looked for
 CONTROL_TOKEN, NO_UNICODE = "control token in the text", "text that is not Unicode"
 # Control tokens of the common model families.  A server renders the chat template itself and reads
 # them anywhere in a text, so a user's text could open or close turns.
@@ -79,32 +84,49 @@ class LocalResponder:
         # Any special token ends a reply: one that opens a turn means that the teacher has started
         # to write the next turn.
         known = teacher.tokenizer.added_tokens_decoder.items()
-        special = {number for number, token in known if token.special}
+        tags = {tag for pair in TAGS for tag in pair}
+        special = {n for n, token in known if token.special and token.content not in tags}
         self._ends = end_ids(teacher.model, teacher.tokenizer) | special
 
     def respond(self, asked: Sequence[Asked]) -> list[Reply]:
         prompts = [self._prompt(one.request) for one in asked]
-        replies: dict[int, Reply] = {}
+        replies = {place: self._too_long(ids, asked[place]) for place, ids in enumerate(prompts)}
         for (sampling, max_new_tokens, stage, stop), places in self._groups(asked).items():
+            places = [place for place in places if replies[place] is None]
             places.sort(key=lambda place: len(prompts[place]))
+            lengths = [len(prompts[place]) for place in places]
             # With continuous batching, transformers forms the batches itself.
-            size = len(places) if sampling.continuous else self.batch_size
-            for start in range(0, len(places), size):
-                some = places[start : start + size]
-                batch = Prompts.pack(
+            batches = by_tokens(lengths, max_new_tokens, self.batch_size)
+            for batch in [range(len(places))] if sampling.continuous else batches:
+                some = [places[number] for number in batch]
+                packed = Prompts.pack(
                     [prompts[place] for place in some], [asked[place].call for place in some],
                     pad_id=self.teacher.tokenizer.pad_token_id,
                 )  # fmt: skip
                 # The key of the randomness: row = call, epoch = stage, sample = place in the stage.
                 sample = tuple(asked[place].place for place in some)
                 written = self.teacher.write(
-                    batch, sampling, max_new_tokens=max_new_tokens,
+                    packed, sampling, max_new_tokens=max_new_tokens,
                     draw=Draw(self.seed, epoch=stage, sample=sample), stop=stop,
                 )  # fmt: skip
                 each = written_log_probs(self.teacher, written) if self.scored else None
-                found = self._replies(written.responses(), stop, each)
+                is_open = [self._is_open(prompts[place], asked[place].request) for place in some]
+                found = self._replies(written.responses(), stop, each, is_open)
                 replies |= zip(some, found, strict=True)
-        return [replies[place] for place in range(len(asked))]
+        return [reply for reply in replies.values() if reply is not None]
+
+    def _too_long(self, prompt: Sequence[int], asked: Asked) -> Reply | None:
+        """Return a refusal for a prompt that exceeds the teacher's context, or None."""
+        config = self.teacher.model.config.get_text_config()
+        fits = len(prompt) <= room(config, asked.request.max_new_tokens)
+        return None if fits else Reply("", refused=TOO_LONG)
+
+    def _is_open(self, prompt: Sequence[int], request: Request) -> bool:
+        """Whether the prompt ends within thinking that the template has opened."""
+        if request.turn == "user":
+            return False
+        end = str(self.teacher.tokenizer.decode(list(prompt[-OPENING_TOKENS:]))).rstrip()
+        return any(end.endswith(opening) for opening, _ in TAGS)
 
     def _groups(self, asked: Sequence[Asked]) -> dict[tuple[Sampling, int, int, str], list[int]]:
         """Return the places of the requests that can share a batch.
@@ -126,15 +148,22 @@ class LocalResponder:
             ids = open_user_turn(tokenizer, options)
         else:
             ids, _ = render(tokenizer, Example(request.messages, None, "a request"), options)
+            if request.start and self._is_open(ids, request):  # the text starts after the thinking
+                ids += ChatTemplate(tokenizer, options).ids_after(f"\n{TAGS[0][1]}\n\n")
         return ids + continued(tokenizer, request.start, "a request")
 
     def _replies(
-        self, responses: Sequence[list[int]], stop: str, each: list[Tensor] | None = None
+        self,
+        responses: Sequence[list[int]],
+        stop: str,
+        each: list[Tensor] | None = None,
+        is_open: Sequence[bool] = (),
     ) -> list[Reply]:
         """Return the text of each row up to `stop` or to the first special token.
 
         Only a template writes special tokens: they end a turn or open another one.  `each` are the
-        log-probabilities of the tokens, if replies are scored.
+        log-probabilities of the tokens, if replies are scored.  `is_open` marks the rows that start
+        within thinking.
         """
         tokenizer, replies = self.teacher.tokenizer, []
         for row, ids in enumerate(responses):
@@ -147,7 +176,9 @@ class LocalResponder:
                 mean = float(each[row][:count].mean())
             # Neither ended nor stopped: the limit of new tokens cut it off.
             is_whole = end < len(ids) or cut >= 0
-            replies.append(Reply(text if cut < 0 else text[:cut], not is_whole, log_prob=mean))
+            inside = bool(is_open) and is_open[row]
+            thinking, text = spoken_thinking(text if cut < 0 else text[:cut], is_open=inside)
+            replies.append(Reply(text, not is_whole, log_prob=mean, thinking=thinking))
         return replies
 
 
@@ -206,8 +237,14 @@ class RemoteResponder:
 
         def heard(number: int, spoken: Spoken) -> None:
             place = missing[number]
-            text = _after(asked[place].request.start, spoken.text)
-            reply = Reply(text, spoken.truncated, spoken.refused, spoken.log_prob)
+            request = asked[place].request
+            thinking, text = spoken.thinking, spoken.text
+            if not thinking and request.turn != "user":
+                thinking, text = spoken_thinking(text)
+            reply = Reply(
+                _after(request.start, text), spoken.truncated, spoken.refused, spoken.log_prob,
+                thinking,
+            )  # fmt: skip
             replies[place] = reply
             # Refusals are not recorded: their cause may be fixed before the run is resumed.
             if self.record and not spoken.refused:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
-from rouge_score import tokenize
+
+from llmdistill.evaluation.words import plain_words
 
 FIRST_CHARACTER = 0x100  # Unicode has over a million code points from here: one for each token
 ROUNDING = 1e-9  # pairs this close below the threshold are computed exactly as well
@@ -28,7 +29,7 @@ class Match(NamedTuple):
 class RougePool:
     """A pool of texts that finds the one most similar to a new text.
 
-    Tokens are those of `rouge_score`: ASCII letters and digits in lower case, without stemming.
+    Tokens are words in lower case without stemming; for ASCII text they are those of `rouge_score`.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class RougePool:
         known = self._characters
         return "".join(
             known.setdefault(token, chr(FIRST_CHARACTER + len(known)))
-            for token in tokenize.tokenize(text, None)
+            for token in plain_words(text)
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmdistill.data.formats import Message
+
 
 @dataclass(frozen=True)
 class Task:
@@ -16,6 +18,8 @@ class Task:
     - `images`: paths of the images that the teacher sees with the prompt, as the row has them.
     - `log_prob`: the teacher's mean log-probability of the text that it wrote, in nats per token;
       None if it was not scored.
+    - `thinking`: what the teacher thought before the answer.
+    - `context`: the messages before the user's turn, such as a system message.
     """
 
     instruction: str
@@ -27,6 +31,8 @@ class Task:
     variant: str = ""
     log_prob: float | None = None
     images: tuple[str, ...] = ()
+    thinking: str = ""
+    context: tuple[Message, ...] = ()
 
     @property
     def prompt(self) -> str:

@@ -53,6 +53,25 @@ def thinking_block(text: str, *, may_be_open: Sequence[str] = ()) -> Block | Non
     return None
 
 
+def spoken_thinking(text: str, *, is_open: bool = False) -> tuple[str, str]:
+    """Return the thinking at the start of what a model wrote, and the text after it.
+
+    `is_open` says that the template has opened the thinking, so the text starts in it.  A server
+    may have done so without saying it: then a closing tag at the end of a line shows it.
+    """
+    closings = [
+        end for _, end in TAGS if is_open or re.search(rf"{re.escape(end)}[ \t]*(?:\n|$)", text)
+    ]
+    block = thinking_block(text, may_be_open=closings)
+    if block is not None:
+        return block.thinking, block.text
+    # Without a closing tag, the limit of new tokens has cut the thinking off.
+    opening = next((start for start, _ in TAGS if text.lstrip().startswith(start)), None)
+    if opening is not None:
+        return text.lstrip().removeprefix(opening).strip(), ""
+    return (text.strip(), "") if is_open else ("", text)
+
+
 class ChatTemplate:
     """The chat template of a tokenizer, with the options of a run.
 

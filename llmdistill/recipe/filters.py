@@ -71,8 +71,8 @@ class BlacklistRecipe(FilterSection):
 
 
 class OddStartRecipe(FilterSection):
-    """Drop instructions that start with punctuation, with a character outside ASCII, or with
-    "Write a program".
+    """Drop instructions that start with a sign other than an opening mark, or with "Write a
+    program".
     """
 
     kind: Literal["odd_start"] = "odd_start"
@@ -86,6 +86,8 @@ class RepeatedLinesRecipe(FilterSection):
     """Largest share of repeated lines, and of repeated n-grams, that is kept."""
     ngram: int = Field(_repeated_lines.ngram, gt=0)
     """Length of the n-grams in words."""
+    max_code_share: float = Field(_repeated_lines.max_code_share, ge=0, le=1)
+    """Largest share of repeated lines in fenced code that is kept.  Its lines repeat more often."""
 
 
 class EmptyOrEchoRecipe(FilterSection):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -37,7 +37,7 @@ class GenerationRecipe(Strict):
     """A recipe of `llmdistill generate`: a teacher writes a dataset for training."""
 
     RENAMED: ClassVar = {"seeds": "seed_tasks", "columns": "format", "held_back": "test_share"}
-    MAY_CHANGE: ClassVar = ("target", "format", "test_share")
+    MAY_CHANGE: ClassVar = ("target", "format", "test_share", "thinking")
     """Keys that a resumed run can change, in addition to those of its teacher."""
 
     seed: Seed = 0
@@ -67,6 +67,15 @@ class GenerationRecipe(Strict):
     """
     chat_template_kwargs: dict[str, Any] = {}
     """Options for the teacher's chat template, such as `{enable_thinking: false}`."""
+    thinking: Literal["keep", "drop"] = "keep"
+    """What happens to the thinking of a teacher that thinks before it answers.  `keep` saves it
+    with the answer: as `reasoning_content` of the message, or in `<think>` tags before an Alpaca
+    `output`.  `drop` saves the answer alone.  Filters look at the answer alone.
+    """
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What happens to malformed rows of the sources: `stop` reports the first of them and stops,
+    `skip` skips and counts them.
+    """
     format: one_of(ROW_FORMATS) = "messages"  # type: ignore[valid-type]
     """Layout of the rows: `messages`, or `alpaca` for the fields `instruction`, `input` and
     `output`.

@@ -20,7 +20,10 @@ class RemoteTeacherRecipe(Strict):
     """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {"url", "key_from", "concurrency", "timeout", "retries", "per_minute", "license"}
+        {
+            *("url", "key_from", "concurrency", "timeout", "retries", "per_minute", "license"),
+            *("leave_out", "rename"),
+        }
     )
     """Keys that a resumed run can change, because the rows do not depend on them."""
     is_remote: ClassVar[bool] = True
@@ -55,6 +58,14 @@ class RemoteTeacherRecipe(Strict):
     per_minute: int | None = Field(_teacher.per_minute, gt=0)
     """Largest number of requests per minute, over all processes.  With `null` only `concurrency`
     limits them.
+    """
+
+    leave_out: list[str] = []
+    """Parameters of a request that are not sent, because the server refuses them, such as `[seed]`.
+    """
+    rename: dict[str, str] = {}
+    """Parameters of a request that are sent under another name, such as `{max_tokens:
+    max_completion_tokens}`.
     """
 
     # A recipe is copied into the run folder and shown on cards, so an address with a key in it must

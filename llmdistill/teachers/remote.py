@@ -28,6 +28,14 @@ from llmdistill.decoding.keyed import row_keys
 from llmdistill.errors import RecipeError, TeacherError
 from llmdistill.protocols import Need
 from llmdistill.sampling import Draw, Sampling, Writer
+from llmdistill.teachers.spoken import (
+    REFUSED_BY_SERVER,
+    UNUSABLE,
+    UNUSABLE_REPLY,
+    Spoken,
+    parameter_hint,
+    read_reply,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,17 +47,12 @@ TRY_AGAIN = (408, 409, 425, 429)  # HTTP statuses to retry, as are all from 500
 # Statuses that concern the content of one request (too long, for example), so that others may
 # succeed.  Such a request loses its row, and the run continues.
 REFUSED_STATUS = (400, 413, 422)
-REFUSED_BY_SERVER = "refused by the server"
 HINTS = {
     401: ". Set teacher.key_from to the environment variable that holds your key.",
     403: ". Set teacher.key_from to the environment variable that holds your key.",
     404: ". Check that teacher.url has the path of the server's API (.../v1) and that the server "
     "has this model.",
 }
-
-# Raised while reading a reply that is not JSON, or is JSON of an unexpected form.  The openai
-# client validates neither.
-UNUSABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 
 logger = logging.getLogger("llmdistill")
 
@@ -69,20 +72,6 @@ class Question:
     stop: str = ""
 
 
-@dataclass(frozen=True)
-class Spoken:
-    """A server's reply.
-
-    `truncated`: the limit of new tokens cut it off.  `refused`: why there is no reply; empty if
-    there is one.  `log_prob`: its mean log-probability in nats per token; None if not scored.
-    """
-
-    text: str
-    truncated: bool = False
-    refused: str = ""
-    log_prob: float | None = None
-
-
 class RemoteTeacher:
     """Teacher `model` on the server at `url` (.../v1).
 
@@ -90,7 +79,8 @@ class RemoteTeacher:
     to api.openai.com, and no other server gets a key.  `timeout` (of one attempt) and `pause` (the
     first one) are in seconds, `retries` are attempts after the first, and `per_minute` limits the
     requests that start.  `write` needs `tokenizer`.  With `scored`, replies have log-probabilities.
-    `chat_template_kwargs` are sent to the server's chat template.
+    `chat_template_kwargs` are sent to the server's chat template.  Parameters of a request in
+    `leave_out` are not sent, and those in `rename` are sent under another name.
     """
 
     provides: frozenset[Need] = frozenset()
@@ -109,6 +99,8 @@ class RemoteTeacher:
         pause: float = 0.5,
         scored: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        leave_out: Sequence[str] = (),
+        rename: Mapping[str, str] | None = None,
     ) -> None:
         if importlib.util.find_spec("openai") is None:
             raise RecipeError(
@@ -120,8 +112,10 @@ class RemoteTeacher:
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.pause, self.scored = pause, scored
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.leave_out, self.rename = tuple(leave_out), dict(rename or {})
         self._pace = _Pace(per_minute)
         self._said: set[str] = set()
+        self._is_well = False  # whether the server has given a usable reply
 
     def answer(
         self,
@@ -210,15 +204,17 @@ class RemoteTeacher:
         """Ask until there is a reply.  Pauses double, and are at least what the server asks for."""
         import openai
 
-        wrong = ""
+        wrong, is_unusable = "", False
         for attempt in range(self.retries + 1):
             await self._pace.turn()
-            wait = 0.0
+            wait, is_unusable = 0.0, False
             try:
                 async with asyncio.timeout(self.timeout):  # the client's limits one read
                     reply = await self._ask(client, question)
                 self._check_model(reply)
-                return _spoken(reply, scored=self.scored)
+                found = self._spoken(reply)
+                self._is_well = True
+                return found
             except (
                 openai.APIConnectionError,
                 openai.APIResponseValidationError,
@@ -228,7 +224,8 @@ class RemoteTeacher:
             except openai.APIStatusError as error:
                 wrong = f"HTTP {error.status_code}: {error.message}"
                 if error.status_code in REFUSED_STATUS:
-                    self._say_once(f"{self.url} refused a request: {wrong[:500]}")
+                    hint = parameter_hint(wrong)
+                    self._say_once(f"{self.url} refused a request: {wrong[:500]}{hint}")
                     return Spoken("", refused=REFUSED_BY_SERVER)
                 if error.status_code not in TRY_AGAIN and error.status_code < 500:
                     hint = HINTS.get(error.status_code, "")
@@ -238,11 +235,14 @@ class RemoteTeacher:
                 wait = _asked_to_wait(error.response)
             except UNUSABLE as error:
                 wrong = f"unusable reply: {error}"
+                is_unusable = True
             self._say_once(f"{self.url}: {wrong[:200]}; retrying")
             if attempt < self.retries:
                 pause = min(self.pause * 2**attempt, LONGEST_PAUSE)
                 # Random, so that parallel requests do not all come back at the same moment.
                 await asyncio.sleep(max(wait, pause * random.uniform(0.5, 1.0)))
+        if is_unusable and self._is_well:  # others get replies, so this one costs its row alone
+            return Spoken("", refused=UNUSABLE_REPLY)
         raise TeacherError(
             f"{self.url} gave no usable reply in {self.retries + 1} attempts. The last error: "
             f"{wrong[:500]} Check that the server is running and that teacher.url is right. "
@@ -266,12 +266,31 @@ class RemoteTeacher:
         }
         if question.stop:
             options["stop"] = [question.stop]
+        if self.scored:
+            options["logprobs"] = True if is_chat else 1
+        options = self._adapted(options)
         if is_chat:
-            options |= {"logprobs": True} if self.scored else {}
             return await client.chat.completions.create(messages=list(prompt), **options)
-        options |= {"logprobs": 1} if self.scored else {}
         text_or_ids = prompt if isinstance(prompt, str) else list(prompt)
         return await client.completions.create(prompt=text_or_ids, **options)
+
+    def _adapted(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters of a request as this server takes them."""
+        extra = dict(options["extra_body"] or {})
+        kept = {name: value for name, value in options.items() if name not in self.leave_out}
+        extra = {name: value for name, value in extra.items() if name not in self.leave_out}
+        # The client knows OpenAI's names alone, so new names go into the rest of the body.
+        extra |= {new: kept.pop(old) for old, new in self.rename.items() if old in kept}
+        return kept | {"extra_body": extra or None}
+
+    def _spoken(self, reply: Any) -> Spoken:
+        spoken, reason = read_reply(reply, scored=self.scored)
+        if reason is not None:
+            self._say_once(
+                f"{self.url} ends replies with finish_reason {reason!r}, which is not one of "
+                "OpenAI's; they are taken as complete"
+            )
+        return spoken
 
     def _check_model(self, reply: Any) -> None:
         served = getattr(reply, "model", None)
@@ -320,46 +339,6 @@ class _Pace:
             # The next start is reserved before the sleep: other requests run this in between.
             self.next = max(self.next, now) + self.step
             await asyncio.sleep(self.next - self.step - now)
-
-
-def _spoken(reply: Any, *, scored: bool) -> Spoken:
-    """Return the reply, or raise ValueError if it is incomplete or has an unexpected form."""
-    # A chat's choice has a message, a completion's has a text.
-    choices = getattr(reply, "choices", None)
-    if not choices:
-        raise ValueError("it has no choices")
-    choice = choices[0]
-    message = getattr(choice, "message", None)
-    text = getattr(message, "content", None) if message else getattr(choice, "text", None)
-    reason = getattr(choice, "finish_reason", None)
-    if reason == "content_filter" or getattr(message, "refusal", None):
-        return Spoken("", refused=REFUSED_BY_SERVER)
-    if not isinstance(text, str) or reason not in ("stop", "length"):
-        raise ValueError(f"its text is {str(text)[:40]!r}, its finish_reason {reason!r}")
-    text.encode()  # raises ValueError for a lone surrogate, which could not be saved as UTF-8
-    log_prob = _mean_log_prob(choice) if scored and text else None
-    return Spoken(text, truncated=reason == "length", log_prob=log_prob)
-
-
-def _mean_log_prob(choice: Any) -> float:
-    """Return the mean log-probability in nats per token.
-
-    Chats list tokens in `content`, completions in `token_logprobs`.  Raises TeacherError if the
-    server sent neither.
-    """
-    found = getattr(choice, "logprobs", None)
-    tokens = getattr(found, "content", None)
-    each = (
-        [token.logprob for token in tokens]
-        if tokens is not None
-        else getattr(found, "token_logprobs", None)
-    )
-    if each is None:
-        raise TeacherError(
-            "the server returned no log-probabilities, which the filter 'perplexity' and "
-            "'best_by: likelihood' need. Remove them from the recipe, or use another server."
-        )
-    return sum(each) / max(len(each), 1)
 
 
 def _asked_to_wait(response: Any) -> float:

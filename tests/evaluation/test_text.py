@@ -19,9 +19,8 @@ from tests.evaluation.results import RESULTS
         (["a b c d", "a b c d"], 2, 0.0),  # only within one answer
         (["x x x x x", "a b c d e f g h"], 4, 1 / 7),  # 2 + 5 n-grams: over all, not per answer
         (["a  b\na b"], 2, 1 / 3),  # white space of any kind
-        (["a b c"], 4, 0.0),  # shorter than one n-gram
-        ([""], 4, 0.0),
-        ([], 4, 0.0),
+        (["a b c", "a b c d e"], 4, 0.0),  # one is shorter than one n-gram
+        (["我爱你我爱你"], 3, 1 / 4),  # each character of a script without spaces is a word
     ],
 )
 def test_repeated_ngrams(answers, n, share):
@@ -46,7 +45,8 @@ def test_four_words_are_the_default():
         ("The Cat!", "the cat", 1.0),  # letter case and punctuation do not
         ("running", "run", 0.0),  # no stemming
         ("", "a", 0.0),
-        ("a", "", 0.0),
+        ("Напиши стихи", "Напиши стихи", 1.0),
+        ("我 爱你", "我爱你", 1.0),
     ],
 )
 def test_rouge_l(answer, reference, score):
@@ -57,7 +57,12 @@ def test_rouge_l_is_the_mean_over_answers():
     assert rouge_l(["a b", "x", "a c"], ["a b", "y", "a b c d"]) == pytest.approx(
         (1 + 0 + 2 / 3) / 3
     )
-    assert rouge_l([], []) == 0.0
+
+
+@pytest.mark.parametrize("answers", [["a b c"], [""], [], ["我爱"]])
+def test_a_measure_without_a_meaning_is_none_and_not_0(answers):
+    assert repeated_ngrams(answers) is None
+    assert rouge_l(answers, ["..."] * len(answers)) is None
 
 
 def test_rouge_l_wants_a_reference_for_each():

@@ -53,7 +53,7 @@ def test_keeps_a_good_task(name):
         ("blacklist", task(instruction="Describe this Image in a few words."), "blacklisted word"),
         ("blacklist", task(instruction="Say where I should go to eat well."), "blacklisted word"),
         ("odd start", task(instruction="- Explain the tides."), "odd start"),
-        ("odd start", task(instruction="Éxplain the tides."), "odd start"),
+        ("odd start", task(instruction="🙂 Explain the tides."), "odd start"),
         ("odd start", task(instruction="Write a program that sorts."), "odd start"),
         ("odd start", task(instruction="  "), "odd start"),
         ("repeats", task(output="a b c d e\n" * 4), "repeats itself"),

@@ -39,7 +39,8 @@ class Answering:
     def request(self, task: Task) -> Request:
         """Return the request for the answer to a task."""
         asked = f"{task.prompt}\n\n{self.hint}" if self.hint else task.prompt
-        return Request(user(asked), self.sampling, self.max_new_tokens, images=task.images)
+        messages = (*task.context, *user(asked))
+        return Request(messages, self.sampling, self.max_new_tokens, images=task.images)
 
 
 class TaskGenerator(ABC):
@@ -79,7 +80,13 @@ def answered(tasks: list[Task], answering: Answering) -> Call:
     """Return the tasks with the teacher's answers; refused requests are counted as dropped."""
     replies: list[Reply] = yield [answering.request(task) for task in tasks]
     made = [
-        replace(t, output=r.text.strip(), truncated=r.truncated, log_prob=r.log_prob)
+        replace(
+            t,
+            output=r.text.strip(),
+            truncated=r.truncated,
+            log_prob=r.log_prob,
+            thinking=r.thinking,
+        )
         for t, r in zip(tasks, replies, strict=True)
         if not r.refused
     ]

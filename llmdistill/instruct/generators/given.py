@@ -102,6 +102,7 @@ class Rewrite(TaskGenerator):
             output=reply.text.strip(),
             reference=task.output,
             log_prob=reply.log_prob,
+            thinking=reply.thinking,
             variant="rewritten",
         )
         # Without a usable answer, the row keeps the given one and is not lost.

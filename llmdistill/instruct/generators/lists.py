@@ -206,4 +206,5 @@ def _instance(instruction: str, reply: Reply) -> Task | None:
         fields["Output"].strip(),
         truncated=reply.truncated,
         log_prob=reply.log_prob,
+        thinking=reply.thinking,
     )
