@@ -86,9 +86,8 @@ def generate(
             test_share=recipe.test_share,
             keeps_thinking=recipe.thinking == "keep",
         )
-        if pipeline.counts.thought:
+        if number := pipeline.counts.thought:
             done = "saved with" if recipe.thinking == "keep" else "dropped from"
-            number = pipeline.counts.thought
             logger.info("the thinking of the teacher was %s %d rows", done, number)
         counts, revision = pipeline.counts, pipeline.settings.about["revision"]
         card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, revision))

@@ -55,7 +55,7 @@ from llmdistill.teachers.build import Parts, build_teacher, load_teacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.available import require_available
 from llmdistill.training.guards import require_a_batch, require_steps
-from llmdistill.training.progress import MetricsFile, ProgressBar
+from llmdistill.training.progress import MetricsFile, OldRun, ProgressBar
 from llmdistill.training.trainer import DistillTrainer
 
 if TYPE_CHECKING:
@@ -145,22 +145,18 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
         logger.info("generating the dataset %s", recipe.generate.output)
         generate(recipe.generate, resume=True)
     train, held = load_data(recipe, tokenizer)
+    require_a_batch(train, arguments)
+    require_context(recipe, train, held)
     rows = fingerprint(train)
     if start.resume:
         run_folder.require_same_rows(folder, rows)
-    require_a_batch(train, arguments)
-    require_context(recipe, train, held)
     teacher, student = load_pair(recipe, tokenizer, train, held)
     against = None
     if recipe.evaluate.against not in (None, recipe.teacher):
         against = load_teacher(recipe.evaluate.against)
         require_same(against.tokenizer, tokenizer, None, num_rows(student))
     evaluation = _evaluation(recipe, against or teacher, held)
-    before: Measurement | None = None
-    reference: PromptDataset | None = None
-    if evaluation is not None:
-        logger.info("measuring the student before training")
-        before, reference = evaluation.measure(student), evaluation.teacher_text()
+    before, reference = _before(evaluation, student)
     # Inner states are those of the run's own teacher, whose layers the objectives have chosen.
     states = any(one.teacher_needs - {"distribution"} for one in recipe.objectives)
     parts = (arguments, teacher, student, tokenizer, train, reference, None if states else against)
@@ -186,6 +182,16 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return result
+
+
+def _before(
+    evaluation: Evaluation | None, student: PreTrainedModel
+) -> tuple[Measurement | None, PromptDataset | None]:
+    """Measure the student before training; return that and the rows for the held-out loss."""
+    if evaluation is None:
+        return None, None
+    logger.info("measuring the student before training")
+    return evaluation.measure(student), evaluation.teacher_text()
 
 
 def _publish(recipe: Recipe, trainer: DistillTrainer, result: Result) -> None:
@@ -374,17 +380,6 @@ def _callbacks(recipe: Recipe, folder: Path, *, show_progress: bool) -> list[Tra
     if recipe.evaluate.patience is not None:
         callbacks.append(EarlyStoppingCallback(recipe.evaluate.patience))
     return callbacks
-
-
-class OldRun(TrainerCallback):
-    """Deletes the overwritten run when the new one has its first checkpoint."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            run_folder.discard_old(self.folder)
 
 
 def _newest_checkpoint(folder: Path) -> str:

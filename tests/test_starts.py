@@ -75,7 +75,7 @@ def test_rows_that_make_no_batch_are_refused(given, measured, tmp_path, streamin
             {"objectives": [{"kind": "response", "weight": 0}]},
             "the weights of all objectives are 0",
         ),
-        ({"seed": 1732200000000}, "'seed': should be less than or equal to 4294967295"),
+        ({"seed": 1732200000000}, "'seed': should be less than 4294967296"),
     ],
 )
 def test_a_recipe_that_learns_nothing_is_refused_when_it_is_read(given, change, said):

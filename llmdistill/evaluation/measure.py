@@ -1,6 +1,6 @@
 """Measures models on held-out prompts: the figures of `evaluation.json`.
 
-B = sequences.
+B = sequences, P = prompt tokens.
 
 The teacher's greedy answers to the evaluation prompts are the reference, and are written once.
 Each model is then measured against them with the same prompts, lengths and random draws.

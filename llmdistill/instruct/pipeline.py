@@ -113,7 +113,7 @@ class Pipeline:
         self._kept: list[Task] = []
         self._next_call = 0
         self._is_answered = False
-        self._warned: set[str] = set()
+        self._drops = DropWatch()
 
     def run(
         self, progress: Callable[[TaskCounts, float], None] = lambda counts, seconds: None
@@ -185,7 +185,6 @@ class Pipeline:
     def _keep(self, made: Sequence[Made]) -> None:
         """Filter the tasks of a round, and append the kept ones to rows.jsonl."""
         rows, before = [], list(self._kept)
-        self._dropped_by: Counter[str] = Counter()
         for call in made:
             self._is_answered |= any(not r.refused for stage in call.replies for r in stage)
             # Tasks beyond the target are neither kept nor counted, so the counts add up.
@@ -194,22 +193,12 @@ class Pipeline:
             self.counts.dropped.update(call.parsed.dropped)
             for place, task in enumerate(call.parsed.tasks):
                 if not self._is_met() and self._passes(task):
-                    rows.append(self._row(call, place, task))
+                    rows.append(_row(self.settings, call, place, task))
                     before.append(task)
         self._kept = before
         self._next_call = made[-1].call + 1 if made else self._next_call
         self._append("rows.jsonl", rows)
-        self._warn_about_filters(sum(len(call.parsed.tasks) for call in made))
-
-    def _warn_about_filters(self, tasks: int) -> None:
-        """Warn once about a filter that drops more than half of the tasks of a round."""
-        for kind, dropped in self._dropped_by.items():
-            if dropped > tasks / 2 and kind not in self._warned:
-                self._warned.add(kind)
-                logger.warning(
-                    "the filter '%s' dropped %d of %d tasks of a round. Change its options in "
-                    "'filters', or leave it out there.", kind, dropped, tasks,
-                )  # fmt: skip
+        self._drops.end_round(sum(len(call.parsed.tasks) for call in made))
 
     def _passes(self, task: Task) -> bool:
         """Whether all filters keep the task; counts it either way."""
@@ -218,7 +207,7 @@ class Pipeline:
         reason, kind = next((found for found in reasons if found[0]), (None, ""))
         if reason is not None:
             self.counts.dropped[reason] += 1
-            self._dropped_by[kind] += bool(kind)
+            self._drops.count(kind)
             return False
         for one in self.filters:
             one.kept(task)
@@ -226,20 +215,6 @@ class Pipeline:
         self.counts.thought += bool(task.thinking)
         self.counts.variants.update([task.variant] if task.variant else [])
         return True
-
-    def _row(self, made: Made, place: int, task: Task) -> dict[str, Any]:
-        return {
-            "id": f"{made.call}-{place}",
-            "instruction": task.instruction,
-            "input": task.input,
-            "output": task.output,
-            **({} if self.settings.images is None else {self.settings.images: list(task.images)}),
-            **({"thinking": task.thinking} if task.thinking else {}),
-            **({"context": list(task.context)} if task.context else {}),
-            "variant": task.variant,
-            **self.settings.about,
-            "prompt_hash": made.prompt_hash,
-        }
 
     # ---- files ----
 
@@ -307,6 +282,45 @@ class Pipeline:
             for one in made:
                 _check_same(self.settings, whole[one.call], one)
             self._keep(made)
+
+
+def _row(settings: Settings, made: Made, place: int, task: Task) -> dict[str, Any]:
+    """Return the row of a task; fields that few rows have are left out where they are empty."""
+    return {
+        "id": f"{made.call}-{place}",
+        "instruction": task.instruction,
+        "input": task.input,
+        "output": task.output,
+        **({} if settings.images is None else {settings.images: list(task.images)}),
+        **({"thinking": task.thinking} if task.thinking else {}),
+        **({"context": list(task.context)} if task.context else {}),
+        "variant": task.variant,
+        **settings.about,
+        "prompt_hash": made.prompt_hash,
+    }
+
+
+class DropWatch:
+    """Warns once about each filter that drops more than half of the tasks of a round."""
+
+    def __init__(self) -> None:
+        self.dropped: Counter[str] = Counter()
+        self.warned: set[str] = set()
+
+    def count(self, kind: str) -> None:
+        """Count a task that the filter of this name dropped; "" is no filter of the recipe."""
+        self.dropped[kind] += bool(kind)
+
+    def end_round(self, tasks: int) -> None:
+        """Look at the drops of a round with this many tasks."""
+        for kind, dropped in self.dropped.items():
+            if dropped > tasks / 2 and kind not in self.warned:
+                self.warned.add(kind)
+                logger.warning(
+                    "the filter '%s' dropped %d of %d tasks of a round. Change its options in "
+                    "'filters', or leave it out there.", kind, dropped, tasks,
+                )  # fmt: skip
+        self.dropped.clear()
 
 
 def _check_same(settings: Settings, recorded: Mapping[str, Any], made: Made) -> None:

@@ -68,14 +68,9 @@ def build_student(
         if base.dtype != torch.float32:
             logger.warning(ROUNDS)
         return base.requires_grad_(True)
-    adapted = add_adapter(
-        base,
-        rank=section.peft.r,
-        alpha=section.peft.alpha,
-        targets=section.peft.targets,
-        dropout=section.peft.dropout,
-        seed=seed,
-    )
+    names = {"r": "rank", "alpha": "alpha", "targets": "targets", "dropout": "dropout"}
+    options = {names[key]: getattr(section.peft, key) for key in names}
+    adapted = add_adapter(base, **options, seed=seed)
     if not alone:
         require_mergeable(adapted)
     return adapted

@@ -97,25 +97,24 @@ def _load(
 ) -> PreTrainedModel:
     if base := adapter_base(name, revision=revision):
         if quantization is not None:
-            raise ModelError(
-                f"cannot quantise '{name}': it is an adapter. Merge it into its base model first."
-            )
+            reason = "it is an adapter. Merge it into its base model first"
+            raise ModelError(f"cannot quantise '{name}': {reason}.")
         return _on_its_base(name, _load(base, None, dtype, device, None), revision)
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
 
-    loader = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
+    kind = "AutoModelForImageTextToText" if sees_images else "AutoModelForCausalLM"
+    loader = getattr(transformers, kind)
     folder, options = _locate(name)
     is_gguf = "gguf_file" in options
     if is_gguf and quantization is not None:
-        raise ModelError(
-            f"cannot quantise '{name}': a .gguf file is quantised already. Name another model."
-        )
+        reason = "a .gguf file is quantised already. Name another model"
+        raise ModelError(f"cannot quantise '{name}': {reason}.")
     if is_gguf:
         options["quantization_config"] = _dequantize()
     else:
         options["use_safetensors"] = True  # loading a pickle can run code
-    if quantization is not None:
-        options["quantization_config"] = quantization_config(quantization, dtype)
+        if quantization is not None:
+            options["quantization_config"] = quantization_config(quantization, dtype)
     if not is_gguf and (quantization is not None or _stored_quantized(name, revision)):
         options["device_map"] = {"": device}  # quantised weights cannot be moved later
     with _clear_errors(name):
@@ -132,10 +131,9 @@ def _load(
             f"cannot load '{name}': its files lack {len(missing)} weights, which would be random "
             f"({missing[0]}, ...). The download or the conversion is incomplete."
         )
-    if not sees_images:
-        model = text_part(model, name)
     if is_gguf:  # the weights are dense now; a config that says "quantised" would break saving
         model.config.__dict__.pop("quantization_config", None)
+    model = model if sees_images else text_part(model, name)
     model.config.name_or_path = model.name_or_path = name
     return (model if "device_map" in options else model.to(device)).eval()
 

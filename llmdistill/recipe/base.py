@@ -14,8 +14,15 @@ from llmdistill.recipe.tables import Table, one_of
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = one_of(Table("models/quantization.py", "QUANTIZATIONS"))
 
-# The generators of numpy take no larger one, and Trainer seeds them.
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+def _seed(seed: int) -> int:
+    # The generators of numpy take no larger one, and Trainer seeds them.
+    if seed >= 2**32:
+        raise PydanticCustomError("seed", "should be less than 4294967296 (2 to the power of 32)")
+    return seed
+
+
+Seed = Annotated[int, Field(ge=0), AfterValidator(_seed)]
 # The shell does not expand `~` within a recipe, or after `output=`.
 Folder = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()))]
 

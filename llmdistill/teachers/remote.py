@@ -71,6 +71,11 @@ class Question:
     seed: int
     stop: str = ""
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is a conversation."""
+        return isinstance(self.prompt, tuple) and isinstance(self.prompt[0], dict)
+
 
 class RemoteTeacher:
     """Teacher `model` on the server at `url` (.../v1).
@@ -250,46 +255,16 @@ class RemoteTeacher:
         )
 
     async def _ask(self, client: Any, question: Question) -> Any:
-        sampling, prompt = question.sampling, question.prompt
-        is_chat = isinstance(prompt, tuple) and isinstance(prompt[0], dict)
-        # Extensions of OpenAI's API that vLLM and others have: sent only if they are set.
-        extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
-        if is_chat and self.chat_template_kwargs:
-            extra["chat_template_kwargs"] = self.chat_template_kwargs
-        options: dict[str, Any] = {
-            "model": self.model,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": question.max_new_tokens,
-            "seed": question.seed,
-            "extra_body": extra or None,
-        }
-        if question.stop:
-            options["stop"] = [question.stop]
-        if self.scored:
-            options["logprobs"] = True if is_chat else 1
-        options = self._adapted(options)
-        if is_chat:
+        options, prompt = _parameters(self, question), question.prompt
+        if question.is_chat:
             return await client.chat.completions.create(messages=list(prompt), **options)
         text_or_ids = prompt if isinstance(prompt, str) else list(prompt)
         return await client.completions.create(prompt=text_or_ids, **options)
 
-    def _adapted(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the parameters of a request as this server takes them."""
-        extra = dict(options["extra_body"] or {})
-        kept = {name: value for name, value in options.items() if name not in self.leave_out}
-        extra = {name: value for name, value in extra.items() if name not in self.leave_out}
-        # The client knows OpenAI's names alone, so new names go into the rest of the body.
-        extra |= {new: kept.pop(old) for old, new in self.rename.items() if old in kept}
-        return kept | {"extra_body": extra or None}
-
     def _spoken(self, reply: Any) -> Spoken:
         spoken, reason = read_reply(reply, scored=self.scored)
         if reason is not None:
-            self._say_once(
-                f"{self.url} ends replies with finish_reason {reason!r}, which is not one of "
-                "OpenAI's; they are taken as complete"
-            )
+            self._say_once(f"{self.url}: finish_reason {reason!r} is taken as a complete reply")
         return spoken
 
     def _check_model(self, reply: Any) -> None:
@@ -301,6 +276,33 @@ class RemoteTeacher:
         if text not in self._said:
             self._said.add(text)
             logger.warning("%s", text)
+
+
+def _parameters(teacher: RemoteTeacher, question: Question) -> dict[str, Any]:
+    """Return the parameters of a request as the server takes them."""
+    sampling = question.sampling
+    # Extensions of OpenAI's API that vLLM and others have: sent only if they are set.
+    extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
+    if question.is_chat and teacher.chat_template_kwargs:
+        extra["chat_template_kwargs"] = teacher.chat_template_kwargs
+    options: dict[str, Any] = {
+        "model": teacher.model,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": question.max_new_tokens,
+        "seed": question.seed,
+    }
+    if question.stop:
+        options["stop"] = [question.stop]
+    if teacher.scored:
+        options["logprobs"] = True if question.is_chat else 1
+    options, extra = (
+        {name: value for name, value in part.items() if name not in teacher.leave_out}
+        for part in (options, extra)
+    )
+    # The client knows OpenAI's names alone, so new names go into the rest of the body.
+    extra |= {new: options.pop(old) for old, new in teacher.rename.items() if old in options}
+    return options | {"extra_body": extra or None}
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, spoken: Spoken) -> list[int]:

@@ -103,12 +103,11 @@ class DistillTrainer(GroupedTrainer):
                 "with the student's. Set its tokenizer."
             )
         require_same(teacher.tokenizer, processing_class, None, num_rows(student))
-        self.teacher, self.rollout = teacher, rollout
-        self.model_card, self.merge_adapter = model_card, merge_adapter
+        self.teacher, self.rollout, self.model_card = teacher, rollout, model_card
+        self.merge_adapter = merge_adapter
         self._step_loss: Tensor | float = 0.0
-        others = getattr(teacher, "ends", ())
-        ends = list_end_ids(unwrap_adapters(student), processing_class, others)
-        self._tally, self._watch_ends = Tally(ends), EndWatch()
+        known = (unwrap_adapters(student), processing_class, getattr(teacher, "ends", ()))
+        self._tally, self._watch_ends = Tally(list_end_ids(*known)), EndWatch()
         use_cache = student.config.use_cache
         # Projectors are created on the CPU.  The seed gives them the same weights on all ranks, and
         # the fork leaves the caller's generator as it was.
