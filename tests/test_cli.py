@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -339,3 +340,104 @@ def test_check_times_both_models_together(recipe, monkeypatch, capsys):
     options = ["rollout.kind=interleaved", "rollout.max_new_tokens=4"]
     assert run(monkeypatch, "check", str(recipe), "--time", *options) == 0
     assert "both models" in capsys.readouterr().out
+
+
+# ---- what would lose the figures of `evaluate`, or cannot be meant ----
+
+
+def test_evaluate_makes_the_folder_of_its_output(pair, monkeypatch, tmp_path):
+    teacher, student = pair
+    data, output = str(tmp_path / "rows.jsonl"), tmp_path / "no/such/x.json"
+    write_jsonl(tmp_path / "rows.jsonl", toy.rows(3))
+    options = [
+        "--teacher",
+        teacher,
+        "--data",
+        data,
+        "--max-new-tokens",
+        "3",
+        "--output",
+        str(output),
+    ]
+    assert run(monkeypatch, "evaluate", student, *options) == 0
+    assert json.loads(output.read_text())
+
+
+@pytest.mark.parametrize(
+    ("students", "output", "said"),
+    [
+        (["none"], "folder", "is a folder. Name a file"),
+        (["none"], "file/x.json", "cannot write"),
+        (["teacher"], None, "'teacher' would name two columns"),
+        (["a", "b", "a"], None, "'a' would name two columns"),
+    ],
+)
+def test_evaluate_looks_first_at_what_would_lose_its_figures(
+    monkeypatch, capsys, tmp_path, students, output, said
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    options = ["--teacher", "none", "--data", "none.jsonl"]
+    if output is not None:
+        options += ["--output", str(tmp_path / output)]
+    assert run(monkeypatch, "evaluate", *students, *options) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_evaluate_drops_prompts_beyond_the_context(pair, monkeypatch, capsys, tmp_path):
+    teacher, student = pair  # 512 positions
+    rows = [*toy.rows(3), {"instruction": "x" * 700, "output": "y"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = [
+        "--teacher",
+        teacher,
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--max-new-tokens",
+        "3",
+    ]
+    assert run(monkeypatch, "evaluate", student, *options) == 0
+    assert "1 dropped: prompt too long" in capsys.readouterr().out
+
+
+def test_a_comma_without_a_number_is_named(monkeypatch, capsys):
+    assert run(monkeypatch, "carve", "none", "out", "--layers", "2,") == 2
+    assert "has a comma without a number" in capsys.readouterr().err
+
+
+def test_check_tells_control_tokens_from_text_that_looks_like_them(
+    recipe, monkeypatch, capsys, tmp_path
+):
+    rows = [{"text": f"<|im_start|>user\nhi {i}<|im_end|>\n"} for i in range(6)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    assert run(monkeypatch, "check", str(recipe)) == 0
+    shown = capsys.readouterr().out
+    assert "hi 0\\<|im_end|>\n<|im_end|>]" in shown  # a text, and the token behind it
+    assert "6 rows have text that looks like control tokens" in " ".join(shown.split())
+    assert "\\ marks text that only looks like a control token" in shown
+
+
+def test_check_shows_what_is_not_read(recipe, monkeypatch, capsys, tmp_path):
+    rows = [row | {"topic": "x"} for row in toy.rows(6)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    assert run(monkeypatch, "check", str(recipe)) == 0
+    assert "fields that nothing reads: 'topic' (6 rows)" in capsys.readouterr().out
+
+
+def test_check_shows_where_a_pair_differs(recipe, monkeypatch, capsys, tmp_path, pair):
+    other = tmp_path / "other"
+    shutil.copytree(pair[1], other)
+    template = "{{ 'Be kind. ' }}" + toy.TEMPLATE
+    (other / "chat_template.jinja").write_text(template)
+    assert run(monkeypatch, "check", str(recipe), f"student.model={other}") == 2
+    shown = capsys.readouterr().out
+    assert "render this row as different tokens" in shown
+    assert "student.tokenizer: teacher" in shown
+    override = [f"student.model={other}", "student.tokenizer=teacher"]
+    assert run(monkeypatch, "check", str(recipe), *override) == 0
+
+
+def test_check_finds_rows_that_make_no_batch(recipe, monkeypatch, capsys):
+    options = ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=64"]
+    assert run(monkeypatch, "check", str(recipe), *options) == 2
+    assert "rows make no batch of 64" in capsys.readouterr().err

@@ -48,10 +48,7 @@ def carve(
     """Cut a smaller model out of a model, from its most influential and most active parts."""
     from llmdistill import recipe as recipes
 
-    given: dict[str, Any] = {"by": by, "mlp_width": mlp_width, "heads": heads}
-    if layers is not None:
-        places = [recipes.parse_yaml(part, "--layers") for part in layers.split(",")]
-        given["layers"] = places if "," in layers else places[0]
+    given = {"by": by, "mlp_width": mlp_width, "heads": heads, "layers": _layers(layers)}
     section = recipes.build_part(recipes.CarveRecipe, given, "carve")
 
     from pathlib import Path
@@ -68,6 +65,19 @@ def carve(
     console.print(shown, markup=False, soft_wrap=True)
     changes = f"{shlex.quote(f'student.model={output}')} student.carve=null"
     next_steps({"Train it as a student": f"llmdistill train RECIPE {changes}"})
+
+
+def _layers(given: str | None) -> Any:
+    """Return a number of layers, or a list of them if there is a comma."""
+    from llmdistill import recipe as recipes
+    from llmdistill.errors import RecipeError
+
+    if given is None:
+        return None
+    if not all(part.strip() for part in given.split(",")):
+        raise RecipeError(f"--layers: '{given}' has a comma without a number beside it")
+    places = [recipes.parse_yaml(part, "--layers") for part in given.split(",")]
+    return places if "," in given else places[0]
 
 
 def _carve(

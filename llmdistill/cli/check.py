@@ -83,11 +83,11 @@ def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedRo
     said = "teacher and student render the rows as the same tokens"
     fits = True
     try:
-        train, held = load_data(recipe, tokenizer)
+        train, held = load_data(recipe, tokenizer, warn=False)
         train.head(1)  # the rows of a stream are rendered when they are read
     except VocabularyError as error:
         said, fits = str(error), False
-        train, held = load_data(recipe, tokenizer, compare=False)
+        train, held = load_data(recipe, tokenizer, compare=False, warn=False)
     console.print(f"template     {said}", soft_wrap=True, markup=False, highlight=False)
     known = "a stream"
     if isinstance(train, PromptDataset):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,6 +55,9 @@ def evaluate(
 
     if answer_pattern is not None and (wrong := wrong_pattern(answer_pattern)):
         raise RecipeError(f"--answer-pattern: {wrong}")
+    _check_names(students)
+    if output is not None:
+        _check_output(Path(output))
 
     from llmdistill.cli.output import set_up
 
@@ -64,11 +68,34 @@ def evaluate(
     _show(figures, f"Figures on {data}: {counts}", output, quiet=quiet)
 
 
+def _check_names(students: list[str]) -> None:
+    """Raise RecipeError for students whose figures would replace others."""
+    from llmdistill.errors import RecipeError
+
+    taken = [*students, "teacher"]
+    if twice := [name for name in students if taken.count(name) > 1]:
+        raise RecipeError(
+            f"'{twice[0]}' would name two columns of the figures. Give the student another name, "
+            f"such as ./{twice[0]}."
+        )
+
+
+def _check_output(path: Path) -> None:
+    """Raise RecipeError if the figures cannot be written to a file; make its folder."""
+    from llmdistill.errors import RecipeError
+
+    if path.is_dir():
+        raise RecipeError(f"--output: {path} is a folder. Name a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"--output: cannot write {path}: {error}") from error
+
+
 def _show(figures: dict[str, Figures], title: str, output: str | None, *, quiet: bool) -> None:
     """Print the figures as a table, or as JSON if `quiet`; write them to a file if one is named."""
     import json
     from dataclasses import asdict
-    from pathlib import Path
 
     from llmdistill.cli import show
     from llmdistill.publish.card import figures_table

@@ -56,12 +56,16 @@ def teacher_tokenizers(whole: recipe.Recipe) -> list[PreTrainedTokenizerBase]:
 
 
 def load_data(
-    whole: recipe.Recipe, tokenizer: PreTrainedTokenizerBase, *, compare: bool = True
+    whole: recipe.Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    compare: bool = True,
+    warn: bool = True,
 ) -> tuple[EncodedRows, PromptDataset | None]:
     """Return the rows to train on, and the held-out rows (None if the recipe has none).
 
     Raises VocabularyError if a teacher renders a row differently; with `compare` off nothing is
-    compared.
+    compared.  `warn` logs what the rows hold that is not read, or is read as text.
     """
     logger.info("reading %s", ", ".join(source.source for source in whole.data.train))
     needed = whole.rollout.takes_data
@@ -75,7 +79,7 @@ def load_data(
     )
     if isinstance(train, PromptDataset):
         logger.info("%d rows to train on (usable: %s)", len(train), train.counts)
-        for note in train.counts.notes():
+        for note in train.counts.notes() if warn else ():
             logger.warning("data: %s", note)
     return train, held
 

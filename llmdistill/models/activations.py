@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmdistill.models.heads import split
+from llmdistill.errors import ModelError
+from llmdistill.models.heads import split, takes_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,10 +33,17 @@ def mean_over_tokens(
     `measure(args, kwargs, output)` gets the arguments and the output of the forward pass of a part,
     and returns (B, T, ...).  The result is in the order in which the parts run.
     """
+    if not attention_mask_BT.any():
+        raise ModelError(
+            "the sample text is empty, so nothing can be measured on it. Give rows of text, or "
+            "list the layers to keep."
+        )
     sums: list[Tensor] = []
     for start in range(0, len(input_ids_BT), ROWS):
         ids_BT, mask_BT = (x[start : start + ROWS] for x in (input_ids_BT, attention_mask_BT))
         columns = mask_BT.any(0)  # columns that are padding in all of these rows are left out
+        if not columns.any():
+            continue
         found = _sums(model, parts, measure, ids_BT[:, columns], mask_BT[:, columns])
         sums = found if not sums else [a + b for a, b in zip(sums, found, strict=True)]
     return torch.stack(sums) / attention_mask_BT.sum()
@@ -59,7 +67,10 @@ def _sums(
     try:
         # Without the head: no part needs logits, and they would be the largest tensor.
         backbone, _ = split(model)
-        backbone(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        # Counted without the padding, as in every other pass: some families learn positions.
+        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(0)
+        options = {"position_ids": positions_BT} if takes_positions(backbone) else {}
+        backbone(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **options)
     finally:
         for hook in hooks:
             hook.remove()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmdistill")
 
+LAYER_NUMBERS = ("layer_idx", "layer_id")  # the second in GPT-Neo and RWKV
 KEPT_LAYERS, DEPTH = "carved_layers", "carved_from_depth"
 """Fields of a carved model's configuration: the layers that it was cut from, counted from 1, and
 the number of layers of that model."""
@@ -58,12 +59,18 @@ def carve(
     are then measured on the remaining ones.  Raises ModelError if that is not possible.
     """
     # Checks come first, because the measurements below run the model on the whole sample.
+    if getattr(model, "is_quantized", False):
+        raise ModelError(
+            "the model is quantised, and packed weights cannot be cut. Carve the model without "
+            "quantization, and quantise the result."
+        )
     if plan.mlp_width is not None:
         widths.check_mlp_width(model, plan.mlp_width)
     if plan.heads is not None:
         widths.check_heads(model, plan.heads)
     layers = _layers(model, plan, sample_BT, attention_mask_BT)
     logger.info("carving: keeping layers %s", ", ".join(map(str, layers)))
+    _check_attention(model, layers)
     student = keep_layers(model, layers)
     if plan.mlp_width is not None:
         activity_LI = widths.neuron_activity(student, sample_BT, attention_mask_BT)
@@ -75,22 +82,55 @@ def carve(
     return student
 
 
+@torch.no_grad()
 def _check_whole(student: PreTrainedModel) -> None:
-    """Raise ModelError if the carved model's configuration describes a model of other shapes.
+    """Raise ModelError unless the carved model is the same once it is saved and loaded.
 
     Some families derive sizes from others: StableLM computes the size of a head from the number of
-    heads.  A model with fewer heads could then be saved, but not loaded.
+    heads.  Others compute with the number of a layer: DiffLlama, and GPT-2 with a scale by layer.
+    So a model is made of the configuration, gets the weights, and must write the same logits.
     """
     with torch.device("meta"):  # shapes without memory
         rebuilt = type(student)(student.config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
-    for name, tensor in student.state_dict().items():
-        if shapes.get(name) != tuple(tensor.shape):
+    ours, theirs = student.state_dict(), rebuilt.state_dict()
+    for name in {**ours, **theirs}:
+        mine, made = (tuple(one[name].shape) if name in one else None for one in (ours, theirs))
+        if mine != made:
             raise ModelError(
-                f"{type(student).__name__} cannot be carved like this: {name} has shape "
-                f"{tuple(tensor.shape)}, but its configuration gives it shape {shapes.get(name)} "
-                "when it is loaded. Carve only whole layers of this model."
+                f"{type(student).__name__} cannot be carved like this: {name} has shape {mine}, "
+                f"but its configuration gives it shape {made} when it is loaded. Carve only whole "
+                "layers of this model, and keep its first layer."
             )
+    rebuilt.load_state_dict(ours, assign=True)
+    # Tables that are in no file, such as the angles of positions, do not depend on the layer.
+    for one, other in zip(student.modules(), rebuilt.modules(), strict=True):
+        other._buffers.update(one._buffers)
+    tokens_BT = torch.arange(1, 9, device=student.device)[None]
+    found, expected = (_read_in_two_parts(one.eval(), tokens_BT) for one in (rebuilt, student))
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        raise ModelError(
+            f"{type(student).__name__} computes with the number of each layer, so the carved model "
+            f"would be another one once it is loaded (its logits differ by up to "
+            f"{float((found - expected).abs().max()):.3g}). Carve another model, or keep the first "
+            "layers: carve.layers: [0, 1, ...]."
+        )
+
+
+def _read_in_two_parts(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
+    """Return the logits of a text whose second half is read with the cache of the first."""
+    half = tokens_BT.shape[1] // 2
+    try:
+        first = model(input_ids=tokens_BT[:, :half], use_cache=True)
+        cache = getattr(first, "past_key_values", None)
+        if cache is None:  # it keeps another state, or none
+            return model(input_ids=tokens_BT, use_cache=False).logits.float()
+        rest = model(input_ids=tokens_BT[:, half:], past_key_values=cache, use_cache=True)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be carved like this: the carved model does not run "
+            f"({type(error).__name__}: {error}). Keep other layers, or carve another model."
+        ) from error
+    return torch.cat([first.logits, rest.logits], 1).float()
 
 
 def _layers(
@@ -101,6 +141,8 @@ def _layers(
     if plan.layers is None:
         return list(range(count))
     if not isinstance(plan.layers, int):
+        if any(isinstance(layer, bool) for layer in plan.layers):
+            raise ModelError(f"carve.layers: got {plan.layers}. List the indices of layers.")
         return list(plan.layers)
     check_num_layers(plan.layers, count)
     if plan.by == "even":
@@ -108,9 +150,26 @@ def _layers(
     return most_influential(influence(model, sample_BT, attention_mask_BT), plan.layers)
 
 
+def _check_attention(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Raise ModelError if a model with some attention layers would keep none of them.
+
+    Caches of such hybrids are made for attention, and cannot hold a text without any.
+    """
+    attend = [
+        place
+        for place, block in enumerate(decoder_layers(model))
+        if any(getattr(block, name, None) is not None for name in ("self_attn", "attention"))
+    ]
+    if 0 < len(attend) < len(decoder_layers(model)) and not set(layers) & set(attend):
+        raise ModelError(
+            f"keeping layers {list(layers)} leaves no attention layer, and this model could not "
+            f"write without one. List the layers to keep, with one of {attend}: carve.layers."
+        )
+
+
 def check_num_layers(number: int, count: int) -> None:
     """Raise ModelError if a model of `count` decoder layers cannot keep this number of them."""
-    if not 0 < number <= count:
+    if isinstance(number, bool) or not 0 < number <= count:
         raise ModelError(
             f"carve.layers: got {number}, but the model has {count} layers. Use a number from 1 to "
             f"{count}."
@@ -171,18 +230,19 @@ def influence(teacher: PreTrainedModel, input_ids_BT: Tensor, attention_mask_BT:
 def _renumber(student: PreTrainedModel, layers: Sequence[int]) -> None:
     """Renumber the layers of a carved model, and cut the lists in its configuration.
 
-    Caches find a layer by its `layer_idx`, and configurations list a type for each layer.
+    Caches find a layer by its number, and configurations list a type for each layer.
     """
     config = student.config.get_text_config()
     setattr(config, DEPTH, config.num_hidden_layers)
     for name, value in list(vars(config).items()):
         per_layer = isinstance(value, list) and len(value) == config.num_hidden_layers
-        # Such as layer_types and no_rope_layers.  A list of end tokens may have the same length.
-        if per_layer and not name.endswith("_token_id"):
+        # Such as layer_types and no_rope_layers.  A list of tokens may have the same length.
+        if per_layer and "token" not in name:
             setattr(config, name, [value[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
     setattr(config, KEPT_LAYERS, [layer + 1 for layer in layers])
     for index, block in enumerate(decoder_layers(student)):
         for module in block.modules():
-            if "layer_idx" in module.__dict__:
-                module.__dict__["layer_idx"] = index
+            for name in LAYER_NUMBERS:
+                if name in module.__dict__:
+                    module.__dict__[name] = index

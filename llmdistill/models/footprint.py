@@ -64,6 +64,7 @@ def skeleton(
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     loader = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
+    config = config if sees_images else config.get_text_config()
     with torch.device("meta"):
         model = loader.from_config(config)
     if plan is None:
@@ -117,9 +118,26 @@ def footprint(student: PreTrainedModel, load: Load) -> dict[str, float]:
         "gradients": 4.0 * trained,
         "optimizer": optimizer * trained,
         "activations": activation_bytes(student, load),
+        "outputs of the adapter": adapter_bytes(student, load),
         "cache while writing": load.written_tokens * load.product_bytes * cached_numbers(student),
         "chunks of logits": 4.0 * CHUNK_BUFFERS * min(CHUNK_ROWS * vocab_size, CHUNK_NUMBERS),
     }
+
+
+def adapter_bytes(student: PreTrainedModel, load: Load) -> float:
+    """Return the bytes of the outputs of all layers with an adapter.
+
+    Each such layer makes its output three times: of the base layer, of the adapter and of both.
+    Autograd keeps none of them, but they are made between tensors that it keeps, so that their
+    memory is not free in one piece.  On a CPU, runs with an adapter took this much more than
+    weights, activations and chunks together.
+    """
+    outputs = (
+        module.base_layer.weight.shape[0]
+        for module in student.modules()
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    )
+    return load.tokens * load.product_bytes * sum(outputs)
 
 
 def optimizer_bytes(optimizer: str) -> float:

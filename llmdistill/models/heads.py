@@ -13,6 +13,7 @@ tensor of a parameter in between.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,6 +114,13 @@ def split(model: Any) -> tuple[nn.Module, Head]:
     )
 
 
+def takes_positions(backbone: nn.Module) -> bool:
+    """Whether the forward pass of a backbone takes the positions of its tokens."""
+    known = inspect.signature(backbone.forward).parameters
+    kinds = (one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+    return "position_ids" in known or any(kinds)
+
+
 def num_rows(model: Any) -> int:
     """Return the number of ids that the model's head scores, including padding rows."""
     return unwrap_adapters(model).get_output_embeddings().weight.shape[0]
@@ -163,7 +171,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def check_split(model: nn.Module) -> None:
     """Raise ModelError unless backbone and head reproduce the model's own logits on a few tokens.
 
-    This finds families whose head does something that `split` does not know.
+    This finds families whose head does something that `split` does not know, and families that read
+    padding as text although a mask hides it.
     """
     ids_BT = torch.arange(1, 6, device=next(model.parameters()).device)[None]
     with eval_mode(model):
@@ -177,3 +186,27 @@ def check_split(model: nn.Module) -> None:
             f"own logits by up to {gap:.3g}. llmdistill does not know the head of this family. "
             "Please report it."
         )
+    if _ignores_masks(model, backbone, ids_BT):
+        raise ModelError(
+            f"{type(unwrap_adapters(model)).__name__} reads padding as text, so a row would depend "
+            "on the others in its batch. Use a model of another family."
+        )
+
+
+def _ignores_masks(model: nn.Module, backbone: nn.Module, ids_BT: Tensor) -> bool:
+    """Whether padding in front of a text changes its states, and a mask does not change them."""
+    padded_BT = torch.cat([torch.zeros_like(ids_BT[:, :3]), ids_BT], 1)
+    mask_BT = (torch.arange(padded_BT.shape[1], device=ids_BT.device) >= 3).long()[None]
+    options = {}
+    if takes_positions(backbone):
+        options["position_ids"] = (mask_BT.cumsum(1) - 1).clamp_min(0)
+    with eval_mode(model):
+        alone, masked, open_ = (
+            backbone(input_ids=ids, use_cache=False, **more).last_hidden_state[:, -5:].float()
+            for ids, more in (
+                (ids_BT, {}),
+                (padded_BT, {"attention_mask": mask_BT, **options}),
+                (padded_BT, options),
+            )
+        )
+    return torch.equal(masked, open_) and not torch.allclose(alone, masked, rtol=1e-2, atol=1e-2)
