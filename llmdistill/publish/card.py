@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmdistill import recipe as recipes
 from llmdistill.data.sources import hub_name
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmdistill.recipe import Recipe, SourceRecipe
 
 # Packages whose versions a card states.
+PATHS = ("output", "source", "model", "tokenizer", "student", "folder")  # keys that hold a path
 PACKAGES = ("llmdistill", "torch", "transformers", "accelerate")
 
 
@@ -56,7 +57,7 @@ def model_card(recipe: Recipe, evaluation: Mapping[str, Figures] | None) -> str:
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {shown(recipe.output.rstrip('/').split('/')[-1])}",
+        f"# {shown(Path(recipe.output).name)}",
     ]
     parts.append(_origin(recipe, list(teachers), terms))
     if evaluation:
@@ -84,7 +85,7 @@ def license_of(name: str, *, kind: Literal["model", "dataset"] = "model") -> str
 
 
 def _origin(recipe: Recipe, teachers: Sequence[str], license_name: str | None) -> str:
-    student = f"`{shown(recipe.student.model)}`"
+    student = f"`{shown(public_part(recipe.student.model))}`"
     if recipe.student.carve is not None:
         student += f", carved ({_options(recipe.student.carve)})"
     whose = "The teacher's licence" if len(teachers) == 1 else "The licence of all teachers"
@@ -97,7 +98,7 @@ def _origin(recipe: Recipe, teachers: Sequence[str], license_name: str | None) -
             "The teachers' licences differ or could not be read. Look them up before you share "
             "this model."
         )
-    taught = ", ".join(f"`{shown(name)}`" for name in teachers)
+    taught = ", ".join(f"`{shown(public_part(name))}`" for name in teachers)
     if recipe.teacher.who:
         taught += f" ({shown(recipe.teacher.who)})"
     return (
@@ -121,15 +122,38 @@ def _measured(recipe: Recipe, evaluation: Mapping[str, Figures]) -> str:
 
 
 def _sources(sources: Sequence[SourceRecipe]) -> str:
-    return ", ".join(f"`{shown(source.source)}`" for source in sources)
+    return ", ".join(f"`{shown(public_part(source.source))}`" for source in sources)
 
 
 def _made(recipe: Recipe) -> str:
     return (
         f"## How it was made\n\nThe model was made by `llmdistill train` with {made_with()}, "
         "from this recipe:\n\n"
-        f"```yaml\n{_fenced(recipes.dump(recipe))}```"
+        f"```yaml\n{_fenced(_public_dump(recipe))}```"
     )
+
+
+def public_part(name: str) -> str:
+    """Return a name that others can use, or the last part of a path on this machine.
+
+    A path can hold the names of people and machines.
+    """
+    is_local = name.startswith((".", "/", "~")) or Path(name).exists()
+    return Path(name).name if is_local else name
+
+
+def _public_dump(recipe: Recipe) -> str:
+    """Return the recipe as YAML without local paths and without the address of a server."""
+
+    def public(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            kept = {name: one for name, one in value.items() if name not in ("url", "key_from")}
+            return {name: public(one, name) for name, one in kept.items()}
+        if isinstance(value, list):
+            return [public(one, key) for one in value]
+        return public_part(value) if key in PATHS and isinstance(value, str) else value
+
+    return recipes.dump_data(public(recipe.model_dump(mode="json", exclude_none=True)))
 
 
 def made_with() -> str:

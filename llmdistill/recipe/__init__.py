@@ -15,6 +15,7 @@ from llmdistill.recipe.reading import (
     build_part,
     command_of,
     dump,
+    dump_data,
     load_generation,
     parse_yaml,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "changed_keys",
     "command_of",
     "dump",
+    "dump_data",
     "load",
     "load_generation",
     "parse_yaml",

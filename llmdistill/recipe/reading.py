@@ -95,7 +95,12 @@ def build_part(part: type[Part], data: dict[str, Any], place: str) -> Part:
 def dump(recipe: Recipe | GenerationRecipe) -> str:
     """Return the recipe as YAML with all defaults; reading it gives an equal recipe."""
     # Every key that can be null is null by default, so leaving nulls out loses nothing.
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    return dump_data(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def dump_data(data: Mapping[str, Any]) -> str:
+    """Return plain data as YAML, with its keys in their order."""
+    return yaml.safe_dump(data, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):

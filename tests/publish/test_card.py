@@ -226,3 +226,31 @@ def test_a_figure_that_one_model_lacks_is_a_dash():
     other = replace(FIGURES, exact_match=0.5)
     rows = {row[0]: row[1:] for row in figures_table({"a": FIGURES, "b": other})}
     assert rows["exact_match"] == ["-", "0.500"]
+
+
+def test_a_folder_is_no_model_of_the_hub_and_no_path_is_shown(tmp_path, monkeypatch):
+    """`models/tiny` on the Hub is somebody else's."""
+    (tmp_path / "models/tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    home = str(tmp_path / "home/ann/project_x")
+    card = parsed(
+        output=f"{home}/run1",
+        student={"model": "models/tiny"},
+        teacher={"kind": "local", "model": f"{home}/teacher"},
+        data={"train": [f"{home}/t.jsonl", "~/u.jsonl"]},
+    )
+    assert card.data.base_model is None
+    for private in (str(tmp_path), "ann", "project_x", "~/"):
+        assert private not in card.content
+    for name in ("run1", "tiny", "teacher", "t.jsonl", "u.jsonl"):
+        assert name in card.text
+
+
+def test_the_address_of_a_server_is_not_shown():
+    generated = {
+        "output": "d", "target": 3, "generator": {"kind": "answer", "prompts": "org/q"},
+        "teacher": {"kind": "remote", "model": "m", "url": "http://10.1.2.3:8000/v1", "key_from": "MY_KEY"},
+    }  # fmt: skip
+    card = parsed(generate=generated)
+    assert "10.1.2.3" not in card.content
+    assert "MY_KEY" not in card.content
