@@ -17,7 +17,7 @@ from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from tests import toy
 from tests.distributed.worker import SEAMS, every_entry
-from tests.support.files import write_jsonl
+from tests.support.files import read_jsonl, write_jsonl
 from tests.support.machine import with_python_path
 from tests.support.recipes import build_generation
 from tests.support.teachers import Learner, seam_objectives, trained
@@ -171,3 +171,13 @@ def test_inner_states_of_a_sharded_student(tmp_path):
     """D7: `worker.py` asserts it."""
     two_ranks("sharded", tmp_path)
     two_ranks("sharded_alone", tmp_path)
+
+
+def test_a_run_that_measures_before_its_first_step(tmp_path):
+    """`eval_on_start` needs the held-out rows on all ranks."""
+    toy.save_pair(tmp_path / "pair")
+    write_jsonl(tmp_path / "rows.jsonl", toy.rows(12))
+    two_ranks("whole_run", tmp_path)
+    assert (tmp_path / "run/student/model.safetensors").is_file()
+    steps = [line.get("step") for line in read_jsonl(tmp_path / "run/metrics.jsonl")]
+    assert max(steps) == 3

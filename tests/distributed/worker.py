@@ -25,6 +25,7 @@ from llmdistill.rollouts.build import build_rollout
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.run import distill
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.step import Distillation
 from tests import toy
@@ -251,6 +252,26 @@ def conformance(folder: Path) -> None:
             torch.save(trained(made), folder / f"{name}.pt")
 
 
+def whole_run(folder: Path) -> None:
+    """A recipe that measures on all ranks before the first step, is stopped and resumed."""
+    pair = folder / "pair"
+    given = {
+        "output": str(folder / "run"),
+        "teacher": {"model": str(pair / "teacher"), "dtype": "float32"},
+        "student": {"model": str(pair / "student")},
+        "data": {"train": str(folder / "rows.jsonl"), "hold_back": 2},
+        "evaluate": {"max_new_tokens": 3},
+        "training": {
+            "use_cpu": True, "max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1,
+            "eval_on_start": True, "dataloader_pin_memory": False,
+        },
+    }  # fmt: skip
+    distill(recipes.build(given), show_progress=False)
+    assert dist.get_world_size() == 2
+    given["training"]["max_steps"] = 3
+    distill(recipes.build(given), resume=True, show_progress=False)
+
+
 def every_entry():
     """Yield (name, function that makes the trainer's arguments) of each part of a recipe."""
     yield from every_teacher().items()
@@ -281,6 +302,7 @@ CASES = {
         sharded,
         sharded_alone,
         conformance,
+        whole_run,
     )
 }
 
