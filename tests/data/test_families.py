@@ -13,6 +13,8 @@ from llmdistill.errors import DataError, VocabularyError
 from llmdistill.models.chat import template_ends
 from tests.support.families import FAMILIES, tokenizer
 
+pytestmark = pytest.mark.upgrade
+
 ASKED = {"role": "user", "content": "Capital of France?"}
 TEMPLATED = [name for name, family in FAMILIES.items() if family.template is not None]
 THINKS = {"qwen3", "qwen3-base"}  # its template writes thinking that a message states in a field
