@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.keyed import row_keys
 from llmdistill.errors import RecipeError, TeacherError
+from llmdistill.models.chat import template_ends
 from llmdistill.protocols import Need
 from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.teachers.spoken import (
@@ -309,7 +310,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, spoken: Spoken) -> list[int]:
     """Return the token ids of a reply, with the end token unless it was cut off."""
     # Control tokens in the text of a reply stay ordinary text.
     ids = tokenizer(spoken.text, add_special_tokens=False, split_special_tokens=True)
-    return ids["input_ids"] + ([] if spoken.truncated else [tokenizer.eos_token_id])
+    ends = sorted(template_ends(tokenizer)) or [tokenizer.eos_token_id]
+    return ids["input_ids"] + ([] if spoken.truncated else ends[:1])
 
 
 def _key(url: str, key_from: str | None) -> str:
