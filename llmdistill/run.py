@@ -249,7 +249,10 @@ def load_pair(
         logger.info("loading the teacher %s", ", ".join(n for n, _ in recipe.teacher_sources))
         teacher = build_teacher(recipe.teacher, parts)
         student = _student(recipe, teacher, parts)
-    # Before anything is measured, so that responses end at the same tokens before and after.
+    # Before anything is measured: a student without a row for each token could not read a response,
+    # and responses must end at the same tokens before and after training.
+    if teacher.tokenizer is not None:
+        require_same(teacher.tokenizer, tokenizer, None, num_rows(student))
     list_end_ids(unwrap_adapters(student), tokenizer, getattr(teacher, "ends", ()))
     return teacher, student
 

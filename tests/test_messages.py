@@ -16,7 +16,7 @@ from llmdistill.errors import CheckpointError
 PACKAGE = Path(llmdistill.__file__).parent
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if PACKAGE / "cli" not in p.parents)
 FLAG = re.compile(r"(?<![-\w])--[a-z]+(?:-[a-z]+)*(?![-\w])")
-OF_PIP = {"models/load.py": {"--no-deps"}}
+OF_PIP = {"models/embedded.py": {"--no-deps"}}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

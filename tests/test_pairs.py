@@ -160,3 +160,14 @@ def test_a_run_that_is_resumed_on_another_day_says_that_its_rows_differ(
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
     with pytest.raises(CheckpointError, match=r"other tokens than on .*date_string"):
         distill(recipes.build(given), resume=True)
+
+
+def test_a_student_without_a_row_for_each_token_is_refused_before_it_is_measured(
+    given, tmp_path, monkeypatch
+):
+    toy.model(rows=200).save_pretrained(tmp_path / "s")
+    given["student"]["tokenizer"] = "teacher"
+    given["data"]["hold_back"] = 2
+    monkeypatch.setattr("llmdistill.run.Evaluation", None)
+    with pytest.raises(VocabularyError, match="but the heads have 200 rows"):
+        distill(recipes.build(given))

@@ -240,14 +240,13 @@ def end_in(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None
 
 def template_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids with which the chat template ends an answer: one, or none without template."""
-    return _template_ends(tokenizer, str(tokenizer.chat_template))
+    template = getattr(tokenizer, "chat_template", None)  # not every tokenizer has one
+    return frozenset() if template is None else _template_ends(tokenizer, str(template))
 
 
 @functools.lru_cache(maxsize=64)
 def _template_ends(tokenizer: PreTrainedTokenizerBase, _template: str) -> frozenset[int]:
     # `_template` is part of the key, because a user can replace the template of a tokenizer.
-    if tokenizer.chat_template is None:
-        return frozenset()
     chat = ChatTemplate(tokenizer)
     try:
         prompt = chat.text(_PROBE[:1], opens=False)

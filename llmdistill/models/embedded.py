@@ -33,7 +33,7 @@ def public_name(name: str) -> str:
     if name in EMBEDDED:
         return EMBEDDED[name].hub_id
     path = Path(os.path.expanduser(name))
-    return str(path.resolve()) if path.exists() else name
+    return str(path.resolve()) if name and path.exists() else name
 
 
 def hub_name(model: str) -> str | None:

@@ -58,6 +58,11 @@ class ObjectiveSection(Strict):
         return False
 
     @property
+    def is_never_used(self) -> bool:
+        """Whether the weight is 0 in each step."""
+        return is_always_zero(self.weight)
+
+    @property
     def ends_at_zero(self) -> bool:
         """Whether the weight is 0 at the end of a run."""
         return is_zero_at_end(self.weight)

@@ -16,6 +16,7 @@ from llmdistill.recipe.objective_base import (
     OnSamples,
     OnStates,
     WithProjectors,
+    is_always_zero,
     is_zero_at_end,
     one_above_zero,
 )
@@ -249,6 +250,10 @@ class FlowRecipe(PktRecipe):
     @property
     def ends_at_zero(self) -> bool:
         return super().ends_at_zero and is_zero_at_end(self.inner_weight)
+
+    @property
+    def is_never_used(self) -> bool:
+        return super().is_never_used and is_always_zero(self.inner_weight)
 
 
 class ExitsRecipe(ObjectiveSection):

@@ -16,7 +16,6 @@ from llmdistill.recipe.base import Folder, Seed, Strict
 from llmdistill.recipe.facts import check_training_argument, wrong_pattern
 from llmdistill.recipe.fits import unfit_teacher
 from llmdistill.recipe.generation import GenerationRecipe
-from llmdistill.recipe.objective_base import is_always_zero
 from llmdistill.recipe.objectives import ObjectiveRecipe, ResponseRecipe
 from llmdistill.recipe.rollouts import FixedRecipe, RolloutRecipe
 from llmdistill.recipe.sources import FORMATS, Sources
@@ -228,7 +227,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _something_is_learned(self) -> Recipe:
-        if all(is_always_zero(one.weight) for one in self.objectives):
+        if all(one.is_never_used for one in self.objectives):
             raise PydanticCustomError(
                 "weight",
                 "the weights of all objectives are 0, so nothing would be learned. Let at least "
