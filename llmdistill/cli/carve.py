@@ -75,7 +75,7 @@ def _layers(given: str | None) -> Any:
     if given is None:
         return None
     if not all(part.strip() for part in given.split(",")):
-        raise RecipeError(f"--layers: '{given}' has a comma without a number beside it")
+        raise RecipeError(f"--layers: '{given}' has a comma without a number next to it")
     places = [recipes.parse_yaml(part, "--layers") for part in given.split(",")]
     return places if "," in given else places[0]
 

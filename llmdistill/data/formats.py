@@ -342,7 +342,7 @@ FORMATS: dict[str, tuple[str, Reader]] = {
     "text": ("text", _from_text),
 }
 ALIASES = {"input": "context", "output": "response"}  # Alpaca's names, and Dolly's
-# The fields that each form reads, besides `system` and `tools`.
+# The fields that each form reads, in addition to `system` and `tools`.
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations",),

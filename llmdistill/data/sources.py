@@ -146,8 +146,8 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
                 files |= {Path(name) for name in resolve_pattern(pattern, str(folder))}
         splits[str(split)] = sorted(path for path in files if _type(path) in READERS)
     taken = {path for files in splits.values() for path in files}
-    beside = {path for path in folder.iterdir() if path.is_file() and path.name[0] not in "._"}
-    left = sorted(path.name for path in beside - taken if path.suffix not in NO_ROWS)
+    others = {path for path in folder.iterdir() if path.is_file() and path.name[0] not in "._"}
+    left = sorted(path.name for path in others - taken if path.suffix not in NO_ROWS)
     if left and taken:
         logger.warning("%s: files that are not read: %s", folder, ", ".join(left))
     return {split: files for split, files in splits.items() if files}
@@ -247,12 +247,12 @@ def _parsed(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object.  Raises ValueError for a key that stands twice: one would be lost."""
+    """Return a JSON object.  Raises ValueError for a key that occurs twice, because one value would be lost."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key '{twice}' is there twice in one object")
+        raise ValueError(f"the key '{twice}' occurs twice in one object")
     return made
 
 

@@ -1,4 +1,4 @@
-"""What a run needs beside its models and rows is looked for before anything is measured."""
+"""Checks trackers, optimizers and the Hub before anything is measured."""
 
 from __future__ import annotations
 

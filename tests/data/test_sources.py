@@ -398,7 +398,7 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path, name):
     text = '{"prompt": "one", "prompt": "two"}'
     (tmp_path / name).write_text(text)
     ((_, row),) = read(str(tmp_path / name))
-    assert "the key 'prompt' is there twice" in str(row)
+    assert "the key 'prompt' occurs twice" in str(row)
     (tmp_path / "list.json").write_text(f"[{text}]")
     with pytest.raises(DataError, match="twice"):
         prompts(tmp_path / "list.json")
