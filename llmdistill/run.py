@@ -122,7 +122,7 @@ def distill(
                 start.check(Path(stage.output))
     for stage, start in zip(told, starts, strict=True):
         if start.runs and start.resume:
-            _require_same_recipe(stage)
+            recipes.require_same(Path(stage.output) / run_folder.RECORD, stage)
     result = Result(Path(recipe.output))
     for number, (stage, start) in enumerate(zip(stages, starts, strict=True), start=1):
         if not (start.runs or number == len(stages)):
@@ -199,17 +199,6 @@ def _publish(recipe: Recipe, trainer: DistillTrainer, result: Result) -> None:
     run_folder.discard_old(result.folder)
     trainer.model_card = model_card(recipe, result.evaluation)
     (result.student / "README.md").write_text(trainer.model_card, encoding="utf-8")
-
-
-def _require_same_recipe(recipe: Recipe) -> None:
-    """Raise CheckpointError if the run to resume was started with another recipe."""
-    record = Path(recipe.output) / run_folder.RECORD
-    if changed := recipes.changed_keys(recipes.load(str(record)), recipe):
-        raise CheckpointError(
-            f"{recipe.output} was started with another recipe: {'; '.join(changed)}. Restore it to "
-            "resume, or choose another output. Only how long the run is, what it logs, saves and "
-            "pushes, and what it takes in memory can change."
-        )
 
 
 def _begin(recipe: Recipe, folder: Path, rows: str, *, overwrite: bool) -> None:

@@ -157,7 +157,8 @@ def require_same_rows(folder: Path, rows: str) -> None:
         raise CheckpointError(
             f"the rows of {folder} are rendered as other tokens than on {day}, when the run was "
             "started. Restore the data, or start again with overwrite. If the chat template writes "
-            f"today's date, set data.chat_template_kwargs: {{date_string: {day}}} from the start."
+            f"today's date and reads `date_string`, set data.chat_template_kwargs: {{date_string: "
+            f"{day}}}."
         )
 
 

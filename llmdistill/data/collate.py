@@ -110,7 +110,9 @@ class PromptDataset(Dataset):
         questions: dict[Any, list[int]] = {}
         for place, row in enumerate(self.rows):
             questions.setdefault(question(row), []).append(place)
-        groups = list(questions.values())
+        # A question with very many rows would hold out most of the data.
+        largest = max(number, min(map(len, questions.values()), default=0))
+        groups = [places for places in questions.values() if len(places) <= largest]
         for count in range(-(-number // max(map(len, groups))), len(groups) + 1):
             # The middle of each of `count` equal parts.
             middles = ((2 * i + 1) * len(groups) // (2 * count) for i in range(count))
@@ -123,12 +125,13 @@ class PromptDataset(Dataset):
 
 
 def question(row: Row) -> Any:
-    """Return what makes two rows the same question: the prompt, and what the teacher reads.
+    """Return what makes two rows the same question: the prompt, and the images of a row.
 
     Plain text has no prompt, so all of it counts.
     """
     text = row.response_ids if row.is_text else None
-    return (*row.prompt_ids, *(text or ())), repr(row.columns)
+    images = repr(row.columns) if row.messages else ""  # only a teacher of images reads messages
+    return (*row.prompt_ids, *(text or ())), images
 
 
 class ByLength(Sampler[int]):
@@ -200,6 +203,7 @@ def fingerprint(rows: EncodedRows) -> str:
     for row in rows.rows if isinstance(rows, PromptDataset) else rows.head(FIRST_ROWS):
         for ids in (row.prompt_ids, row.response_ids, row.teacher_prompt_ids):
             found.update(array("q", [row.row_id, *(ids or ())]).tobytes())
+        found.update(repr(row.columns).encode() if row.columns else b"")
     return found.hexdigest()
 
 

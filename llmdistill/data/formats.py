@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmdistill.errors import DataError
-from llmdistill.models.chat import THINKING
+from llmdistill.models.thinking import THINKING
 
 ROLES = ("system", "user", "assistant", "tool")
 SENDERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
@@ -163,7 +163,7 @@ def _tools(row: dict[str, Any], place: str) -> tuple[dict[str, Any], ...]:
         return ()
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise DataError(f"{place}: 'tools' must be a list of objects, got {_show(value)}")
-    return tuple(value)
+    return tuple(_without_nulls(value))
 
 
 def _from_messages(row: dict[str, Any], place: str) -> list[Message]:
@@ -262,10 +262,19 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             with contextlib.suppress(ValueError):
                 arguments = json.loads(arguments)
+        else:
+            arguments = _without_nulls(arguments)
         if isinstance(arguments, dict):
             function = function | {"arguments": arguments}
         made.append({**call, "function": function} if "function" in call else function)
     return made
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return objects without their null fields: tables fill in the fields of other rows as null."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _is_trained(message: dict[str, Any], where: str) -> bool:
@@ -300,8 +309,10 @@ def _from_alpaca(row: dict[str, Any], place: str) -> list[Message]:
     instruction, extra, output = alpaca_texts(row, place)
     content = f"{instruction}\n\n{extra}" if extra else instruction
     history = row.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"{place}: 'history' must be a list of [question, answer] pairs")
     pairs = [pair for pair in history if isinstance(pair, list | tuple) and len(pair) == 2]
-    if not isinstance(history, list) or len(pairs) < len(history):
+    if len(pairs) < len(history):
         raise DataError(f"{place}: 'history' must be a list of [question, answer] pairs")
     earlier = [
         _message({"role": role, "content": text}, f"{place}: 'history[{i}]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from llmdistill.data.sources import SEED_TASKS, hub_name
@@ -18,7 +19,7 @@ def require_local(recipe: Recipe | GenerationRecipe) -> None:
     if isinstance(recipe, Recipe):
         if recipe.generate is not None:
             require_local(recipe.generate)
-            made = [Path(recipe.generate.output).expanduser().resolve()]
+            made = [Path(recipe.generate.output).resolve()]
         first = recipe.stages[0]
         sources = [*first.data.train, *first.data.eval]
         models = [first.student.model, *(name for name, _ in first.teacher_sources)]
@@ -30,17 +31,17 @@ def require_local(recipe: Recipe | GenerationRecipe) -> None:
         if not _exists(source, made):
             raise DataError(f"no such file: {source}. Check the path.")
     for name in models:
-        if _is_path(name) and not Path(name).expanduser().exists():
+        if _is_path(name) and not Path(os.path.expanduser(name)).exists():
             what = "file" if name.endswith(".gguf") else "model folder"
             raise ModelError(f"no such {what}: {name}")
 
 
 def _exists(source: str, made: list[Path]) -> bool:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source == SEED_TASKS or hub_name(source) is not None or path.exists():
         return True
     folder, colon, _ = source.rpartition(":")
-    if colon and Path(folder).expanduser().is_dir():  # folder:split
+    if colon and Path(os.path.expanduser(folder)).is_dir():  # folder:split
         return True
     return any(one in (path.resolve(), *path.resolve().parents) for one in made)
 

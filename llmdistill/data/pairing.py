@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from llmdistill.data.formats import Example
 from llmdistill.data.render import render
 from llmdistill.errors import DataError, VocabularyError
-from llmdistill.models.chat import THINKING
+from llmdistill.models.thinking import THINKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EACH = 8  # rows of one shape that are compared: more would show nothing new
+EACH = 8  # rows of one shape that are compared if both sides have one template
 SHOWN = 24  # tokens around the first difference that an error shows
 A_DATE = "26 Jul 2024"  # tried as `date_string`, which Llama's and others' templates read
 
@@ -26,7 +26,8 @@ A_DATE = "26 Jul 2024"  # tried as `date_string`, which Llama's and others' temp
 class Pairing:
     """Checks that teachers render the rows of a run as the student does.
 
-    Of all rows with the same shape (roles, tools and thinking) the first few are compared.
+    Every row is compared, or the first few of each shape (roles, tools and thinking) if the
+    template and the special tokens are the same on both sides.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class Pairing:
     ) -> None:
         self.student, self.teachers, self.options = student, list(teachers), dict(options or {})
         self.compared: Counter[Any] = Counter()
+        self.samples = all(_alike(student, teacher) for teacher in self.teachers)
 
     def check(self, example: Example) -> None:
         """Raise VocabularyError if a teacher renders the example as other tokens."""
         shape = _shape(example)
-        if not self.teachers or self.compared[shape] >= EACH:
+        if not self.teachers or (self.samples and self.compared[shape] >= EACH):
             return
         self.compared[shape] += 1
         for teacher in self.teachers:
@@ -53,6 +55,12 @@ class Pairing:
                     f"teacher would score text that it does not expect. {found} "
                     f"{_advice(teacher, self.student, example, self.options)}"
                 )
+
+
+def _alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers have the same template and special tokens."""
+    same = one.chat_template == other.chat_template
+    return same and one.special_tokens_map == other.special_tokens_map
 
 
 def difference(
@@ -67,7 +75,7 @@ def difference(
         return None
     if isinstance(ours, str) or isinstance(theirs, str):
         who, why = ("teacher", ours) if isinstance(ours, str) else ("student", theirs)
-        return f"The {who}'s tokenizer cannot render it: {why}."
+        return f"The {who}'s tokenizer cannot render it: {str(why).partition('. ')[0]}."
     pairs = enumerate(zip(ours, theirs, strict=False))
     first = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
     before = teacher.decode(ours[max(first - SHOWN // 2, 0) : first])

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmdistill.data.formats import Example, Message
 from llmdistill.errors import DataError
-from llmdistill.models.chat import TAGS, THINKING, ChatTemplate, end_in, thinking_block
+from llmdistill.models.chat import ChatTemplate, end_in
+from llmdistill.models.thinking import TAGS, THINKING, thinking_block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,8 +65,12 @@ def render(
 def _after(chat: ChatTemplate, opened: str, example: Example) -> str:
     """Return the text that the template writes after the open turn: the answer and its end."""
     opens_with = next((tags for tags in TAGS if opened.rstrip().endswith(tags[0])), None)
-    thinking, message = _without_thinking(example.answer, chat.closing_tags)
-    for variant in (example.answer, *_with_thinking(thinking, message)):
+    thinking, message = _without_thinking(example.answer, chat.closing_tags, example.place)
+    variants = _with_thinking(thinking, message, chat.tags)
+    twice = any(example.answer.get(name) for name in THINKING) and example.answer["content"]
+    if not twice or message["content"] == example.answer["content"]:
+        variants = [example.answer, *variants]  # the row's own way first
+    for variant in variants:
         whole = _conversation(chat, example, variant)
         if whole.startswith(opened) and _says_all(chat, whole, opened, thinking, message):
             return whole[len(opened) :]
@@ -84,7 +89,8 @@ def _after(chat: ChatTemplate, opened: str, example: Example) -> str:
     raise DataError(
         f"{example.place}: the chat template of '{chat.tokenizer.name_or_path}' leaves out {what} "
         "or renders this prompt differently once the answer is appended, so a student would learn "
-        "something else than the row says. Use a tokenizer with another template, or drop the row."
+        "something else than the row says. Use a tokenizer with another template or other "
+        "data.chat_template_kwargs (such as enable_thinking), or drop the row."
     )
 
 
@@ -95,9 +101,16 @@ def _says_all(
     if thinking is None:
         return True
     answer = whole[len(opened) :]
-    parts = [chat.marked(part or "").strip() for part in (thinking, message["content"])]
-    is_half = any(end in answer and start not in whole for start, end in TAGS)
-    return all(part in answer for part in parts) and not is_half
+    inside, text = (chat.marked(part or "").strip() for part in (thinking, message["content"]))
+    if inside not in answer or text not in answer:
+        return False
+    place = answer.index(inside)
+    for start, end in TAGS:
+        is_closed = end in answer[:place] or opened.rstrip().endswith(end)
+        is_half = end in answer and start not in opened[-len(start) - 2 :] + answer[:place]
+        if is_closed or is_half:
+            return False
+    return True
 
 
 def _conversation(chat: ChatTemplate, example: Example, answer: Message) -> str:
@@ -105,21 +118,36 @@ def _conversation(chat: ChatTemplate, example: Example, answer: Message) -> str:
     return chat.text(messages, opens=False, tools=example.tools)
 
 
-def _without_thinking(answer: Message, may_be_open: Sequence[str]) -> tuple[str | None, Message]:
-    """Return the thinking of an answer, or None, and the message without it."""
+def _without_thinking(
+    answer: Message, may_be_open: Sequence[str], place: str
+) -> tuple[str | None, Message]:
+    """Return the thinking of an answer, or None, and the message without it.
+
+    Raises DataError for thinking that is not closed, or that is stated twice and differs.
+    """
     rest = {key: value for key, value in answer.items() if key not in THINKING}
     stated = next((answer[name] for name in THINKING if (answer.get(name) or "").strip()), None)
-    block = thinking_block(answer["content"] or "", may_be_open=may_be_open)
-    if stated is not None or block is None:
+    text = answer["content"] or ""
+    block = thinking_block(text, may_be_open=() if stated else may_be_open)
+    if block is None and text.lstrip().startswith(tuple(start for start, _ in TAGS)):
+        raise DataError(
+            f"{place}: the thinking of the answer is not closed, so it was cut off. Drop the row."
+        )
+    if block is not None and stated is not None and block.thinking != stated.strip():
+        raise DataError(
+            f"{place}: the answer states its thinking in its text and in a field, and they differ. "
+            "Keep one of them."
+        )
+    if block is None:
         return stated, rest
     return block.thinking or None, rest | {"content": block.text}
 
 
-def _with_thinking(thinking: str | None, message: Message) -> list[Message]:
+def _with_thinking(thinking: str | None, message: Message, tags: tuple[str, str]) -> list[Message]:
     """Return the ways to state the thinking of a message: in a field, and in its text."""
     if thinking is None:
         return []
-    opening, closing = TAGS[0]
+    opening, closing = tags
     inside = thinking.strip("\n")
     text = f"{opening}\n{inside}\n{closing}\n\n{message['content'] or ''}"
     return [message | {THINKING[0]: thinking}, message | {"content": text}]
@@ -227,8 +255,8 @@ def _plain(
     prompt = _tokens(tokenizer, example.prompt[0]["content"], example.place, start=True)
     if example.response is None:
         return prompt, None
-    thinking, message = _without_thinking(example.answer, ())
-    text = [example.answer, *_with_thinking(thinking, message)][-1]["content"]
+    thinking, message = _without_thinking(example.answer, (), example.place)
+    text = [message, *_with_thinking(thinking, message, TAGS[0])][-1]["content"]
     response = _tokens(tokenizer, text, example.place, start=False)
     return prompt, [*response, tokenizer.eos_token_id]
 
@@ -257,11 +285,11 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, place: str, *, start:
             f"{place}: the text cannot be tokenised, probably because it is not valid Unicode: "
             f"{error}"
         ) from error
-    return [*_start_ids(tokenizer), *ids] if start else list(ids)
+    return [*_start_ids(tokenizer, len(tokenizer)), *ids] if start else list(ids)
 
 
 @functools.lru_cache(maxsize=64)
-def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _start_ids(tokenizer: PreTrainedTokenizerBase, _size: int) -> tuple[int, ...]:
     """Return the ids that the tokenizer writes before a text.
 
     Some tokenizers also write an end token after it.  A prompt must not have one, and plain text

@@ -11,21 +11,21 @@ on as a DataError in place of the row: the code that encodes rows decides whethe
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import csv
-import gzip
-import io
+import glob
 import json
 import logging
-import lzma
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from llmdistill.data.compressed import OPENERS, open_text, type_of
+from llmdistill.data.formats import FORMATS
 from llmdistill.errors import DataError
 
 logger = logging.getLogger("llmdistill")
@@ -36,13 +36,6 @@ HELP = (
     "or .zst), a folder of such files, or a dataset of the Hub as org/name, org/name:split or "
     "org/name:config:split."
 )
-# What these functions return is read as text.
-OPENERS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": lambda path: _open_zst(path),
-}
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -70,21 +63,16 @@ def hub_name(source: str) -> str | None:
     """Return the name of the Hub dataset that a source means, or None for one on this machine."""
     # A name with a known suffix is a file even if it does not exist: a typo in a file name should
     # not be looked up on the Hub.
-    path = Path(source).expanduser()
-    here = source == SEED_TASKS or path.exists() or _type(path) in READERS or path.is_absolute()
+    path = Path(os.path.expanduser(source))
+    here = source == SEED_TASKS or path.exists() or type_of(path) in READERS or path.is_absolute()
     is_file = here or source.startswith("./") or _folder_and_split(source) is not None
     return None if is_file else source.partition(":")[0]
-
-
-def _type(path: Path) -> str:
-    """Return the suffix that tells how a file is read, without that of its compression."""
-    return Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
 
 
 def _folder_and_split(source: str) -> tuple[Path, str] | None:
     """Return the parts of `folder:split`, or None if there is no such folder."""
     name, colon, split = source.rpartition(":")
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     return (folder, split) if colon and name and folder.is_dir() else None
 
 
@@ -95,7 +83,7 @@ def _rows(source: str, streaming: bool) -> Rows:
         return _json_lines(lines.split("\n"), SEED_TASKS)
     if hub_name(source):
         return _hub_rows(source, streaming)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.exists() and (named := _folder_and_split(source)) is not None:
         return _folder_rows(named[0], source.rpartition(":")[0], named[1])
     return _folder_rows(path, source, None) if path.is_dir() else _file_rows(path, source)
@@ -118,49 +106,56 @@ def _folder_rows(folder: Path, source: str, split: str | None) -> Rows:
     if (folder / "calls.jsonl").is_file():
         yield from _file_rows(folder / f"{split or 'train'}.jsonl", source)
         return
-    found = _files_by_split(folder)
+    folder = folder.resolve()
+    found, left = _files_by_split(folder)
     if not found:
         raise DataError(f"{source}: the folder has no file of type {', '.join(READERS)}. {HELP}")
-    files = found[_chosen(list(found), split, source)]
+    files = found[_chosen(list(found), split, source, left)]
+    if left:
+        logger.warning("%s: files that are not read: %s", source, ", ".join(left))
     for path in files:
         yield from _file_rows(path, str(Path(source) / path.relative_to(folder)))
 
 
-def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+def _files_by_split(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     """Return the files of each split of a folder, as `datasets.load_dataset` sorts them by name.
 
-    Hidden files are left alone.  A warning names files that belong to no split, or whose type is
-    not known.
+    Hidden files are left alone.  The names that follow are those of files that belong to no split,
+    or whose type is not known.
     """
     from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
 
     splits: dict[str, list[Path]] = {}
+    place = glob.escape(str(folder))  # a name such as "rows [2]" is no pattern
     try:
-        patterns = get_data_patterns(str(folder))
+        patterns = get_data_patterns(place)
     except EmptyDatasetError:
-        return {}
+        return {}, []
     for split, several in patterns.items():
         files: set[Path] = set()
         for pattern in several:
             with contextlib.suppress(FileNotFoundError):  # no file fits this pattern
-                files |= {Path(name) for name in resolve_pattern(pattern, str(folder))}
-        splits[str(split)] = sorted(path for path in files if _type(path) in READERS)
+                files |= {Path(name) for name in resolve_pattern(pattern, place)}
+        known = sorted({path.resolve() for path in files if type_of(path) in READERS})
+        if known:
+            splits[str(split)] = known
     taken = {path for files in splits.values() for path in files}
     others = {path for path in folder.iterdir() if path.is_file() and path.name[0] not in "._"}
     left = sorted(path.name for path in others - taken if path.suffix not in NO_ROWS)
-    if left and taken:
-        logger.warning("%s: files that are not read: %s", folder, ", ".join(left))
-    return {split: files for split, files in splits.items() if files}
+    return splits, left
 
 
-def _chosen(known: Sequence[str], split: str | None, source: str) -> str:
+def _chosen(known: Sequence[str], split: str | None, source: str, left: Sequence[str] = ()) -> str:
     """Return the split to read.  Raises DataError if there is none of that name."""
     wanted = split or "train"
     if wanted not in known:
         first = sorted(known)[0] if known else "train"
+        others = f" The name of {', '.join(left)} tells no split; give the file itself." * bool(
+            left
+        )
         raise DataError(
             f"{source}: there is no split '{wanted}'; the folder has "
-            f"{', '.join(sorted(known)) or 'none'}. Name one, as in {source}:{first}."
+            f"{', '.join(sorted(known)) or 'none'}. Name one, as in {source}:{first}.{others}"
         )
     return wanted
 
@@ -169,67 +164,57 @@ def _file_rows(path: Path, source: str) -> Rows:
     """Yield the rows of one file.  Errors of the whole file name it."""
     if not path.is_file():
         raise DataError(f"no such file: {source}. Check the path.")
-    if _type(path) not in READERS:
+    if type_of(path) not in READERS:
         raise DataError(f"{source}: this type of file is not supported. {HELP}")
     try:
-        yield from READERS[_type(path)](path, source)
+        yield from READERS[type_of(path)](path, source)
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not valid UTF-8: {error}. Convert it to UTF-8.") from error
-    except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # each library of compression has errors of its own
+        if path.suffix not in OPENERS:
+            raise
         raise DataError(f"{source}: the compressed file is damaged: {error}") from error
-
-
-def _text(path: Path, newline: str) -> TextIO:
-    """Open a file, perhaps a compressed one, as UTF-8.
-
-    Files from Windows can start with a byte order mark.
-    """
-    binary = OPENERS[path.suffix](path) if path.suffix in OPENERS else path.open("rb")
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline)
-
-
-def _open_zst(path: Path) -> Any:
-    try:
-        import zstandard  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise DataError(
-            f"{path}: files of type .zst need a package. Install it with: pip install zstandard"
-        ) from error
-    return zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
 
 
 def _read_json_lines(path: Path, source: str) -> Rows:
     # newline="\n": only a line feed ends a row, and U+2028 in a JSON string must not, as it would
     # with `splitlines`.
-    with _text(path, "\n") as lines:
+    with open_text(path, "\n") as lines:
         yield from _json_lines(lines, source)
 
 
 def _read_json(path: Path, source: str) -> Rows:
     """Yield the rows of a .json file, which is one list or has one row per line."""
-    with _text(path, "\n") as file:
+    with open_text(path, "\n") as file:
         start = file.read(1)
         while start.isspace():
             start = file.read(1)
         first_line = start + file.readline()
-    if start == "{" and _parsed(first_line) is None:
-        _refuse_an_object(path, source)
+    if start == "{":
+        _refuse_an_object(path, source, first_line)
     if start != "[":
         yield from _read_json_lines(path, source)
         return
     try:
-        with _text(path, "\n") as file:
+        with open_text(path, "\n") as file:
             rows = json.load(file, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source}: not valid JSON: {error}") from error
     yield from _numbered(rows, source)
 
 
-def _refuse_an_object(path: Path, source: str) -> None:
-    """Raise DataError if the whole file is one object over several lines."""
-    with _text(path, "\n") as file:
+def _refuse_an_object(path: Path, source: str, first_line: str) -> None:
+    """Raise DataError if the whole file is one object with the rows in it."""
+    if _parsed(first_line) is not None:  # one row per line, unless the only line holds all rows
+        with open_text(path, "\n") as file:
+            file.readline()
+            if file.read(1):
+                return
+    with open_text(path, "\n") as file:
         whole = _parsed(file.read())
-    if isinstance(whole, dict):
+    if isinstance(whole, dict) and not any(key in whole for key, _ in FORMATS.values()):
         lists = [name for name, value in whole.items() if isinstance(value, list)]
         where = f" They seem to be in '{lists[0]}'." if lists else ""
         raise DataError(
@@ -247,7 +232,7 @@ def _parsed(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object.  Raises ValueError for a key that occurs twice, because one value would be lost."""
+    """Return a JSON object.  Raises ValueError for a key that occurs twice: one would be lost."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -278,11 +263,11 @@ def _read_separated(path: Path, source: str) -> Rows:
     # The default limit of a field is 131,072 characters, which long answers exceed.
     csv.field_size_limit(sys.maxsize)
     options: dict[str, Any] = {"delimiter": ",", "strict": True}
-    if _type(path) == ".tsv":
+    if type_of(path) == ".tsv":
         options["delimiter"] = "\t"
         if not _is_valid(path, options):  # plain TSV, in which a quotation mark has no meaning
             options |= {"quoting": csv.QUOTE_NONE, "strict": False}
-    with _text(path, "") as file:
+    with open_text(path, "") as file:
         reader = csv.DictReader(file, **options)
         try:
             names = list(reader.fieldnames or ())
@@ -304,7 +289,7 @@ def _read_separated(path: Path, source: str) -> Rows:
 
 def _is_valid(path: Path, options: Mapping[str, Any]) -> bool:
     """Whether a file is a valid table in which fields can be quoted."""
-    with _text(path, "") as file:
+    with open_text(path, "") as file:
         try:
             return all(True for _ in csv.reader(file, **options))
         except csv.Error:

@@ -99,7 +99,8 @@ class RowCounts:
         if self.control_texts:
             found.append(
                 f"{self.control_texts} rows have text that looks like control tokens; it is read "
-                "as text. For conversations that are rendered already, use 'messages' instead"
+                "as text. A conversation that a template has rendered already should be given as "
+                "'messages'"
             )
         return found
 
@@ -208,6 +209,12 @@ def _examples(row: Any, place: str, rules: Rules) -> list[Example]:
 def _encode(
     row: dict[str, Any], example: Example, tokenizer: PreTrainedTokenizerBase, rules: Rules
 ) -> Row:
+    if rules.keeps_messages and (
+        example.tools or any(one.get("tool_calls") for one in example.prompt)
+    ):
+        raise DataError(
+            f"{example.place}: a teacher that sees images reads no tools. Drop the row."
+        )
     columns = {name: row.get(name) for name in rules.optional}
     columns |= {name: _column(row, name, example.place) for name in rules.columns}
     ids = render(tokenizer, example, rules.template_options)

@@ -18,6 +18,7 @@ import torch
 
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.collate import PromptDataset
+from llmdistill.data.context import room
 from llmdistill.data.validate import Row
 from llmdistill.decoding.batches import by_tokens
 from llmdistill.decoding.sample import sample
@@ -199,9 +200,15 @@ class Evaluation:
 
         No row ends early, so the speed does not depend on what the model writes.
         """
-        prompts = self.prompts.select(range(min(TIMED_ROWS, len(self.prompts))), pad_id=0)
+        limit = room(model.config.get_text_config(), 0)
+        timed = int(min(TIMED_TOKENS, limit // 2))
+        # The end of a prompt that would leave no room.
+        some = [
+            ids[-int(min(limit - timed, len(ids))) :] for ids in self.prompts.ids()[:TIMED_ROWS]
+        ]
+        prompts = Prompts.pack(some, range(len(some)), pad_id=0)
         seconds = 0.0
-        for number in (WARM_UP_TOKENS, TIMED_TOKENS):
+        for number in (min(WARM_UP_TOKENS, timed), timed):
             start = time.perf_counter()
             with torch.autocast(next(model.parameters()).device.type, enabled=False):
                 sample(
@@ -215,7 +222,7 @@ class Evaluation:
                     stops=False,
                 )
             seconds = time.perf_counter() - start
-        return len(prompts) * TIMED_TOKENS / seconds
+        return len(some) * timed / seconds
 
     def _write(
         self, write: Callable[..., Sequences], sampling: Sampling, rows: range

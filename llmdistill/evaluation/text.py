@@ -73,12 +73,13 @@ def result_of(text: str, pattern: str) -> str | None:
     r"""Return the result that a text states: the last match of `pattern`, or its group.
 
     Commas and a closing full stop are removed, so `#### (-?[\d,.]+)` reads the numbers of GSM8K.
-    If nothing matches, signs of a currency are left out of the text.  Returns None if there is
-    still no match.
+    Signs of a currency are left out of the text, unless the pattern has one.  Returns None if there
+    is no match.
     """
     # The last match, because an answer often computes other numbers on the way to its result.
-    plain = "".join(sign for sign in text if sign not in CURRENCIES)
-    matches = list(re.finditer(pattern, text)) or list(re.finditer(pattern, plain))
+    if not re.search(r"\\\$|\[[^\]]*\$|[€£¥]", pattern):  # it does not ask for such a sign
+        text = "".join(sign for sign in text if sign not in CURRENCIES)
+    matches = list(re.finditer(pattern, text))
     if not matches:
         return None
     last = matches[-1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.instruct.records import read_whole_lines, replace_lines
-from llmdistill.models.chat import TAGS, THINKING
+from llmdistill.models.thinking import TAGS, THINKING
 
 SPLITS = ("train", "test")
 FORMER_SPLITS = ("held",)  # name of `test` before 0.1.0; such files are deleted as outdated

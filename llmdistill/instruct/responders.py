@@ -10,6 +10,7 @@ every run.  A server is sent a seed that is made from the same key, but it may i
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -27,11 +28,13 @@ from llmdistill.data.formats import Example
 from llmdistill.data.render import close_user_turn, continued, open_user_turn, render
 from llmdistill.decoding.batches import by_tokens
 from llmdistill.decoding.keyed import row_keys
+from llmdistill.errors import DataError
 from llmdistill.evaluation.agreement import judge
 from llmdistill.instruct.parse import BETWEEN
 from llmdistill.instruct.records import append_lines, drop_half_line, read_whole_lines
 from llmdistill.instruct.requests import Asked, Reply, Request
-from llmdistill.models.chat import TAGS, ChatTemplate, spoken_thinking
+from llmdistill.models.chat import ChatTemplate
+from llmdistill.models.thinking import TAGS, spoken_thinking
 from llmdistill.models.vocabulary import end_ids
 from llmdistill.objectives.labels import token_log_probs
 from llmdistill.sampling import Draw, Sampling, Writer
@@ -43,6 +46,9 @@ if TYPE_CHECKING:
 
     from llmdistill.teachers.local import LocalTeacher
 
+logger = logging.getLogger("llmdistill")
+
+REJECTED = "rejected by the chat template"
 TOO_LONG = "prompt longer than the teacher's context"
 OPENING_TOKENS = 16  # at the end of a prompt, in which the tag that opens thinking is looked for
 CONTROL_TOKEN, NO_UNICODE = "control token in the text", "text that is not Unicode"
@@ -89,8 +95,16 @@ class LocalResponder:
         self._ends = end_ids(teacher.model, teacher.tokenizer) | special
 
     def respond(self, asked: Sequence[Asked]) -> list[Reply]:
-        prompts = [self._prompt(one.request) for one in asked]
-        replies = {place: self._too_long(ids, asked[place]) for place, ids in enumerate(prompts)}
+        prompts: list[list[int]] = []
+        replies: dict[int, Reply | None] = {}
+        for place, one in enumerate(asked):
+            try:
+                prompts.append(self._prompt(one.request))
+                replies[place] = self._too_long(prompts[place], one)
+            except DataError as error:  # this conversation alone; others may be fine
+                prompts.append([])
+                replies[place] = Reply("", refused=REJECTED)
+                logger.warning("call %d: %s", one.call, error)
         for (sampling, max_new_tokens, stage, stop), places in self._groups(asked).items():
             places = [place for place in places if replies[place] is None]
             places.sort(key=lambda place: len(prompts[place]))
@@ -149,7 +163,8 @@ class LocalResponder:
         else:
             ids, _ = render(tokenizer, Example(request.messages, None, "a request"), options)
             if request.start and self._is_open(ids, request):  # the text starts after the thinking
-                ids += ChatTemplate(tokenizer, options).ids_after(f"\n{TAGS[0][1]}\n\n")
+                chat = ChatTemplate(tokenizer, options)
+                ids += chat.ids_after(f"\n{chat.tags[1]}\n\n")
         return ids + continued(tokenizer, request.start, "a request")
 
     def _replies(
@@ -239,8 +254,9 @@ class RemoteResponder:
             place = missing[number]
             request = asked[place].request
             thinking, text = spoken.thinking, spoken.text
-            if not thinking and request.turn != "user":
-                thinking, text = spoken_thinking(text)
+            if request.turn != "user":  # some servers state the thinking twice
+                inside, text = spoken_thinking(text)
+                thinking = thinking or inside
             reply = Reply(
                 _after(request.start, text), spoken.truncated, spoken.refused, spoken.log_prob,
                 thinking,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from llmdistill.data.formats import alpaca_texts, form_of, to_examples
+from llmdistill.data.formats import alpaca_texts, form_of, to_examples, unread
 from llmdistill.data.sources import read
 from llmdistill.errors import DataError, RecipeError
 from llmdistill.instruct.tasks import Task
@@ -39,6 +40,7 @@ def read_tasks(
         )
     tasks: list[Task] = []
     bad: list[DataError] = []
+    left: Counter[str] = Counter()
     for source in sources:
         for place, row in read(source.source, columns=source.columns, add=source.add):
             try:
@@ -50,6 +52,10 @@ def read_tasks(
                 bad.append(error)
             else:
                 tasks.append(task)
+                left.update(unread(row, form_of(row, place, source.format)))
+    left.pop(images or "", None)
+    if left:
+        logger.warning("fields of prompts that nothing reads: %s", ", ".join(left))
     if bad:
         logger.warning("%d malformed rows are skipped, the first one: %s", len(bad), bad[0])
     return tasks
@@ -57,6 +63,13 @@ def read_tasks(
 
 def _check(task: Task, place: str, *, takes_context: bool, is_sent: bool) -> None:
     """Raise DataError for a task that the generator or the teacher cannot use."""
+    turns = [one["role"] for one in task.context if one["role"] != "system"]
+    pairs = ["user", "assistant"] * (len(turns) // 2)
+    if takes_context and (turns != pairs or "system" in [m["role"] for m in task.context[1:]]):
+        raise DataError(
+            f"{place}: the messages before the question must be an optional system message, and "
+            f"then questions with answers, got {', '.join(m['role'] for m in task.context)}."
+        )
     if task.context and not takes_context:
         raise DataError(
             f"{place}: a task must have a single user turn as its prompt, got "
@@ -76,8 +89,9 @@ def _task(row: Any, place: str, form: str, images: str | None) -> Task:
     if not found:
         raise DataError(f"{place}: 'weight' or 'train' excludes the answer of the row.")
     (example,) = found
-    if example.tools:
-        raise DataError(f"{place}: generate does not use tools. Remove 'tools' from the row.")
+    speaks = any(m["role"] == "tool" or m.get("tool_calls") for m in example.prompt)
+    if example.tools or speaks or example.more.get("tool_calls"):
+        raise DataError(f"{place}: generate does not use tools. Drop the row.")
     files = () if images is None else tuple(image_files(row.get(images), place, images))
     # Tables (CSV) have only text, so "False" must be read as a word.
     classifies = str(row.get("is_classification", False)).strip().lower() in ("true", "yes", "1")

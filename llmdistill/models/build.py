@@ -64,13 +64,17 @@ def build_student(
             "trained nor merged with an adapter. Train an adapter and save it alone: set "
             "student.peft with save: adapter."
         )
+    if alone and getattr(base, "is_text_part", False):
+        raise RecipeError(
+            f"student.peft.save: '{section.model}' also reads images, and others would put the "
+            "adapter of its text side on the whole model. Use save: merged."
+        )
     if section.peft is None:
         if base.dtype != torch.float32:
             logger.warning(ROUNDS)
         return base.requires_grad_(True)
-    names = {"r": "rank", "alpha": "alpha", "targets": "targets", "dropout": "dropout"}
-    options = {names[key]: getattr(section.peft, key) for key in names}
-    adapted = add_adapter(base, **options, seed=seed)
+    options = section.peft.model_dump(exclude={"save", "r"})
+    adapted = add_adapter(base, rank=section.peft.r, seed=seed, **options)
     if not alone:
         require_mergeable(adapted)
     return adapted

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_template_utils import (
     _get_control_token_patterns,
@@ -20,56 +20,12 @@ from transformers.utils.chat_template_utils import (
 )
 
 from llmdistill.errors import DataError
+from llmdistill.models.thinking import TAGS, THINKING, thinking_block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THINKING = ("reasoning_content", "thinking", "reasoning")
-"""Names of the field of a message that holds its thinking."""
-TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 _PROBE = ({"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."})
-
-
-class Block(NamedTuple):
-    """A block of thinking and the text after it, with the tags around the thinking."""
-
-    thinking: str
-    text: str
-    tags: tuple[str, str] = TAGS[0]
-
-
-def thinking_block(text: str, *, may_be_open: Sequence[str] = ()) -> Block | None:
-    """Return the thinking at the start of a text and what follows, or None if there is none.
-
-    `may_be_open` are the closing tags whose opening tag may be missing, because the template has
-    written it already.
-    """
-    for opening, closing in TAGS:
-        start = text.lstrip()
-        if start.startswith(opening) or closing in may_be_open:
-            inside, closed, rest = start.removeprefix(opening).partition(closing)
-            if closed:
-                return Block(inside.strip(), rest.lstrip("\n"), (opening, closing))
-    return None
-
-
-def spoken_thinking(text: str, *, is_open: bool = False) -> tuple[str, str]:
-    """Return the thinking at the start of what a model wrote, and the text after it.
-
-    `is_open` says that the template has opened the thinking, so the text starts in it.  A server
-    may have done so without saying it: then a closing tag at the end of a line shows it.
-    """
-    closings = [
-        end for _, end in TAGS if is_open or re.search(rf"{re.escape(end)}[ \t]*(?:\n|$)", text)
-    ]
-    block = thinking_block(text, may_be_open=closings)
-    if block is not None:
-        return block.thinking, block.text
-    # Without a closing tag, the limit of new tokens has cut the thinking off.
-    opening = next((start for start, _ in TAGS if text.lstrip().startswith(start)), None)
-    if opening is not None:
-        return text.lstrip().removeprefix(opening).strip(), ""
-    return (text.strip(), "") if is_open else ("", text)
 
 
 class ChatTemplate:
@@ -143,11 +99,17 @@ class ChatTemplate:
         literal = _get_template_literal_text(self._template())
         return [closing for _, closing in TAGS if closing in literal]
 
+    @property
+    def tags(self) -> tuple[str, str]:
+        """The tags around thinking that the template itself has, or else the most common ones."""
+        known = self.closing_tags
+        return next((pair for pair in TAGS if pair[1] in known), TAGS[0])
+
     def _template(self, tools: bool = False) -> str:
         return self.tokenizer.get_chat_template(None, [{}] if tools else None)
 
     def _control_tokens(self, tools: bool = False) -> re.Pattern[str]:
-        return _control_tokens(self.tokenizer, self._template(tools))
+        return _control_tokens(self.tokenizer, self._template(tools), len(self.tokenizer))
 
     def _rendered(
         self,
@@ -155,6 +117,9 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]],
         opens: bool,
     ) -> str:
+        options = dict(self.options)
+        tools = list(tools) or options.pop("tools", None) or []
+        options.pop("tools", None)
         control = self._control_tokens(bool(tools))
         shown = [self._marked_message(message, control) for message in messages]
         return self.tokenizer.apply_chat_template(
@@ -162,7 +127,7 @@ class ChatTemplate:
             tools=mark_control_tokens(list(tools), control) or None,
             tokenize=False,
             add_generation_prompt=opens,
-            **mark_control_tokens(self.options, control),
+            **mark_control_tokens(options, control),
         )
 
     def _marked_message(
@@ -203,14 +168,18 @@ class ChatTemplate:
 
 
 @functools.lru_cache(maxsize=64)
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
+def _control_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: str, _size: int
+) -> re.Pattern[str]:
+    # `_size` is part of the key, because tokens can be added to a tokenizer.
     return _get_control_token_patterns(tokenizer._get_control_tokens(template))[0]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Return a pattern that finds the text of any special token."""
-    known = tokenizer.added_tokens_decoder.values()
-    return _get_control_token_patterns(tuple(one.content for one in known if one.special))[0]
+    """Return a pattern that finds the text of any special token, except tags of thinking."""
+    known = (one.content for one in tokenizer.added_tokens_decoder.values() if one.special)
+    tags = {tag for pair in TAGS for tag in pair}
+    return _get_control_token_patterns(tuple(one for one in known if one not in tags))[0]
 
 
 def _with_texts(message: Mapping[str, Any]) -> dict[str, Any]:

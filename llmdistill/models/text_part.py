@@ -40,5 +40,6 @@ def text_part(model: PreTrainedModel, name: str) -> PreTrainedModel:
     setattr(made, made.base_model_prefix, inner)
     made.set_output_embeddings(head)
     made.generation_config = model.generation_config
+    made.is_text_part = True
     config.dtype = model.dtype
     return made.eval()

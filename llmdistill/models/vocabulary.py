@@ -89,9 +89,8 @@ def require_same(
         raise VocabularyError(
             f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens{teacher_head}) and student "
             f"'{student.name_or_path}' ({len(student)} tokens, head of {student_rows_V} rows) do "
-            f"not share a vocabulary: {found.reason}. Use models with the same tokenizer. If the "
-            "student's model has a row for each token of the teacher, set student.tokenizer: "
-            "teacher."
+            f"not share a vocabulary: {found.reason}. Use models with the same tokenizer. If only "
+            "added tokens differ, student.tokenizer: teacher may help."
         )
     return found.shared
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib.metadata
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -138,8 +139,11 @@ def public_part(name: str) -> str:
 
     A path can hold the names of people and machines.
     """
-    is_local = name.startswith((".", "/", "~")) or Path(name).exists()
-    return Path(name).name if is_local else name
+    is_local = (
+        *(name.startswith((".", "/", "~")), Path(name).exists(), "\\" in name),
+        *(name.count("/") > 1 and ":" not in name, hub_name(name) is None),
+    )
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if any(is_local) else name
 
 
 def _public_dump(recipe: Recipe) -> str:

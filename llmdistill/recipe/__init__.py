@@ -7,7 +7,7 @@ The kinds of each section have a module: `teachers`, `rollouts`, `objectives`, `
 """
 
 from llmdistill.recipe.base import Strict
-from llmdistill.recipe.changes import changed_keys
+from llmdistill.recipe.changes import require_same
 from llmdistill.recipe.generation import GenerationRecipe
 from llmdistill.recipe.objectives import ObjectiveRecipe
 from llmdistill.recipe.reading import (
@@ -49,11 +49,11 @@ __all__ = [
     "TeacherRecipe",
     "build",
     "build_part",
-    "changed_keys",
     "command_of",
     "dump",
     "dump_data",
     "load",
     "load_generation",
     "parse_yaml",
+    "require_same",
 ]

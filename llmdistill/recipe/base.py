@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,7 +25,7 @@ def _seed(seed: int) -> int:
 
 Seed = Annotated[int, Field(ge=0), AfterValidator(_seed)]
 # The shell does not expand `~` within a recipe, or after `output=`.
-Folder = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()))]
+Folder = Annotated[str, AfterValidator(lambda path: str(Path(os.path.expanduser(path))))]
 
 
 class Strict(BaseModel):

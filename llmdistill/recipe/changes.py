@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from llmdistill.recipe.schema import Recipe
+from llmdistill.errors import CheckpointError, RecipeError
+from llmdistill.recipe.reading import load_recipe
+from llmdistill.recipe.schema import Recipe
 
 # Keys by their dotted names.  A name that ends with * stands for all keys that start with it.
 MAY_CHANGE = (
     *("output", "evaluate.max_new_tokens", "evaluate.answer_pattern", "generate*"),
+    # A hash of the rows tells whether these lead to the same tokens.
+    *("data.train*", "data.chat_template_kwargs*", "data.format", "data.on_bad_row"),
     *("training.max_steps", "training.num_train_epochs", "training.save_*", "training.logging_*"),
     *("training.report_to", "training.run_name", "training.push_to_hub*", "training.hub_*"),
     *("training.dataloader_num_workers", "training.dataloader_pin_memory", "training.use_cpu"),
@@ -21,6 +26,22 @@ MAY_CHANGE = (
 )
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 DEFAULT_BATCH = (8, 1)  # of TrainingArguments
+
+
+def require_same(record: Path, now: Recipe) -> None:
+    """Raise CheckpointError if the run to resume was started with another recipe, `record`."""
+    try:
+        before = load_recipe(record)
+    except RecipeError as error:
+        raise CheckpointError(
+            f"the recipe of the run to resume was made by another version: {error}"
+        ) from error
+    if changed := changed_keys(before, now):
+        raise CheckpointError(
+            f"{record.parent} was started with another recipe: {'; '.join(changed)}. Restore it to "
+            "resume, or choose another output. Only how long the run is, what it logs, saves and "
+            "pushes, and what it takes in memory can change."
+        )
 
 
 def changed_keys(before: Recipe, now: Recipe) -> list[str]:
@@ -36,7 +57,7 @@ def changed_keys(before: Recipe, now: Recipe) -> list[str]:
     found = []
     for key in dict.fromkeys([*ours, *theirs]):
         is_batch = key.removeprefix("training.") in BATCH and sizes[0] == sizes[1]
-        if ours.get(key) != theirs.get(key) and not (is_batch or _may_change(key)):
+        if not (_same(ours.get(key), theirs.get(key)) or is_batch or _may_change(key)):
             found.append(f"'{key}' was {ours.get(key)!r} and is {theirs.get(key)!r} now")
     return found
 
@@ -48,6 +69,13 @@ def _rows_in_a_step(training: Mapping[str, Any]) -> int:
     return int(rows) * int(windows)
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, as paths if both are text: ./a is a."""
+    if isinstance(one, str) and isinstance(other, str):
+        return os.path.normpath(one) == os.path.normpath(other)
+    return bool(one == other)
+
+
 def _may_change(key: str) -> bool:
     return any(
         key.startswith(name[:-1]) if name.endswith("*") else key == name for name in MAY_CHANGE
@@ -56,7 +84,7 @@ def _may_change(key: str) -> bool:
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield the dotted keys of nested mappings and lists of mappings, with their values."""
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping):
         for name, part in value.items():
             yield from _flat(part, f"{path}.{name}" if path else str(name))
     elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):

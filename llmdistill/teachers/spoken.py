@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmdistill.errors import TeacherError
-from llmdistill.models.chat import THINKING
+from llmdistill.models.thinking import THINKING
 
 REFUSED_BY_SERVER, TOOL_CALL = "refused by the server", "tool call in place of a text"
 UNUSABLE_REPLY = "unusable reply"
-CUT_OFF = ("length", "max_tokens", "model_length")  # finish reasons at the limit of new tokens
+FAILED = "failed on the server"
+# Finish reasons in lower case: at the limit of new tokens, and after a failure.
+CUT_OFF = ("length", "max_tokens", "model_length")
+FAILURES = ("abort", "aborted", "error", "cancelled", "failed")
 # Parameters of a request that a server may not know.
 PARAMETERS = (
     *("max_tokens", "seed", "top_p", "top_k", "temperature", "stop", "logprobs"),
@@ -50,28 +53,41 @@ def read_reply(reply: Any, *, scored: bool) -> tuple[Spoken, Any]:
     choice = choices[0]
     message = getattr(choice, "message", None)
     text = getattr(message, "content", None) if message else getattr(choice, "text", None)
-    thinking = next((found for name in THINKING if (found := getattr(message, name, None))), "")
-    reason = getattr(choice, "finish_reason", None)
+    stated = (getattr(message, name, None) for name in THINKING)
+    thinking = next((found for found in stated if found and isinstance(found, str)), "")
+    given = getattr(choice, "finish_reason", None)
+    reason = given.lower() if isinstance(given, str) else given
     if reason == "content_filter" or getattr(message, "refusal", None):
         return Spoken("", refused=REFUSED_BY_SERVER), None
     if not text and (reason == "tool_calls" or getattr(message, "tool_calls", None)):
         return Spoken("", refused=TOOL_CALL), None
+    if reason in FAILURES:
+        return Spoken("", refused=FAILED), None
     is_cut = reason in CUT_OFF
-    if text is None and (thinking or is_cut):  # thinking used up the limit of new tokens
-        text = ""
-    if not isinstance(text, str) or not isinstance(thinking, str):
-        raise ValueError(f"its text is {str(text)[:40]!r}, its finish_reason {reason!r}")
+    text = _joined(text)
+    if not isinstance(text, str):
+        raise ValueError(f"its text is {str(text)[:40]!r}, its finish_reason {given!r}")
     for one in (text, thinking):
         one.encode()  # raises ValueError for a lone surrogate, which could not be saved as UTF-8
     log_prob = _mean_log_prob(choice) if scored and text else None
     spoken = Spoken(text, truncated=is_cut, log_prob=log_prob, thinking=thinking.strip())
-    return spoken, None if reason in (*CUT_OFF, "stop", None, "") else reason
+    return spoken, None if reason in (*CUT_OFF, "stop", None, "") else given
+
+
+def _joined(text: Any) -> Any:
+    """Return a text that a server sends as null or as a list of parts; others as they are."""
+    if text is None:  # thinking used up the limit of new tokens, for example
+        return ""
+    if not isinstance(text, list):
+        return text
+    parts = [part.get("text") for part in text if isinstance(part, dict)]
+    return "".join(part for part in parts if isinstance(part, str))
 
 
 def parameter_hint(refusal: str) -> str:
     """Return how to change the parameter that the server names in its refusal, or ""."""
     named = [name for name in PARAMETERS if re.search(rf"\b{name}\b", refusal)]
-    if not named:
+    if not named or "context" in refusal:  # a prompt that is too long names the limit, too
         return ""
     other = "max_completion_tokens" if named[0] == "max_tokens" else "another_name"
     return (

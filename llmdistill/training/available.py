@@ -31,9 +31,10 @@ def _require_optimizer(args: TrainingArguments) -> None:
     try:
         DistillTrainer.get_optimizer_cls_and_kwargs(args, None)
     except Exception as error:
-        # Other errors come from optimizers that need the model, which Trainer gives them later.
-        if isinstance(error, ImportError) or "install" in str(error):
-            name = getattr(args.optim, "value", args.optim)
+        name = getattr(args.optim, "value", args.optim)
+        # Some optimizers need the model, which Trainer gives them later.
+        needs_model = args.optim_target_modules is not None or "lomo" in name
+        if not needs_model or isinstance(error, ImportError) or "install" in str(error):
             raise RecipeError(f"training.optim: {name} cannot be used: {error}") from error
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmdistill.errors import CheckpointError
 from llmdistill.models.adapters import merged_state
+from llmdistill.models.heads import unwrap_adapters
 from llmdistill.protocols import Follows, Rollout, Stateful, Teacher
 from llmdistill.training.step import Distillation
 
@@ -56,6 +57,8 @@ def save_student(
     is_adapter = hasattr(distillation.student, "peft_config")
     options: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {}
     distillation.student.save_pretrained(folder, state_dict=students, **options)
+    if is_adapter:  # PEFT saves none, and the base model's may list other end tokens
+        unwrap_adapters(distillation.student).generation_config.save_pretrained(folder)
     distillation.tokenizer.save_pretrained(folder)
 
 

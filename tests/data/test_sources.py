@@ -383,14 +383,8 @@ def test_shards_of_a_split_are_read_in_order(tmp_path):
 def test_rows_within_an_object_are_said_to_be_there(tmp_path, indent):
     whole = {"version": 1, "data": [ONE]}
     (tmp_path / "rows.json").write_text(json.dumps(whole, indent=indent))
-    if indent:
-        with pytest.raises(
-            DataError, match=r"not at the top of this file.*version, data.*in 'data'"
-        ):
-            prompts(tmp_path / "rows.json")
-    else:  # one line is one row, and its fields are named when it is encoded
-        ((_, row),) = read(str(tmp_path / "rows.json"))
-        assert row == whole
+    with pytest.raises(DataError, match=r"not at the top of this file.*version, data.*in 'data'"):
+        prompts(tmp_path / "rows.json")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])

@@ -16,7 +16,7 @@ from llmdistill.instruct import filters
 from llmdistill.instruct.requests import Asked, Request, user
 from llmdistill.instruct.responders import TOO_LONG, LocalResponder
 from llmdistill.instruct.tasks import Task
-from llmdistill.models.chat import spoken_thinking
+from llmdistill.models.thinking import spoken_thinking
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.sampling import Sampling
 from llmdistill.teachers.local import LocalTeacher
