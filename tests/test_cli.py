@@ -441,3 +441,20 @@ def test_check_finds_rows_that_make_no_batch(recipe, monkeypatch, capsys):
     options = ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=64"]
     assert run(monkeypatch, "check", str(recipe), *options) == 2
     assert "rows make no batch of 64" in capsys.readouterr().err
+
+
+def test_evaluate_says_if_a_student_reads_other_prompts(pair, monkeypatch, caplog, tmp_path):
+    teacher, student = pair
+    shutil.copytree(student, tmp_path / "other")
+    (tmp_path / "other/chat_template.jinja").write_text("{{ 'Be kind. ' }}" + toy.TEMPLATE)
+    write_jsonl(tmp_path / "rows.jsonl", toy.rows(3))
+    options = [
+        "--teacher",
+        teacher,
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--max-new-tokens",
+        "3",
+    ]
+    assert run(monkeypatch, "evaluate", str(tmp_path / "other"), *options) == 0
+    assert "is measured on the teacher's rendering" in caplog.text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from llmdistill import recipe as recipes
-from llmdistill.errors import CheckpointError, LlmDistillError
+from llmdistill.errors import CheckpointError, DataError, LlmDistillError
 from llmdistill.run import distill
 from llmdistill.training.trainer import DistillTrainer
 from tests import toy
@@ -117,7 +119,7 @@ def test_a_used_folder_is_refused_before_anything_is_loaded(given, tmp_path):
     wrong = given | {"data": {"train": "rwos.jsonl"}}
     with pytest.raises(CheckpointError, match="is not empty. Pass resume"):
         run(wrong)
-    with pytest.raises(CheckpointError, match=r"'data\.train\[0\]\.source' was .* is 'rwos.jsonl'"):
+    with pytest.raises(DataError, match="rwos.jsonl"):
         run(wrong, resume=True)
 
 
@@ -152,8 +154,31 @@ def test_a_resume_may_change_how_long_it_runs_and_what_it_logs(given, tmp_path):
         "max_steps": 7, "logging_steps": 2, "save_total_limit": 2,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
     }  # fmt: skip
+    given["data"]["chat_template_kwargs"] = {"date_string": "1 Jan 2026"}  # it changes no row here
+    given["data"]["train"] = str(tmp_path / "more/../rows.jsonl")
+    (tmp_path / "more").mkdir()
     run(given, resume=True)
     assert read_jsonl(tmp_path / "run/metrics.jsonl")[-1]["step"] == 7
+
+
+def test_a_section_that_was_empty_may_get_what_may_change(given, tmp_path):
+    before = recipes.build({**given, "training": {}})
+    record = tmp_path / "record.yaml"
+    record.write_text(recipes.dump(before))
+    recipes.require_same(record, recipes.build({**given, "training": {"max_steps": 3}}))
+    record.write_text(recipes.dump(before).replace("student:", "student:\n  oldkey: 1"))
+    with pytest.raises(CheckpointError, match="made by another version.*oldkey"):
+        recipes.require_same(record, before)
+
+
+def test_the_metrics_hold_each_step_once(given, tmp_path):
+    """A run that died after its last checkpoint makes some steps once more."""
+    run(given)
+    shutil.rmtree(tmp_path / "run/checkpoints/checkpoint-5")
+    given["training"]["max_steps"] = 6
+    run(given, resume=True)
+    steps = [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_resume_with_other_rows_is_refused(given, tmp_path):

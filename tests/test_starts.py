@@ -6,11 +6,18 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from llmdistill import recipe as recipes
 from llmdistill.data.local import require_local
@@ -21,6 +28,7 @@ from llmdistill.models.load import adapter_base, load_model, load_tokenizer
 from llmdistill.run import distill
 from tests import toy
 from tests.support.files import write_jsonl
+from tests.support.vision import GEMMA_IMAGES, GEMMA_TEXT
 
 
 @pytest.fixture
@@ -326,3 +334,51 @@ def test_the_tokenizer_of_a_model_has_no_padding_token_that_the_model_lacks(tmp_
     toy.model(rows=toy.NUM_TOKENS).save_pretrained(tmp_path)
     made.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).pad_token_id == made.eos_token_id
+
+
+# ---- adapters that others load ----
+
+
+@pytest.mark.slow
+def test_an_adapter_for_the_text_side_of_a_larger_model_is_refused(given, tmp_path):
+    """Others would put it on the whole model, where its names fit nothing."""
+    config = Gemma3Config(text_config=GEMMA_TEXT, vision_config=GEMMA_IMAGES, mm_tokens_per_image=4)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "gm")
+    toy.tokenizer().save_pretrained(tmp_path / "gm")
+    given["student"] = {"model": str(tmp_path / "gm"), "peft": {"r": 2, "save": "adapter"}}
+    with pytest.raises(RecipeError, match="also reads images"):
+        run(given)
+
+
+@pytest.mark.slow
+def test_an_adapter_comes_with_its_end_tokens(given, tmp_path):
+    given["student"]["peft"] = {"r": 2, "save": "adapter"}
+    result = run(given)
+    stored = json.loads((result.student / "generation_config.json").read_text())
+    assert stored["eos_token_id"] == 2
+
+
+@pytest.mark.slow
+def test_the_speed_is_measured_within_learned_positions(given, short):
+    write_jsonl(
+        Path(given["data"]["train"]), [{"prompt": f"{i}", "completion": "y"} for i in range(9)]
+    )
+    given |= {"student": {"model": short}, "evaluate": {"max_new_tokens": 4}}
+    given["data"]["max_prompt_tokens"] = 40
+    tokens = run(given).evaluation["after"].tokens_per_second
+    assert tokens > 0
+
+
+@pytest.mark.parametrize("key", ["tokenize", "add_generation_prompt", "chat_template"])
+def test_what_is_no_option_of_a_template_is_refused(given, key):
+    given["data"]["chat_template_kwargs"] = {key: True}
+    with pytest.raises(RecipeError, match=f"'{key}' is no option of a chat template"):
+        recipes.build(given)
+
+
+@pytest.mark.slow
+def test_bad_arguments_of_an_optimizer_are_found_first(given, measured):
+    given["training"] |= {"optim": "sgd", "optim_args": "foo"}
+    with pytest.raises(RecipeError, match="training.optim: sgd cannot be used"):
+        run(given)
+    assert not measured

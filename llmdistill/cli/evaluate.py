@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmdistill.cli.output import Quiet, Verbose
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmdistill.data.collate import PromptDataset
     from llmdistill.data.validate import RowCounts
     from llmdistill.evaluation.measure import Figures
 
@@ -41,6 +44,9 @@ def evaluate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the students' samples.")] = 0,
+    chat_template_kwargs: Annotated[
+        str, typer.Option(help="Options for the chat template: '{enable_thinking: false}'.")
+    ] = "{}",
     output: Annotated[
         str | None, typer.Option(help="Also write the figures to this JSON file.")
     ] = None,
@@ -50,46 +56,66 @@ def evaluate(
     """Measure how close students are to a teacher, how good their responses are, and how fast they
     are.
     """
+    from llmdistill.recipe import parse_yaml
+
+    _check(students, answer_pattern, None if output is None else Path(output))
+
+    from llmdistill.cli.output import set_up
+
+    set_up(quiet=quiet, verbose=verbose)
+    options = parse_yaml(chat_template_kwargs, "--chat-template-kwargs") or {}
+    figures, counts = _measure(
+        students, teacher, data, max_rows, max_new_tokens, answer_pattern, seed, options
+    )
+    _show(figures, f"Figures on {data}: {counts}", output, quiet=quiet)
+
+
+def _compare(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    data: str,
+    options: dict[str, Any],
+) -> None:
+    """Warn if a student is used with another rendering than that on which it is measured."""
+    import itertools
+
+    from llmdistill.data.formats import to_examples
+    from llmdistill.data.pairing import Pairing
+    from llmdistill.data.sources import read
+    from llmdistill.errors import DataError, VocabularyError
+
+    pairing = Pairing(student, [teacher], options)
+    try:
+        for place, row in itertools.islice(read(data), 8):
+            for example in to_examples(row, place):
+                pairing.check(example)
+    except VocabularyError as error:
+        logger.warning("the student is measured on the teacher's rendering: %s", error)
+    except DataError:  # a malformed row, which was reported before
+        return
+
+
+def _check(students: list[str], answer_pattern: str | None, output: Path | None) -> None:
+    """Raise RecipeError for what would lose figures, or end the command later; make the folder."""
     from llmdistill.errors import RecipeError
     from llmdistill.recipe.facts import wrong_pattern
 
     if answer_pattern is not None and (wrong := wrong_pattern(answer_pattern)):
         raise RecipeError(f"--answer-pattern: {wrong}")
-    _check_names(students)
-    if output is not None:
-        _check_output(Path(output))
-
-    from llmdistill.cli.output import set_up
-
-    set_up(quiet=quiet, verbose=verbose)
-    figures, counts = _measure(
-        students, teacher, data, max_rows, max_new_tokens, answer_pattern, seed
-    )
-    _show(figures, f"Figures on {data}: {counts}", output, quiet=quiet)
-
-
-def _check_names(students: list[str]) -> None:
-    """Raise RecipeError for students whose figures would replace others."""
-    from llmdistill.errors import RecipeError
-
     taken = [*students, "teacher"]
     if twice := [name for name in students if taken.count(name) > 1]:
         raise RecipeError(
             f"'{twice[0]}' would name two columns of the figures. Give the student another name, "
             f"such as ./{twice[0]}."
         )
-
-
-def _check_output(path: Path) -> None:
-    """Raise RecipeError if the figures cannot be written to a file; make its folder."""
-    from llmdistill.errors import RecipeError
-
-    if path.is_dir():
-        raise RecipeError(f"--output: {path} is a folder. Name a file.")
+    if output is None:
+        return
+    if output.is_dir():
+        raise RecipeError(f"--output: {output} is a folder. Name a file.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"--output: cannot write {path}: {error}") from error
+        raise RecipeError(f"--output: cannot write {output}: {error}") from error
 
 
 def _show(figures: dict[str, Figures], title: str, output: str | None, *, quiet: bool) -> None:
@@ -119,15 +145,10 @@ def _measure(
     max_new_tokens: int,
     answer_pattern: str | None,
     seed: int,
+    options: dict[str, Any],
 ) -> tuple[dict[str, Figures], RowCounts]:
     """Return the figures of each model by its name, and the counts of rows used and dropped."""
-    import itertools
-    import math
-
-    from llmdistill.data.collate import PromptDataset, collate
-    from llmdistill.data.context import room
-    from llmdistill.data.sources import read
-    from llmdistill.data.validate import Rules
+    from llmdistill.data.collate import collate
     from llmdistill.evaluation.measure import Evaluation
     from llmdistill.models.heads import num_rows
     from llmdistill.models.load import load_config, load_model, load_tokenizer
@@ -141,11 +162,9 @@ def _measure(
         vocab_size = load_config(name).get_text_config().vocab_size
         require_same(judge.tokenizer, load_tokenizer(name), teacher_rows, vocab_size)
     configs = [load_config(name).get_text_config() for name in (teacher, *students)]
-    # Prompts that leave no room for an answer are dropped and counted.
-    fits = min(room(config, max_new_tokens) for config in configs)
-    rules = Rules(max_prompt_tokens=None if fits == math.inf else int(fits))
-    rows = itertools.islice(read(data), max_rows)
-    dataset = PromptDataset.encode(rows, judge.tokenizer, rules)
+    dataset = _rows(judge.tokenizer, configs, data, max_rows, max_new_tokens, options)
+    for name in students:
+        _compare(load_tokenizer(name), judge.tokenizer, data, options)
     logger.info("the teacher answers %d prompts", len(dataset))
     evaluation = Evaluation(
         judge,
@@ -159,3 +178,29 @@ def _measure(
         logger.info("measuring %s", name)
         figures[name] = evaluation.measure(load_model(name)).figures
     return figures | evaluation.teacher_figures(), dataset.counts
+
+
+def _rows(
+    tokenizer: PreTrainedTokenizerBase,
+    configs: list[Any],
+    data: str,
+    max_rows: int,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> PromptDataset:
+    """Return the encoded rows; prompts that leave no room for an answer are dropped and counted."""
+    import itertools
+    import math
+
+    from llmdistill.data.collate import PromptDataset
+    from llmdistill.data.context import room
+    from llmdistill.data.sources import read
+    from llmdistill.data.validate import Rules
+
+    fits = min(room(config, max_new_tokens) for config in configs)
+    limit = None if fits == math.inf else int(fits)
+    rules = Rules(max_prompt_tokens=limit, template_options=options)
+    dataset = PromptDataset.encode(itertools.islice(read(data), max_rows), tokenizer, rules)
+    for note in dataset.counts.notes():
+        logger.warning("data: %s", note)
+    return dataset

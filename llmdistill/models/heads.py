@@ -105,8 +105,8 @@ def split(model: Any) -> tuple[nn.Module, Head]:
     weight_VH = getattr(output, "weight", None)
     if not isinstance(weight_VH, Tensor) or weight_VH.dim() != 2 or hasattr(output, "base_layer"):
         raise ModelError(
-            f"the output layer of {type(inner).__name__} is a {type(output).__name__}, not a plain "
-            "linear layer. Leave it unquantised and without an adapter."
+            f"the output layer of {type(inner).__name__} ({type(output).__name__}) is not a plain "
+            "linear layer. Leave it unquantised and without an adapter (student.peft.targets)."
         )
     config = inner.config.get_text_config()
     return backbone, Head(

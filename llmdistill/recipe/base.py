@@ -23,6 +23,21 @@ def _seed(seed: int) -> int:
     return seed
 
 
+def _template_options(options: dict[str, Any]) -> dict[str, Any]:
+    # Arguments of `apply_chat_template` itself, which llmdistill sets.
+    taken = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
+    taken |= {"messages", "conversation", "chat_template", "documents", "return_tensors"}
+    if wrong := sorted(taken & set(options)):
+        raise PydanticCustomError(
+            "template",
+            "'{key}' is no option of a chat template, but of the function that renders it. Remove "
+            "it.",
+            {"key": wrong[0]},
+        )
+    return options
+
+
+TemplateOptions = Annotated[dict[str, Any], AfterValidator(_template_options)]
 Seed = Annotated[int, Field(ge=0), AfterValidator(_seed)]
 # The shell does not expand `~` within a recipe, or after `output=`.
 Folder = Annotated[str, AfterValidator(lambda path: str(Path(os.path.expanduser(path))))]

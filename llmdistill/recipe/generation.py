@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.base import Folder, Seed, Strict
+from llmdistill.recipe.base import Folder, Seed, Strict, TemplateOptions
 from llmdistill.recipe.filters import FilterRecipe
 from llmdistill.recipe.generators import GeneratorRecipe, GeneratorSection
 from llmdistill.recipe.remote import RemoteTeacherRecipe
@@ -65,7 +65,7 @@ class GenerationRecipe(Strict):
     """Number of calls after which the rows are recorded.  The tasks depend on it, so a resumed run
     cannot change it.
     """
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: TemplateOptions = {}
     """Options for the teacher's chat template, such as `{enable_thinking: false}`."""
     thinking: Literal["keep", "drop"] = "keep"
     """What happens to the thinking of a teacher that thinks before it answers.  `keep` saves it

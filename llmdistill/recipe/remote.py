@@ -11,6 +11,17 @@ from pydantic_core import PydanticCustomError
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.tables import defaults
 
+Parameter = Literal[
+    "max_tokens",
+    "seed",
+    "top_p",
+    "top_k",
+    "temperature",
+    "stop",
+    "logprobs",
+    "chat_template_kwargs",
+]
+"""Parameters of a request that a server may not know."""
 _teacher = defaults("teachers/remote.py", "RemoteTeacher")
 
 
@@ -60,10 +71,10 @@ class RemoteTeacherRecipe(Strict):
     limits them.
     """
 
-    leave_out: list[str] = []
+    leave_out: list[Parameter] = []
     """Parameters of a request that are not sent, because the server refuses them, such as `[seed]`.
     """
-    rename: dict[str, str] = {}
+    rename: dict[Parameter, str] = {}
     """Parameters of a request that are sent under another name, such as `{max_tokens:
     max_completion_tokens}`.
     """

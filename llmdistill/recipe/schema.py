@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.base import Folder, Seed, Strict
+from llmdistill.recipe.base import Folder, Seed, Strict, TemplateOptions
 from llmdistill.recipe.facts import check_training_argument, wrong_pattern
 from llmdistill.recipe.fits import unfit_teacher
 from llmdistill.recipe.generation import GenerationRecipe
@@ -49,7 +49,7 @@ class DataRecipe(Strict):
     """Answers of a conversation to train on: `last` takes the last one, `all` makes a row of each
     answer, with the turns before it as the prompt.
     """
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: TemplateOptions = {}
     """Options for the chat template, such as `{enable_thinking: false}`."""
     max_prompt_tokens: int = Field(512, gt=0)
     """Longest prompt in tokens, chat template included."""

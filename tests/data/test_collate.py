@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmdistill.data.build import build_rows
-from llmdistill.data.collate import PromptDataset, PromptStream, collate, question
+from llmdistill.data.collate import PromptDataset, PromptStream, collate, fingerprint, question
 from llmdistill.data.validate import Row, RowCounts, Rules
 from llmdistill.errors import DataError, RecipeError
 from llmdistill.recipe import DataRecipe, SourceRecipe
@@ -239,3 +239,23 @@ def test_texts_with_the_same_start_are_different_rows(tokenizer):
     data = PromptDataset.of([{"text": f"hi {i}"} for i in range(6)], tokenizer)
     kept, held = data.hold_back(2)
     assert (len(kept), len(held)) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "number", "held"),
+    [([1, 30, 1], 1, 1), ([1] * 10 + [500] + [1] * 10, 2, 2), ([5, 5, 5], 1, 5)],
+)
+def test_a_question_with_very_many_rows_is_not_held_back(sizes, number, held):
+    rows = [Row(0, [place], [1]) for place, size in enumerate(sizes) for _ in range(size)]
+    kept, back = PromptDataset(rows).hold_back(number)
+    assert len(back) == held
+    assert len(kept) == sum(sizes) - held
+
+
+def test_what_the_teacher_reads_makes_no_other_question():
+    rows = [Row(i, [i % 4], [1], {"solution": str(i)}) for i in range(16)]
+    kept, held = PromptDataset(rows).hold_back(3)
+    assert not {tuple(r.prompt_ids) for r in kept.rows} & {tuple(r.prompt_ids) for r in held.rows}
+    assert fingerprint(PromptDataset(rows)) != fingerprint(
+        PromptDataset([Row(i, [i % 4], [1]) for i in range(16)])
+    )

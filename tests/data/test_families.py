@@ -237,3 +237,92 @@ def test_a_shape_that_comes_late_is_compared_too():
     pairing.check(*to_examples({"prompt": "hi"}, "x"))  # seen often enough
     with pytest.raises(VocabularyError):
         pairing.check(*to_examples(answered("yo", thinking="hm"), "x"))
+
+
+# ---- thinking that a template or a row states in an odd way ----
+
+_FIELD = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n"
+    "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+BY_FIELD = FAMILIES["qwen3"]._replace(template=_FIELD)
+MAGISTRAL = FAMILIES["mistral-instruct"]._replace(
+    tokens=FAMILIES["mistral-instruct"].tokens | {"[THINK]": True, "[/THINK]": True},
+    template=FAMILIES["mistral-instruct"].template
+    + "{# [THINK] [/THINK] #}{{ '[THINK][/THINK]' if show }}",
+)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [answered("<think>\nhm\n</think>\n\nyo"), answered("yo", thinking="hm"), answered("<think>\nhm\n</think>\n\nyo", reasoning_content="hm")],
+)  # fmt: skip
+@pytest.mark.parametrize("family", [BY_FIELD, FAMILIES["qwen3"], FAMILIES["smollm3"]])
+def test_thinking_is_written_once(family, row):
+    made = tokenizer(family)
+    prompt, answer = render(made, to_examples(row, "x")[0])
+    whole = made.decode(prompt + answer)
+    assert whole.endswith("<think>\nhm\n</think>\n\nyo<|im_end|>")
+    assert whole.count("<think>") == 1
+
+
+def test_the_tags_are_those_of_the_template():
+    made = tokenizer(MAGISTRAL)
+    _, answer = render(made, to_examples(answered("yo", thinking="hm"), "x")[0])
+    assert made.decode(answer) == " [THINK]\nhm\n[/THINK]\n\nyo</s>"
+    assert made.convert_tokens_to_ids("[THINK]") in answer
+
+
+@pytest.mark.parametrize("name", ["qwen3", OPENS, "llama-3.1-instruct", "gpt2"])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (answered("<think>\nhm, cut off"), "is not closed"),
+        (answered("<think>\nhm\n</think>\n\nyo", thinking="other"), "and they differ"),
+    ],
+)
+def test_thinking_that_cannot_be_meant_is_refused(name, row, said):
+    with pytest.raises(DataError, match=said):
+        rendered(name, row)
+
+
+def test_thinking_behind_a_closed_block_is_refused():
+    (example,) = to_examples(answered("yo", thinking="hm"), "x")
+    with pytest.raises(DataError, match="enable_thinking"):
+        render(tokenizer("qwen3"), example, {"enable_thinking": False})
+
+
+def test_tools_can_be_an_option_of_the_recipe():
+    (example,) = to_examples(answered("yo"), "x")
+    prompt, _ = render(tokenizer("qwen3"), example, {"tools": [TOOL]})
+    assert "weather" in tokenizer("qwen3").decode(prompt)
+
+
+def test_nulls_that_a_table_fills_in_are_no_arguments():
+    spoken = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [call({"city": "Oslo", "date": None})],
+    }
+    _, answer = rendered("qwen3", {"tools": [TOOL | {"strict": None}], "messages": [ASKED, spoken]})
+    assert '{"city": "Oslo"}' in tokenizer("qwen3").decode(answer)
+
+
+def test_a_token_that_is_added_later_is_a_control_token():
+    made = tokenizer("qwen3")
+    (example,) = to_examples({"prompt": "hi <|new|>"}, "x")
+    render(made, example)
+    made.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    prompt, _ = render(made, example)
+    assert made.convert_tokens_to_ids("<|new|>") not in prompt
+
+
+def test_every_row_is_compared_if_the_templates_differ():
+    trims = FAMILIES["smollm2-instruct"].template.replace("m.content }}", "m.content | trim }}")
+    teacher = tokenizer(FAMILIES["smollm2-instruct"]._replace(template=trims))
+    pairing = Pairing(tokenizer("smollm2-instruct"), [teacher])
+    for _ in range(20):
+        pairing.check(*to_examples({"prompt": "hi"}, "x"))
+    with pytest.raises(VocabularyError):
+        pairing.check(*to_examples({"prompt": "hi\n"}, "x"))

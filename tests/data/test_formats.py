@@ -284,6 +284,8 @@ def test_an_excluded_answer_is_context_alone(mark):
         ),
         ({"instruction": "hi", "history": [["a", ""]]}, "'history[0].content' is empty"),
         ({"instruction": "hi", "history": "a"}, "'history' must be a list"),
+        ({"instruction": "hi", "history": float("nan")}, "'history' must be a list"),
+        ({"instruction": "hi", "history": True}, "'history' must be a list"),
         ({"prompt": "hi", "system": 3}, "'system' must be text"),
         ({"prompt": "hi", "tools": "[{"}, "'tools' is not valid JSON"),
         ({"prompt": "hi", "tools": ["w"]}, "'tools' must be a list of objects"),

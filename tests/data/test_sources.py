@@ -408,3 +408,43 @@ def test_a_quotation_mark_in_plain_tsv_is_text(tmp_path):
     (tmp_path / "rows.tsv").write_text('prompt\tcompletion\n"quoted" start\tb "c"\n')
     ((_, row),) = read(str(tmp_path / "rows.tsv"))
     assert row == {"prompt": '"quoted" start', "completion": 'b "c"'}
+
+
+def test_a_folder_by_a_relative_path_or_an_odd_name(tmp_path, monkeypatch, caplog):
+    for name in ("rel", "rows [2]", "a*b"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        write_jsonl(tmp_path / name / "a.jsonl", [ONE])
+        write_jsonl(tmp_path / name / "sub/b.jsonl", [TWO])
+        assert prompts(tmp_path / name) == ["one", "two"]
+    monkeypatch.chdir(tmp_path)
+    assert prompts("rel") == prompts("./rel") == prompts("rel:train") == ["one", "two"]
+    assert [place for place, _ in read("rel")] == ["rel/a.jsonl:1", "rel/sub/b.jsonl:1"]
+    (tmp_path / "link").symlink_to(tmp_path / "rel")
+    assert prompts("link") == ["one", "two"]
+    assert not caplog.text
+
+
+def test_files_that_belong_to_no_split_are_named(tmp_path):
+    write_jsonl(tmp_path / "alpaca.jsonl", [ONE])
+    write_jsonl(tmp_path / "my_test_questions.jsonl", [TWO])
+    with pytest.raises(DataError, match=r"no split 'train'.*alpaca\.jsonl tells no split"):
+        prompts(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_an_archive_that_breaks_off_is_named(tmp_path, suffix):
+    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix]
+    path = tmp_path / f"rows.jsonl{suffix}"
+    with opener(path, "wb") as file:
+        file.write(b'{"prompt": "one"}\n' * 5000)
+    whole = bytearray(path.read_bytes())
+    for damaged in (whole[: len(whole) // 2], whole[:20] + b"\x00" * 20 + whole[40:]):
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(DataError, match="the compressed file is damaged"):
+            prompts(path)
+
+
+def test_a_compressed_table_is_not_read(tmp_path):
+    (tmp_path / "x.parquet.gz").write_bytes(b"x")
+    with pytest.raises(DataError, match="this type of file is not supported"):
+        prompts(tmp_path / "x.parquet.gz")

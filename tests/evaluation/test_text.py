@@ -119,4 +119,6 @@ def test_a_number_is_the_same_however_it_is_written(one, other, same):
 
 def test_signs_of_a_currency_hide_no_result():
     assert exact_match(["#### $18"], ["#### 18"], r"#### (-?[\d,.]+)") == 1.0
+    assert exact_match(["#### 9, no, #### $18"], ["#### 18"], r"#### (-?[\d,.]+)") == 1.0
+    assert exact_match(["it is -$5"], ["-5"], r"-?\d+") == 1.0
     assert exact_match(["so 5.0"], ["so 5"], r"[\d.]+$") == 1.0

@@ -11,6 +11,7 @@ from llmdistill import recipe as recipes
 from llmdistill.data.formats import to_examples
 from llmdistill.decoding.batches import TOKENS_PER_ROW, by_tokens
 from llmdistill.errors import DataError, TeacherError
+from llmdistill.evaluation.words import plain_words
 from llmdistill.generate import generate
 from llmdistill.instruct import filters
 from llmdistill.instruct.requests import Asked, Request, user
@@ -81,7 +82,12 @@ def says(monkeypatch):
         ({"content": ""}, "stop", {"empty answer": 1}),
         ({"content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "w", "arguments": "{}"}}]}, "tool_calls", {"tool call in place of a text": 1}),
         ({"content": "<think>\nlet me"}, "length", {"only thinking": 1}),
-        ({"content": None}, "stop", {"unusable reply": 1}),
+        ({"content": None}, "stop", {"empty answer": 1}),
+        ({"content": "Par"}, "abort", {"failed on the server": 1}),
+        ({"content": "Par"}, "MAX_TOKENS", {"truncated": 1}),
+        ({"content": [{"type": "text", "text": "Pa"}, {"type": "text", "text": "ris"}]}, "stop", {}),
+        ({"content": "Paris", "reasoning": {"a": 1}}, "stop", {}),
+        ({"content": 3}, "stop", {"unusable reply": 1}),
         ({"content": "Paris"}, "eos_token", {}),
         ({"content": "Paris"}, "stop_sequence", {}),
         ({"content": "Paris"}, None, {}),
@@ -120,6 +126,11 @@ THOUGHT = "some thought\n</think>\n\nParis"
         ("<think>hm, the limit", False, ("hm, the limit", "")),
         ("The tag </think> closes it.", False, ("", "The tag </think> closes it.")),
         ("<think>\n\n</think>\n\nParis", False, ("", "Paris")),
+        (
+            "Write:\n<think>\nplan\n</think>\nthen.",
+            False,
+            ("", "Write:\n<think>\nplan\n</think>\nthen."),
+        ),
     ],
 )
 def test_thinking_is_told_apart_from_the_answer(text, is_open, found):
@@ -131,7 +142,7 @@ def test_thinking_is_told_apart_from_the_answer(text, is_open, found):
 @pytest.mark.parametrize("form", ["messages", "alpaca"])
 @pytest.mark.parametrize(
     "message",
-    [{"content": THOUGHT}, {"content": f"<think>\n{THOUGHT}"}, {"content": "Paris", "reasoning_content": "some thought"}, {"content": "Paris", "reasoning": "some thought"}],
+    [{"content": THOUGHT}, {"content": f"<think>\n{THOUGHT}"}, {"content": f"<think>\n{THOUGHT}", "reasoning": "some thought"}, {"content": "Paris", "reasoning_content": "some thought"}, {"content": "Paris", "reasoning": "some thought"}],
 )  # fmt: skip
 def test_thinking_is_kept_whole_or_dropped(server, tmp_path, says, message, rule, form, caplog):
     says(message, "stop")
@@ -277,6 +288,68 @@ def test_a_context_is_answered_in_and_saved(pair, tmp_path, form, monkeypatch):
         assert [{k: m[k] for k in ("role", "content")} for m in prompts[0]] == asked
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "content": "Hello!"},
+                    {"role": "user", "content": "q"},
+                ]
+            },
+            "an optional system message",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "q"}]},
+            "an optional system message",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "w"}}]},
+                    {"role": "tool", "content": "7"},
+                ]
+            },
+            "generate does not use tools",
+        ),
+        ({"prompt": "q", "tools": [{"function": {"name": "w"}}]}, "generate does not use tools"),
+    ],
+)
+def test_a_prompt_that_cannot_be_asked_is_named(tmp_path, row, said):
+    from llmdistill.instruct.task_sources import read_tasks
+
+    write_jsonl(tmp_path / "p.jsonl", [row])
+    with pytest.raises(DataError, match=rf"p\.jsonl:1: .*{said}"):
+        read_tasks([recipes.SourceRecipe(source=str(tmp_path / "p.jsonl"))], takes_context=True)
+
+
+def test_fields_of_prompts_that_nothing_reads_are_named(tmp_path, caplog):
+    from llmdistill.instruct.task_sources import read_tasks
+
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": "q", "history": [["a", "b"]], "answer": "z"}])
+    read_tasks([recipes.SourceRecipe(source=str(tmp_path / "p.jsonl"))])
+    assert "fields of prompts that nothing reads: history, answer" in caplog.text
+
+
+def test_a_conversation_that_the_template_rejects_costs_its_row(caplog):
+    made = toy.tokenizer()
+    made.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + toy.TEMPLATE
+    )
+    teacher = LocalTeacher(toy.teacher_model(), made)
+    told = ({"role": "system", "content": "x"}, *user("hi"))
+    asked = [
+        Asked(0, 0, 0, Request(user("hi"), Sampling(), 4)),
+        Asked(1, 0, 0, Request(told, Sampling(), 4)),
+    ]
+    replies = LocalResponder(teacher, seed=0).respond(asked)
+    assert [reply.refused for reply in replies] == ["", "rejected by the chat template"]
+    assert "call 1: " in caplog.text
+
+
 def test_rewriting_takes_no_context(tmp_path):
     from llmdistill.instruct.task_sources import read_tasks
 
@@ -344,6 +417,8 @@ def test_correct_code_does_not_repeat_itself():
     assert filters.RepeatedLines().reason(Task("a", "", CODE)) is None
     looping = "```\n" + "x = x + 1\n" * 40 + "```"
     assert filters.RepeatedLines().reason(Task("a", "", looping)) == "repeats itself"
+    tildes = CODE.replace("```c", "~~~").replace("```", "~~~")
+    assert filters.RepeatedLines().reason(Task("a", "", tildes)) is None
     unclosed = "```py\n" + "\n".join(f"call({i % 7})" for i in range(20))
     assert filters.RepeatedLines().reason(Task("a", "", unclosed)) is None
     assert (
@@ -362,6 +437,11 @@ def test_a_filter_that_drops_most_of_a_round_is_named_at_once(server, tmp_path, 
     recipe = generation(tmp_path, remote(server), filters=[{"kind": "length", "min_words": 9}])
     generate(recipe)
     assert "the filter 'length' dropped 5 of 5 tasks of a round" in caplog.text
+
+
+def test_a_mark_belongs_to_its_letter():
+    assert plain_words("हिन्दी भाषा में लिखो") == ["हिन्दी", "भाषा", "में", "लिखो"]
+    assert plain_words("The Cat's hat_2, naïve!") == ["the", "cat", "s", "hat", "2", "naïve"]
 
 
 def test_rouge_sees_texts_of_any_language():

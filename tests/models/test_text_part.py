@@ -12,23 +12,14 @@ from llmdistill.models.load import load_model
 from llmdistill.run import distill
 from tests import toy
 from tests.support.files import write_jsonl
-
-TEXT = {
-    "vocab_size": toy.NUM_TOKENS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8,
-    "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1, "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
-}  # fmt: skip
-IMAGES = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "image_size": 28, "patch_size": 14,
-}  # fmt: skip
+from tests.support.vision import GEMMA_IMAGES, GEMMA_TEXT
 
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("gemma"))
     torch.manual_seed(0)
-    config = Gemma3Config(text_config=TEXT, vision_config=IMAGES, mm_tokens_per_image=4)
+    config = Gemma3Config(text_config=GEMMA_TEXT, vision_config=GEMMA_IMAGES, mm_tokens_per_image=4)
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     toy.tokenizer().save_pretrained(folder)
     return folder

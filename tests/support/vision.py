@@ -82,3 +82,15 @@ def pictures(folder: Path, number: int = 3) -> list[str]:
         Image.new("RGB", (20 + place, 17), colour).save(path)
         paths.append(str(path))
     return paths
+
+
+# A tiny Gemma 3 of the size that also reads images.
+GEMMA_TEXT = {
+    "vocab_size": toy.NUM_TOKENS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8,
+    "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1, "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+}  # fmt: skip
+GEMMA_IMAGES = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
