@@ -113,6 +113,11 @@ class PromptDataset(Dataset):
         # A question with very many rows would hold out most of the data.
         largest = max(number, min(map(len, questions.values()), default=0))
         groups = [places for places in questions.values() if len(places) <= largest]
+        if (few := sum(map(len, groups))) < number:
+            raise DataError(
+                f"data.hold_back: only {few} rows belong to questions with at most {number} rows, "
+                "and questions are held back whole. Set a smaller number, or use data.eval."
+            )
         for count in range(-(-number // max(map(len, groups))), len(groups) + 1):
             # The middle of each of `count` equal parts.
             middles = ((2 * i + 1) * len(groups) // (2 * count) for i in range(count))

@@ -13,21 +13,21 @@ the row, and `history` in Alpaca's form; Dolly's `context` and `response` are Al
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmdistill.data.tools import listed, shown, tool_calls, tools_of
 from llmdistill.errors import DataError
 from llmdistill.models.thinking import THINKING
 
 ROLES = ("system", "user", "assistant", "tool")
+OTHER_ROLES = {"developer": "system", "function": "tool"}  # of OpenAI, newer and older
 SENDERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
 # What a message can hold for the chat template.  Fields in SAID are only for this file.
 PASSED_ON = ("role", "content", "name", "tool_calls", "tool_call_id", *THINKING)
-SAID = ("weight", "train")
+SAID = ("weight", "train", "function_call")
 
 Message = dict[str, Any]
 """Role and content, which is text or None, and perhaps thinking and tool calls."""
@@ -68,7 +68,7 @@ def to_examples(
     messages = FORMATS[form][1](row, place)
     tools: tuple[dict[str, Any], ...] = ()
     if form != "text":
-        messages, tools = _with_system(messages, row, place), _tools(row, place)
+        messages, tools = _with_system(messages, row, place), tools_of(row, place)
     places = [len(messages)]
     if messages[-1]["role"] == "assistant":
         places = [len(messages) - 1]
@@ -95,6 +95,8 @@ def unread(row: dict[str, Any], form: str) -> list[str]:
     `form` is the row's own.  Fields of messages are named as in `messages[].id`.
     """
     known = {"system", "tools", *FIELDS[form]} if form != "text" else {"text"}
+    if form == "prompt_completion" and row.get("completion") is not None:
+        known -= {"response"}
     if form == "alpaca":  # the first of two names is read
         known -= {other for one, other in ALIASES.items() if row.get(one) is not None}
         known |= {name for name in (*ALIASES, *ALIASES.values()) if _is_blank(row.get(name))}
@@ -129,7 +131,7 @@ def form_of(row: Any, place: str, form: str = "auto") -> str:
     if found is None:
         known = ", ".join(f"'{key}'" for key, _ in FORMATS.values())
         raise DataError(
-            f"{place}: the row has none of the fields {known}; it has {_show(list(row))}. "
+            f"{place}: the row has none of the fields {known}; it has {shown(list(row))}. "
             "Map its fields with 'columns' of the source, as in columns: {prompt: question}."
         )
     return found
@@ -151,27 +153,13 @@ def _with_system(messages: list[Message], row: dict[str, Any], place: str) -> li
     return [{"role": "system", "content": system}, *messages]
 
 
-def _tools(row: dict[str, Any], place: str) -> tuple[dict[str, Any], ...]:
-    """Return the tools of a row: a list of objects, or the same as JSON text."""
-    value = row.get("tools")
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise DataError(f"{place}: 'tools' is not valid JSON: {error}") from error
-    if not value:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        raise DataError(f"{place}: 'tools' must be a list of objects, got {_show(value)}")
-    return tuple(_without_nulls(value))
-
-
 def _from_messages(row: dict[str, Any], place: str) -> list[Message]:
-    return _conversation(_messages(row.get("messages"), "messages", place), "messages", place)
+    messages = _messages(listed(row.get("messages")), "messages", place)
+    return _conversation(messages, "messages", place)
 
 
 def _from_sharegpt(row: dict[str, Any], place: str) -> list[Message]:
-    turns = row.get("conversations")
+    turns = listed(row.get("conversations"))
     if isinstance(turns, list):
         turns = [_sharegpt_turn(turn) for turn in turns]
     messages = _messages(turns, "conversations", place)
@@ -194,7 +182,7 @@ def _role(turn: dict[str, Any]) -> Any:
 
 def _messages(value: Any, field: str, place: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{place}: '{field}' must be a list of messages, got {_show(value)}")
+        raise DataError(f"{place}: '{field}' must be a list of messages, got {shown(value)}")
     return [_message(message, f"{place}: '{field}[{i}]") for i, message in enumerate(value)]
 
 
@@ -214,24 +202,28 @@ def _conversation(messages: list[Message], field: str, place: str) -> list[Messa
 def _message(message: Any, where: str) -> Message:
     # `where` has an open quote, so that a field of the message can follow: 'messages[0].role'.
     if not isinstance(message, dict):
-        raise DataError(f"{where}' must be an object with role and content, got {_show(message)}")
+        raise DataError(f"{where}' must be an object with role and content, got {shown(message)}")
     role, content = message.get("role"), _joined(message.get("content"), where)
+    role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise DataError(f"{where}.role' must be one of {', '.join(ROLES)}, got {_show(role)}")
-    made = {k: message[k] for k in PASSED_ON if message.get(k) is not None} | {"content": content}
-    calls = role == "assistant" and made.get("tool_calls")
+        raise DataError(f"{where}.role' must be one of {', '.join(ROLES)}, got {shown(role)}")
+    made = {k: message[k] for k in PASSED_ON if message.get(k) is not None}
+    made |= {"role": role, "content": content}
+    calls = role == "assistant" and listed(made.get("tool_calls"))
+    if role == "assistant" and not calls and isinstance(message.get("function_call"), dict):
+        calls = [{"type": "function", "function": message["function_call"]}]  # OpenAI's older form
     if not calls:
         made.pop("tool_calls", None)
         if not isinstance(content, str):
-            raise DataError(f"{where}.content' must be text, got {_show(content)}")
+            raise DataError(f"{where}.content' must be text, got {shown(content)}")
         # An empty answer would be learned as "say nothing", and an empty question answered.
         if role in ("user", "assistant") and not content.strip():
             raise DataError(f"{where}.content' is empty")
     else:
-        made["tool_calls"] = _calls(calls, where)
+        made["tool_calls"] = tool_calls(calls, where)
     for name in THINKING:
         if not isinstance(made.get(name, ""), str):
-            raise DataError(f"{where}.{name}' must be text, got {_show(made[name])}")
+            raise DataError(f"{where}.{name}' must be text, got {shown(made[name])}")
     return made if _is_trained(message, where) else made | {"train": False}
 
 
@@ -244,45 +236,17 @@ def _joined(content: Any, where: str) -> Any:
             kind = part.get("type") if isinstance(part, dict) else part
             raise DataError(
                 f"{where}.content' must be text or a list of text parts, got a part of type "
-                f"{_show(kind)}"
+                f"{shown(kind)}"
             )
     return "".join(part["text"] for part in content)
 
 
-def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Return tool calls with arguments as objects: OpenAI's API writes them as JSON text."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise DataError(f"{where}.tool_calls' must be a list of objects, got {_show(calls)}")
-    made = []
-    for call in calls:
-        function = call.get("function", call)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(f"{where}.tool_calls' has a call without a name, got {_show(call)}")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError):
-                arguments = json.loads(arguments)
-        else:
-            arguments = _without_nulls(arguments)
-        if isinstance(arguments, dict):
-            function = function | {"arguments": arguments}
-        made.append({**call, "function": function} if "function" in call else function)
-    return made
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return objects without their null fields: tables fill in the fields of other rows as null."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
-
-
 def _is_trained(message: dict[str, Any], where: str) -> bool:
     """Whether a message is to be learned, by its `weight` (0 or 1) or `train` (true or false)."""
-    for name in SAID:
+    for name in SAID[:2]:
         value = message.get(name)
         if value is not None and value not in (0, 1):
-            raise DataError(f"{where}.{name}' must be 0 or 1, false or true, got {_show(value)}")
+            raise DataError(f"{where}.{name}' must be 0 or 1, false or true, got {shown(value)}")
         if value is not None and not value:
             return False
     return True
@@ -290,7 +254,8 @@ def _is_trained(message: dict[str, Any], where: str) -> bool:
 
 def _from_prompt(row: dict[str, Any], place: str) -> list[Message]:
     if not isinstance(row.get("prompt"), list):
-        return _turn(_text(row, "prompt", place), _optional_text(row, "completion", place))
+        name = "completion" if row.get("completion") is not None else "response"
+        return _turn(_text(row, "prompt", place), _optional_text(row, name, place))
     messages = _messages(row["prompt"], "prompt", place)
     if messages[-1]["role"] == "assistant":
         raise DataError(
@@ -357,7 +322,7 @@ ALIASES = {"input": "context", "output": "response"}  # Alpaca's names, and Doll
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations",),
-    "prompt_completion": ("prompt", "completion"),
+    "prompt_completion": ("prompt", "completion", "response"),
     "alpaca": ("instruction", "history", *ALIASES, *ALIASES.values()),
     "text": ("text",),
 }
@@ -379,7 +344,7 @@ def _is_blank(value: Any) -> bool:
 def _text(row: dict[str, Any], field: str, place: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: '{field}' must be non-empty text, got {_show(value)}")
+        raise DataError(f"{place}: '{field}' must be non-empty text, got {shown(value)}")
     return value
 
 
@@ -387,11 +352,5 @@ def _optional_text(row: dict[str, Any], field: str, place: str) -> str | None:
     """Return the text of a field, or None if it is missing, null or blank."""
     value = row.get(field)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{place}: '{field}' must be text, got {_show(value)}")
+        raise DataError(f"{place}: '{field}' must be text, got {shown(value)}")
     return value if value and value.strip() else None
-
-
-def _show(value: Any) -> str:
-    """Return the start of a value for a message: rows can be megabytes long."""
-    text = repr(value)
-    return f"{text[:40]}..." if len(text) > 43 else text

@@ -53,38 +53,41 @@ def render(
     prompt = chat.ids(opened)
     if example.response is None:
         return prompt, None
-    answer = _after(chat, opened, example)
+    answer, text = _after(chat, opened, example)
     # When the student is used, it sees the prompt alone, so the prompt keeps the ids that it has
     # alone, even if the tokenizer would join its end and the start of the answer to one token.
     whole = chat.ids(opened + answer)
     is_joined = whole[: len(prompt)] != prompt
     ids = chat.ids_after(answer) if is_joined else whole[len(prompt) :]
-    return prompt, _through_end(tokenizer, ids, example.place)
+    closing = chat.ids_after(answer.rpartition(text)[2]) if text and text in answer else []
+    return prompt, _through_end(tokenizer, ids, example.place, closing)
 
 
-def _after(chat: ChatTemplate, opened: str, example: Example) -> str:
-    """Return the text that the template writes after the open turn: the answer and its end."""
+def _after(chat: ChatTemplate, opened: str, example: Example) -> tuple[str, str]:
+    """Return the text that the template writes after the open turn, the answer and its end, and
+    the part of the answer after its thinking.
+    """
     opens_with = next((tags for tags in TAGS if opened.rstrip().endswith(tags[0])), None)
     thinking, message = _without_thinking(example.answer, chat.closing_tags, example.place)
-    variants = _with_thinking(thinking, message, chat.tags)
-    twice = any(example.answer.get(name) for name in THINKING) and example.answer["content"]
-    if not twice or message["content"] == example.answer["content"]:
-        variants = [example.answer, *variants]  # the row's own way first
-    for variant in variants:
+    text = chat.marked(message["content"] or "").strip()
+    for variant in _variants(chat, opened, example.answer, thinking, message):
         whole = _conversation(chat, example, variant)
         if whole.startswith(opened) and _says_all(chat, whole, opened, thinking, message):
-            return whole[len(opened) :]
-    # The template opens the thinking in the turn that it opens, but writes none into a message.
+            return whole[len(opened) :], text
+    # The template opens the thinking, or an empty block, in the turn that it opens, but writes none
+    # into a message.
     closed = chat.text(example.prompt, opens=False, tools=example.tools)
-    if opens_with and opened.startswith(closed):
-        turn = opened[len(closed) :].rpartition(opens_with[0])[0]
+    shuts = next((tags for tags in TAGS if opened.rstrip().endswith(tags[1])), None)
+    tags = opens_with or shuts
+    if tags and opened.startswith(closed) and not (shuts and thinking):
+        turn = opened[len(closed) :].partition(tags[0])[0]
         whole = _conversation(chat, example, message)
         if whole.startswith(closed + turn):
             rest = whole[len(closed + turn) :].lstrip("\n")
             inside = chat.marked(thinking or "").strip("\n")
-            answer = f"{inside}\n{opens_with[1]}\n\n{rest}"
+            answer = rest if shuts else f"{inside}\n{tags[1]}\n\n{rest}"
             if _says_all(chat, opened + answer, opened, thinking, message):
-                return answer
+                return answer, text
     what = "the thinking of the answer, or a part of it," if thinking is not None else "the answer"
     raise DataError(
         f"{example.place}: the chat template of '{chat.tokenizer.name_or_path}' leaves out {what} "
@@ -98,10 +101,11 @@ def _says_all(
     chat: ChatTemplate, whole: str, opened: str, thinking: str | None, message: Message
 ) -> bool:
     """Whether a rendered answer has the thinking with its tags, and the text after it."""
-    if thinking is None:
-        return True
     answer = whole[len(opened) :]
     inside, text = (chat.marked(part or "").strip() for part in (thinking, message["content"]))
+    if thinking is None:  # a template may change a text, but not lose it
+        at_risk = message.get("tool_calls") or any(end in text for _, end in TAGS)
+        return not at_risk or text in answer
     if inside not in answer or text not in answer:
         return False
     place = answer.index(inside)
@@ -140,17 +144,30 @@ def _without_thinking(
         )
     if block is None:
         return stated, rest
+    if not block.text.strip() and not answer.get("tool_calls"):
+        raise DataError(f"{place}: the answer is empty: all of it is thinking. Drop the row.")
     return block.thinking or None, rest | {"content": block.text}
 
 
-def _with_thinking(thinking: str | None, message: Message, tags: tuple[str, str]) -> list[Message]:
-    """Return the ways to state the thinking of a message: in a field, and in its text."""
+def _variants(
+    chat: ChatTemplate, opened: str, answer: Message, thinking: str | None, message: Message
+) -> list[Message]:
+    """Return the ways to state an answer, in the order in which a template is given them.
+
+    The field is first, because it leaves the tags to the template.  The row's own text comes before
+    a text with tags that are added here.
+    """
     if thinking is None:
-        return []
-    opening, closing = tags
-    inside = thinking.strip("\n")
-    text = f"{opening}\n{inside}\n{closing}\n\n{message['content'] or ''}"
-    return [message | {THINKING[0]: thinking}, message | {"content": text}]
+        # A block without thinking is a part of the answer, unless the prompt has closed one.
+        closed = opened.rstrip().endswith(tuple(end for _, end in TAGS))
+        return [message if closed else answer, message | {THINKING[0]: ""}]
+    opening, closing = chat.tags
+    text = message["content"] or ""
+    tagged = f"{opening}\n{thinking.strip(chr(10))}\n{closing}\n\n{text}"
+    own = (answer["content"] or "").lstrip().startswith(opening) and text != answer["content"]
+    stated = any(answer.get(name) for name in THINKING)
+    texts = [answer] if own and not stated else []
+    return [message | {THINKING[0]: thinking}, *texts, message | {"content": tagged}]
 
 
 def with_context(example: Example, template: str, columns: Mapping[str, Any]) -> Example:
@@ -228,13 +245,19 @@ def continued(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> list
     return _tokens(tokenizer, text, place, start=False) if text else []
 
 
-def _through_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: str) -> list[int]:
-    """Return the answer up to the token that closes its turn."""
-    last = end_in(tokenizer, ids)
+def _through_end(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], place: str, after: Sequence[int]
+) -> list[int]:
+    """Return the answer up to the token that closes its turn.
+
+    `after` are the last ids, which follow the answer's text.
+    """
+    last = end_in(tokenizer, ids, after)
     if last is None:
         raise DataError(
             f"{place}: the chat template ends the answer with no special token, so a student could "
-            "not learn to stop. Use the tokenizer of an instruct model."
+            "not learn to stop. Use the tokenizer of another instruct model, or a rollout that "
+            "writes the answers."
         )
     return ids[: last + 1]
 
@@ -256,7 +279,10 @@ def _plain(
     if example.response is None:
         return prompt, None
     thinking, message = _without_thinking(example.answer, (), example.place)
-    text = [message, *_with_thinking(thinking, message, TAGS[0])][-1]["content"]
+    text = message["content"]
+    if thinking is not None:
+        opening, closing = TAGS[0]
+        text = f"{opening}\n{thinking.strip(chr(10))}\n{closing}\n\n{text}"
     response = _tokens(tokenizer, text, example.place, start=False)
     return prompt, [*response, tokenizer.eos_token_id]
 

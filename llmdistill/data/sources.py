@@ -100,13 +100,16 @@ def _folder_rows(folder: Path, source: str, split: str | None) -> Rows:
 
         if split is not None:
             raise DataError(f"{source}: the folder is one saved dataset without splits.")
-        yield from _numbered(datasets.load_from_disk(str(folder)), source)
+        saved = datasets.load_from_disk(str(folder))
+        yield from _numbered(map(without_nulls, saved), source)
         return
     # A folder of `llmdistill generate`: its records are no rows.
     if (folder / "calls.jsonl").is_file():
-        yield from _file_rows(folder / f"{split or 'train'}.jsonl", source)
+        known = [path.stem for path in folder.glob("t*.jsonl")]
+        name = _chosen(known, split, source)
+        yield from _file_rows(folder / f"{name}.jsonl", source)
         return
-    folder = folder.resolve()
+    folder = Path(os.path.abspath(folder))  # links stay, because their targets may have no suffix
     found, left = _files_by_split(folder)
     if not found:
         raise DataError(f"{source}: the folder has no file of type {', '.join(READERS)}. {HELP}")
@@ -136,7 +139,7 @@ def _files_by_split(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
         for pattern in several:
             with contextlib.suppress(FileNotFoundError):  # no file fits this pattern
                 files |= {Path(name) for name in resolve_pattern(pattern, place)}
-        known = sorted({path.resolve() for path in files if type_of(path) in READERS})
+        known = sorted(path for path in files if type_of(path) in READERS)
         if known:
             splits[str(split)] = known
     taken = {path for files in splits.values() for path in files}
@@ -194,6 +197,9 @@ def _read_json(path: Path, source: str) -> Rows:
         first_line = start + file.readline()
     if start == "{":
         _refuse_an_object(path, source, first_line)
+        if (row := _only_row(path, first_line)) is not None:
+            yield from _numbered([row], source)
+            return
     if start != "[":
         yield from _read_json_lines(path, source)
         return
@@ -221,6 +227,15 @@ def _refuse_an_object(path: Path, source: str, first_line: str) -> None:
             f"{source}: the rows are not at the top of this file, which is one object with the "
             f"fields {', '.join(whole)}.{where} Save the list alone, or one row per line."
         )
+
+
+def _only_row(path: Path, first_line: str) -> dict[str, Any] | None:
+    """Return the row of a file that is one object over several lines, or None."""
+    if _parsed(first_line) is not None:
+        return None
+    with open_text(path, "\n") as file:
+        whole = _parsed(file.read())
+    return whole if isinstance(whole, dict) else None
 
 
 def _parsed(text: str) -> Any:
@@ -304,7 +319,8 @@ def _read_parquet(path: Path, source: str) -> Rows:
         table = pyarrow.parquet.ParquetFile(path)
         # In batches, so that the file is never in memory as a whole.
         batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=1024))
-        yield from _numbered((row for batch in batches for row in batch), source)
+        rows = (without_nulls(row) for batch in batches for row in batch)
+        yield from _numbered(rows, source)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{source}: not a valid Parquet file: {error}") from error
 
@@ -321,7 +337,21 @@ def _hub_rows(source: str, streaming: bool) -> Rows:
         raise DataError(
             f"cannot load dataset '{source}': {type(error).__name__}: {error}. {HELP}"
         ) from error
-    yield from _numbered(rows, source)
+    yield from _numbered(map(without_nulls, rows), source)
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a table without null fields in its objects.
+
+    A table fills in the fields that objects of other rows have.
+    """
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: clean(one) for name, one in value.items() if one is not None}
+        return [clean(one) for one in value] if isinstance(value, list) else value
+
+    return {name: clean(value) for name, value in row.items()}
 
 
 def _numbered(rows: Iterable[Any], source: str) -> Rows:

@@ -61,6 +61,7 @@ class RowCounts:
     long_contexts_dropped: int = 0
     excluded: int = 0
     control_texts: int = 0
+    answers_left_out: int = 0
     unread: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -88,6 +89,8 @@ class RowCounts:
             parts.append(f"{self.long_contexts_dropped} dropped: the teacher's prompt too long")
         if self.excluded:
             parts.append(f"{self.excluded} dropped: 'weight' or 'train' excludes the answer")
+        if self.answers_left_out:
+            parts.append(f"{self.answers_left_out} answers left out: they cannot be rendered")
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
@@ -180,8 +183,10 @@ def stream(
             counts.bad += 1
             on_bad(error)
             continue
-        for example in examples:
-            pairing.check(example)
+        for example, one in zip(examples, encoded, strict=True):
+            counts.answers_left_out += example.response is not None and one.response_ids is None
+            alone = replace(example, response=None, more={})
+            pairing.check(example if one.response_ids is not None else alone)
         _count(row, place, examples, control, rules, counts)
         # The id of this row's first example: `read` has counted one for it already.
         first = counts.examples - 1
@@ -217,7 +222,7 @@ def _encode(
         )
     columns = {name: row.get(name) for name in rules.optional}
     columns |= {name: _column(row, name, example.place) for name in rules.columns}
-    ids = render(tokenizer, example, rules.template_options)
+    ids = _ids(example, tokenizer, rules)
     seen = None
     if rules.context is not None:
         informed = with_context(example, rules.context, columns)
@@ -227,6 +232,19 @@ def _encode(
             seen, _ = render(tokenizer, informed, rules.template_options)
     messages = example.prompt if rules.keeps_messages else ()
     return Row(0, *ids, columns, seen, messages, is_text=not example.prompt)
+
+
+def _ids(
+    example: Example, tokenizer: PreTrainedTokenizerBase, rules: Rules
+) -> tuple[list[int], list[int] | None]:
+    try:
+        return render(tokenizer, example, rules.template_options)
+    except DataError:
+        # If a model writes the answer, one that cannot be rendered is no reason to drop the prompt.
+        if rules.needs_response or example.response is None or not example.prompt:
+            raise
+        prompt = replace(example, response=None, more={})
+        return render(tokenizer, prompt, rules.template_options)
 
 
 def _check_ids(rows: list[Row], place: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:

@@ -7,7 +7,9 @@ message: its tags are the template's own, whichever way a row states the thinkin
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -57,18 +59,30 @@ class ChatTemplate:
         tool calls.
         """
         try:
-            try:
-                found = self._rendered(messages, tools, opens)
-            except Exception:
-                # Some templates join content, or the arguments of a call, to other text.
-                found = self._rendered([_with_texts(one) for one in messages], tools, opens)
+            found = self._as_taken(messages, tools, opens)
         except Exception as error:  # a template can raise any exception, jinja2's or its own
             raise DataError(
                 f"{self.place}: the chat template rejects this conversation: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        self._check_tools(found, messages, tools)
+        self._check_tools(messages, tools, opens)
         return found
+
+    def _as_taken(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        opens: bool,
+    ) -> str:
+        """Return a rendering of messages in the first form that the template takes.
+
+        Some templates join the content, and some the arguments of a call, to other text.
+        """
+        forms = (dict, _with_content, _with_text_arguments)
+        for form in forms[:-1]:
+            with contextlib.suppress(Exception):
+                return self._rendered([form(one) for one in messages], tools, opens)
+        return self._rendered([forms[-1](one) for one in messages], tools, opens)
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a rendered conversation.  Raises DataError if it is no Unicode."""
@@ -151,20 +165,37 @@ class ChatTemplate:
 
     def _check_tools(
         self,
-        found: str,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]],
+        opens: bool,
     ) -> None:
-        called = [call for message in messages for call in message.get("tool_calls") or ()]
-        for what, several in (("tool calls", called), ("tools", tools)):
-            for one in several:
-                name = one.get("function", one).get("name")
-                if isinstance(name, str) and self.marked(name) not in found:
-                    raise DataError(
-                        f"{self.place}: the chat template of '{self.tokenizer.name_or_path}' does "
-                        f"not write {what} (such as '{name}'), so their meaning would be lost. "
-                        "Use a tokenizer whose template supports tools, or drop the row."
-                    )
+        """Raise DataError if the template leaves out a tool or a tool call."""
+        if not tools and not any(message.get("tool_calls") for message in messages):
+            return
+        names: list[tuple[str, str, str]] = []  # a stand-in, what it stands for, and its name
+
+        def renamed(what: str, one: Mapping[str, Any]) -> dict[str, Any]:
+            function = one.get("function", one)
+            stand_in = f"tool{len(names)}x{len(names) * 7919}"
+            names.append((stand_in, what, str(function.get("name"))))
+            made = {**function, "name": stand_in}
+            return {**one, "function": made} if "function" in one else made
+
+        other_tools = [renamed("tools", one) for one in tools]
+        others = [
+            {**m, "tool_calls": [renamed("tool calls", call) for call in m["tool_calls"]]}
+            if m.get("tool_calls")
+            else m
+            for m in messages
+        ]
+        found = self._as_taken(others, other_tools, opens)
+        for stand_in, what, name in names:
+            if stand_in not in found:
+                raise DataError(
+                    f"{self.place}: the chat template of '{self.tokenizer.name_or_path}' does not "
+                    f"write {what} (such as '{name}'), so their meaning would be lost. Use a "
+                    "tokenizer whose template supports tools, or drop the row."
+                )
 
 
 @functools.lru_cache(maxsize=64)
@@ -182,28 +213,45 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return _get_control_token_patterns(tuple(one for one in known if one not in tags))[0]
 
 
-def _with_texts(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message with text for a missing content, and for the arguments of its calls."""
+def _with_content(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with an empty text for a missing content."""
+    return {**message, "content": message.get("content") or ""}
+
+
+def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with a content, and with the arguments of its calls as JSON text."""
     calls = []
     for call in message.get("tool_calls") or ():
         function = dict(call.get("function", call))
         if not isinstance(function.get("arguments", ""), str):
             function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
         calls.append({**call, "function": function} if "function" in call else function)
-    made = {**message, "content": message.get("content") or ""}
+    made = _with_content(message)
     return {**made, "tool_calls": calls} if calls else made
 
 
-def end_in(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:
+def end_in(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequence[int] = ()
+) -> int | None:
     """Return the place of the token that ends an answer, in the ids of the answer and what follows.
 
-    That is the tokenizer's end token or, if the template closes a turn with another token, the last
-    special token.  Only the template can have written either, because control tokens in the text
-    were encoded as ordinary text.  None means that neither is there.
+    `after` are the last of these ids, which the template writes after the answer's text: the end is
+    in the first run of special tokens there, at the tokenizer's end token or else at the last of
+    the run.  Without them it is the first end token, or else the last special token.  Only the
+    template can have written these, because control tokens in the text were encoded as ordinary
+    text.  None means that there is none.
     """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= {tokenizer.eos_token_id}
+    if after and list(ids[-len(after) :]) == list(after):
+        start = len(ids) - len(after)
+        first = next((i for i in range(start, len(ids)) if ids[i] in special), None)
+        if first is not None:
+            places = itertools.takewhile(lambda i: ids[i] in special, range(first, len(ids)))
+            run = list(places)
+            return next((i for i in run if ids[i] == tokenizer.eos_token_id), run[-1])
     if tokenizer.eos_token_id in ids:
         return list(ids).index(tokenizer.eos_token_id)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in special), None)
 
 
@@ -218,10 +266,10 @@ def _template_ends(tokenizer: PreTrainedTokenizerBase, _template: str) -> frozen
     # `_template` is part of the key, because a user can replace the template of a tokenizer.
     chat = ChatTemplate(tokenizer)
     try:
-        prompt = chat.text(_PROBE[:1], opens=False)
         whole = chat.text(_PROBE, opens=False)
     except DataError:  # it rejects this conversation, so it cannot be probed
         return frozenset()
-    answer = chat.ids(whole.removeprefix(prompt))
-    place = end_in(tokenizer, answer)
-    return frozenset() if place is None else frozenset({answer[place]})
+    said = _PROBE[1]["content"]
+    after = chat.ids_after(whole.rpartition(said)[2]) if said in whole else []
+    place = end_in(tokenizer, after, after)
+    return frozenset() if place is None else frozenset({after[place]})

@@ -27,7 +27,9 @@ def thinking_block(text: str, *, may_be_open: Sequence[str] = ()) -> Block | Non
     """
     for opening, closing in TAGS:
         start = text.lstrip()
-        if start.startswith(opening) or closing in may_be_open:
+        # An opening tag elsewhere belongs to a text about such tags.
+        is_missing = closing in may_be_open and opening not in text
+        if start.startswith(opening) or is_missing:
             inside, closed, rest = start.removeprefix(opening).partition(closing)
             if closed:
                 return Block(inside.strip(), rest.lstrip("\n"), (opening, closing))

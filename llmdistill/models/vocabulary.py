@@ -90,7 +90,7 @@ def require_same(
             f"teacher '{teacher.name_or_path}' ({len(teacher)} tokens{teacher_head}) and student "
             f"'{student.name_or_path}' ({len(student)} tokens, head of {student_rows_V} rows) do "
             f"not share a vocabulary: {found.reason}. Use models with the same tokenizer. If only "
-            "added tokens differ, student.tokenizer: teacher may help."
+            "added tokens differ, a recipe can set student.tokenizer: teacher."
         )
     return found.shared
 

@@ -259,3 +259,23 @@ def test_what_the_teacher_reads_makes_no_other_question():
     assert fingerprint(PromptDataset(rows)) != fingerprint(
         PromptDataset([Row(i, [i % 4], [1]) for i in range(16)])
     )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "number"), [([20, 1, 1], 5), ([10, 1, 1], 5), ([100, 1, 1, 1], 4)]
+)
+def test_too_few_small_questions_are_named(sizes, number):
+    rows = [Row(0, [place], [1]) for place, size in enumerate(sizes) for _ in range(size)]
+    with pytest.raises(
+        DataError, match=rf"at most {number} rows, and questions are held back whole"
+    ):
+        PromptDataset(rows).hold_back(number)
+
+
+def test_a_prompt_is_used_if_its_answer_cannot_be_rendered(tokenizer):
+    row = {"prompt": "hi", "completion": "<think>\nlong and cut off"}
+    with pytest.raises(DataError, match="is not closed"):
+        PromptDataset.encode([("x:1", row)], tokenizer, Rules(needs_response=True))
+    data = PromptDataset.encode([("x:1", row)], tokenizer, Rules())
+    assert data[0].response_ids is None
+    assert "1 answers left out: they cannot be rendered" in str(data.counts)

@@ -299,16 +299,6 @@ def test_tools_can_be_an_option_of_the_recipe():
     assert "weather" in tokenizer("qwen3").decode(prompt)
 
 
-def test_nulls_that_a_table_fills_in_are_no_arguments():
-    spoken = {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [call({"city": "Oslo", "date": None})],
-    }
-    _, answer = rendered("qwen3", {"tools": [TOOL | {"strict": None}], "messages": [ASKED, spoken]})
-    assert '{"city": "Oslo"}' in tokenizer("qwen3").decode(answer)
-
-
 def test_a_token_that_is_added_later_is_a_control_token():
     made = tokenizer("qwen3")
     (example,) = to_examples({"prompt": "hi <|new|>"}, "x")
@@ -326,3 +316,109 @@ def test_every_row_is_compared_if_the_templates_differ():
         pairing.check(*to_examples({"prompt": "hi"}, "x"))
     with pytest.raises(VocabularyError):
         pairing.check(*to_examples({"prompt": "hi\n"}, "x"))
+
+
+# ---- traits that were met in other families ----
+
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chatml(template):
+    return tokenizer(FAMILIES["qwen3"]._replace(template=template))
+
+
+def called(*cities, content=None):
+    calls = [call({"city": city}) for city in cities]
+    return {"messages": [ASKED, {"role": "assistant", "content": content, "tool_calls": calls}]}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CALLS.replace("m.tool_calls or []", "[]"),  # it writes tools alone, or none
+        CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),  # the first one alone
+    ],
+)
+def test_a_call_that_the_template_leaves_out_is_refused(template):
+    """Also if its name is elsewhere: in a question, or in another call."""
+    made = chatml("{{ tools | tojson if tools }}" + template)
+    row = called("Rome", "Paris")
+    row["messages"][0] = {"role": "user", "content": "What is the weather?"}
+    with pytest.raises(DataError, match="does not write tool calls"):
+        render(made, to_examples(row | {"tools": [TOOL]}, "x")[0])
+
+
+def test_arguments_are_written_in_one_way():
+    """A template that joins the content needs a text there, and still gets objects."""
+    made = chatml(CALLS.replace("{{ m.content }}", "{{ '' + m.content }}"))
+    answers = [render(made, to_examples(called("Rome", content=c), "x")[0])[1] for c in (None, "")]
+    assert answers[0] == answers[1]
+    assert made.decode(answers[0]) == 'weather({"city": "Rome"})<|im_end|>'
+
+
+def test_a_text_before_a_call_is_not_lost():
+    with pytest.raises(DataError, match="leaves out"):
+        rendered("mistral-instruct", called("Rome", content="Let me look."))
+    _, answer = rendered("qwen3", called("Rome", content="Let me look."))
+    assert "Let me look." in tokenizer("qwen3").decode(answer)
+
+
+@pytest.mark.parametrize(
+    "text", ["Use `<think>` and `</think>` tags.", "Think:<think>\nhm\n</think>\n\nyo"]
+)
+def test_a_text_about_tags_is_whole_or_refused(text):
+    for name in TEMPLATED:
+        try:
+            _, answer = rendered(name, answered(text))
+        except DataError:
+            continue
+        assert text in tokenizer(name).decode(answer)
+
+
+def test_thinking_goes_where_the_template_has_a_place_for_it():
+    channels = (
+        "{% for m in messages %}{% if m.thinking %}<|im_start|>analysis\n{{ m.thinking }}<|im_end|>{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    )
+    rows = [answered("yo", thinking="hm"), answered("<think>\nhm\n</think>\n\nyo")]
+    one, other = (render(chatml(channels), to_examples(row, "x")[0]) for row in rows)
+    assert one == other
+    assert chatml(channels).decode(one[1]).startswith("<|im_start|>analysis\nhm<|im_end|>")
+
+
+@pytest.mark.parametrize("content", ["<think>\n\n</think>\n\nyo", "yo"])
+def test_an_empty_block_is_not_written_twice(content):
+    (example,) = to_examples(answered(content), "x")
+    prompt, answer = render(tokenizer("smollm3"), example, {"enable_thinking": False})
+    assert tokenizer("smollm3").decode(prompt + answer).count("<think>") == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "trained"),
+    [
+        ("<|im_end|>\n<|endoftext|>", "yo<|im_end|>"),  # Phi-3
+        ("<|im_end|>", "yo<|im_end|>"),
+        ("<|im_start|><|im_end|>", "yo<|im_start|><|im_end|>"),  # Command R7B closes twice
+    ],
+)
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+def test_an_answer_ends_where_its_turn_ends(end, trained, eos):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.role == 'user' %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "<|im_start|>assistant\n{% else %}" + end + "{% endif %}"
+    )
+    made = tokenizer(FAMILIES["qwen3"]._replace(template=template, eos=eos))
+    _, answer = render(made, to_examples(answered("yo"), "x")[0])
+    assert made.decode(answer) == trained
+    assert template_ends(made) == {answer[-1]}
+
+
+@pytest.mark.parametrize("name", ["qwen3", OPENS, "llama-3.1-instruct", "gpt2"])
+def test_an_answer_of_thinking_alone_is_empty(name):
+    with pytest.raises(DataError, match="all of it is thinking"):
+        rendered(name, answered("<think>\nhm\n</think>"))

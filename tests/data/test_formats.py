@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from llmdistill.data.formats import Example, form_of, to_examples, unread
@@ -305,3 +307,42 @@ def test_what_cannot_be_used_is_refused_by_name(row, said):
     assert said in refused(row)
     with pytest.raises(DataError):
         to_examples(row, PLACE, every_turn=True)
+
+
+W = {"type": "function", "function": {"name": "w", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "response"),
+    [
+        ({"messages": json.dumps([USER, ANSWER])}, [USER], "yo"),
+        ({"conversations": json.dumps([{"from": "human", "value": "hi"}])}, [USER], None),
+        (
+            {"messages": [{"role": "developer", "content": "x"}, USER]},
+            [{"role": "system", "content": "x"}, USER],
+            None,
+        ),
+        ({"prompt": "hi", "response": "yo"}, [USER], "yo"),
+        ({"prompt": "hi", "tools": "None"}, [USER], None),
+    ],
+)
+def test_what_tables_and_others_write_is_read(row, prompt, response):
+    assert to_examples(row, PLACE) == [Example(tuple(prompt), response, PLACE)]
+
+
+@pytest.mark.parametrize(
+    "spoken",
+    [
+        {"tool_calls": [W]},
+        {"tool_calls": json.dumps([W])},
+        {"tool_calls": [{"type": "function", "function": {"name": "w", "arguments": '{"a": 1}'}}]},
+        {"function_call": {"name": "w", "arguments": '{"a": 1}'}},
+    ],
+)
+def test_a_call_is_the_same_in_every_spelling(spoken):
+    (found,) = to_examples(
+        {"messages": [USER, {"role": "assistant", "content": None, **spoken}]}, PLACE
+    )
+    assert found.more["tool_calls"] == [W]
+    tools = {"tools": [json.dumps(W)], "messages": [USER]}
+    assert to_examples(tools, PLACE)[0].tools == (W,)

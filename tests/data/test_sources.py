@@ -448,3 +448,41 @@ def test_a_compressed_table_is_not_read(tmp_path):
     (tmp_path / "x.parquet.gz").write_bytes(b"x")
     with pytest.raises(DataError, match="this type of file is not supported"):
         prompts(tmp_path / "x.parquet.gz")
+
+
+def test_nulls_that_a_table_fills_in_are_no_fields(tmp_path):
+    """In JSON lines a null is what its writer meant."""
+    calls = [
+        {"function": {"name": "w", "arguments": {"city": "Oslo"}}},
+        {"function": {"name": "w", "arguments": {"date": "1 May"}}},
+    ]
+    rows = [{"messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    for source in (tmp_path / "saved", tmp_path / "rows.parquet"):
+        found = [row["messages"][0]["tool_calls"] for _, row in read(str(source))]
+        assert found == [[call] for call in calls]
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "more": {"b": None}}])
+    assert next(read(str(tmp_path / "rows.jsonl")))[1]["more"] == {"b": None}
+
+
+def test_links_are_followed_by_their_own_names(tmp_path):
+    """The files of a downloaded dataset are links to files without a suffix."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snap").mkdir()
+    write_jsonl(tmp_path / "blobs/abc", [ONE])
+    (tmp_path / "snap/train.jsonl").symlink_to(tmp_path / "blobs/abc")
+    assert prompts(tmp_path / "snap") == ["one"]
+
+
+def test_one_row_over_several_lines_is_a_row(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(ONE, indent=2))
+    assert prompts(tmp_path / "rows.json") == ["one"]
+
+
+def test_a_split_that_a_generated_dataset_lacks_is_named(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [ONE])
+    (tmp_path / "calls.jsonl").write_text("{}")
+    assert prompts(tmp_path) == ["one"]
+    with pytest.raises(DataError, match="no split 'test'; the folder has train"):
+        prompts(f"{tmp_path}:test")
