@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llmdistill import recipe as recipes
 from llmdistill.cost import memory
+from llmdistill.data.build import load_student_tokenizer
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.sources import read
 from llmdistill.data.validate import Row, Rules
-from llmdistill.data.build import load_student_tokenizer
 from llmdistill.run import build_trainer, load_pair, training_arguments
 from llmdistill.training.progress import StepClock
 
