@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -384,18 +385,15 @@ def test_evaluate_looks_first_at_what_would_lose_its_figures(
     assert said in capsys.readouterr().err
 
 
+def evaluate_options(teacher: str, folder: Path) -> list[str]:
+    return ["--teacher", teacher, "--data", f"{folder}/rows.jsonl", "--max-new-tokens", "3"]
+
+
 def test_evaluate_drops_prompts_beyond_the_context(pair, monkeypatch, capsys, tmp_path):
     teacher, student = pair  # 512 positions
     rows = [*toy.rows(3), {"instruction": "x" * 700, "output": "y"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    options = [
-        "--teacher",
-        teacher,
-        "--data",
-        str(tmp_path / "rows.jsonl"),
-        "--max-new-tokens",
-        "3",
-    ]
+    options = evaluate_options(teacher, tmp_path)
     assert run(monkeypatch, "evaluate", student, *options) == 0
     assert "1 dropped: prompt too long" in capsys.readouterr().out
 
@@ -448,13 +446,6 @@ def test_evaluate_says_if_a_student_reads_other_prompts(pair, monkeypatch, caplo
     shutil.copytree(student, tmp_path / "other")
     (tmp_path / "other/chat_template.jinja").write_text("{{ 'Be kind. ' }}" + toy.TEMPLATE)
     write_jsonl(tmp_path / "rows.jsonl", toy.rows(3))
-    options = [
-        "--teacher",
-        teacher,
-        "--data",
-        str(tmp_path / "rows.jsonl"),
-        "--max-new-tokens",
-        "3",
-    ]
+    options = evaluate_options(teacher, tmp_path)
     assert run(monkeypatch, "evaluate", str(tmp_path / "other"), *options) == 0
     assert "is measured on the teacher's rendering" in caplog.text

@@ -175,7 +175,7 @@ def _file_rows(path: Path, source: str) -> Rows:
         raise DataError(f"{source} is not valid UTF-8: {error}. Convert it to UTF-8.") from error
     except DataError:
         raise
-    except Exception as error:  # each library of compression has errors of its own
+    except Exception as error:  # each compression library raises other errors
         if path.suffix not in OPENERS:
             raise
         raise DataError(f"{source}: the compressed file is damaged: {error}") from error

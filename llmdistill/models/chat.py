@@ -109,7 +109,7 @@ class ChatTemplate:
 
     @property
     def closing_tags(self) -> list[str]:
-        """The tags that end thinking and stand in the template itself."""
+        """The closing tags of thinking that the template contains."""
         literal = _get_template_literal_text(self._template())
         return [closing for _, closing in TAGS if closing in literal]
 

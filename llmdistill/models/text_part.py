@@ -1,4 +1,4 @@
-"""The text side of a model that also reads images, as a causal LM of its own type."""
+"""Load the text side of a model that also reads images as a causal LM."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class MultimodalTeacher:
 
     Raises:
         ModelError: The processor has no chat template.
-        VocabularyError: The two tokenizers give a token of the student different ids.
+        VocabularyError: A token of the student has another id in the teacher's tokenizer.
     """
 
     provides = frozenset({Need.DISTRIBUTION})

@@ -207,7 +207,7 @@ def test_a_date_for_both_makes_a_pair():
 
 
 def test_only_the_rows_of_the_run_decide():
-    """A default system message is no reason if every row has one of its own."""
+    """A default system message does not matter if every row has a system message."""
     told = {"messages": [{"role": "system", "content": "Be brief."}, ASKED]}
     plain = FAMILIES["smollm2-instruct"]._replace(template=FAMILIES["qwen3"].template)
     student, teacher = tokenizer(plain, "student"), tokenizer("smollm2-instruct")

@@ -203,7 +203,7 @@ def test_a_teacher_on_this_machine_that_thinks(thinker, monkeypatch):
     [
         ("max_tokens", 400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'"),
         ("seed", 422, "extra_forbidden: seed"),
-        ("top_p", 400, "temperature is allowed, top_p beside it is not"),
+        ("top_p", 400, "use either temperature or top_p"),
     ],
 )
 def test_a_refused_parameter_is_named_with_the_key(

@@ -75,7 +75,7 @@ def test_a_carved_model_writes(kind, more, text):
 
 
 def test_weights_that_a_carved_model_would_lack_are_named(text):
-    """RWKV's first block has a norm of its own."""
+    """Only the first block of RWKV has a norm before it."""
     with pytest.raises(ModelError, match=r"rwkv\.blocks\.0\.pre_ln\.(weight|bias) has shape None"):
         carve(made("rwkv", **RWKV), Plan(layers=[1, 2, 4]), *text)
 
