@@ -97,10 +97,7 @@ def require_same(
 
 def _difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str:
     """Return the first difference between two tokenizers, or ""."""
-    ours, theirs = (
-        {token: number for token, number in one.get_vocab().items() if number < num_tokens(one)}
-        for one in (teacher, student)
-    )
+    ours, theirs = _ids(teacher), _ids(student)
     if ours != theirs:
         moved = [token for token, number in ours.items() if theirs.get(token) != number]
         missing = [token for token in theirs if token not in ours]
@@ -111,6 +108,12 @@ def _difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBa
         )
     mine, yours = (t(PROBE_TEXT, add_special_tokens=False)["input_ids"] for t in (teacher, student))
     return "" if mine == yours else f"they tokenise {PROBE_TEXT[:24]!r}... differently"
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the id of each token that the model can have."""
+    end = num_tokens(tokenizer)  # outside the loop: it reads the whole vocabulary
+    return {token: number for token, number in tokenizer.get_vocab().items() if number < end}
 
 
 def require_adoptable(adopted: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> int:

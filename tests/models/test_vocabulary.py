@@ -45,6 +45,16 @@ def test_one_tokenizer_twice_is_the_same():
     assert found.shared == V
 
 
+def test_the_vocabulary_is_read_a_few_times_and_not_once_per_token(monkeypatch):
+    reads = []
+    get_vocab = PreTrainedTokenizerFast.get_vocab
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "get_vocab", lambda self: reads.append(self) or get_vocab(self)
+    )
+    compare(toy.tokenizer(), toy.tokenizer(), V, V)
+    assert 0 < len(reads) < 10
+
+
 @pytest.mark.parametrize(
     ("teacher_rows", "student_rows"), [(V + 13, V + 5), (V, V + 5), (V + 1, V)]
 )
