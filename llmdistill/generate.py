@@ -74,10 +74,16 @@ def generate(
             _check(folder, recipe, resume=resume, overwrite=overwrite)
     # Cached, so that it runs once: Lion's comparison already calls it while the parts are built.
     begin = functools.cache(functools.partial(_begin, folder, recipe, overwrite=overwrite))
-    pipeline, responder = _load(recipe, folder, begin=begin, is_new=overwrite)
+    pipeline = _load(recipe, folder, begin=begin, is_new=overwrite)
     begin()
     PartialState().wait_for_everyone()
     pipeline.run(progress)
+    if not pipeline.counts.kept:
+        raise DataError(
+            f"no row was kept of {pipeline.counts.made} tasks: {dict(pipeline.counts.dropped)}. "
+            "Change 'filters' or the generator. The replies are recorded: pass resume to filter "
+            "them again."
+        )
     sizes: dict[str, int] = {}
     if PartialState().is_main_process:
         sizes = write_splits(
@@ -93,24 +99,22 @@ def generate(
         card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, revision))
         replace_text(folder / "README.md", card)
         run_folder.discard_old(folder)
-        # Last, because a run that is killed before this point resumes from these replies.
-        if isinstance(responder, RemoteResponder):
-            responder.forget()
+        pipeline.replies.tidy()
     PartialState().wait_for_everyone()
     return Generated(folder, sizes, pipeline.counts)
 
 
 def _load(
     recipe: recipes.GenerationRecipe, folder: Path, *, begin: Callable[[], None], is_new: bool
-) -> tuple[Pipeline, LocalResponder | RemoteResponder]:
-    """Build the pipeline and its responder.  Only Lion's comparison may write to `folder` here."""
+) -> Pipeline:
+    """Build the pipeline.  Only Lion's comparison may write to `folder` here."""
     # Rows and filters first: their mistakes show in seconds, the teacher may take minutes to load.
     seed_tasks = read_tasks(
         recipe.seed_tasks, on_bad_row=recipe.on_bad_row, is_sent=recipe.teacher.is_remote
     )
     filters = build_filters(recipe, seed_tasks)
     logger.info("loading the teacher %s", recipe.teacher.model)
-    responder = build_responder(recipe, folder)
+    responder = build_responder(recipe)
     split = functools.partial(
         tell_apart, recipe, responder, folder=folder, begin=begin, is_new=is_new
     )
@@ -124,7 +128,7 @@ def _load(
     }
     images = recipe.teacher.image_column
     settings = Settings(folder, recipe.target, recipe.round_size, about, images)
-    return Pipeline(generator, responder, filters, settings), responder
+    return Pipeline(generator, responder, filters, settings)
 
 
 def _ranks() -> None:
@@ -219,10 +223,18 @@ def _check(
     if not is_going_on:
         return
     record = folder / run_folder.RECORD
-    before, now = recipes.load_generation(record).unchanging(), recipe.unchanging()
+    recorded = recipes.load_generation(record)
+    before, now = recorded.unchanging(), recipe.unchanging()
+    if recipe.batch_size != recorded.batch_size and not recipe.teacher.is_remote:
+        logger.info("with another 'batch_size', new replies differ by the rounding of the teacher")
+    if recipe.needs_log_probs and not recorded.needs_log_probs:
+        raise CheckpointError(
+            "a filter now needs log-probabilities, which the recorded replies do not have. Remove "
+            "it, or choose another folder."
+        )
     if changed := [key for key in now if before.get(key) != now[key]]:
         key = changed[0]
-        may_change = ", ".join(f"'{name}'" for name in recipe.MAY_CHANGE)
+        may_change = ", ".join(f"'{name}'" for name in recipe.may_change)
         raise CheckpointError(
             f"'{key}' was {before.get(key)} in {record} and is {now[key]} now. A resumed run can "
             f"change only {may_change} and how a server is reached. Restore '{key}', or choose "

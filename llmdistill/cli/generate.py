@@ -93,18 +93,20 @@ def _run(
     from llmdistill.publish.data_card import push as upload
 
     main = is_main()
-    spent, recorded = 0.0, 0
+    spent, written, before = 0.0, 0, 0
     if push and main:
         prepare_push(push)  # a missing permission should fail now, not after hours of writing
 
     def progress(counts: TaskCounts, seconds: float) -> None:
-        nonlocal spent, recorded
+        nonlocal spent, written, before
         spent += seconds
-        if not seconds:  # the first report counts the rows that a resumed run has recorded already
-            recorded = counts.kept
+        if seconds:  # otherwise the rows were recorded by an earlier run
+            written += counts.kept - before
+        elif not before:
             logger.info("the teacher writes, in rounds of %d calls", recipe.round_size)
-        if seconds or recorded:
-            logger.info(_line(counts, recipe.target, counts.kept - recorded, spent))
+        before = counts.kept
+        if seconds or before:
+            logger.info(_line(counts, recipe.target, written, spent))
 
     result = run(recipe, resume=resume, overwrite=overwrite, progress=progress)
     if not main:

@@ -88,17 +88,14 @@ def build_filters(recipe: recipes.GenerationRecipe, seed_tasks: Sequence[Task]) 
 
 
 def build_responder(
-    recipe: recipes.GenerationRecipe, folder: Path
+    recipe: recipes.GenerationRecipe,
 ) -> LocalResponder | RemoteResponder:
-    """Return the responder for the teacher of a recipe.
-
-    A remote responder records each reply of the server in `folder` as soon as it arrives.
-    """
+    """Return the responder for the teacher of a recipe."""
     common: dict[str, Any] = {
         "scored": recipe.needs_log_probs,
         "chat_template_kwargs": recipe.chat_template_kwargs,
     }
-    return _builder(_RESPONDERS, recipe.teacher)(recipe, recipe.teacher, folder, common)
+    return _builder(_RESPONDERS, recipe.teacher)(recipe, recipe.teacher, common)
 
 
 def _builder(table: Mapping[type, Callable[..., Any]], section: Any) -> Callable[..., Any]:
@@ -178,7 +175,6 @@ def _lion(section: generator_sections.LionRecipe, inputs: Inputs) -> TaskGenerat
 def _local(
     recipe: recipes.GenerationRecipe,
     section: LocalTeacherRecipe,
-    folder: Path,
     common: Mapping[str, Any],
 ) -> LocalResponder:
     teacher = load_teacher(section)
@@ -188,7 +184,6 @@ def _local(
 def _multimodal(
     recipe: recipes.GenerationRecipe,
     section: MultimodalTeacherRecipe,
-    folder: Path,
     common: Mapping[str, Any],
 ) -> MultimodalResponder:
     teacher = load_multimodal(section, Parts(template_options=recipe.chat_template_kwargs))
@@ -199,7 +194,6 @@ def _multimodal(
 def _remote(
     recipe: recipes.GenerationRecipe,
     section: RemoteTeacherRecipe,
-    folder: Path,
     common: Mapping[str, Any],
 ) -> RemoteResponder:
     # `revision` and `license` are only stated in rows and on the card, never sent to the server.
@@ -209,7 +203,7 @@ def _remote(
         options["per_minute"] = section.per_minute / PartialState().num_processes
     known = load_tokenizer(section.tokenizer) if section.tokenizer else None
     teacher = RemoteTeacher(tokenizer=known, **common, **options)
-    return RemoteResponder(teacher, seed=recipe.seed, record=folder)
+    return RemoteResponder(teacher, seed=recipe.seed)
 
 
 def _plain(filter_class: Callable[..., Filter]) -> Callable[[Any, Sequence[Task]], Filter]:

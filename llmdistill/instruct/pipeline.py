@@ -6,13 +6,11 @@
 
 Calls are made in rounds of a fixed size, and the requests of a round depend only on earlier rounds.
 The rows are therefore the same however often a run was stopped, and on any number of ranks up to
-the rounding of the teacher.  An unfinished round is made again as a whole, so that its batches are
-the same as without the interruption.
+the rounding of the teacher.  No recorded reply is asked for again (`replies.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections import Counter
@@ -27,31 +25,38 @@ from accelerate.utils import gather_object
 from llmdistill.errors import DataError, TeacherError
 from llmdistill.instruct.filters import EmptyAnswer, Filter
 from llmdistill.instruct.generators.base import TaskGenerator
-from llmdistill.instruct.parse import Parsed
-from llmdistill.instruct.records import (
-    append_lines,
-    drop_half_line,
-    read_whole_lines,
-    replace_lines,
-)
+from llmdistill.instruct.parse import UNPARSABLE, Parsed
+from llmdistill.instruct.records import append_lines, drop_half_line, replace_lines
+from llmdistill.instruct.replies import NotRecorded, Remembering, Replies, hash_of, request_hash
 from llmdistill.instruct.requests import Asked, Reply, Request
-from llmdistill.instruct.responders import Responder
+from llmdistill.instruct.responders import RemoteResponder, Responder
 from llmdistill.instruct.tasks import Task
+from llmdistill.teachers.spoken import BY_SERVER
 
 logger = logging.getLogger("llmdistill")
 
 ALWAYS = (EmptyAnswer(),)  # a row without an answer is of no use in any dataset
+SHOWN_CHARACTERS = 500  # of a reply that cannot be read
 BARREN_ROUNDS = 20  # rounds without a kept row after which an endless generator is stopped
 
 
 @dataclass(frozen=True)
 class Made:
-    """A finished call: its tasks, a hash of all its requests, and the replies of each stage."""
+    """A finished call: its tasks, a hash of all its requests, and the replies of each stage.
+
+    `asked` has the hash of each request, stage by stage.
+    """
 
     call: int
     parsed: Parsed
     prompt_hash: str
+    asked: list[list[str]]
     replies: list[list[Reply]]
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether it ended because all of its last requests were refused."""
+        return bool(self.replies) and all(reply.refused for reply in self.replies[-1])
 
 
 @dataclass
@@ -107,12 +112,15 @@ class Pipeline:
                 "'generator.prompts' has no rows, so there is nothing to ask the teacher. Give a "
                 "source with at least one row."
             )
-        self.generator, self.responder, self.filters = generator, responder, filters
-        self.settings = settings
+        self.generator, self.filters, self.settings = generator, filters, settings
+        self.replies = Replies(settings.folder, settings.about.get("revision"))
+        self.responder = Remembering(responder, self.replies)
+        if isinstance(responder, RemoteResponder):
+            responder.heard = self.replies.heard
         self.counts = TaskCounts()
         self._kept: list[Task] = []
         self._next_call = 0
-        self._is_answered = False
+        self._is_answered = self._is_read = False
         self._drops = DropWatch()
 
     def run(
@@ -120,19 +128,26 @@ class Pipeline:
     ) -> None:
         """Make rounds until the target is reached or the generator has no more calls.
 
-        `progress` is called after each round with its seconds, and once before, with 0 seconds, for
-        the rows of an earlier run.  Raises DataError if recorded calls do not fit this run or if
-        an endless generator keeps no more rows, and TeacherError if the teacher answers nothing.
+        `progress` is called after each round with its seconds, and with 0 seconds for the rows of
+        an earlier run.  Raises DataError if recorded calls do not fit this run, if no reply of the
+        first round can be read, or if an endless generator keeps no more rows; TeacherError if the
+        teacher refuses everything.
         """
         self._take_up()
-        progress(self.counts, 0.0)
-        barren = 0
+        barren, has_replayed = 0, True
         while not self._is_done():
+            if self._replay():
+                has_replayed = True
+                continue
+            if has_replayed:
+                progress(self.counts, 0.0)
+                has_replayed = False
             start, before = time.perf_counter(), self.counts.kept
             made = self._round(self._numbers())
             self._check_answered(made)
             # Replies are recorded before rows: rows can be derived from replies, not vice versa.
             self._record(made)
+            self._check_read(made)
             self._keep(made)
             seconds = time.perf_counter() - start
             self._log(seconds)
@@ -144,9 +159,11 @@ class Pipeline:
                     f"calls. Dropped so far: {dict(self.counts.dropped)}. Change the filters or "
                     "the generator; if most texts were cut off, raise its token limits."
                 )
+        if has_replayed:
+            progress(self.counts, 0.0)
 
     def _check_answered(self, made: Sequence[Made]) -> None:
-        """Raise TeacherError if the teacher has refused every request of this run so far.
+        """Raise TeacherError if the teacher has refused everything: in this run, or in a round.
 
         The round is not recorded, so that a resumed run asks again after the cause was fixed.
         """
@@ -154,11 +171,29 @@ class Pipeline:
         refused = Counter(reply.refused for reply in replies)
         # A call may make no request at all (a row without an answer to rewrite): no refusal.
         self._is_answered |= refused[""] > 0 or not replies
-        if not self._is_answered:
-            raise TeacherError(
-                f"the teacher answered none of {len(replies)} requests: {dict(refused)}. Fix the "
-                "cause (see any warnings above), then pass resume to continue."
-            )
+        asking = [one for one in made if one.replies]
+        is_down = asking and all(one.is_refused for one in asking) and any(map(_by_server, asking))
+        # The last rows of a file are fewer than a round, and may well be refused for their content.
+        if self._is_answered and not (is_down and len(asking) >= self.settings.round_size):
+            return
+        reasons = {reason: number for reason, number in refused.items() if reason}
+        raise TeacherError(
+            f"the teacher answered none of {sum(reasons.values())} requests: {reasons}. Fix the "
+            "cause (see any warnings above), then pass resume to continue."
+        )
+
+    def _check_read(self, made: Sequence[Made]) -> None:
+        """Raise DataError if no task could be read from a round, and none before it."""
+        dropped = sum((Counter(one.parsed.dropped) for one in made), Counter[str]())
+        if self._is_read or any(one.parsed.tasks for one in made) or not dropped[UNPARSABLE]:
+            return
+        shown = next(one.replies for one in made if one.parsed.dropped.get(UNPARSABLE))[0][0].text
+        raise DataError(
+            f"no task could be read from {len(made)} calls: {dict(dropped)}. A reply begins with "
+            f"{shown[:SHOWN_CHARACTERS]!r}. Try a larger teacher, a smaller "
+            "'generator.tasks_per_call' or the generator 'magpie'; to make another round, pass "
+            "resume."
+        )
 
     def _is_done(self) -> bool:
         calls = self.generator.num_calls
@@ -182,11 +217,25 @@ class Pipeline:
         made = exchange(self.generator, self.responder, own, self._kept)
         return gather_object(made) if state.num_processes > 1 else made
 
+    def _replay(self) -> bool:
+        """Make the next round from recorded replies alone, and return whether that was possible."""
+        try:
+            made = exchange(self.generator, self.replies, self._numbers(), self._kept)
+        except NotRecorded:
+            made = []
+        # Either all ranks replay the round, or all make it.
+        if not all(gather_object([bool(made)]) if PartialState().num_processes > 1 else [made]):
+            return False
+        self._record(made)
+        self._keep(made)
+        return True
+
     def _keep(self, made: Sequence[Made]) -> None:
         """Filter the tasks of a round, and append the kept ones to rows.jsonl."""
         rows, before = [], list(self._kept)
         for call in made:
             self._is_answered |= any(not r.refused for stage in call.replies for r in stage)
+            self._is_read |= bool(call.parsed.tasks)
             # Tasks beyond the target are neither kept nor counted, so the counts add up.
             if self._is_met():
                 continue
@@ -219,16 +268,19 @@ class Pipeline:
     # ---- files ----
 
     def _record(self, made: Sequence[Made]) -> None:
-        lines = [
-            {
-                "call": m.call,
-                "revision": self.settings.about.get("revision"),
-                "prompt_hash": m.prompt_hash,
-                "replies": [[asdict(r) for r in stage] for stage in m.replies],
-            }
+        """Append the calls of a round to calls.jsonl, except those that it has already."""
+        found = [
+            self.replies.add_call(
+                m.call,
+                {
+                    "prompt_hash": m.prompt_hash,
+                    "asked": m.asked,
+                    "replies": [[asdict(r) for r in stage] for stage in m.replies],
+                },
+            )
             for m in made
         ]
-        self._append("calls.jsonl", lines)
+        self._append("calls.jsonl", [line for line in found if line is not None])
 
     def _log(self, seconds: float) -> None:
         counts = self.counts
@@ -248,40 +300,20 @@ class Pipeline:
             append_lines(self.settings.folder / name, lines)
 
     def _take_up(self) -> None:
-        """Replay the rounds that an earlier run recorded, and delete an incomplete last round.
+        """Read what an earlier run recorded.  Its rounds are replayed, and its rows made again.
 
-        Rows are filtered again, so that `target` may change between runs.  Raises DataError if the
-        recorded calls do not fit the settings of this run.
+        Rows are filtered again, so that `target` and the filters may change between runs.
         """
         PartialState().wait_for_everyone()
-        recorded = list(read_whole_lines(self.settings.folder / "calls.jsonl"))
-        whole: list[Any] = []
-        numbers = self._numbers()
-        # `_next_call` only counts here; it starts again from 0 for the replay below.
-        while numbers and len(recorded) >= len(whole) + len(numbers):
-            lines = recorded[len(whole) : len(whole) + len(numbers)]
-            if [line["call"] for line in lines] != numbers:
-                raise DataError(
-                    f"{self.settings.folder / 'calls.jsonl'} was recorded with a different round "
-                    "size. Resume with the original settings, or choose another folder."
-                )
-            whole += lines
-            self._next_call = numbers[-1] + 1
-            numbers = self._numbers()
-        self._next_call = 0
+        self.replies.read()
+        self.replies.settle(self.generator)
+        if self.replies:
+            logger.info("%d replies are recorded, and are not asked for again", len(self.replies))
         PartialState().wait_for_everyone()  # every rank has read before the first one writes
         if PartialState().is_main_process:
             drop_half_line(self.settings.folder / "calls.jsonl")
             drop_half_line(self.settings.folder / "log.jsonl")
-            replace_lines(self.settings.folder / "calls.jsonl", whole)
-            # The replay below writes all rows again, so rows.jsonl may be damaged or missing.
             replace_lines(self.settings.folder / "rows.jsonl", [])
-        said = {line["call"]: line["replies"] for line in whole}
-        while self._next_call < len(said) and not self._is_done():
-            made = exchange(self.generator, Recorded(said), self._numbers(), self._kept)
-            for one in made:
-                _check_same(self.settings, whole[one.call], one)
-            self._keep(made)
 
 
 def _row(settings: Settings, made: Made, place: int, task: Task) -> dict[str, Any]:
@@ -323,32 +355,9 @@ class DropWatch:
         self.dropped.clear()
 
 
-def _check_same(settings: Settings, recorded: Mapping[str, Any], made: Made) -> None:
-    """Raise DataError unless a recorded call has the same requests and teacher revision now."""
-    where = settings.folder / "calls.jsonl"
-    if recorded["prompt_hash"] != made.prompt_hash:
-        raise DataError(
-            f"call {made.call} would now send a different request than the one recorded in "
-            f"{where}: the prompts, the seed or the version of llmdistill changed. Restore "
-            "them, or choose another folder."
-        )
-    revision = settings.about.get("revision")
-    if recorded["revision"] != revision:
-        raise DataError(
-            f"call {made.call} in {where} was recorded with the teacher's revision "
-            f"'{recorded['revision']}', but the teacher is now at '{revision}'. Set "
-            "teacher.revision to the recorded one, or choose another folder."
-        )
-
-
-class Recorded:
-    """Responder that returns recorded replies: `said[call][stage][place]`."""
-
-    def __init__(self, said: Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
-        self.said = said
-
-    def respond(self, asked: Sequence[Asked]) -> list[Reply]:
-        return [Reply(**self.said[one.call][one.stage][one.place]) for one in asked]
+def _by_server(made: Made) -> bool:
+    """Whether a server refused a request of this call, and not llmdistill."""
+    return any(reply.refused in BY_SERVER for reply in made.replies[-1])
 
 
 def exchange(
@@ -365,7 +374,7 @@ def exchange(
     calls = {number: generator.call(number, machine) for number in numbers}
     asking: dict[int, list[Request]] = {}
     said: dict[int, list[list[Reply]]] = {number: [] for number in numbers}
-    asked_text: dict[int, list[str]] = {number: [] for number in numbers}
+    hashes: dict[int, list[list[str]]] = {number: [] for number in numbers}
     done: dict[int, Parsed] = {}
 
     def go_on(number: int, replies: list[Reply] | None) -> None:
@@ -386,14 +395,10 @@ def exchange(
         ]
         replies = iter(responder.respond(asked))
         for number, requests in list(asking.items()):  # a copy: `go_on` changes `asking`
-            asked_text[number] += map(repr, requests)
+            hashes[number].append([request_hash(one) for one in requests])
             said[number].append([next(replies) for _ in requests])
             go_on(number, said[number][-1])
     return [
-        Made(number, done[number], _hash("\n".join(asked_text[number])), said[number])
+        Made(number, done[number], hash_of(repr(hashes[number])), hashes[number], said[number])
         for number in numbers
     ]
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -30,16 +30,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request with the key of its randomness: call, stage of the call, and place in the stage."""
-
-    call: int
-    stage: int
-    place: int
-    request: Request
-
-
-@dataclass(frozen=True)
 class Reply:
     """The teacher's text.
 
@@ -53,6 +43,20 @@ class Reply:
     refused: str = ""
     log_prob: float | None = None
     thinking: str = ""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request with the key of its randomness: call, stage of the call, and place in the stage.
+
+    `known` is the recorded reply, if there is one.  A responder needs not ask for it again.
+    """
+
+    call: int
+    stage: int
+    place: int
+    request: Request
+    known: Reply | None = None
 
 
 # One call of a task generator, as a Python generator.  It yields several requests at once, is sent

@@ -9,17 +9,13 @@ every run.  A server is sent a seed that is made from the same key, but it may i
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from llmdistill.batch import Prompts, Sequences
@@ -31,7 +27,6 @@ from llmdistill.decoding.keyed import row_keys
 from llmdistill.errors import DataError
 from llmdistill.evaluation.agreement import judge
 from llmdistill.instruct.parse import BETWEEN
-from llmdistill.instruct.records import append_lines, drop_half_line, read_whole_lines
 from llmdistill.instruct.requests import Asked, Reply, Request
 from llmdistill.models.chat import ChatTemplate
 from llmdistill.models.thinking import TAGS, spoken_thinking
@@ -113,6 +108,10 @@ class LocalResponder:
             batches = by_tokens(lengths, max_new_tokens, self.batch_size)
             for batch in [range(len(places))] if sampling.continuous else batches:
                 some = [places[number] for number in batch]
+                # A batch with one unknown reply is written as a whole, as it was the first time.
+                if all(asked[place].known for place in some):
+                    replies |= {place: asked[place].known for place in some}
+                    continue
                 packed = Prompts.pack(
                     [prompts[place] for place in some], [asked[place].call for place in some],
                     pad_id=self.teacher.tokenizer.pad_token_id,
@@ -218,6 +217,9 @@ class MultimodalResponder(LocalResponder):
             places.sort(key=lambda place: bool(asked[place].request.images))
             for start in range(0, len(places), self.batch_size):
                 some = places[start : start + self.batch_size]
+                if all(asked[place].known for place in some):
+                    replies |= {place: known for place in some if (known := asked[place].known)}
+                    continue
                 seen = [self._seen(asked[place]) for place in some]
                 responses = self.teacher.answer(
                     seen, [asked[place].call for place in some], sampling,
@@ -238,16 +240,21 @@ class RemoteResponder:
     Conversations go to its chat endpoint.  The text of a user goes to its completions endpoint,
     after the opening of the turn by the chat template.
 
-    Each reply is recorded in the folder `record` as it arrives, so that a run that stops within a
-    round sends no request twice.  A request whose text contains a control token is not sent,
-    because the server would interpret the token.
+    `heard` is called with each reply as it arrives.  A request whose text contains a control token
+    is not sent, because the server would interpret the token.
     """
 
-    def __init__(self, teacher: RemoteTeacher, *, seed: int, record: Path | None = None) -> None:
-        self.teacher, self.seed, self.record = teacher, seed, record
+    def __init__(
+        self,
+        teacher: RemoteTeacher,
+        *,
+        seed: int,
+        heard: Callable[[Asked, Reply], None] = lambda asked, reply: None,
+    ) -> None:
+        self.teacher, self.seed, self.heard = teacher, seed, heard
 
     def respond(self, asked: Sequence[Asked]) -> list[Reply]:
-        replies = [self._recorded.get(_key(one)) or self._withheld(one.request) for one in asked]
+        replies = [one.known or self._withheld(one.request) for one in asked]
         missing = [place for place, reply in enumerate(replies) if reply is None]
 
         def heard(number: int, spoken: Spoken) -> None:
@@ -262,10 +269,7 @@ class RemoteResponder:
                 thinking,
             )  # fmt: skip
             replies[place] = reply
-            # Refusals are not recorded: their cause may be fixed before the run is resumed.
-            if self.record and not spoken.refused:
-                line = {"key": _key(asked[place]), "reply": asdict(reply)}
-                append_lines(self._file(PartialState().process_index), [line])
+            self.heard(asked[place], reply)
 
         if missing:
             self.teacher.answer([self._question(asked[place]) for place in missing], heard)
@@ -281,27 +285,6 @@ class RemoteResponder:
             if any("\ud800" <= character <= "\udfff" for character in text):
                 return Reply("", refused=NO_UNICODE)
         return None
-
-    def forget(self) -> None:
-        """Delete the recorded replies of a finished run: calls.jsonl has them all."""
-        for file in self._files():
-            file.unlink()
-
-    @cached_property
-    def _recorded(self) -> dict[str, Reply]:
-        """Recorded replies of an earlier run on any rank, by the key of their request."""
-        # Each rank repairs only its own file: the other ranks repair theirs at the same time.
-        if self.record:
-            drop_half_line(self._file(PartialState().process_index))
-        lines = (line for file in self._files() for line in read_whole_lines(file))
-        return {line["key"]: Reply(**line["reply"]) for line in lines}
-
-    def _file(self, rank: int | str) -> Path:
-        assert self.record is not None
-        return self.record / f"spoken-{rank}.jsonl"
-
-    def _files(self) -> list[Path]:
-        return sorted(self.record.glob(self._file("*").name)) if self.record else []
 
     def _question(self, asked: Asked) -> Question:
         request = asked.request
@@ -348,11 +331,6 @@ def _tokens_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) 
     """Return how many of the first tokens decode to at least `length` characters; at least 1."""
     # Decoded from the start each time: a character may need several tokens.
     return next(n for n in range(1, len(ids) + 1) if len(tokenizer.decode(ids[:n])) >= length)
-
-
-def _key(asked: Asked) -> str:
-    """Return a hash of the whole request, so that a changed prompt finds no old reply."""
-    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
 
 
 def _after(start: str, text: str) -> str:

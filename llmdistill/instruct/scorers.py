@@ -5,6 +5,7 @@ A scorer is a pure function from tasks to one score for each, where higher is be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from llmdistill.instruct.similarity import rouge_l
@@ -14,14 +15,14 @@ from llmdistill.instruct.tasks import Task
 def likelihood(tasks: Sequence[Task]) -> list[float]:
     """Return the teacher's mean log-probability of each answer, in nats per token.
 
-    Raises ValueError if an answer has none.
+    An empty answer has none and gets -inf.  Raises ValueError if another one has none.
     """
-    if any(task.log_prob is None for task in tasks):
+    if any(task.log_prob is None and task.output for task in tasks):
         raise ValueError(
             "'likelihood' compares log-probabilities, but some answers have none. Create the "
             "responder with scored=True."
         )
-    return [task.log_prob or 0.0 for task in tasks]
+    return [-math.inf if task.log_prob is None else task.log_prob for task in tasks]
 
 
 def consensus(tasks: Sequence[Task]) -> list[float]:
@@ -52,8 +53,11 @@ SCORERS: dict[str, Callable[[Sequence[Task]], list[float]]] = {
 def best(tasks: Sequence[Task], by: str) -> Task:
     """Return the answer with the highest score by the scorer `by`, a key of `SCORERS`.
 
-    Truncated answers rank below all others, and the first of several equal answers wins.
+    Truncated answers rank below all others, empty ones below them, and the first of several equal
+    answers wins.
     """
     scores = SCORERS[by](tasks)
     order = range(len(tasks))
-    return tasks[max(order, key=lambda i: (not tasks[i].truncated, scores[i], -i))]
+    return tasks[
+        max(order, key=lambda i: (bool(tasks[i].output), not tasks[i].truncated, scores[i], -i))
+    ]

@@ -37,8 +37,6 @@ class GenerationRecipe(Strict):
     """A recipe of `llmdistill generate`: a teacher writes a dataset for training."""
 
     RENAMED: ClassVar = {"seeds": "seed_tasks", "columns": "format", "held_back": "test_share"}
-    MAY_CHANGE: ClassVar = ("target", "format", "test_share", "thinking")
-    """Keys that a resumed run can change, in addition to those of its teacher."""
 
     seed: Seed = 0
     """Seed of all sampling and of the choice of examples."""
@@ -62,9 +60,7 @@ class GenerationRecipe(Strict):
     batch_size: int = Field(defaults("instruct/responders.py", "LocalResponder").batch_size, gt=0)
     """Number of replies that a local teacher writes at a time.  Lower it if memory runs out."""
     round_size: int = Field(64, gt=0)
-    """Number of calls after which the rows are recorded.  The tasks depend on it, so a resumed run
-    cannot change it.
-    """
+    """Number of calls after which the rows are recorded."""
     chat_template_kwargs: TemplateOptions = {}
     """Options for the teacher's chat template, such as `{enable_thinking: false}`."""
     thinking: Literal["keep", "drop"] = "keep"
@@ -160,9 +156,18 @@ class GenerationRecipe(Strict):
         """Sources of the rows that the teacher is shown or asked."""
         return self.generator.sources(self.seed_tasks)
 
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """Keys that a resumed run can change, in addition to those of its teacher.
+
+        If the teacher is shown kept rows, its requests depend on all that decides what is kept.
+        """
+        always = ("target", "format", "test_share", "thinking", "batch_size", "on_bad_row")
+        return always if self.generator.shows_kept_rows else (*always, "filters", "round_size")
+
     def unchanging(self) -> dict[str, Any]:
         """Return the values that the rows depend on, which a resumed run must not change."""
-        given = self.model_dump(exclude={*self.MAY_CHANGE, "output"})
+        given = self.model_dump(exclude={*self.may_change, "output"})
         return given | {"teacher": self.teacher.model_dump(exclude=set(self.teacher.MAY_CHANGE))}
 
 

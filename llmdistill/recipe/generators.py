@@ -61,6 +61,11 @@ class GeneratorSection(Strict):
     """Number of variants that share the kept rows equally; 0 if rows are kept as they come."""
 
     @property
+    def shows_kept_rows(self) -> bool:
+        """Whether the teacher is shown rows that were kept before."""
+        return False
+
+    @property
     def needs_distributions(self) -> bool:
         """Whether the teacher must provide next-token distributions."""
         return False
@@ -151,6 +156,10 @@ class SelfInstructRecipe(GeneratorSection):
     """Length at which the list of instructions is cut off, in tokens."""
     max_instance_tokens: int = Field(_self_instruct.max_instance_tokens, gt=0)
     """Length at which the reply with input and output is cut off, in tokens."""
+
+    @property
+    def shows_kept_rows(self) -> bool:
+        return self.machine_examples > 0
 
     @model_validator(mode="after")
     def _among_the_examples(self) -> SelfInstructRecipe:

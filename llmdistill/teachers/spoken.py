@@ -12,6 +12,8 @@ from llmdistill.models.thinking import THINKING
 REFUSED_BY_SERVER, TOOL_CALL = "refused by the server", "tool call in place of a text"
 UNUSABLE_REPLY = "unusable reply"
 FAILED = "failed on the server"
+BY_SERVER = (REFUSED_BY_SERVER, TOOL_CALL, UNUSABLE_REPLY, FAILED)
+"""Reasons for which a server gives no text.  Asked again, it may give one."""
 # Finish reasons in lower case: at the limit of new tokens, and after a failure.
 CUT_OFF = ("length", "max_tokens", "model_length")
 FAILURES = ("abort", "aborted", "error", "cancelled", "failed")

@@ -107,13 +107,13 @@ def test_lion_is_balanced_and_compared_with_its_pool(rows, tmp_path):
 
 
 @pytest.mark.parametrize("table", ["_GENERATORS", "_FILTERS", "_RESPONDERS"])
-def test_a_section_that_is_in_no_table_fails_by_name(rows, tmp_path, monkeypatch, table):
+def test_a_section_that_is_in_no_table_fails_by_name(rows, monkeypatch, table):
     monkeypatch.setattr(build, table, {})
     given = recipe(rows, filters=[{"kind": "language"}])
     call, name = {
         "_GENERATORS": (lambda: build.build_generator(given, [], split), "MagpieRecipe"),
         "_FILTERS": (lambda: build.build_filters(given, []), "LanguageRecipe"),
-        "_RESPONDERS": (lambda: build.build_responder(given, tmp_path), "LocalTeacherRecipe"),
+        "_RESPONDERS": (lambda: build.build_responder(given), "LocalTeacherRecipe"),
     }[table]
     with pytest.raises(TypeError, match=f"{name} has no builder"):
         call()
@@ -179,9 +179,27 @@ def test_a_resumed_run_may_reach_its_server_in_another_way(rows):
         recipe(rows, **{"teacher": other, "generator": {"kind": "evolve"}} | changes).unchanging()
         == first.unchanging()
     )
-    for part in ({"teacher": remote | {"model": "n"}}, {"seed": 1}, {"batch_size": 8}):
+    for part in ({"teacher": remote | {"model": "n"}}, {"seed": 1}):
         changed = recipe(rows, **{"teacher": remote, "generator": {"kind": "evolve"}} | part)
         assert changed.unchanging() != first.unchanging()
+
+
+@pytest.mark.parametrize(
+    ("generator", "may"),
+    [
+        ({"kind": "magpie"}, True),
+        ({"kind": "self_instruct"}, False),  # it shows the teacher rows that were kept
+        ({"kind": "self_instruct", "machine_examples": 0}, True),
+    ],
+)
+def test_what_only_decides_which_rows_are_kept_may_change(rows, generator, may):
+    first = recipe(rows, generator=generator)
+    filters = {"filters": [{"kind": "language"}]}
+    for part in (filters, {"round_size": 9}):
+        changed = recipe(rows, generator=generator, **part)
+        assert (changed.unchanging() == first.unchanging()) is may
+    batches = recipe(rows, generator=generator, batch_size=8)
+    assert batches.unchanging() == first.unchanging()
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,76 @@ class Handler(BaseHTTPRequestHandler):
         )
 
 
+def chat(text, reason="stop", logprobs=None, **message):
+    """The body of a reply of the chat endpoint."""
+    message = {"role": "assistant", "content": text} | message
+    choice = {"index": 0, "finish_reason": reason, "logprobs": logprobs, "message": message}
+    return {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+
+
+def last(body) -> str:
+    """The last message of a request, or the text that it continues."""
+    return body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+
+
+class Scripted(ThreadingHTTPServer):
+    """Answers with `reply(body, number)`: a body, or a status, headers and a body.
+
+    `seen` has the path, the headers and the body of each request, and `times` when it came.
+    """
+
+    daemon_threads, request_queue_size = True, 128
+
+    def __init__(self, reply) -> None:
+        super().__init__(("127.0.0.1", 0), ScriptedHandler)
+        self.reply, self.lock = reply, threading.Lock()
+        self.seen, self.times = [], []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    @property
+    def asked(self) -> int:
+        return len(self.seen)
+
+
+class ScriptedHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"{}")
+        with self.server.lock:
+            self.server.seen.append((self.path, dict(self.headers), body))
+            self.server.times.append(time.monotonic())
+            number = len(self.server.seen)
+        said = self.server.reply(body, number)
+        status, headers, data = said if isinstance(said, tuple) else (200, {}, said)
+        data = data if isinstance(data, bytes) else json.dumps(data).encode()
+        self.send_response(status)
+        headers = {"content-type": "application/json", "content-length": len(data)} | headers
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the client may have left
+            self.wfile.write(data)
+
+    do_GET = do_POST
+
+
+@contextlib.contextmanager
+def scripted(reply) -> Iterator[Scripted]:
+    """Run a server that answers with `reply` until the block ends."""
+    server = Scripted(reply)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 @contextlib.contextmanager
 def serving() -> Iterator[Server]:
     """Run a server on a free port until the block ends."""
