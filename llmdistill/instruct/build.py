@@ -198,9 +198,12 @@ def _remote(
 ) -> RemoteResponder:
     # `revision` and `license` are only stated in rows and on the card, never sent to the server.
     options = section.model_dump(exclude={"kind", "revision", "tokenizer", "license"})
-    # Each rank paces its own requests, so the limit is divided among the ranks.
+    # Each rank paces its own requests, so the limits are divided among the ranks.
+    rank, ranks = PartialState().process_index, PartialState().num_processes
+    whole, rest = divmod(section.concurrency, ranks)
+    options["concurrency"] = max(whole + (rank < rest), 1)
     if section.per_minute is not None:
-        options["per_minute"] = section.per_minute / PartialState().num_processes
+        options["per_minute"] = section.per_minute / ranks
     known = load_tokenizer(section.tokenizer) if section.tokenizer else None
     teacher = RemoteTeacher(tokenizer=known, **common, **options)
     return RemoteResponder(teacher, seed=recipe.seed)

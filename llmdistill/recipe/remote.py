@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.base import Strict
@@ -22,6 +22,26 @@ Parameter = Literal[
     "chat_template_kwargs",
 ]
 """Parameters of a request that a server may not know."""
+SAMPLING, LIMIT = "it in 'sampling' of the generator", "the generator's limit of new tokens"
+OWN_KEYS = {
+    "model": "'teacher.model'",
+    "messages": "the prompts of the generator",
+    "prompt": "the prompts of the generator",
+    "temperature": SAMPLING,
+    "top_p": SAMPLING,
+    "top_k": SAMPLING,
+    "max_tokens": LIMIT,
+    "max_completion_tokens": LIMIT,
+    "seed": "'seed' of the recipe",
+    "n": "'samples' of the generator",
+    "stream": "nothing: replies are read as a whole",
+    "stop": "nothing: the generator ends its replies",
+    "logprobs": "nothing: filters that need them ask for them",
+    "chat_template_kwargs": "'chat_template_kwargs' of the recipe",
+    "api_key": "'teacher.key_from'",
+    "authorization": "'teacher.key_from'",
+}
+"""Fields of a request that the recipe sets elsewhere."""
 _teacher = defaults("teachers/remote.py", "RemoteTeacher")
 
 
@@ -61,11 +81,15 @@ class RemoteTeacherRecipe(Strict):
     uses `OPENAI_API_KEY` for api.openai.com and no key for any other server.
     """
     concurrency: int = Field(_teacher.concurrency, gt=0)
-    """Largest number of requests that one process sends at the same time."""
+    """Largest number of requests that run at the same time, over all processes (at least one each).
+    Fewer run while the server says that there are too many.
+    """
     timeout: float = Field(_teacher.timeout, gt=0)
     """Timeout of one attempt, in seconds."""
     retries: int = Field(_teacher.retries, ge=0)
-    """Further attempts at a request that failed, with growing pauses.  `0` tries once."""
+    """Further attempts at a request that failed, with growing pauses.  `0` tries once.  If the
+    server only says that there are too many requests, that is no failure while others get replies.
+    """
     per_minute: int | None = Field(_teacher.per_minute, gt=0)
     """Largest number of requests per minute, over all processes.  With `null` only `concurrency`
     limits them.
@@ -78,6 +102,23 @@ class RemoteTeacherRecipe(Strict):
     """Parameters of a request that are sent under another name, such as `{max_tokens:
     max_completion_tokens}`.
     """
+
+    extra_body: dict[str, Any] = {}
+    """Fields that are sent with every request, such as `{presence_penalty: 1.0}` or `{guided_json:
+    ...}`.  They are shown on the card, so they must hold no secret.
+    """
+
+    @field_validator("extra_body")
+    @classmethod
+    def _fields_without_a_key_of_their_own(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        for name in fields:
+            if name in OWN_KEYS:
+                raise PydanticCustomError(
+                    "extra_body",
+                    "'{name}' cannot be set in 'extra_body'. Set {key}.",
+                    {"name": name, "key": OWN_KEYS[name]},
+                )
+        return fields
 
     # A recipe is copied into the run folder and shown on cards, so an address with a key in it must
     # be refused when it is read.

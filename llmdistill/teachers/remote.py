@@ -2,9 +2,9 @@
 
 B = sequences.
 
-It writes text, but does not provide distributions yet.  Requests run in parallel up to a limit.  A
-request is retried with growing pauses if the server is busy, closes the connection, or sends an
-unusable reply.  Errors that a retry cannot fix are raised.
+It writes text, but does not provide distributions yet.  Requests run in parallel, as many as the
+server takes (`pacing.py`).  A request is retried with growing pauses if the server fails, closes
+the connection, or sends an unusable reply.  Errors that a retry cannot fix are raised.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import importlib.util
 import logging
 import os
 import random
-import time
+import socket
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.keyed import row_keys
@@ -29,22 +29,27 @@ from llmdistill.errors import RecipeError, TeacherError
 from llmdistill.models.chat import template_ends
 from llmdistill.protocols import Need
 from llmdistill.sampling import Draw, Sampling, Writer
+from llmdistill.teachers.pacing import LONGEST_PAUSE, Pace, asked_to_wait
 from llmdistill.teachers.spoken import (
     REFUSED_BY_SERVER,
     UNUSABLE,
     UNUSABLE_REPLY,
+    NoLogProbs,
     Spoken,
     parameter_hint,
+    parse,
     read_reply,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST_PAUSE = 30.0  # seconds between two attempts
-LONGEST_WAIT = 300.0  # seconds between two attempts if the server asks for a pause (Retry-After)
+# A reply may have this many bytes: far more than any text of its tokens with its log-probabilities.
+MOST_BYTES, BYTES_PER_TOKEN = 2**20, 1000
+MOST_CHARACTERS, CHARACTERS_PER_TOKEN = 2000, 100  # and its text this many characters
 NO_KEY = "none"  # the openai client requires a key, even for servers that check none
-TRY_AGAIN = (408, 409, 425, 429)  # HTTP statuses to retry, as are all from 500
+TOO_MANY = 429
+TRY_AGAIN = (408, 409, 425, TOO_MANY)  # HTTP statuses to retry, as are all from 500
 # Statuses that concern the content of one request (too long, for example), so that others may
 # succeed.  Such a request loses its row, and the run continues.
 REFUSED_STATUS = (400, 413, 422)
@@ -83,10 +88,11 @@ class RemoteTeacher:
 
     The API key is read from the environment variable `key_from`.  By default, OPENAI_API_KEY goes
     to api.openai.com, and no other server gets a key.  `timeout` (of one attempt) and `pause` (the
-    first one) are in seconds, `retries` are attempts after the first, and `per_minute` limits the
-    requests that start.  `write` needs `tokenizer`.  With `scored`, replies have log-probabilities.
-    `chat_template_kwargs` are sent to the server's chat template.  Parameters of a request in
-    `leave_out` are not sent, and those in `rename` are sent under another name.
+    first one) are in seconds, `retries` are attempts after the first, and `concurrency` and
+    `per_minute` limit the requests that run and that start.  `write` needs `tokenizer`.  With
+    `scored`, replies have log-probabilities.  `chat_template_kwargs` are sent to the server's chat
+    template.  Parameters of a request in `leave_out` are not sent, and those in `rename` are sent
+    under another name.  The fields of `extra_body` are sent with each request.
     """
 
     provides: frozenset[Need] = frozenset()
@@ -107,6 +113,7 @@ class RemoteTeacher:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         leave_out: Sequence[str] = (),
         rename: Mapping[str, str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         if importlib.util.find_spec("openai") is None:
             raise RecipeError(
@@ -115,13 +122,16 @@ class RemoteTeacher:
             )
         self.url, self.model, self.tokenizer = url, model, tokenizer
         self.key = _key(url, key_from)
-        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
+        self.timeout, self.retries = timeout, retries
         self.pause, self.scored = pause, scored
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.leave_out, self.rename = tuple(leave_out), dict(rename or {})
-        self._pace = _Pace(per_minute)
+        self.extra_body = dict(extra_body or {})
+        self._pace = Pace(concurrency, per_minute)
         self._said: set[str] = set()
         self._is_well = False  # whether the server has given a usable reply
+        self._unusable = ""  # what was wrong with a reply that cost its row
+        self._num_unusable = 0  # number of unusable replies, retried ones included
 
     def answer(
         self,
@@ -185,82 +195,161 @@ class RemoteTeacher:
     async def _answer(
         self, questions: Sequence[Question], heard: Callable[[int, Spoken], None]
     ) -> list[Spoken]:
-        import openai
-
-        # No retries by the client: `_attempts` also retries unusable replies, and keeps the pace.
-        client = openai.AsyncOpenAI(
-            base_url=self.url, api_key=self.key, timeout=self.timeout, max_retries=0
-        )
-        gate = asyncio.Semaphore(self.concurrency)
-
         async def one(place: int, question: Question) -> Spoken:
-            async with gate:
-                spoken = await self._attempts(client, question)
-                heard(place, spoken)
-                return spoken
+            spoken = await self._attempts(client, question)
+            heard(place, spoken)
+            return spoken
 
+        self._pace.open()
         try:
-            async with client, asyncio.TaskGroup() as group:
+            async with self._client() as client, asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(*numbered)) for numbered in enumerate(questions)]
         except ExceptionGroup as failed:  # the first error cancels the other requests
             raise failed.exceptions[0] from None
+        if self._unusable and not self._is_well:
+            raise self._gave_up(self._unusable)
         return [task.result() for task in tasks]
+
+    def _client(self) -> Any:
+        import openai
+
+        # The client fills in two headers from the environment, whatever the server is.
+        names = ("OpenAI-Organization", "OpenAI-Project")
+        left_out = {} if _is_openai(self.url) else {name: openai.Omit() for name in names}
+        # No retries by the client: `_attempts` also retries unusable replies, and keeps the pace.
+        # No redirects: another host would get all prompts.
+        return openai.AsyncOpenAI(
+            base_url=self.url, api_key=self.key, timeout=self.timeout, max_retries=0,
+            default_headers=left_out,  # type: ignore[arg-type]
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False, timeout=self.timeout
+            ),
+        )  # fmt: skip
 
     async def _attempts(self, client: Any, question: Question) -> Spoken:
         """Ask until there is a reply.  Pauses double, and are at least what the server asks for."""
         import openai
 
-        wrong, is_unusable = "", False
-        for attempt in range(self.retries + 1):
-            await self._pace.turn()
-            wait, is_unusable = 0.0, False
+        wrong, is_unusable, is_too_many = "", False, False
+        failures, answered = 0, self._pace.answered
+        while failures <= self.retries:
+            if failures and not is_too_many:
+                pause = min(self.pause * 2 ** (failures - 1), LONGEST_PAUSE)
+                # Random, so that parallel requests do not all come back at the same moment.
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            started = await self._pace.start()
+            is_unusable = is_too_many = False
             try:
                 async with asyncio.timeout(self.timeout):  # the client's limits one read
-                    reply = await self._ask(client, question)
-                self._check_model(reply)
-                found = self._spoken(reply)
+                    found = await self._ask(client, question)
                 self._is_well = True
+                self._pace.hear()
                 return found
             except (
                 openai.APIConnectionError,
                 openai.APIResponseValidationError,
                 TimeoutError,
             ) as error:
-                wrong = f"{type(error).__name__}: {error}"
+                wrong = self._unreached(error)
             except openai.APIStatusError as error:
                 wrong = f"HTTP {error.status_code}: {error.message}"
                 if error.status_code in REFUSED_STATUS:
                     hint = parameter_hint(wrong)
                     self._say_once(f"{self.url} refused a request: {wrong[:500]}{hint}")
                     return Spoken("", refused=REFUSED_BY_SERVER)
-                if error.status_code not in TRY_AGAIN and error.status_code < 500:
-                    hint = HINTS.get(error.status_code, "")
-                    raise TeacherError(
-                        f"{self.url} rejected the request: {wrong[:500]}{hint}"
-                    ) from error
-                wait = _asked_to_wait(error.response)
+                self._check_status(error, wrong)
+                wait = asked_to_wait(error.response.headers)
+                is_too_many = error.status_code == TOO_MANY
+                if is_too_many:
+                    self._pace.slow_down(started, wait, self.pause)
+                else:
+                    self._pace.hold(wait)
             except UNUSABLE as error:
                 wrong = f"unusable reply: {error}"
                 is_unusable = True
+                self._num_unusable += 1
+                # A server that sent nothing else in as many attempts is not asked again and again.
+                is_hopeless = not self._is_well and self._num_unusable > self.retries
+                if is_hopeless or isinstance(error, NoLogProbs):
+                    break
+            finally:
+                self._pace.end()
             self._say_once(f"{self.url}: {wrong[:200]}; retrying")
-            if attempt < self.retries:
-                pause = min(self.pause * 2**attempt, LONGEST_PAUSE)
-                # Random, so that parallel requests do not all come back at the same moment.
-                await asyncio.sleep(max(wait, pause * random.uniform(0.5, 1.0)))
-        if is_unusable and self._is_well:  # others get replies, so this one costs its row alone
-            return Spoken("", refused=UNUSABLE_REPLY)
-        raise TeacherError(
+            # A server that only asks for patience has not failed as long as others get replies.
+            failures += not is_too_many or self._pace.answered == answered
+            answered = self._pace.answered
+        if not is_unusable:
+            raise self._gave_up(wrong)
+        self._unusable = wrong  # it costs this row alone, if others get replies
+        return Spoken("", refused=UNUSABLE_REPLY)
+
+    def _gave_up(self, wrong: str) -> TeacherError:
+        return TeacherError(
             f"{self.url} gave no usable reply in {self.retries + 1} attempts. The last error: "
             f"{wrong[:500]} Check that the server is running and that teacher.url is right. "
             "Earlier replies are recorded: pass resume to continue."
         )
 
-    async def _ask(self, client: Any, question: Question) -> Any:
+    def _check_status(self, error: Any, wrong: str) -> None:
+        """Raise TeacherError for an HTTP status that asking again does not change."""
+        status, hint = error.status_code, ""
+        if 300 <= status < 400:
+            found = urlsplit(urljoin(self.url, error.response.headers.get("location", "")))
+            hint = (
+                f". It redirects to {found.scheme}://{found.hostname or ''}"
+                f"{f':{found.port}' if found.port else ''}{found.path}, which is not followed, "
+                "because your prompts would go there. If that is right, set teacher.url to it."
+            )
+        elif error.code == "insufficient_quota":
+            hint = ". The account has no credit left. Earlier replies are recorded: pass resume."
+        elif status in TRY_AGAIN or status >= 500:
+            return
+        hint = hint or HINTS.get(status, "")
+        raise TeacherError(f"{self.url} rejected the request: {wrong[:500]}{hint}") from error
+
+    def _unreached(self, error: BaseException) -> str:
+        """Return why the server could not be reached.
+
+        Raises TeacherError if asking again does not help: a host that nobody knows, or a
+        certificate that is not trusted.
+        """
+        cause = _innermost(error)
+        if isinstance(cause, ssl.SSLError) and not self._is_well:
+            raise TeacherError(
+                f"{self.url} cannot be reached over TLS: {cause}. For a certificate of your own, "
+                "set the environment variable SSL_CERT_FILE to its file; for a server without "
+                "TLS, let teacher.url start with http://."
+            ) from error
+        if isinstance(cause, socket.gaierror) and not self._is_well:
+            raise TeacherError(
+                f"the host of {self.url} is not known: {cause.strerror}. Check teacher.url."
+            ) from error
+        if isinstance(error, TimeoutError) or cause is error:
+            return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {type(cause).__name__}: {cause}"
+
+    async def _ask(self, client: Any, question: Question) -> Spoken:
         options, prompt = _parameters(self, question), question.prompt
+        most = MOST_BYTES + BYTES_PER_TOKEN * question.max_new_tokens
         if question.is_chat:
-            return await client.chat.completions.create(messages=list(prompt), **options)
-        text_or_ids = prompt if isinstance(prompt, str) else list(prompt)
-        return await client.completions.create(prompt=text_or_ids, **options)
+            asked = client.chat.completions.with_streaming_response
+            request = asked.create(messages=list(prompt), **options)
+        else:
+            asked = client.completions.with_streaming_response
+            request = asked.create(
+                prompt=prompt if isinstance(prompt, str) else list(prompt), **options
+            )
+        async with request as response:
+            body = await _body(response, most)
+        tokens = question.max_new_tokens
+        if len(body) > most:
+            raise ValueError(f"it has more than {most:,} bytes for {tokens} tokens")
+        reply = parse(body)
+        self._check_model(reply)
+        spoken = self._spoken(reply)
+        if len(spoken.text) > MOST_CHARACTERS + CHARACTERS_PER_TOKEN * tokens:
+            raise ValueError(f"it has {len(spoken.text):,} characters for {tokens} tokens")
+        return spoken
 
     def _spoken(self, reply: Any) -> Spoken:
         spoken, reason = read_reply(reply, scored=self.scored)
@@ -277,6 +366,24 @@ class RemoteTeacher:
         if text not in self._said:
             self._said.add(text)
             logger.warning("%s", text)
+
+
+async def _body(response: Any, most: int) -> bytes:
+    """Return what a server sends, or the beginning of it, which is then longer than `most`.
+
+    Raises APIConnectionError if the connection fails.
+    """
+    import openai
+
+    body = bytearray()
+    try:
+        async for part in response.iter_bytes():
+            body += part
+            if len(body) > most:
+                break
+    except Exception as error:  # of the HTTP library, which the client does not translate here
+        raise openai.APIConnectionError(request=response.http_request) from error
+    return bytes(body)
 
 
 def _parameters(teacher: RemoteTeacher, question: Question) -> dict[str, Any]:
@@ -303,6 +410,7 @@ def _parameters(teacher: RemoteTeacher, question: Question) -> dict[str, Any]:
     )
     # The client knows OpenAI's names alone, so new names go into the rest of the body.
     extra |= {new: options.pop(old) for old, new in teacher.rename.items() if old in options}
+    extra |= teacher.extra_body
     return options | {"extra_body": extra or None}
 
 
@@ -320,8 +428,7 @@ def _key(url: str, key_from: str | None) -> str:
     Raises RecipeError if the variable `key_from` is not set.
     """
     if key_from is None:
-        is_openai = urlsplit(url).hostname == "api.openai.com"
-        return (is_openai and os.environ.get("OPENAI_API_KEY")) or NO_KEY
+        return (_is_openai(url) and os.environ.get("OPENAI_API_KEY")) or NO_KEY
     if not os.environ.get(key_from):
         raise RecipeError(
             f"teacher.key_from: the environment variable {key_from} is not set. Set it to the "
@@ -330,29 +437,16 @@ def _key(url: str, key_from: str | None) -> str:
     return os.environ[key_from]
 
 
-class _Pace:
-    """Spaces the starts of requests evenly, so that at most `per_minute` begin in a minute."""
-
-    def __init__(self, per_minute: float | None) -> None:
-        self.step = 60.0 / per_minute if per_minute else 0.0
-        self.next = 0.0
-
-    async def turn(self) -> None:
-        if self.step:
-            now = time.monotonic()
-            # The next start is reserved before the sleep: other requests run this in between.
-            self.next = max(self.next, now) + self.step
-            await asyncio.sleep(self.next - self.step - now)
+def _is_openai(url: str) -> bool:
+    return urlsplit(url).hostname == "api.openai.com"
 
 
-def _asked_to_wait(response: Any) -> float:
-    """Return the seconds of the server's Retry-After header (a number or a date), or 0."""
-    asked = response.headers.get("retry-after") or "0"
-    try:
-        seconds = float(asked)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(asked).timestamp() - time.time()
-        except ValueError:
-            seconds = 0.0
-    return min(max(seconds, 0.0), LONGEST_WAIT)
+def _innermost(error: BaseException) -> BaseException:
+    """Return the error that caused all others."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif (inner := error.__cause__ or error.__context__) is not None:
+            error = inner
+        else:
+            return error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-from llmdistill.errors import TeacherError
 from llmdistill.models.thinking import THINKING
 
 REFUSED_BY_SERVER, TOOL_CALL = "refused by the server", "tool call in place of a text"
@@ -22,9 +24,12 @@ PARAMETERS = (
     *("max_tokens", "seed", "top_p", "top_k", "temperature", "stop", "logprobs"),
     "chat_template_kwargs",
 )
-# Raised while reading a reply that is not JSON, or is JSON of an unexpected form.  The openai
-# client validates neither.
+# Raised while reading a reply that is not JSON, or is JSON of an unexpected form.
 UNUSABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+
+
+class NoLogProbs(ValueError):
+    """A reply has no log-probabilities.  Asking again does not change that."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,14 @@ class Spoken:
     thinking: str = ""
 
 
+def parse(body: bytes) -> Any:
+    """Return a JSON document whose objects have their fields as attributes.
+
+    Raises ValueError if it is not JSON.
+    """
+    return json.loads(body, object_hook=lambda fields: SimpleNamespace(**fields))
+
+
 def read_reply(reply: Any, *, scored: bool) -> tuple[Spoken, Any]:
     """Return the reply, and the reason why it ended if that is not one of OpenAI's.
 
@@ -53,6 +66,8 @@ def read_reply(reply: Any, *, scored: bool) -> tuple[Spoken, Any]:
     if not choices:
         raise ValueError("it has no choices")
     choice = choices[0]
+    if not isinstance(choice, SimpleNamespace):
+        raise ValueError(f"its first choice is {choice!r}")
     message = getattr(choice, "message", None)
     text = getattr(message, "content", None) if message else getattr(choice, "text", None)
     stated = (getattr(message, name, None) for name in THINKING)
@@ -82,7 +97,7 @@ def _joined(text: Any) -> Any:
         return ""
     if not isinstance(text, list):
         return text
-    parts = [part.get("text") for part in text if isinstance(part, dict)]
+    parts = [getattr(part, "text", None) for part in text]
     return "".join(part for part in parts if isinstance(part, str))
 
 
@@ -101,7 +116,7 @@ def parameter_hint(refusal: str) -> str:
 def _mean_log_prob(choice: Any) -> float:
     """Return the mean log-probability in nats per token.
 
-    Chats list tokens in `content`, completions in `token_logprobs`.  Raises TeacherError if the
+    Chats list tokens in `content`, completions in `token_logprobs`.  Raises NoLogProbs if the
     server sent neither.
     """
     found = getattr(choice, "logprobs", None)
@@ -112,8 +127,11 @@ def _mean_log_prob(choice: Any) -> float:
         else getattr(found, "token_logprobs", None)
     )
     if each is None:
-        raise TeacherError(
-            "the server returned no log-probabilities, which the filter 'perplexity' and "
-            "'best_by: likelihood' need. Remove them from the recipe, or use another server."
+        raise NoLogProbs(
+            "it has no log-probabilities, which the filter 'perplexity' and 'best_by: likelihood' "
+            "need. Remove them from the recipe, or use another server."
         )
-    return sum(each) / max(len(each), 1)
+    mean = sum(each) / max(len(each), 1)
+    if not math.isfinite(mean):
+        raise ValueError(f"its mean log-probability is {mean}")
+    return mean

@@ -435,7 +435,8 @@ def test_text_that_repeats_itself_is_found_in_any_language(text):
 @slow
 def test_a_filter_that_drops_most_of_a_round_is_named_at_once(server, tmp_path, caplog):
     recipe = generation(tmp_path, remote(server), filters=[{"kind": "length", "min_words": 9}])
-    generate(recipe)
+    with pytest.raises(DataError, match="no row was kept of 5 tasks"):
+        generate(recipe)
     assert "the filter 'length' dropped 5 of 5 tasks of a round" in caplog.text
 
 

@@ -163,7 +163,7 @@ def test_answers_come_with_their_log_probability_where_asked_for(server, prompt)
     server.faults = ["scored"]
     (spoken,) = teacher(server, scored=True).answer([question])
     assert spoken.log_prob == -1.5
-    with pytest.raises(TeacherError, match="returned no log-probabilities"):
+    with pytest.raises(TeacherError, match="it has no log-probabilities"):
         teacher(server, scored=True).answer([question])
 
 

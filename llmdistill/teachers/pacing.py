@@ -1,0 +1,127 @@
+"""When a request to a server may start: how many at a time, how often, and after which pauses."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+
+LONGEST_PAUSE = 30.0  # seconds between two attempts
+LONGEST_WAIT = 300.0  # seconds between two attempts if the server asks for a pause (Retry-After)
+ENOUGH_ANSWERS = 8  # after which the rate at which requests were sent is known to be about right
+FASTER, SLOWER = 0.99, 1.2  # change of the interval after an answer, and after "too many requests"
+HOLD = 4  # pauses that hold all requests if the server does not say how long
+
+
+class Pace:
+    """Decides when the next request starts.
+
+    At most `concurrency` requests run at a time, and at most `per_minute` start in a minute.  If
+    the server says that these are too many, all requests wait, and then fewer run at a time: half
+    as many at once, one more after each round of answers (additive increase, multiplicative
+    decrease, Chiu and Jain 1989).  The interval between two starts is adapted in the same way,
+    because even single requests can be too fast.
+    """
+
+    def __init__(self, concurrency: int, per_minute: float | None = None) -> None:
+        self.concurrency, self.limit = concurrency, float(concurrency)
+        self.shortest = self.interval = 60.0 / per_minute if per_minute else 0.0
+        self.answered = 0  # replies so far
+        self._next = self._held_until = self._slowed_at = 0.0
+        self._starts: list[float] = []  # first and last start since the server slowed us down
+        self._started = self._answered_since = self._holds = 0
+        self.open()
+
+    def open(self) -> None:
+        """Make ready for requests of a new event loop."""
+        self._running, self._queue, self._freed = 0, asyncio.Lock(), asyncio.Event()
+
+    async def start(self) -> float:
+        """Wait until a request may start, and return the time."""
+        async with self._queue:  # one at a time, in order
+            while True:
+                now = time.monotonic()
+                if (wait := max(self._held_until, self._next) - now) > 0:
+                    await asyncio.sleep(wait)  # the server may ask for more in the meantime
+                elif self._running >= max(int(self.limit), 1):
+                    self._freed.clear()
+                    await self._freed.wait()
+                else:
+                    break
+            self._running += 1
+            self._next = now + self.interval
+            self._starts = [*self._starts[:1], now]
+            self._started += 1
+            return now
+
+    def end(self) -> None:
+        """A request has ended, in whatever way."""
+        self._running -= 1
+        self._freed.set()
+
+    def hear(self) -> None:
+        """A reply came: go a little faster."""
+        self.answered += 1
+        self._answered_since += 1
+        self._holds = 0
+        self.limit = min(self.limit + 1 / self.limit, self.concurrency)
+        self.interval = max(self.interval * FASTER, self.shortest)
+
+    def hold(self, seconds: float) -> None:
+        """Let no request start for so long."""
+        self._held_until = max(self._held_until, time.monotonic() + seconds)
+
+    def slow_down(self, started: float, asked: float, pause: float) -> None:
+        """The server says that there are too many requests.
+
+        `started` is when the refused request started, `asked` the pause that the server asks for
+        (0 if it does not say), and `pause` the shortest one otherwise, in seconds.
+        """
+        # Requests that were under way together are refused together: they count once.
+        is_new = started >= self._slowed_at
+        wait = asked or min(HOLD * pause * 2**self._holds, LONGEST_PAUSE)
+        if asked or is_new:
+            self.hold(wait)
+        if not is_new:
+            return
+        now = time.monotonic()
+        self.limit = max(self.limit / 2, 1.0)
+        self._holds += 1
+        if self._answered_since:  # otherwise nothing is known about the right rate
+            first, last = self._starts[0], self._starts[-1]
+            sent = max(self.interval, (last - first) / max(self._started - 1, 1))
+            if self._answered_since >= ENOUGH_ANSWERS:
+                self.interval = sent * SLOWER
+            else:  # in the middle of the rate that was too fast, and the one that got through
+                through = (now - (self._slowed_at or first)) / self._answered_since
+                self.interval = math.sqrt(max(sent, 1e-3) * max(through, 1e-3))
+        self._slowed_at, self._starts = now, []
+        self._started = self._answered_since = 0
+
+
+def asked_to_wait(headers: Mapping[str, str]) -> float:
+    """Return the seconds of a Retry-After header (a number or a date), or 0."""
+    if milliseconds := _number(headers.get("retry-after-ms")):
+        seconds = milliseconds / 1000
+    else:
+        asked = headers.get("retry-after")
+        seconds = _number(asked) or _until(asked)
+    return min(max(seconds, 0.0), LONGEST_WAIT)
+
+
+def _number(text: str | None) -> float:
+    try:
+        number = float(text or 0)
+    except ValueError:
+        return 0.0
+    return number if math.isfinite(number) else 0.0
+
+
+def _until(date: str | None) -> float:
+    """Return the seconds until a date, or 0 for a text that is no date."""
+    try:
+        return parsedate_to_datetime(date or "").timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0.0
