@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +25,14 @@ from llmdistill.recipe import generators as generator_sections
 from llmdistill.recipe.generators import AnsweringRecipe, GeneratorSection
 from llmdistill.recipe.remote import RemoteTeacherRecipe
 from llmdistill.recipe.sampling import SamplingRecipe
+from llmdistill.recipe.sources import SourceRecipe
 from llmdistill.recipe.teachers import LocalTeacherRecipe, MultimodalTeacherRecipe
 from llmdistill.sampling import Sampling
 from llmdistill.teachers.build import Parts, image_folder, load_multimodal, load_teacher
 from llmdistill.teachers.multimodal import images_in
 from llmdistill.teachers.remote import RemoteTeacher
+
+logger = logging.getLogger("llmdistill")
 
 Split = Callable[[generator_sections.LionRecipe], Pools]
 
@@ -134,8 +138,15 @@ def _alpaca(section: generator_sections.AlpacaRecipe, inputs: Inputs) -> TaskGen
 def _self_instruct(section: generator_sections.SelfInstructRecipe, inputs: Inputs) -> TaskGenerator:
     # The seeds' own labels are the examples for the question whether a task is a classification.
     classifies = [task.classifies for task in inputs.seed_tasks]
-    options = _options(section)
-    return lists.SelfInstruct(inputs.seed_tasks, classifies, seed=inputs.seed, **options)
+    labelled: Sequence[Task] = ()
+    if all(label is None for label in classifies):
+        logger.info(
+            "the seed tasks have no field 'is_classification', so the included seed tasks show the "
+            "teacher which tasks are classifications"
+        )
+        labelled = read_tasks([SourceRecipe(source="seed_tasks")])
+    options: dict[str, Any] = {"labelled": labelled, "seed": inputs.seed, **_options(section)}
+    return lists.SelfInstruct(inputs.seed_tasks, classifies, **options)
 
 
 def _magpie(section: generator_sections.MagpieRecipe, inputs: Inputs) -> TaskGenerator:

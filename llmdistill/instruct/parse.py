@@ -1,6 +1,6 @@
-"""Read tasks from a list that a teacher wrote.  Incomplete items are dropped.
+"""Read tasks from what a teacher wrote.  Incomplete items are dropped.
 
-Each item has this form:
+The teacher is asked for items of this form:
 
 ###
 4. Instruction: ...
@@ -8,13 +8,17 @@ Each item has this form:
 <noinput>
 4. Output:
 ...
+
+Chat models change the layout: blank lines, bold names, other marks, a fence around the list, or a
+remark at its end.  Such replies are read as well.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from llmdistill.instruct.tasks import Task
@@ -23,12 +27,61 @@ BETWEEN = "###"
 NO_INPUT = "<noinput>"
 UNPARSABLE, TRUNCATED = "unparsable", "truncated"
 FIELDS = ("Instruction", "Input", "Output")
-_FIELD = re.compile(rf"^[ \t]*\d+[.)]?\s*({'|'.join(FIELDS)}):[ \t]*", re.MULTILINE)
-# Only a "###" that is followed by a field starts an item: answers may contain "###" as headings of
-# their own, which must stay in them.
-_BETWEEN = re.compile(
-    rf"^{BETWEEN}[ \t]*\n?(?=[ \t]*\d+[.)]?\s*(?:{'|'.join(FIELDS)}):)", re.MULTILINE
+
+_DECORATION = r"[ \t*_`>#-]*"  # of Markdown, around a number or a name
+_NUMBER = r"(?P<number>\d+)[.):、．]?"
+# The name of a field at the start of a line: "4. Input:", "**Input**:", "### 4) Input 4:".
+_FIELD = re.compile(
+    rf"^{_DECORATION}(?:{_NUMBER})?{_DECORATION}(?P<name>{'|'.join(FIELDS)})\b(?:[ \t]*\d+)?"
+    rf"{_DECORATION}[:：][*_`]*",
+    re.MULTILINE,
 )
+# A line that only marks the start of an item: "###", "### 5", "**Task 5**", "Example 2:".
+_MARK = re.compile(
+    r"^[ \t]*(?:#+[ \t]*(?:\d+[.):]?)?|#*[ \t]*\**(?:Task|Item|Example)[ \t]*\d+[.:]?\**:?)[ \t]*$",
+    re.MULTILINE | re.IGNORECASE,
+)
+_RULE = re.compile(r"^[ \t]*(?:-{3,}|\*{3,}|_{3,}|={3,})[ \t]*$")
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~).*$", re.MULTILINE)
+_EMPTY = re.compile(
+    r"""[<(\[{"'`*_\s]*
+    (?:no[ _-]?inputs?(?:\ (?:is\ )?(?:needed|required|provided|necessary|given))?
+    |none|null|nil|n/?a|not\ applicable|empty
+    |keine?|keine\ eingabe|aucune?|ningun[ao]|nessuno
+    |нет|无|なし|-+)?[>)\]}"'`*_.。\s]*""",
+    re.IGNORECASE | re.VERBOSE,
+)
+# The last paragraph of a list, if it is about the list.
+_REMARK = re.compile(
+    r"(?:please )?(?:let me know\b.*\b(?:more|other|another|further|help|changes|else)\b"
+    r"|feel free to\b|i hope (?:this|these|that|it)\b|would you like\b.*\b(?:more|another)\b"
+    r"|(?:these|those|the above|here are)\b.*\b(?:tasks?|instructions?|examples?|list)\b)",
+    re.IGNORECASE,
+)
+# A line before the text that was asked for.
+_PREFACE = re.compile(
+    r"(?:sure|certainly|of course|absolutely|okay|ok|great|here(?:'s|\u2019s| is| are)|klar|gerne"
+    r"|natürlich|hier (?:ist|sind)|voici|bien sûr|aquí|claro|por supuesto|ecco|certo|вот|конечно"
+    r"|好的|当然|以下|はい|もちろん|承知)",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(
+    rf"{_DECORATION}(?:(?:your|the|my)\s+)?(?:(?:new|harder|rarer|rare|similar|revised|rewritten"
+    rf"|evolved)\s+)*(?:task|instruction|prompt|question)(?:\s+\d+)?{_DECORATION}[:：]"
+    rf"{_DECORATION}\n*",
+    re.IGNORECASE,
+)
+_QUOTES = (
+    ('"', '"'),
+    ("\u201c", "\u201d"),
+    ("\u201e", "\u201c"),
+    ("«", "»"),
+    ("「", "」"),
+    ("**", "**"),
+)
+_ITEM = re.compile(rf"^(?P<indent>[ \t]*)[*_]*{_NUMBER}[*_]*(?=\s|[^\x00-\x7f])", re.MULTILINE)
+_BULLET = re.compile(r"^[-*\u2022][ \t]+", re.MULTILINE)
+SKIPPED = 2  # numbers that a numbered list may leave out
 
 
 class Parsed(NamedTuple):
@@ -41,9 +94,14 @@ class Parsed(NamedTuple):
 def write_task(number: int, task: Task) -> str:
     """Return a task as item `number` of a list."""
     return (
-        f"{BETWEEN}\n{number}. Instruction: {task.instruction}\n{number}. Input:\n"
+        f"{BETWEEN}\n{number}. Instruction: {one_line(task.instruction)}\n{number}. Input:\n"
         f"{task.input or NO_INPUT}\n{number}. Output:\n{task.output}\n"
     )
+
+
+def one_line(instruction: str) -> str:
+    """Return an instruction as one line of a list, without a colon at its end."""
+    return " ".join(instruction.split()).rstrip(":")
 
 
 def parse_tasks(text: str, *, truncated: bool = False) -> Parsed:
@@ -52,9 +110,10 @@ def parse_tasks(text: str, *, truncated: bool = False) -> Parsed:
     An item is a task if it has each field once, in the order of `FIELDS`, and its instruction is
     not empty.  If the text is `truncated`, the last item is dropped as incomplete.
     """
-    items = [item for item in _BETWEEN.split(text) if item.strip(" \t\n#")]
+    items = _items(normalised(text))
     dropped = Counter({TRUNCATED: 1} if truncated and items else {})
-    found = [_task(item) for item in (items[:-1] if truncated else items)]
+    whole = items[:-1] if truncated else items
+    found = [_task(item, is_last=item is items[-1]) for item in whole]
     tasks = [task for task in found if task is not None]
     return Parsed(tasks, dropped + Counter({UNPARSABLE: len(found) - len(tasks)}))
 
@@ -62,30 +121,210 @@ def parse_tasks(text: str, *, truncated: bool = False) -> Parsed:
 def parse_question(text: str) -> Task | None:
     """Return the instruction and input of the first item of a text, without an output.
 
-    Returns None if there is no instruction.
+    Returns None if there is no instruction, or if it holds a field that could not be read.
     """
-    item = next(item for item in _BETWEEN.split(text) if item.strip(" \t\n#"))
-    _, *parts = _FIELD.split(item)
     fields: dict[str, str] = {}
-    for name, value in zip(parts[::2], parts[1::2], strict=True):
-        # The first non-empty value counts: some teachers repeat the field that they continue.
-        fields[name] = fields.get(name) or _without_mark(value)
-    return _made(fields.get("Instruction", ""), fields.get("Input", ""), "")
+    text = normalised(text)
+    found = list(_FIELD.finditer(text))
+    for field, value in zip(found, _values(text, found), strict=True):
+        name, before = field["name"], fields.get("Instruction", "")
+        if name == "Instruction" and (_is_preface(before) or before.isdigit()):
+            fields = {}
+        elif name == "Instruction" and before and "Input" in fields:
+            break  # the next item
+        # The first value counts that is not empty: some teachers repeat the field that they
+        # continue.
+        fields[name] = fields.get(name) or value
+    instruction = fields.get("Instruction", "")
+    if re.search(rf"(?:{'|'.join(FIELDS)})\**[:：]|{NO_INPUT}", instruction):
+        return None
+    return _made(instruction, fields.get("Input", ""), "")
 
 
-def _without_mark(value: str) -> str:
-    """Return a field without the "###" after it that begins the next item."""
-    return value.strip().removesuffix(BETWEEN).strip()
+def parse_instances(text: str) -> list[tuple[str, str]] | None:
+    """Return the inputs and outputs of a reply with `Input:` and `Output:` in either order.
+
+    An output alone has no input.  Returns None if a field is missing or repeated.
+    """
+    text = normalised(text)
+    found = [field for field in _FIELD.finditer(text) if field["name"] != "Instruction"]
+    names, values = [field["name"] for field in found], _values(text, found)
+    if names and set(names) == {"Output"}:
+        return [("", value) for value in values]
+    if not names or len(names) % 2 or any(a == b for a, b in pairwise(names)):
+        return None
+    pairs = list(zip(values[::2], values[1::2], strict=True))
+    ordered = pairs if names[0] == "Input" else [(given, output) for output, given in pairs]
+    return [("" if is_no_input(given) else given, output) for given, output in ordered]
 
 
-def _task(item: str) -> Task | None:
+def parse_list(text: str) -> list[str]:
+    """Return the items of a numbered list.  An item may have several lines, and lists inside it."""
+    text = normalised(text)
+    marks = list(_ITEM.finditer(text))
+    if not marks:
+        return []
+    chosen = [marks[0]]
+    numbers = [int(mark["number"]) for mark in marks]
+    # A server that was not told where the list begins counts again from 1.
+    number = numbers[0] if numbers[0] + 1 in numbers or 2 not in numbers else 1
+    for mark, found in zip(marks[1:], numbers[1:], strict=True):
+        # Other numbers belong to a list within the item.
+        if (
+            number < found <= number + 1 + SKIPPED
+            and len(mark["indent"]) <= len(chosen[0]["indent"]) + 1
+        ):
+            chosen.append(mark)
+            number = found
+    items = _values(text, chosen)
+    if len(items) == 1 and len(bullets := _BULLET.split(items[0])) > 2:
+        items = [_value(bullet, is_last=False) for bullet in bullets[1:]]
+    lines = ["\n".join(line.strip() for line in item.splitlines()) for item in items]
+    return [unwrapped(item) for item in lines if item]
+
+
+def asked_text(text: str) -> str:
+    """Return a task that a teacher wrote, without preface, label, quotes and closing remark."""
+    text = _without_remark(normalised(text).strip())
+    first, _, rest = text.partition("\n")
+    if rest.strip() and _is_preface(first):
+        text = rest.strip()
+    text = unwrapped(text)
+    label = _LABEL.match(text)
+    return unwrapped(text[label.end() :].strip()) if label else text
+
+
+def after_start(start: str, text: str) -> str:
+    """Return the part of a server's reply after `start`, the text that it should continue.
+
+    A server is not told how its reply should start.  The model may continue from there, in
+    which case the first numbered item has a later number.  Or it repeats the start, perhaps after a
+    greeting, or counts again from 1; then everything up to and including that item's mark is cut.
+    """
+    last = re.match(r"(\d+)[.)]? ?(.*)", start.rpartition("\n")[2])
+    if last is None:
+        return text
+    text = normalised(text)
+    marks = _FIELD.finditer(text) if last[2] else _ITEM.finditer(text)
+    first = next((m for m in marks if not last[2] or m["name"] == last[2].rstrip(":")), None)
+    is_start = first is not None and int(first["number"] or 0) <= int(last[1])
+    return text[first.end() :] if first is not None and is_start else text
+
+
+def is_no_input(text: str) -> bool:
+    """Whether the text of an input says that there is none."""
+    return _EMPTY.fullmatch(text.strip()) is not None
+
+
+def normalised(text: str) -> str:
+    """Return the text with the line ends of this machine's text files."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def unwrapped(text: str) -> str:
+    """Return the text without quotation marks or bold type around all of it."""
+    for opening, closing in _QUOTES:
+        inner = text[len(opening) : -len(closing)]
+        is_around = text.startswith(opening) and text.endswith(closing) and len(text) > 2
+        if is_around and opening not in inner and closing not in inner:
+            return inner.strip()
+    return text
+
+
+def _items(text: str) -> list[str]:
+    """Return the items of a list, each with its fields."""
+    fields = list(_FIELD.finditer(text))
+    starts = [field for field in fields if field["name"] == "Instruction"]
+    # Within a numbered list, a line "Instruction:" belongs to an answer.
+    if sum(start["number"] is not None for start in starts) > 1:
+        starts = [start for start in starts if start["number"] is not None]
+    places: list[int] = []
+    opened = None  # number of an item that begins with another field
+    for field in fields:
+        if _MARK.search(_line_before(text, field.start())):
+            opened = field["number"] if field["name"] != "Instruction" else None
+            places.append(field.start())
+        elif field in starts and (opened is None or field["number"] != opened):
+            places.append(field.start())
+    parts = [text[a:b] for a, b in pairwise([0, *places, len(text)])]
+    return [part for part in parts if _FENCE.sub("", _MARK.sub("", part)).strip(" \t\n-")]
+
+
+def _line_before(text: str, place: int) -> str:
+    """Return the last line before a place that is not blank."""
+    return text[:place].rstrip().rpartition("\n")[2]
+
+
+def _task(item: str, *, is_last: bool) -> Task | None:
     """Return an item as a task, or None if a field is missing, repeated or out of order."""
-    _, *parts = _FIELD.split(item)
-    names, values = parts[::2], [_without_mark(value) for value in parts[1::2]]
-    return _made(*values) if tuple(names) == FIELDS else None
+    for fields in _candidates(item):
+        if tuple(field["name"] for field in fields) == FIELDS:
+            values = _values(item, fields, is_last=is_last)
+            return _made(*values)
+    return None
+
+
+def _candidates(item: str) -> Iterator[Sequence[re.Match[str]]]:
+    """Yield the lines that may be the fields of an item, the surest ones first."""
+    fields = list(_FIELD.finditer(item))
+    if fields:
+        yield [field for field in fields if field["number"] == fields[0]["number"]]
+        yield [field for field in fields if field["number"]]
+        yield fields
+
+
+def _values(text: str, marks: Sequence[re.Match[str]], *, is_last: bool = True) -> list[str]:
+    """Return the text after each mark up to the next one; a list may end after the last one."""
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    return [
+        _value(text[mark.end() : end], is_last=is_last and mark is marks[-1])
+        for mark, end in zip(marks, ends, strict=False)
+    ]
+
+
+def _value(text: str, *, is_last: bool) -> str:
+    """Return the text of a field without what belongs to the list around it."""
+    text = _without_remark(text.strip()) if is_last else text.strip()
+    lines = text.split("\n")
+    while lines and (_is_of_list(lines[-1]) or _is_open_fence(lines)):
+        lines.pop()
+    value = "\n".join(lines).strip()
+    return value.removesuffix("**").rstrip() if value.count("**") % 2 else value
+
+
+def _is_of_list(line: str) -> bool:
+    """Whether a line only separates items."""
+    return not line.strip() or any(kind.fullmatch(line) for kind in (_MARK, _RULE))
+
+
+def _is_open_fence(lines: Sequence[str]) -> bool:
+    """Whether the last line is a fence without its other half: it closes the whole list."""
+    fences = sum(_FENCE.match(line) is not None for line in lines)
+    return _FENCE.match(lines[-1]) is not None and fences % 2 == 1
+
+
+def _without_remark(text: str) -> str:
+    """Return a text without the paragraphs at its end that are about the list."""
+    lines = text.split("\n")
+    while len(lines) > 1 and _is_of_list(lines[-2]):  # a blank line, a mark or a rule
+        after_mark = len(lines) > 2 and not lines[-2].strip() and _MARK.fullmatch(lines[-3])
+        if not after_mark and _REMARK.match(lines[-1].strip()) is None:
+            break
+        lines.pop()
+        while len(lines) > 1 and not lines[-1].strip():
+            lines.pop()
+    return "\n".join(lines)
+
+
+def _is_preface(text: str) -> bool:
+    """Whether a text only announces what follows it."""
+    return (
+        text.rstrip(" *_").endswith((":", "：", "!"))
+        and _PREFACE.match(text.lstrip(" *_")) is not None
+    )
 
 
 def _made(instruction: str, given: str, output: str) -> Task | None:
-    """Return a task, or None without an instruction; `NO_INPUT` becomes an empty input."""
-    given = "" if given.lower() == NO_INPUT else given
+    """Return a task, or None without an instruction; an input that says "none" becomes empty."""
+    given = "" if is_no_input(given) else given
     return Task(instruction, given, output) if instruction else None

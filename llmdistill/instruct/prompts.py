@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmdistill.instruct.parse import NO_INPUT, write_task
+from llmdistill.instruct.parse import NO_INPUT, one_line, write_task
 from llmdistill.instruct.tasks import Task
 
 
@@ -24,7 +24,7 @@ def task_list(examples: Sequence[Task], count: int) -> str:
         "- Each task has another topic and another verb than those before it.\n"
         "- Mix questions with requests, easy with hard, short with long.\n"
         "- A program that reads and writes text can do it: nothing to see, hear, open or visit.\n"
-        "- The instruction is one or two sentences of English.\n"
+        "- The instruction is one or two sentences in the language of the tasks below.\n"
         f"- The input is a real example of at most 100 words, or {NO_INPUT} where none is needed.\n"
         "- The output is a correct answer of at most 100 words.\n\n"
         f"{listed}"
@@ -36,30 +36,30 @@ def instruction_list(examples: Sequence[str]) -> str:
 
     Wang et al. 2023, Self-Instruct.
     """
-    listed = "\n".join(f"{i + 1}. {text}" for i, text in enumerate(examples))
+    listed = "\n".join(f"{i + 1}. {one_line(text)}" for i, text in enumerate(examples))
     return (
         "Go on with this list of tasks for a text assistant. Each new one is different from all "
-        f"before it and stands on one line.\n\n{listed}"
+        f"before it, stands on one line and is in the same language.\n\n{listed}"
     )
 
 
-def is_classification(instruction: str, examples: Sequence[Task], labels: Sequence[bool]) -> str:
+def is_classification(instruction: str, examples: Sequence[Task]) -> str:
     """Return a prompt that asks whether an instruction can only be answered by a few fixed labels.
 
-    `labels` are the right answers for `examples`.
+    The examples say of themselves whether they can.
     """
     shown = "\n".join(
-        f"Task: {task.instruction}\nFixed answers: {'yes' if label else 'no'}"
-        for task, label in zip(examples, labels, strict=True)
+        f"Task: {one_line(task.instruction)}\nFixed answers: {'yes' if task.classifies else 'no'}"
+        for task in examples
     )
     return (
         "Can each answer to the task only be one of a few fixed choices? Say yes or no.\n\n"
-        f"{shown}\nTask: {instruction}\nFixed answers:"
+        f"{shown}\nTask: {one_line(instruction)}\nFixed answers:"
     )
 
 
-def instance(instruction: str, *, output_first: bool) -> str:
-    """Return a prompt that asks for an input and its output.
+def instance(instruction: str, *, output_first: bool, count: int = 1) -> str:
+    """Return a prompt that asks for inputs and their outputs, at most `count` of them.
 
     For classification, use `output_first`: if the input came first, most inputs would get the same
     label (Wang et al. 2023, Self-Instruct).
@@ -67,9 +67,10 @@ def instance(instruction: str, *, output_first: bool) -> str:
     fields = ("Output", "Input") if output_first else ("Input", "Output")
     first = "Choose one possible answer, then write an input that it is right for."
     plain = "Write an example input, then the right answer to it."
+    several = f" Write up to {count} examples, each with another input." if count > 1 else ""
     return (
-        f"Task: {instruction}\n\n{first if output_first else plain} If the task needs no input, "
-        f"write {NO_INPUT}. Use this form:\n{fields[0]}: ...\n{fields[1]}: ..."
+        f"Task: {instruction}\n\n{first if output_first else plain}{several} If the task needs no "
+        f"input, write {NO_INPUT}. Use this form:\n{fields[0]}: ...\n{fields[1]}: ..."
     )
 
 

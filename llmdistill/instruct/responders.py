@@ -26,7 +26,7 @@ from llmdistill.decoding.batches import by_tokens
 from llmdistill.decoding.keyed import row_keys
 from llmdistill.errors import DataError
 from llmdistill.evaluation.agreement import judge
-from llmdistill.instruct.parse import BETWEEN
+from llmdistill.instruct.parse import after_start
 from llmdistill.instruct.requests import Asked, Reply, Request
 from llmdistill.models.chat import ChatTemplate
 from llmdistill.models.thinking import TAGS, spoken_thinking
@@ -265,7 +265,7 @@ class RemoteResponder:
                 inside, text = spoken_thinking(text)
                 thinking = thinking or inside
             reply = Reply(
-                _after(request.start, text), spoken.truncated, spoken.refused, spoken.log_prob,
+                after_start(request.start, text), spoken.truncated, spoken.refused, spoken.log_prob,
                 thinking,
             )  # fmt: skip
             replies[place] = reply
@@ -331,20 +331,3 @@ def _tokens_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) 
     """Return how many of the first tokens decode to at least `length` characters; at least 1."""
     # Decoded from the start each time: a character may need several tokens.
     return next(n for n in range(1, len(ids) + 1) if len(tokenizer.decode(ids[:n])) >= length)
-
-
-def _after(start: str, text: str) -> str:
-    """Return the part of a server's reply after `start`, the text that it should continue.
-
-    A server is not told how its reply should start.  The model may continue from there, in
-    which case the first numbered item has a later number.  Or it repeats the start, perhaps after a
-    greeting, or counts again from 1; then everything up to and including that item's mark is cut.
-    """
-    last = re.match(r"(\d+)[.)]? ?(.*)", start.rpartition("\n")[2])
-    if last is None:
-        return text
-    number, field = last.groups()
-    mark = rf"[.)]?\s*{re.escape(field)}" if field else r"[.)]"
-    item = rf"^(?:{BETWEEN}[ \t]*\n?)?[ \t]*(\d+){mark}"
-    first = re.search(item, text, re.MULTILINE)
-    return text[first.end() :] if first and int(first[1]) <= int(number) else text

@@ -94,7 +94,8 @@ def _task(row: Any, place: str, form: str, images: str | None) -> Task:
         raise DataError(f"{place}: generate does not use tools. Drop the row.")
     files = () if images is None else tuple(image_files(row.get(images), place, images))
     # Tables (CSV) have only text, so "False" must be read as a word.
-    classifies = str(row.get("is_classification", False)).strip().lower() in ("true", "yes", "1")
+    label = row.get("is_classification", ...)
+    classifies = None if label is ... else str(label).strip().lower() in ("true", "yes", "1")
     *context, asked = example.prompt or ({"content": ""},)
     common: dict[str, Any] = {
         "reference": example.response, "images": files, "context": tuple(context),

@@ -13,7 +13,7 @@ class Task:
 
     - `truncated`: the limit of new tokens cut the answer off.
     - `reference`: the answer in the dataset that the task comes from, if it has one.
-    - `classifies`: the answers are a few fixed labels.
+    - `classifies`: whether the answers are a few fixed labels; None if nobody knows.
     - `variant`: how its generator made the task, for example "harder".
     - `images`: paths of the images that the teacher sees with the prompt, as the row has them.
     - `log_prob`: the teacher's mean log-probability of the text that it wrote, in nats per token;
@@ -27,7 +27,7 @@ class Task:
     output: str = ""
     truncated: bool = False
     reference: str | None = None
-    classifies: bool = False
+    classifies: bool | None = None
     variant: str = ""
     log_prob: float | None = None
     images: tuple[str, ...] = ()

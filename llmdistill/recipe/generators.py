@@ -144,18 +144,25 @@ class SelfInstructRecipe(GeneratorSection):
     kind: Literal["self_instruct"] = "self_instruct"
     tasks_per_call: int = Field(_self_instruct.tasks_per_call, gt=0)
     """Largest number of new instructions that are taken from one list."""
+    instances: int = Field(_self_instruct.instances, gt=0)
+    """Largest number of instances (an input and its output) of each instruction.  Instances with
+    the same input and different outputs are dropped.
+    """
     examples: int = Field(_self_instruct.examples, gt=0)
     """Number of example instructions that each call shows."""
     machine_examples: int = Field(_self_instruct.machine_examples, ge=0)
     """Number of the examples that are generated tasks, as soon as some were kept.  The others are
     seed tasks.
     """
+    only_classification: bool = _self_instruct.only_classification
+    """Show only seed tasks that are classifications: those whose field `is_classification` is true.
+    """
     sampling: SamplingRecipe = SamplingRecipe(**_self_instruct.sampling)
     """How the list of instructions is sampled.  The other replies are greedy."""
     max_new_tokens: int = Field(_self_instruct.max_new_tokens, gt=0)
     """Length at which the list of instructions is cut off, in tokens."""
     max_instance_tokens: int = Field(_self_instruct.max_instance_tokens, gt=0)
-    """Length at which the reply with input and output is cut off, in tokens."""
+    """Length at which the reply with inputs and outputs is cut off, in tokens."""
 
     @property
     def shows_kept_rows(self) -> bool:

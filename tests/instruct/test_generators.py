@@ -130,7 +130,7 @@ def test_self_instruct_without_machine_tasks_shows_eight_seeds():
     assert sum(f"{task.instruction}\n" in content for task in SEEDS) == 8
 
 
-@pytest.mark.parametrize("reply", ["Output: x", "no fields", "Input: a\nInput: b\nOutput: c"])
+@pytest.mark.parametrize("reply", ["Input: x", "no fields", "Input: a\nInput: b\nOutput: c"])
 def test_an_instance_without_its_fields_is_counted(reply):
     call = SelfInstruct(SEEDS, LABELS).call(0, [])
     _, made = exchange(call, [Reply(" Sort the mail.")], [Reply("no")], [Reply(reply)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,10 +18,11 @@ from llmdistill.instruct.generators.base import (
 )
 from llmdistill.instruct.parse import (
     BETWEEN,
-    NO_INPUT,
     TRUNCATED,
     UNPARSABLE,
     Parsed,
+    parse_instances,
+    parse_list,
     parse_question,
     parse_tasks,
 )
@@ -32,6 +32,13 @@ from llmdistill.sampling import GREEDY, Sampling
 
 KIND_TOKENS = 3  # enough for "yes" or "no"
 SURPLUS = "more than asked for"
+CONTRADICTION, REPEATED = "contradicting instance", "repeated instance"
+INPUT_AS_OUTPUT = "output repeats the input"
+# How a reply to a question for yes or no begins: teachers reply in the language of the examples.
+YES = (
+    *("yes", "ja", "oui", "s\u00ed", "s\u00ec", "si", "sim", "tak", "ano", "evet", "\u0434\u0430"),
+    *("\u662f", "\u306f\u3044", "\ub124", "\uc608", "\u0646\u0639\u0645", "\u0939\u093e\u0901"),
+)
 
 
 class Alpaca(TaskGenerator):
@@ -96,39 +103,48 @@ class Alpaca(TaskGenerator):
 
 
 class SelfInstruct(TaskGenerator):
-    """The teacher writes instructions, classifies them, and writes an instance of each.
+    """The teacher writes instructions, classifies them, and writes instances of each.
 
     An instance is an input and its output.  If an instruction can only be answered by a few fixed
     labels (a classification), the output is written first.
 
     A prompt shows `examples` instructions, of which up to `machine_examples` are generated ones
-    that were kept before (Wang et al. 2023, Self-Instruct).
+    that were kept before (Wang et al. 2023, Self-Instruct).  `classifies` says of each seed whether
+    it is a classification, or None if nobody knows; `labelled` are tasks that are shown as examples
+    for that question if nobody knows it of any seed.  With `only_classification`, only such seeds
+    are shown.  The teacher writes up to `instances` for each instruction.
     """
 
     def __init__(
         self,
         seeds: Sequence[Task],
-        classifies: Sequence[bool],
+        classifies: Sequence[bool | None],
         *,
+        labelled: Sequence[Task] = (),
         seed: int = 0,
         examples: int = 8,
         machine_examples: int = 2,
+        only_classification: bool = False,
         tasks_per_call: int = 8,
+        instances: int = 1,
         sampling: Sampling = Sampling(temperature=0.7, top_p=0.5),
         max_new_tokens: int = 1024,
         max_instance_tokens: int = 350,
     ) -> None:
-        require(seeds, examples)
-        self.seeds, self.classifies, self.seed = seeds, classifies, seed
-        self.examples, self.machine_examples = examples, machine_examples
-        self.tasks_per_call, self.sampling = tasks_per_call, sampling
+        known = [replace(t, classifies=c) for t, c in zip(seeds, classifies, strict=True)]
+        self._labelled = [task for task in known if task.classifies is not None] or labelled
+        self.only_classification = only_classification
+        self.seeds = [t for t in known if t.classifies] if only_classification else known
+        require(self.seeds, examples)
+        self.seed, self.examples, self.machine_examples = seed, examples, machine_examples
+        self.tasks_per_call, self.instances, self.sampling = tasks_per_call, instances, sampling
         self.max_new_tokens, self.max_instance_tokens = max_new_tokens, max_instance_tokens
 
     @property
     def at_most(self) -> Cost:
-        # One request for the list, and two for each instruction: its kind and its instance.
+        # One request for the list, and two for each instruction: its kind and its instances.
         tasks, each = self.tasks_per_call, self.max_instance_tokens + KIND_TOKENS
-        return Cost(tasks, 1 + 2 * tasks, self.max_new_tokens + tasks * each)
+        return Cost(tasks * self.instances, 1 + 2 * tasks, self.max_new_tokens + tasks * each)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         draw = draw_of(self.seed, number)
@@ -142,9 +158,9 @@ class SelfInstruct(TaskGenerator):
         (reply,) = yield [Request(asked, self.sampling, self.max_new_tokens, start=start)]
         if reply.refused:
             return Parsed([], {reply.refused: 1})
-        listed = _numbered(start + reply.text)
+        listed = parse_list(start + reply.text)
         dropped = Counter({TRUNCATED: 1} if reply.truncated and listed else {})
-        # The last line of a text that was cut off is incomplete.
+        # The last item of a text that was cut off is incomplete.
         whole = listed[:-1] if reply.truncated else listed
         instructions = whole[: self.tasks_per_call]
         dropped += Counter({SURPLUS: len(whole) - len(instructions)})
@@ -152,19 +168,20 @@ class SelfInstruct(TaskGenerator):
             return Parsed([], dropped or {UNPARSABLE: 1})
         # A refused question counts as "no", and the instruction is still tried.
         kinds = yield [self._kind(text, draw) for text in instructions]
-        output_first = [kind.text.strip().lower().startswith("yes") for kind in kinds]
+        output_first = [kind.text.strip().lower().startswith(YES) for kind in kinds]
         replies = yield [
             Request(
-                user(prompts.instance(text, output_first=first)), GREEDY, self.max_instance_tokens
+                user(prompts.instance(text, output_first=first, count=self.instances)),
+                GREEDY,
+                self.max_instance_tokens,
             )
             for text, first in zip(instructions, output_first, strict=True)
         ]
         tasks: list[Task] = []
         for text, written in zip(instructions, replies, strict=True):
-            if task := _instance(text, written):
-                tasks.append(task)
-            else:
-                dropped[written.refused or UNPARSABLE] += 1
+            made = _instances(text, written, self.instances)
+            tasks += made.tasks
+            dropped.update(made.dropped)
         return Parsed(tasks, dropped)
 
     def _kind(self, instruction: str, draw: random.Random) -> Request:
@@ -172,39 +189,37 @@ class SelfInstruct(TaskGenerator):
 
         It shows up to 12 examples that are and 19 that are not, as in Self-Instruct.
         """
-        places = [i for i, label in enumerate(self.classifies) if label]
-        others = [i for i, label in enumerate(self.classifies) if not label]
-        chosen = draw.sample(places, min(12, len(places))) + draw.sample(
-            others, min(19, len(others))
-        )
+        ones = [task for task in self._labelled if task.classifies]
+        others = [task for task in self._labelled if not task.classifies]
+        chosen = draw.sample(ones, min(12, len(ones))) + draw.sample(others, min(19, len(others)))
         draw.shuffle(chosen)
-        examples = [self.seeds[i] for i in chosen]
-        labels = [self.classifies[i] for i in chosen]
-        asked = prompts.is_classification(instruction, examples, labels)
+        asked = prompts.is_classification(instruction, chosen)
         return Request(user(asked), GREEDY, KIND_TOKENS)
 
 
-def _numbered(text: str) -> list[str]:
-    """Return the items of a numbered list with one item per line."""
-    items = re.findall(r"^[ \t]*\d+[.)][ \t]*(\S.*)$", text, flags=re.MULTILINE)
-    return [item.strip() for item in items]
-
-
-def _instance(instruction: str, reply: Reply) -> Task | None:
-    """Return a task with the input and output of a reply, which may come in either order.
-
-    Returns None if a field is missing or repeated.
-    """
-    _, *parts = re.split(r"^[ \t]*(Input|Output):[ \t]*", reply.text, flags=re.MULTILINE)
-    fields = dict(zip(parts[::2], parts[1::2], strict=True))
-    if sorted(parts[::2]) != ["Input", "Output"]:
-        return None
-    given = fields["Input"].strip()
-    return Task(
-        instruction,
-        "" if given.lower() == NO_INPUT else given,
-        fields["Output"].strip(),
-        truncated=reply.truncated,
-        log_prob=reply.log_prob,
-        thinking=reply.thinking,
-    )
+def _instances(instruction: str, reply: Reply, most: int) -> Parsed:
+    """Return a task for each instance in a reply, without those that contradict each other."""
+    if reply.refused:
+        return Parsed([], {reply.refused: 1})
+    found = parse_instances(reply.text)
+    if not found:
+        return Parsed([], {UNPARSABLE: 1})
+    dropped: Counter[str] = Counter()
+    if reply.truncated and len(found) > 1:  # the last one is incomplete
+        found, dropped = found[:-1], Counter({TRUNCATED: 1})
+    dropped[SURPLUS] += max(len(found) - most, 0)
+    outputs: dict[str, set[str]] = {}
+    for given, output in found[:most]:
+        outputs.setdefault(given, set()).add(output)
+    tasks: list[Task] = []
+    for given, output in found[:most]:
+        if len(outputs[given]) > 1:
+            dropped[CONTRADICTION] += 1
+        elif given and given == output:
+            dropped[INPUT_AS_OUTPUT] += 1
+        elif any(task.input == given for task in tasks):
+            dropped[REPEATED] += 1
+        else:
+            made = Task(instruction, given, output, reply.truncated and len(found) == 1)
+            tasks.append(replace(made, log_prob=reply.log_prob, thinking=reply.thinking))
+    return Parsed(tasks, +dropped)
