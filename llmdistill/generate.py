@@ -30,6 +30,7 @@ from llmdistill.instruct.requests import Reply, Request
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
 from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.models.load import load_tokenizer, revision_of
+from llmdistill.publish.card import public_model
 from llmdistill.publish.data_card import Outcome, data_card
 from llmdistill.recipe.generators import LionRecipe
 
@@ -96,7 +97,8 @@ def generate(
             done = "saved with" if recipe.thinking == "keep" else "dropped from"
             logger.info("the thinking of the teacher was %s %d rows", done, number)
         counts, revision = pipeline.counts, pipeline.settings.about["revision"]
-        card = data_card(recipe, Outcome(sizes, counts.dropped, counts.variants, revision))
+        made = Outcome(sizes, counts.dropped, counts.variants, revision, counts.copies)
+        card = data_card(recipe, made)
         replace_text(folder / "README.md", card)
         run_folder.discard_old(folder)
         pipeline.replies.tidy()
@@ -121,7 +123,7 @@ def _load(
     generator = build_generator(recipe, seed_tasks, split)
     about = {
         "generator": recipe.generator.kind,
-        "teacher": recipe.teacher.model,
+        "teacher": public_model(recipe.teacher.model, is_remote=recipe.teacher.is_remote),
         "revision": _revision(recipe, responder),
         "sampling": _samplings(recipe),
         "seed": recipe.seed,

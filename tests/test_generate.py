@@ -28,6 +28,7 @@ from llmdistill.generate import generate
 from llmdistill.instruct.pipeline import TaskCounts
 from llmdistill.instruct.requests import Reply
 from llmdistill.instruct.task_sources import read_tasks
+from llmdistill.publish.card import public_dump
 from llmdistill.publish.data_card import Outcome, data_card
 from tests import toy
 
@@ -94,7 +95,10 @@ def test_every_generator_leaves_a_data_set(teacher, rows, tmp_path, kind, format
     assert card.data.license == "other"
     assert f"9 of {made.counts.made} tasks were kept" in card.text
     loaded = recipes.load_generation(out / "recipe.yaml")
-    assert recipes.dump(loaded.model_copy(update={"output": "set"})) in card.text
+    assert public_dump(loaded) in card.text
+    assert str(tmp_path) not in card.text
+    assert teacher not in card.text
+    assert teacher not in str(lines)
     assert all(json.loads(line["sampling"]) for line in lines)
 
 
@@ -503,7 +507,7 @@ def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch,
         lambda self, name, **o: pushed.append((name, o["private"])),
     )
     monkeypatch.setattr(
-        "huggingface_hub.HfApi.upload_folder", lambda self, **o: pushed.append(o["ignore_patterns"])
+        "huggingface_hub.HfApi.upload_folder", lambda self, **o: pushed.append(o["allow_patterns"])
     )
     public = []
     monkeypatch.setattr(
@@ -528,7 +532,8 @@ def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch,
     assert "5 of 5 rows" in caplog.text
     assert "kept 5 of" in capsys.readouterr().out
     assert pushed[:-1] == [("me/set", True)] * 2  # seen to before, and again when it is there
-    assert {"calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json", "recipe.yaml"} <= set(pushed[-1])
+    files = {"train.jsonl", "train.parquet", "test.jsonl", "test.parquet", "README.md"}
+    assert set(pushed[-1]) == files
     public.append("me/open")
     del pushed[:]
     assert run("--overwrite", "target=5", "--push", "me/open") == 2

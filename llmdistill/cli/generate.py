@@ -119,6 +119,10 @@ def _run(
     counts = result.counts
     for reason, number in counts.dropped.most_common():
         console.print(f"dropped {number:6d}  {reason}", highlight=False, markup=False)
+    if counts.copies:
+        console.print(
+            f"{counts.copies} rows equal another row. The filter 'duplicates' drops them."
+        )
     shares = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
     console.print(f"kept {counts.kept} of {counts.made} in {spent:.0f} s: {shares}")
     files = {"train.jsonl": "the rows; `data.train` of a recipe takes this file"}

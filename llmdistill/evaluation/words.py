@@ -26,9 +26,10 @@ def words(text: str) -> list[str]:
 def plain_words(text: str) -> list[str]:
     """Return the words in lower case without punctuation.
 
-    For ASCII text they are the tokens of `rouge_score`.
+    Composed and decomposed characters are the same.  For ASCII text the words are the tokens of
+    `rouge_score`.
     """
-    return _PLAIN_PART.findall(text.lower())
+    return _PLAIN_PART.findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def count_words(text: str) -> int:

@@ -164,7 +164,21 @@ def _answer(section: generator_sections.AnswerRecipe, inputs: Inputs) -> TaskGen
     )
     for number, task in enumerate(tasks):  # before the teacher is loaded
         images_in(inputs.image_folder, task.images, f"prompt {number}")
+    tasks = [_with_relative_images(task, inputs.image_folder) for task in tasks]
     return given.Answer(tasks, **_options(section, "prompts"))
+
+
+def _with_relative_images(task: Task, folder: Path | None) -> Task:
+    """Return a task whose images are relative to their folder, so that rows name no other one."""
+    if folder is None or not task.images:
+        return task
+    whole = [Path(file) for file in task.images]
+    inside = [file.is_relative_to(folder.absolute()) for file in whole]
+    files = [
+        str(file.relative_to(folder.absolute())) if is_inside else str(file)
+        for file, is_inside in zip(whole, inside, strict=True)
+    ]
+    return replace(task, images=tuple(files))
 
 
 def _rewrite(section: generator_sections.RewriteRecipe, inputs: Inputs) -> TaskGenerator:
@@ -252,6 +266,7 @@ _RESPONDERS: dict[type, Callable[..., LocalResponder | RemoteResponder]] = {
 _FILTERS: dict[type, Callable[[Any, Sequence[Task]], Filter]] = {
     filter_sections.LengthRecipe: _plain(filters.Length),
     filter_sections.TruncatedRecipe: _plain(filters.Truncated),
+    filter_sections.DuplicatesRecipe: _plain(filters.Duplicates),
     filter_sections.BlacklistRecipe: _plain(filters.Blacklist),
     filter_sections.OddStartRecipe: _plain(filters.OddStart),
     filter_sections.RepeatedLinesRecipe: _plain(filters.RepeatedLines),

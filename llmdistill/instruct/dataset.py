@@ -8,7 +8,9 @@ README.md                           dataset card: how the rows were made, and th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,10 @@ def write_splits(
     import pyarrow.parquet
 
     splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
-    for row in read_whole_lines(folder / "rows.jsonl"):
-        name = "test" if _share(row) < test_share else "train"
+    found = list(read_whole_lines(folder / "rows.jsonl"))
+    bound = _bound([_share(row) for row in found], test_share)
+    for row in found:
+        name = "test" if _share(row) < bound else "train"
         thinking, context = row.pop("thinking", ""), row.pop("context", [])
         made = ROW_FORMATS[format](row, thinking if keeps_thinking else "", context)
         splits[name].append(made)
@@ -82,14 +86,32 @@ def _as_alpaca(
 def _share(row: Mapping[str, Any]) -> float:
     """Return a number in [0, 1) that depends only on the question.
 
-    All rows with the same question, up to case, therefore go into the same split.
+    All rows with the same question, whatever its case, spaces and punctuation, therefore go into
+    the same split.  The question of a conversation is its first one.
     """
-    text = f"{row['instruction']}\n{row['input']}".lower()
+    said = [one["content"] for one in row.get("context", []) if one["role"] == "user"]
+    question = said[0] if said else f"{row['instruction']} {row['input']}"
+    text = unicodedata.normalize("NFKC", question).casefold()
+    parts = re.findall(r"\w+", text) or [text]  # a question can consist of signs
     for value in row.values():
-        if isinstance(value, list):  # the same question about another image is another question
-            text += "\n" + "\n".join(map(str, value))
+        # The same question about another image is another question.
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            parts += value
     # 12 hex digits are 48 bits, which a float holds exactly, so the result is below 1.
-    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12
+    return int(hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12], 16) / 16**12
+
+
+def _bound(shares: Sequence[float], test_share: float) -> float:
+    """Return the number below which a question is in `test`.
+
+    It is `test_share`, except in a small dataset that would have no row in one of the splits: with
+    two or more questions, each split has at least one.
+    """
+    ordered = sorted(set(shares))
+    if not test_share or len(ordered) < 2:
+        return 0.0
+    # Below the second number there is one question, and from the last one on there is one.
+    return min(max(test_share, ordered[1]), ordered[-1])
 
 
 Format = Callable[[Mapping[str, Any], str, list[dict[str, Any]]], dict[str, Any]]

@@ -6,13 +6,15 @@ with it.  The defaults follow Self-Instruct (Wang et al. 2023) and Alpaca (Taori
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+
+import numpy as np
 
 from llmdistill.evaluation.text import result_of, same_result
 from llmdistill.evaluation.words import count_words, plain_words, words
@@ -130,6 +132,23 @@ class EmptyAnswer(Filter):
         return "only thinking" if task.thinking else "empty answer"
 
 
+class Duplicates(Filter):
+    """Drops rows that equal a kept one: the same prompt, messages before it, images and answer."""
+
+    def __init__(self) -> None:
+        self.rows: set[bytes] = set()
+
+    def reason(self, task: Task) -> str | None:
+        return "duplicate" if self._row(task) in self.rows else None
+
+    def kept(self, task: Task) -> None:
+        self.rows.add(self._row(task))
+
+    def _row(self, task: Task) -> bytes:
+        text = repr((task.context, task.images, task.prompt.strip(), task.output.strip()))
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
 class EmptyOrEcho(Filter):
     """Drops answers that are empty, only punctuation, or a copy of the question or input."""
 
@@ -177,24 +196,24 @@ class NearDuplicates(Filter):
     """
 
     def __init__(self, threshold: float = 0.8, ngram: int = 3, permutations: int = 128) -> None:
-        from datasketch import MinHashLSH
-
         self.threshold, self.ngram, self.permutations = threshold, ngram, permutations
-        # The index returns approximate candidates.  A lower threshold makes it return more of them,
-        # so that few rows are missed; `reason` then compares each one.
-        self.index = MinHashLSH(threshold=max(threshold - 0.25, 0.1), num_perm=permutations)
-        self.sketches: list[Any] = []
+        # One row of numbers for each kept row.  Comparing all of them takes milliseconds, and an
+        # index of them takes thirty times as much memory.
+        self.sketches = np.empty((64, permutations), np.uint32)
+        self.count = 0
 
     def reason(self, task: Task) -> str | None:
-        sketch = self._sketch(task)
-        alike = (sketch.jaccard(self.sketches[place]) for place in self.index.query(sketch))
-        return "near duplicate" if any(share >= self.threshold for share in alike) else None
+        alike = self.sketches[: self.count] == self._sketch(task)
+        shares = np.count_nonzero(alike, axis=1) / self.permutations
+        return "near duplicate" if (shares >= self.threshold).any() else None
 
     def kept(self, task: Task) -> None:
-        self.sketches.append(self._sketch(task))
-        self.index.insert(len(self.sketches) - 1, self.sketches[-1])
+        if self.count == len(self.sketches):
+            self.sketches = np.concatenate([self.sketches, np.empty_like(self.sketches)])
+        self.sketches[self.count] = self._sketch(task)
+        self.count += 1
 
-    def _sketch(self, task: Task) -> Any:
+    def _sketch(self, task: Task) -> np.ndarray:
         from datasketch import MinHash
 
         # A fixed seed: sketches are only comparable if they use the same permutations.
@@ -202,7 +221,7 @@ class NearDuplicates(Filter):
         sketch.update_batch(
             [run.encode() for run in _runs(f"{task.prompt}\n{task.output}", self.ngram)]
         )
-        return sketch
+        return sketch.hashvalues.astype(np.uint32)  # they are below 2 to the power of 32
 
 
 class Contamination(Filter):

@@ -23,7 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from llmdistill.errors import DataError, TeacherError
-from llmdistill.instruct.filters import EmptyAnswer, Filter
+from llmdistill.instruct.filters import Duplicates, EmptyAnswer, Filter
 from llmdistill.instruct.generators.base import TaskGenerator
 from llmdistill.instruct.parse import UNPARSABLE, Parsed
 from llmdistill.instruct.records import append_lines, drop_half_line, replace_lines
@@ -35,7 +35,6 @@ from llmdistill.teachers.spoken import BY_SERVER
 
 logger = logging.getLogger("llmdistill")
 
-ALWAYS = (EmptyAnswer(),)  # a row without an answer is of no use in any dataset
 SHOWN_CHARACTERS = 500  # of a reply that cannot be read
 BARREN_ROUNDS = 20  # rounds without a kept row after which an endless generator is stopped
 
@@ -63,14 +62,15 @@ class Made:
 class TaskCounts:
     """Number of tasks that were kept, and dropped by reason.
 
-    `variants` counts the kept ones by the variant of the generator that made them, and `thought`
-    those with thinking.
+    `variants` counts the kept ones by the variant of the generator that made them, `thought` those
+    with thinking, and `copies` those that equal another one.
     """
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     variants: Counter[str] = field(default_factory=Counter)
     thought: int = 0
+    copies: int = 0
 
     @property
     def made(self) -> int:
@@ -112,7 +112,9 @@ class Pipeline:
                 "'generator.prompts' has no rows, so there is nothing to ask the teacher. Give a "
                 "source with at least one row."
             )
-        self.generator, self.filters, self.settings = generator, filters, settings
+        self.generator, self.settings = generator, settings
+        self.filters = (EmptyAnswer(), *filters)  # such a row is of no use in any dataset
+        self._copies = Duplicates()
         self.replies = Replies(settings.folder, settings.about.get("revision"))
         self.responder = Remembering(responder, self.replies)
         if isinstance(responder, RemoteResponder):
@@ -252,13 +254,14 @@ class Pipeline:
     def _passes(self, task: Task) -> bool:
         """Whether all filters keep the task; counts it either way."""
         # Evaluated lazily: the first reason ends the search, so cheap filters should come first.
-        reasons = ((one.reason(task), one.kind) for one in (*ALWAYS, *self.filters))
+        reasons = ((one.reason(task), one.kind) for one in self.filters)
         reason, kind = next((found for found in reasons if found[0]), (None, ""))
         if reason is not None:
             self.counts.dropped[reason] += 1
             self._drops.count(kind)
             return False
-        for one in self.filters:
+        self.counts.copies += self._copies.reason(task) is not None
+        for one in (*self.filters, self._copies):
             one.kept(task)
         self.counts.kept += 1
         self.counts.thought += bool(task.thinking)

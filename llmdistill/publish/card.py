@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from llmdistill.recipe import Recipe, SourceRecipe
 
 # Packages whose versions a card states.
-PATHS = ("output", "source", "model", "tokenizer", "student", "folder")  # keys that hold a path
+PATHS = (  # keys that hold a path
+    *("output", "source", "model", "tokenizer", "student", "folder", "image_folder", "function"),
+)
 PACKAGES = ("llmdistill", "torch", "transformers", "accelerate")
 
 
@@ -130,7 +132,7 @@ def _made(recipe: Recipe) -> str:
     return (
         f"## How it was made\n\nThe model was made by `llmdistill train` with {made_with()}, "
         "from this recipe:\n\n"
-        f"```yaml\n{_fenced(_public_dump(recipe))}```"
+        f"```yaml\n{_fenced(public_dump(recipe))}```"
     )
 
 
@@ -146,18 +148,33 @@ def public_part(name: str) -> str:
     return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if any(is_local) else name
 
 
-def _public_dump(recipe: Recipe) -> str:
+def public_model(name: str, *, is_remote: bool = True) -> str:
+    """Return the name of a model that others can use, or the last part of a path.
+
+    The names of a server can have many parts, but they can also be paths on its machine.
+    """
+    if not is_remote:
+        return public_part(name)
+    is_path = name.startswith((".", "/", "~")) or "\\" in name
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if is_path else name
+
+
+def public_dump(recipe: Recipe | recipes.GenerationRecipe) -> str:
     """Return the recipe as YAML without local paths and without the address of a server."""
 
     def public(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
             kept = {name: one for name, one in value.items() if name not in ("url", "key_from")}
-            return {name: public(one, name) for name, one in kept.items()}
+            is_remote = kept.get("kind") == "remote"
+            return {
+                name: public_model(one) if is_remote and name == "model" else public(one, name)
+                for name, one in kept.items()
+            }
         if isinstance(value, list):
             return [public(one, key) for one in value]
         return public_part(value) if key in PATHS and isinstance(value, str) else value
 
-    return recipes.dump_data(public(recipe.model_dump(mode="json", exclude_none=True)))
+    return recipes.dump_data(public(recipe.model_dump(mode="json")))
 
 
 def made_with() -> str:

@@ -9,18 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmdistill import recipe as recipes
-from llmdistill.data.sources import hub_name
+from llmdistill.data.sources import SEED_TASKS, hub_name
 from llmdistill.errors import CheckpointError
-from llmdistill.publish.card import license_of, made_with, shown
+from llmdistill.instruct.dataset import FORMER_SPLITS, SPLITS
+from llmdistill.instruct.records import read_whole_lines
+from llmdistill.publish.card import (
+    license_of,
+    made_with,
+    public_dump,
+    public_model,
+    public_part,
+    shown,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# Files that record how the dataset was written.  They are not uploaded.
-RECORDS = (
-    *("calls.jsonl", "rows.jsonl", "log.jsonl", "gaps.json", "spoken-*.jsonl", "*.new"),
-    "recipe.yaml",  # contains local paths and addresses; the card shows it without them
-)
+# The files of a dataset.  Nothing else in its folder is uploaded.
+FILES = ("README.md", *(f"{name}.{type}" for name in SPLITS for type in ("jsonl", "parquet")))
 SIZE_CATEGORIES = (
     (1_000, "n<1K"),
     (10_000, "1K<n<10K"),
@@ -32,6 +38,8 @@ INTENDED = """## Intended use
 This dataset is meant for training and distilling language models. Its text was written by a
 language model and was not checked by people, so it contains errors. The licences of the teacher,
 and of the data that the teacher was shown, determine how it may be used."""
+UNKNOWN = "licence not known"
+SEED_TASKS_LICENSE = "apache-2.0"  # that of this package
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Outcome:
     - `sizes`: number of rows in each split.
     - `dropped`: number of dropped tasks by reason.
     - `variants`: number of kept tasks by variant of the generator.
+    - `copies`: number of rows that equal another row.
     - `revision`: the teacher's revision, or "".
     """
 
@@ -48,13 +57,15 @@ class Outcome:
     dropped: Mapping[str, int]
     variants: Mapping[str, int]
     revision: str
+    copies: int = 0
 
 
 def push(folder: Path, name: str) -> None:
     """Upload the dataset, without the records of how it was written.
 
-    Raises CheckpointError as `prepare_push` does.
+    Raises CheckpointError as `prepare_push` does, and if a row names a file of this machine.
     """
+    _check_images(folder)
     api = prepare_push(name)
     with _clear_errors(name):
         _upload(api, folder, name)
@@ -81,6 +92,18 @@ def prepare_push(name: str) -> HfApi:
     return api
 
 
+def _check_images(folder: Path) -> None:
+    for row in read_whole_lines(folder / "rows.jsonl"):
+        for value in row.values():
+            files = value if isinstance(value, list) else []
+            if found := [one for one in files if isinstance(one, str) and Path(one).is_absolute()]:
+                raise CheckpointError(
+                    f"row {row['id']} names an image by its path on this machine: {found[0]}. "
+                    "Set teacher.image_folder to the folder of the images, and generate the "
+                    "dataset from prompts with paths that start there."
+                )
+
+
 @contextlib.contextmanager
 def _clear_errors(name: str) -> Iterator[None]:
     """Turn any error of the Hub's client into a CheckpointError."""
@@ -99,8 +122,9 @@ def _upload(api: HfApi, folder: Path, name: str) -> None:
         repo_id=name,
         repo_type="dataset",
         folder_path=str(folder),
-        ignore_patterns=list(RECORDS),
-        delete_patterns=["train.*", "test.*", "held.*"],  # splits of an earlier upload
+        allow_patterns=list(FILES),
+        # Splits of an earlier upload.
+        delete_patterns=[f"{name}.*" for name in (*SPLITS, *FORMER_SPLITS)],
     )
 
 
@@ -109,8 +133,9 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
     from huggingface_hub import DatasetCardData
 
     terms = _license(recipe)
-    # Given prompts are not the teacher's text, so its licence does not cover the rows.
-    stated = terms if terms and not recipe.generator.has_given_prompts else None
+    found = {terms, *(_terms(one.source) for one in recipe.sources)}
+    # One licence only if the teacher and all that it was shown have the same.
+    stated = terms if len(found) == 1 and terms and "," not in terms else None
     languages = [code for one in recipe.filters for code in one.kept_languages]
     files = [{"split": name, "path": f"{name}.parquet"} for name in outcome.sizes]
     data = DatasetCardData(
@@ -133,7 +158,7 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
                 f"## How it was made\n\nThe dataset was made with {made_with()}, by this command:"
                 "\n\n```bash\nllmdistill generate recipe.yaml\n```\n\n"
                 "The file `recipe.yaml` contained:\n\n"
-                f"```yaml\n{recipes.dump(_public(recipe)).replace('```', chr(39) * 3)}```",
+                f"```yaml\n{public_dump(recipe).replace('```', chr(39) * 3)}```",
             ]
         )
         + "\n"
@@ -147,49 +172,47 @@ def _license(recipe: recipes.GenerationRecipe) -> str | None:
     return teacher.stated_license if teacher.is_remote else license_of(teacher.model)
 
 
-def _public(recipe: recipes.GenerationRecipe) -> recipes.GenerationRecipe:
-    """Return the recipe without local paths and addresses."""
-    changes = {"output": Path(recipe.output).name, "teacher": recipe.teacher.public()}
-    return recipe.model_copy(update=changes)
-
-
 def _size(rows: int) -> str:
     """Return the Hub's size category for a number of rows."""
     return next((name for bound, name in SIZE_CATEGORIES if rows < bound), "n>1M")
 
 
 def _origin(recipe: recipes.GenerationRecipe, terms: str | None, revision: str) -> str:
+    given = recipe.generator.has_given_prompts
+    written = "answers to given prompts" if given else "instructions and answers"
     stated = (
         f"The teacher's licence is {shown(terms)}."
         if terms
         else "The teacher's licence could not be read. Look it up before you share this dataset."
     )
-    given = recipe.generator.has_given_prompts
-    written = "answers to given prompts" if given else "instructions and answers"
+    teacher = public_model(recipe.teacher.model, is_remote=recipe.teacher.is_remote)
     return (
         f"This dataset contains {written}, written by a language model. It was generated with "
         f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n"
-        f"- **Teacher**: `{shown(recipe.teacher.model)}`"
-        f"{f', revision {shown(revision)}' if revision else ''}\n"
+        f"- **Teacher**: `{shown(teacher)}`{f', revision {shown(revision)}' if revision else ''}\n"
         f"- **Generator**: {shown(recipe.generator.kind)}\n"
-        f"- **Made from**: {_material(recipe)}\n\n{stated}"
+        f"- **Made from**: {_material(recipe)}\n\n"
+        f"{stated} The dataset has one licence only if the teacher and everything that it was made "
+        "from have the same."
     )
 
 
 def _material(recipe: recipes.GenerationRecipe) -> str:
     """Return the sources that the teacher saw, with the licences that their cards state."""
-    names = [one.source for one in recipe.sources]
-    # Only the file name: a path may contain names of people or machines.
-    listed = [f"`{shown(Path(name).name)}`{_terms(name)}" for name in names]
+    listed = [
+        f"`{shown(public_part(one.source))}` ({shown(_terms(one.source) or UNKNOWN)})"
+        for one in recipe.sources
+    ]
     return ", ".join(listed) or "only the teacher's chat template"
 
 
-def _terms(source: str) -> str:
-    if source == "seed_tasks":
-        return " (from llmdistill, apache-2.0)"
-    name = hub_name(source)
-    terms = name and license_of(name, kind="dataset")
-    return f" ({shown(terms)})" if terms else ""
+def _terms(source: str) -> str | None:
+    """Return the licence of a source: as the card of its folder or Hub dataset states it."""
+    if source == SEED_TASKS:
+        return SEED_TASKS_LICENSE
+    folder = Path(source).expanduser()
+    name = str(folder) if folder.is_dir() else hub_name(source)
+    return license_of(name, kind="dataset") if name else None
 
 
 def _rows(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
@@ -210,4 +233,5 @@ def _rows(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
         "\n\n"
         f"{kept} of {kept + dropped} tasks were kept. Dropped by reason: {shown(why)}."
         + (f" Kept by variant: {shown(ways)}." if ways else "")
+        + (f" {outcome.copies} rows equal another row." if outcome.copies else "")
     )

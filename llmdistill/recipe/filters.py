@@ -60,6 +60,12 @@ class TruncatedRecipe(FilterSection):
     kind: Literal["truncated"] = "truncated"
 
 
+class DuplicatesRecipe(FilterSection):
+    """Drop rows that equal a kept row: prompt and answer, and the messages and images before it."""
+
+    kind: Literal["duplicates"] = "duplicates"
+
+
 class BlacklistRecipe(FilterSection):
     """Drop instructions with a word that asks for more than text."""
 
@@ -183,6 +189,7 @@ class PerplexityRecipe(FilterSection):
 FilterRecipe = Annotated[
     LengthRecipe
     | TruncatedRecipe
+    | DuplicatesRecipe
     | BlacklistRecipe
     | OddStartRecipe
     | RepeatedLinesRecipe

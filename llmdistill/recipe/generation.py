@@ -29,7 +29,7 @@ GenerationTeacher = Annotated[
 
 ROW_FORMATS = Table("instruct/dataset.py", "ROW_FORMATS")
 # The filters of a recipe without `filters`.  If prompts are the user's, only answers are checked.
-ANSWER_FILTERS = ("truncated", "empty_or_echo", "repeated_lines")
+ANSWER_FILTERS = ("truncated", "duplicates", "empty_or_echo", "repeated_lines")
 TASK_FILTERS = (*ANSWER_FILTERS, "length", "odd_start", "blacklist", "rouge")
 
 
@@ -51,9 +51,9 @@ class GenerationRecipe(Strict):
     source or a list of sources.  The default is the 175 tasks that are included.
     """
     filters: list[FilterRecipe]
-    """Filters that every task must pass, in order.  The default is `truncated`, `empty_or_echo` and
-    `repeated_lines`, and for generators without given prompts also `length`, `odd_start`,
-    `blacklist` and `rouge`.
+    """Filters that every task must pass, in order.  The default is `truncated`, `duplicates`,
+    `empty_or_echo` and `repeated_lines`, and for generators without given prompts also `length`,
+    `odd_start`, `blacklist` and `rouge`.
     """
     target: int | None = Field(None, gt=0)
     """Number of rows to keep.  `null` answers all given prompts; other generators need a number."""

@@ -140,10 +140,6 @@ class RemoteTeacherRecipe(Strict):
         """Name and revision of the tokenizer with the model's chat template, or None."""
         return (self.tokenizer, None) if self.tokenizer else None
 
-    def public(self) -> RemoteTeacherRecipe:
-        """Return a copy without the server's address, for a card."""
-        return self.model_copy(update={"url": type(self).model_fields["url"].default})
-
     @property
     def stated_license(self) -> str | None:
         return self.license

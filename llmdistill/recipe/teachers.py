@@ -197,10 +197,6 @@ class LocalTeacherRecipe(TeacherSection):
         """Name and revision of the teacher's tokenizer."""
         return self.model, self.revision
 
-    def public(self) -> LocalTeacherRecipe:
-        """Return the section for a card; there is no address to remove."""
-        return self
-
 
 class PrunedTeacherRecipe(LocalTeacherRecipe):
     """A teacher model on this machine whose logits are blended with those of the same model without
@@ -328,9 +324,6 @@ class MultimodalTeacherRecipe(LocalTeacherRecipe):
     @property
     def image_column(self) -> str:
         return self.images
-
-    def public(self) -> MultimodalTeacherRecipe:
-        return self.model_copy(update={"image_folder": None})
 
     @property
     def who(self) -> str:
