@@ -19,7 +19,12 @@ from llmdistill import recipe as recipes
 from llmdistill import run_folder
 from llmdistill.data.render import open_user_turn
 from llmdistill.errors import CheckpointError, DataError, RecipeError
-from llmdistill.instruct.build import build_filters, build_generator, build_responder
+from llmdistill.instruct.build import (
+    build_filters,
+    build_generator,
+    build_responder,
+    with_judge,
+)
 from llmdistill.instruct.dataset import SPLITS, write_splits
 from llmdistill.instruct.generators.base import TaskGenerator
 from llmdistill.instruct.lion import Pools
@@ -85,25 +90,26 @@ def generate(
             "Change 'filters' or the generator. The replies are recorded: pass resume to filter "
             "them again."
         )
-    sizes: dict[str, int] = {}
-    if PartialState().is_main_process:
-        sizes = write_splits(
-            folder,
-            format=recipe.format,
-            test_share=recipe.test_share,
-            keeps_thinking=recipe.thinking == "keep",
-        )
-        if number := pipeline.counts.thought:
-            done = "saved with" if recipe.thinking == "keep" else "dropped from"
-            logger.info("the thinking of the teacher was %s %d rows", done, number)
-        counts, revision = pipeline.counts, pipeline.settings.about["revision"]
-        made = Outcome(sizes, counts.dropped, counts.variants, revision, counts.copies)
-        card = data_card(recipe, made)
-        replace_text(folder / "README.md", card)
-        run_folder.discard_old(folder)
-        pipeline.replies.tidy()
+    sizes = _finish(folder, recipe, pipeline) if PartialState().is_main_process else {}
     PartialState().wait_for_everyone()
     return Generated(folder, sizes, pipeline.counts)
+
+
+def _finish(folder: Path, recipe: recipes.GenerationRecipe, pipeline: Pipeline) -> dict[str, int]:
+    """Write the splits and the card of a finished run, and return the sizes of the splits."""
+    keeps_thinking = recipe.thinking == "keep"
+    sizes = write_splits(
+        folder, format=recipe.format, test_share=recipe.test_share, keeps_thinking=keeps_thinking
+    )
+    counts, revision = pipeline.counts, pipeline.settings.about["revision"]
+    if counts.thought:
+        done = "saved with" if keeps_thinking else "dropped from"
+        logger.info("the thinking of the teacher was %s %d rows", done, counts.thought)
+    made = Outcome(sizes, counts.dropped, counts.variants, revision, counts.copies)
+    replace_text(folder / "README.md", data_card(recipe, made))
+    run_folder.discard_old(folder)
+    pipeline.replies.tidy()
+    return sizes
 
 
 def _load(
@@ -130,7 +136,7 @@ def _load(
     }
     images = recipe.teacher.image_column
     settings = Settings(folder, recipe.target, recipe.round_size, about, images)
-    return Pipeline(generator, responder, filters, settings)
+    return Pipeline(generator, with_judge(recipe, responder), filters, settings)
 
 
 def _ranks() -> None:
@@ -201,7 +207,7 @@ def _filled(recipe: recipes.GenerationRecipe, request: Request) -> str:
         assert teacher.tokenizer_source is not None  # such a recipe is refused without one
         name, revision = teacher.tokenizer_source
         tokenizer = load_tokenizer(name, revision=revision)
-        ids = open_user_turn(tokenizer, recipe.chat_template_kwargs)
+        ids = open_user_turn(tokenizer, recipe.chat_template_kwargs, request.messages)
         return f"{tokenizer.decode(ids)}..."
     asked = [f"[{message['role']}]\n{message['content']}" for message in request.messages]
     start = "" if teacher.is_remote else request.start

@@ -37,6 +37,22 @@ class Sampling:
     continuous: bool = False
 
 
+@dataclass(frozen=True)
+class PenalisedSampling(Sampling):
+    """Sampling that avoids tokens which the response already contains.
+
+    The penalties are subtracted from the logits before everything else.  Only whole responses are
+    written in this way (`llmdistill generate`): training needs the model's own distribution.
+
+    Args:
+        presence_penalty: Subtracted once from the logit of each token that occurred.
+        frequency_penalty: Subtracted for each time that a token occurred.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+
 GREEDY = Sampling(temperature=0.0)
 
 

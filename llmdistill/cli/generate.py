@@ -10,6 +10,7 @@ import typer
 from llmdistill.cli.output import Quiet, Verbose
 
 if TYPE_CHECKING:
+    from llmdistill.generate import Generated
     from llmdistill.instruct.generators.base import TaskGenerator
     from llmdistill.instruct.pipeline import TaskCounts
     from llmdistill.recipe import GenerationRecipe
@@ -85,9 +86,7 @@ def _run(
     recipe: GenerationRecipe, *, resume: bool, overwrite: bool, push: str | None, quiet: bool
 ) -> None:
     """Write the dataset and print a line per round; then print its counts and its folder."""
-    from llmdistill.cli import show
     from llmdistill.cli.output import is_main
-    from llmdistill.cli.show import console
     from llmdistill.generate import generate as run
     from llmdistill.publish.data_card import prepare_push
     from llmdistill.publish.data_card import push as upload
@@ -115,7 +114,15 @@ def _run(
         upload(result.folder, push)
     if quiet:
         print(result.folder)
-        return
+    else:
+        _show_result(result, spent, push)
+
+
+def _show_result(result: Generated, spent: float, push: str | None) -> None:
+    """Print the counts of a dataset, its files, and what can be done with it."""
+    from llmdistill.cli import show
+    from llmdistill.cli.show import console
+
     counts = result.counts
     for reason, number in counts.dropped.most_common():
         console.print(f"dropped {number:6d}  {reason}", highlight=False, markup=False)
@@ -140,6 +147,8 @@ def _run(
 def _estimate(generator: TaskGenerator, target: int | None) -> str:
     """Return upper bounds in calls and tokens.  The share that filters drop is not known yet."""
     cost, calls = generator.at_most, generator.num_calls
+    if cost is None:
+        return "How many calls and tokens a function of your own needs is not known."
     if target is not None:
         needed = -(-target // cost.tasks)
         calls = needed if calls is None else min(calls, needed)

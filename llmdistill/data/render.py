@@ -199,24 +199,23 @@ def with_context(example: Example, template: str, columns: Mapping[str, Any]) ->
 
 
 def open_user_turn(
-    tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: Mapping[str, Any] | None = None,
+    before: Sequence[Message] = (),
 ) -> list[int]:
     """Return the ids before a user's text, so that a teacher continues with such a text (Magpie).
 
-    Raises DataError for a tokenizer without a chat template.
+    `before` are the messages before that turn.  Raises DataError for a tokenizer without a chat
+    template, or if the template rejects the messages.
     """
     if tokenizer.chat_template is None:
         raise DataError(
             f"tokenizer '{tokenizer.name_or_path}' has no chat template, so it cannot open a "
             "user's turn. Use the tokenizer of an instruct model."
         )
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": WHAT_A_USER_SAYS}], tokenize=False, **(template_options or {})
-    )
-    # The opening is the template's own text: its control tokens are encoded as such, and the
-    # tokenizer must not add a second start token.
-    opening = text.partition(WHAT_A_USER_SAYS)[0]
-    return list(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    chat = ChatTemplate(tokenizer, template_options, "the opening of a user's turn")
+    messages = (*before, {"role": "user", "content": WHAT_A_USER_SAYS})
+    return chat.ids(chat.text(messages, opens=False).rpartition(WHAT_A_USER_SAYS)[0])
 
 
 def close_user_turn(

@@ -23,7 +23,7 @@ from llmdistill.decoding.session import ready_to_write
 from llmdistill.distributions import Dense
 from llmdistill.models.heads import split, unwrap_adapters
 from llmdistill.models.vocabulary import end_ids, num_tokens
-from llmdistill.sampling import Draw, Sampling, Writer
+from llmdistill.sampling import Draw, PenalisedSampling, Sampling, Writer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,18 @@ class KeyedSampler:
         slot = input_ids_BT.shape[1] - self.prompt_length
         # Padding rows of the head have no meaning; they are masked before top-k and top-p.
         scores_BV[:, self.num_tokens :] = -torch.inf
+        if isinstance(self.sampling, PenalisedSampling):
+            written_BG = input_ids_BT[:, self.prompt_length :]
+            scores_BV = penalised(scores_BV, written_BG, self.sampling)
         return perturb(scores_BV, self.sampling, self.keys_B, slot)
+
+
+def penalised(scores_BV: Tensor, written_BG: Tensor, sampling: PenalisedSampling) -> Tensor:
+    """Return the scores less the penalties for the tokens that are already written: (B, V)."""
+    count_BV = torch.zeros_like(scores_BV, dtype=torch.float32)
+    count_BV.scatter_add_(1, written_BG, torch.ones_like(written_BG, dtype=torch.float32))
+    once_BV = (count_BV > 0) * sampling.presence_penalty
+    return scores_BV.float() - once_BV - count_BV * sampling.frequency_penalty
 
 
 class HoldsText:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,23 +12,32 @@ from typing import Any
 from accelerate import PartialState
 
 from llmdistill import recipe as recipes
-from llmdistill.instruct import filters
+from llmdistill.instruct import filters, model_filters
 from llmdistill.instruct.filters import Filter
 from llmdistill.instruct.generators import given, lists, variants
-from llmdistill.instruct.generators.base import Answering, TaskGenerator
+from llmdistill.instruct.generators.base import Answering, SystemPrompt, TaskGenerator
+from llmdistill.instruct.judging import Judge, Judged
 from llmdistill.instruct.lion import Pools
-from llmdistill.instruct.responders import LocalResponder, MultimodalResponder, RemoteResponder
+from llmdistill.instruct.own import own_filter, own_generator
+from llmdistill.instruct.responders import (
+    LocalResponder,
+    MultimodalResponder,
+    RemoteResponder,
+    Responder,
+    Several,
+)
 from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.instruct.tasks import Task
 from llmdistill.models.load import load_tokenizer
 from llmdistill.recipe import filters as filter_sections
 from llmdistill.recipe import generators as generator_sections
-from llmdistill.recipe.generators import AnsweringRecipe, GeneratorSection
+from llmdistill.recipe.answering import AnsweringRecipe
+from llmdistill.recipe.generators import GeneratorSection
 from llmdistill.recipe.remote import RemoteTeacherRecipe
-from llmdistill.recipe.sampling import SamplingRecipe
+from llmdistill.recipe.sampling import WritingRecipe
 from llmdistill.recipe.sources import SourceRecipe
 from llmdistill.recipe.teachers import LocalTeacherRecipe, MultimodalTeacherRecipe
-from llmdistill.sampling import Sampling
+from llmdistill.sampling import PenalisedSampling, Sampling
 from llmdistill.teachers.build import Parts, image_folder, load_multimodal, load_teacher
 from llmdistill.teachers.multimodal import images_in
 from llmdistill.teachers.remote import RemoteTeacher
@@ -43,7 +53,7 @@ class Inputs:
 
     `split` sorts the tasks of Lion's pool into hard and easy ones.  `images` is the column with the
     images of a prompt, if the teacher sees them, and `image_folder` is where relative paths start.
-    `on_bad_row` is what happens to malformed prompts.
+    `on_bad_row` is what happens to malformed prompts.  `judge` chooses among several answers.
     """
 
     seed: int
@@ -53,6 +63,7 @@ class Inputs:
     image_folder: Path | None = None
     on_bad_row: str = "stop"
     is_remote: bool = False
+    judge: Judge | None = None
 
 
 def build_generator(
@@ -70,7 +81,11 @@ def build_generator(
     )
     if isinstance(teacher, MultimodalTeacherRecipe):
         inputs = replace(inputs, images=teacher.images, image_folder=image_folder(teacher))
-    return _builder(_GENERATORS, section)(section, inputs)
+    judge = None
+    if recipe.judge is not None:
+        judge = Judge(tuple(recipe.judge.aspects), recipe.judge.max_new_tokens)
+    made: TaskGenerator = _builder(_GENERATORS, section)(section, replace(inputs, judge=judge))
+    return made if judge is None else Judged(made, judge)
 
 
 def build_filters(recipe: recipes.GenerationRecipe, seed_tasks: Sequence[Task]) -> list[Filter]:
@@ -102,6 +117,18 @@ def build_responder(
     return _builder(_RESPONDERS, recipe.teacher)(recipe, recipe.teacher, common)
 
 
+def with_judge(
+    recipe: recipes.GenerationRecipe, teacher: LocalResponder | RemoteResponder
+) -> Responder:
+    """Return a responder that also asks the judge of a recipe, if that is another model."""
+    section = recipe.judge.teacher if recipe.judge else None
+    if section is None:
+        return teacher
+    logger.info("loading the judge %s", section.model)
+    common: dict[str, Any] = {"scored": False, "chat_template_kwargs": {}}
+    return Several(teacher, _builder(_RESPONDERS, section)(recipe, section, common))
+
+
 def _builder(table: Mapping[type, Callable[..., Any]], section: Any) -> Callable[..., Any]:
     # By exact type: a new section that nobody registered must fail here, and not be built as the
     # section that it derives from.
@@ -123,12 +150,21 @@ def _options(section: GeneratorSection, *inputs: str) -> dict[str, Any]:
     return options
 
 
-def _sampling(section: SamplingRecipe) -> Sampling:
-    return Sampling(**section.model_dump())
+def _sampling(section: WritingRecipe) -> Sampling:
+    if section.is_penalised:
+        return PenalisedSampling(**section.model_dump())
+    return Sampling(**section.model_dump(exclude={"presence_penalty", "frequency_penalty"}))
 
 
 def _answering(section: AnsweringRecipe) -> Answering:
-    return Answering(**section.model_dump() | {"sampling": _sampling(section.sampling)})
+    schema = section.json_schema
+    return Answering(
+        _sampling(section.sampling),
+        section.max_new_tokens,
+        section.hint,
+        tuple(SystemPrompt(one.text, one.weight) for one in section.system),
+        json.dumps(schema, sort_keys=True) if schema is not None else "",
+    )
 
 
 def _alpaca(section: generator_sections.AlpacaRecipe, inputs: Inputs) -> TaskGenerator:
@@ -150,8 +186,7 @@ def _self_instruct(section: generator_sections.SelfInstructRecipe, inputs: Input
 
 
 def _magpie(section: generator_sections.MagpieRecipe, inputs: Inputs) -> TaskGenerator:
-    # No seed: each call asks for the same thing, and only the teacher's sampling varies.
-    return variants.Magpie(**_options(section))
+    return variants.Magpie(seed=inputs.seed, **_options(section))
 
 
 def _answer(section: generator_sections.AnswerRecipe, inputs: Inputs) -> TaskGenerator:
@@ -165,7 +200,8 @@ def _answer(section: generator_sections.AnswerRecipe, inputs: Inputs) -> TaskGen
     for number, task in enumerate(tasks):  # before the teacher is loaded
         images_in(inputs.image_folder, task.images, f"prompt {number}")
     tasks = [_with_relative_images(task, inputs.image_folder) for task in tasks]
-    return given.Answer(tasks, **_options(section, "prompts"))
+    options = {"seed": inputs.seed, "judge": inputs.judge, **_options(section, "prompts")}
+    return given.Answer(tasks, **options)
 
 
 def _with_relative_images(task: Task, folder: Path | None) -> Task:
@@ -195,6 +231,10 @@ def _lion(section: generator_sections.LionRecipe, inputs: Inputs) -> TaskGenerat
     # `inputs.split` has read these fields; the generator only gets the two pools.
     used = ("student", "pool", "compare_by", "hard_share", "max_compared_tokens")
     return variants.Lion(pools.hard, pools.easy, seed=inputs.seed, **_options(section, *used))
+
+
+def _python(section: generator_sections.PythonGeneratorRecipe, inputs: Inputs) -> TaskGenerator:
+    return own_generator(section.function, section.options, section.calls)
 
 
 def _local(
@@ -240,7 +280,12 @@ def _plain(filter_class: Callable[..., Filter]) -> Callable[[Any, Sequence[Task]
 
 
 def _rouge(section: filter_sections.RougeRecipe, known: Sequence[Task]) -> Filter:
-    return filters.Rouge(section.at_most, (task.instruction for task in known))
+    texts = (task.instruction for task in known)
+    return filters.Rouge(section.at_most, texts, most_similar=section.most_similar)
+
+
+def _own(section: filter_sections.PythonFilterRecipe, known: Sequence[Task]) -> Filter:
+    return own_filter(section.function, section.options)
 
 
 def _contamination(section: filter_sections.ContaminationRecipe, known: Sequence[Task]) -> Filter:
@@ -257,6 +302,7 @@ _GENERATORS: dict[type, Callable[[Any, Inputs], TaskGenerator]] = {
     generator_sections.RewriteRecipe: _rewrite,
     generator_sections.EvolveRecipe: _evolve,
     generator_sections.LionRecipe: _lion,
+    generator_sections.PythonGeneratorRecipe: _python,
 }
 _RESPONDERS: dict[type, Callable[..., LocalResponder | RemoteResponder]] = {
     LocalTeacherRecipe: _local,
@@ -274,6 +320,9 @@ _FILTERS: dict[type, Callable[[Any, Sequence[Task]], Filter]] = {
     filter_sections.OpenEndRecipe: _plain(filters.OpenEnd),
     filter_sections.RougeRecipe: _rouge,
     filter_sections.NearDuplicatesRecipe: _plain(filters.NearDuplicates),
+    filter_sections.EmbeddingsRecipe: _plain(model_filters.Embeddings),
+    filter_sections.ScoreRecipe: _plain(model_filters.Score),
+    filter_sections.PythonFilterRecipe: _own,
     filter_sections.ContaminationRecipe: _contamination,
     filter_sections.LanguageRecipe: _plain(filters.Language),
     filter_sections.SameResultRecipe: _plain(filters.SameResult),

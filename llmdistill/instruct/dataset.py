@@ -59,11 +59,17 @@ def _as_messages(
     row: Mapping[str, Any], thinking: str, context: list[dict[str, Any]]
 ) -> dict[str, Any]:
     given = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")
+    asked = [*context, {"role": "user", "content": given}]
     answer = {"role": "assistant", "content": row["output"]}
     if thinking:
         answer[THINKING[0]] = thinking
-    messages = [*context, {"role": "user", "content": given}, answer]
-    kept = {k: v for k, v in row.items() if k not in ("instruction", "input", "output")}
+    texts = ("instruction", "input", "output", "rejected")
+    kept = {k: v for k, v in row.items() if k not in texts}
+    if "rejected" in row:  # a pair for preference optimisation, in the layout of TRL
+        other = {"role": "assistant", "content": row["rejected"]}
+        pair = {"prompt": asked, "chosen": [answer], "rejected": [other]}
+        return {"id": kept.pop("id"), **pair, **kept}
+    messages = [*asked, answer] if row["output"] else asked  # or a question alone
     return {"id": kept.pop("id"), "messages": messages, **kept}
 
 
@@ -76,6 +82,8 @@ def _as_alpaca(
         made["output"] = f"{opening}\n{thinking}\n{closing}\n\n{row['output']}"
     system = [one["content"] for one in context if one["role"] == "system"]
     turns = [one["content"] for one in context if one["role"] != "system"]
+    if "rejected" in row:  # a pair for preference optimisation
+        made["chosen"] = made.pop("output")
     if system:
         made["system"] = "\n\n".join(system)
     if turns:

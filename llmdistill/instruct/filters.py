@@ -12,7 +12,8 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,9 +34,13 @@ MIN_MATCHED_WORDS = 4  # shorter texts, such as the answer "Paris", occur in man
 
 
 class Filter(ABC):
-    """A test that drops some tasks.  `kind` is its name in recipes, or "" if it has none."""
+    """A test that drops some tasks.  `kind` is its name in recipes, or "" if it has none.
+
+    Filters that look only at the answer set `needs_answer`: they let questions alone pass.
+    """
 
     kind = ""
+    needs_answer = False
 
     @abstractmethod
     def reason(self, task: Task) -> str | None:
@@ -47,6 +52,13 @@ class Filter(ABC):
     def kept(self, task: Task) -> None:
         """Record a task that passed all filters.  Does nothing by default."""
         return
+
+    def columns(self, task: Task) -> Mapping[str, Any]:
+        """Return columns for the row of a task that passed all filters; none by default.
+
+        This is called before `kept`.
+        """
+        return {}
 
 
 class Length(Filter):
@@ -67,6 +79,8 @@ class Length(Filter):
 
 class Truncated(Filter):
     """Drops answers that the limit of new tokens cut off."""
+
+    needs_answer = True
 
     def reason(self, task: Task) -> str | None:
         return "truncated" if task.truncated else None
@@ -110,6 +124,8 @@ class RepeatedLines(Filter):
     lines may be repeated.
     """
 
+    needs_answer = True
+
     def __init__(self, max_share: float = 0.3, ngram: int = 4, max_code_share: float = 0.8) -> None:
         self.max_share, self.ngram, self.max_code_share = max_share, ngram, max_code_share
 
@@ -125,6 +141,8 @@ class RepeatedLines(Filter):
 
 class EmptyAnswer(Filter):
     """Drops empty answers.  It is no option of recipes, because the pipeline always applies it."""
+
+    needs_answer = True
 
     def reason(self, task: Task) -> str | None:
         if task.output.strip():
@@ -145,12 +163,15 @@ class Duplicates(Filter):
         self.rows.add(self._row(task))
 
     def _row(self, task: Task) -> bytes:
-        text = repr((task.context, task.images, task.prompt.strip(), task.output.strip()))
+        told = (task.messages_before, task.images, task.prompt.strip())
+        text = repr((told, task.output.strip(), task.rejected))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 class EmptyOrEcho(Filter):
     """Drops answers that are empty, only punctuation, or a copy of the question or input."""
+
+    needs_answer = True
 
     def reason(self, task: Task) -> str | None:
         output = _plain(task.output)
@@ -172,19 +193,30 @@ class Rouge(Filter):
     """Drops instructions that are too similar to a seed or to an instruction that was kept.
 
     The ROUGE-L F-measure to each of them may be at most `at_most`, as in Self-Instruct (Wang et al.
-    2023).
+    2023).  Rows get their `most_similar` instructions, and the mean similarity to all, as columns.
     """
 
-    def __init__(self, at_most: float = 0.7, seeds: Iterable[str] = ()) -> None:
-        self.at_most, self.pool = at_most, RougePool()
-        for seed in seeds:
+    def __init__(
+        self, at_most: float = 0.7, seeds: Iterable[str] = (), *, most_similar: int = 0
+    ) -> None:
+        self.at_most, self.most_similar, self.pool = at_most, most_similar, RougePool()
+        self.texts = list(seeds)
+        for seed in self.texts:
             self.pool.add(seed)
 
     def reason(self, task: Task) -> str | None:
         return "too similar" if self.pool.nearest(task.instruction, self.at_most) else None
 
+    def columns(self, task: Task) -> Mapping[str, Any]:
+        if not self.most_similar:
+            return {}
+        similar, mean = self.pool.similar(task.instruction, self.most_similar)
+        listed = [{"instruction": self.texts[one.place], "score": one.score} for one in similar]
+        return {"most_similar": listed, "mean_similarity": mean}
+
     def kept(self, task: Task) -> None:
         self.pool.add(task.instruction)
+        self.texts.append(task.instruction)
 
 
 class NearDuplicates(Filter):
@@ -266,6 +298,8 @@ class SameResult(Filter):
     an answer without a result is dropped.
     """
 
+    needs_answer = True
+
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
 
@@ -282,6 +316,8 @@ class Perplexity(Filter):
     The perplexity is exp of the mean negative log-probability per token.  It is high if the teacher
     rambled, and very low if it recited or repeated itself.
     """
+
+    needs_answer = True
 
     def __init__(self, at_most: float | None = None, at_least: float | None = None) -> None:
         # Compared as logarithms: servers give impossible tokens log-probabilities such as -9999,

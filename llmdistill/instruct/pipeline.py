@@ -15,7 +15,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,59 +23,20 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from llmdistill.errors import DataError, TeacherError
-from llmdistill.instruct.filters import Duplicates, EmptyAnswer, Filter
+from llmdistill.instruct.exchange import Made, exchange
+from llmdistill.instruct.filters import Filter
 from llmdistill.instruct.generators.base import TaskGenerator
-from llmdistill.instruct.parse import UNPARSABLE, Parsed
+from llmdistill.instruct.parse import UNPARSABLE
 from llmdistill.instruct.records import append_lines, drop_half_line, replace_lines
-from llmdistill.instruct.replies import NotRecorded, Remembering, Replies, hash_of, request_hash
-from llmdistill.instruct.requests import Asked, Reply, Request
-from llmdistill.instruct.responders import RemoteResponder, Responder
+from llmdistill.instruct.replies import NotRecorded, Remembering, Replies
+from llmdistill.instruct.responders import RemoteResponder, Responder, Several
+from llmdistill.instruct.sieve import Sieve, TaskCounts
 from llmdistill.instruct.tasks import Task
-from llmdistill.teachers.spoken import BY_SERVER
 
 logger = logging.getLogger("llmdistill")
 
 SHOWN_CHARACTERS = 500  # of a reply that cannot be read
 BARREN_ROUNDS = 20  # rounds without a kept row after which an endless generator is stopped
-
-
-@dataclass(frozen=True)
-class Made:
-    """A finished call: its tasks, a hash of all its requests, and the replies of each stage.
-
-    `asked` has the hash of each request, stage by stage.
-    """
-
-    call: int
-    parsed: Parsed
-    prompt_hash: str
-    asked: list[list[str]]
-    replies: list[list[Reply]]
-
-    @property
-    def is_refused(self) -> bool:
-        """Whether it ended because all of its last requests were refused."""
-        return bool(self.replies) and all(reply.refused for reply in self.replies[-1])
-
-
-@dataclass
-class TaskCounts:
-    """Number of tasks that were kept, and dropped by reason.
-
-    `variants` counts the kept ones by the variant of the generator that made them, `thought` those
-    with thinking, and `copies` those that equal another one.
-    """
-
-    kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    variants: Counter[str] = field(default_factory=Counter)
-    thought: int = 0
-    copies: int = 0
-
-    @property
-    def made(self) -> int:
-        """Number of tasks so far, kept and dropped."""
-        return self.kept + sum(self.dropped.values())
 
 
 @dataclass(frozen=True)
@@ -113,17 +74,15 @@ class Pipeline:
                 "source with at least one row."
             )
         self.generator, self.settings = generator, settings
-        self.filters = (EmptyAnswer(), *filters)  # such a row is of no use in any dataset
-        self._copies = Duplicates()
         self.replies = Replies(settings.folder, settings.about.get("revision"))
         self.responder = Remembering(responder, self.replies)
-        if isinstance(responder, RemoteResponder):
+        if isinstance(responder, RemoteResponder | Several):
             responder.heard = self.replies.heard
-        self.counts = TaskCounts()
+        self._sieve = Sieve(filters)
+        self.counts = self._sieve.counts
         self._kept: list[Task] = []
         self._next_call = 0
         self._is_answered = self._is_read = False
-        self._drops = DropWatch()
 
     def run(
         self, progress: Callable[[TaskCounts, float], None] = lambda counts, seconds: None
@@ -149,7 +108,8 @@ class Pipeline:
             self._check_answered(made)
             # Replies are recorded before rows: rows can be derived from replies, not vice versa.
             self._record(made)
-            self._check_read(made)
+            if not self._is_read:
+                _require_tasks(made)
             self._keep(made)
             seconds = time.perf_counter() - start
             self._log(seconds)
@@ -174,7 +134,11 @@ class Pipeline:
         # A call may make no request at all (a row without an answer to rewrite): no refusal.
         self._is_answered |= refused[""] > 0 or not replies
         asking = [one for one in made if one.replies]
-        is_down = asking and all(one.is_refused for one in asking) and any(map(_by_server, asking))
+        is_down = (
+            asking
+            and all(one.is_refused for one in asking)
+            and any(one.is_refused_by_server for one in asking)
+        )
         # The last rows of a file are fewer than a round, and may well be refused for their content.
         if self._is_answered and not (is_down and len(asking) >= self.settings.round_size):
             return
@@ -182,19 +146,6 @@ class Pipeline:
         raise TeacherError(
             f"the teacher answered none of {sum(reasons.values())} requests: {reasons}. Fix the "
             "cause (see any warnings above), then pass resume to continue."
-        )
-
-    def _check_read(self, made: Sequence[Made]) -> None:
-        """Raise DataError if no task could be read from a round, and none before it."""
-        dropped = sum((Counter(one.parsed.dropped) for one in made), Counter[str]())
-        if self._is_read or any(one.parsed.tasks for one in made) or not dropped[UNPARSABLE]:
-            return
-        shown = next(one.replies for one in made if one.parsed.dropped.get(UNPARSABLE))[0][0].text
-        raise DataError(
-            f"no task could be read from {len(made)} calls: {dict(dropped)}. A reply begins with "
-            f"{shown[:SHOWN_CHARACTERS]!r}. Try a larger teacher, a smaller "
-            "'generator.tasks_per_call' or the generator 'magpie'; to make another round, pass "
-            "resume."
         )
 
     def _is_done(self) -> bool:
@@ -243,30 +194,13 @@ class Pipeline:
                 continue
             self.counts.dropped.update(call.parsed.dropped)
             for place, task in enumerate(call.parsed.tasks):
-                if not self._is_met() and self._passes(task):
-                    rows.append(_row(self.settings, call, place, task))
+                if not self._is_met() and self._sieve.passes(task):
+                    rows.append(_row(self.settings, call, place, task) | self._sieve.keep(task))
                     before.append(task)
         self._kept = before
         self._next_call = made[-1].call + 1 if made else self._next_call
         self._append("rows.jsonl", rows)
-        self._drops.end_round(sum(len(call.parsed.tasks) for call in made))
-
-    def _passes(self, task: Task) -> bool:
-        """Whether all filters keep the task; counts it either way."""
-        # Evaluated lazily: the first reason ends the search, so cheap filters should come first.
-        reasons = ((one.reason(task), one.kind) for one in self.filters)
-        reason, kind = next((found for found in reasons if found[0]), (None, ""))
-        if reason is not None:
-            self.counts.dropped[reason] += 1
-            self._drops.count(kind)
-            return False
-        self.counts.copies += self._copies.reason(task) is not None
-        for one in (*self.filters, self._copies):
-            one.kept(task)
-        self.counts.kept += 1
-        self.counts.thought += bool(task.thinking)
-        self.counts.variants.update([task.variant] if task.variant else [])
-        return True
+        self._sieve.end_round(sum(len(call.parsed.tasks) for call in made))
 
     # ---- files ----
 
@@ -319,6 +253,20 @@ class Pipeline:
             replace_lines(self.settings.folder / "rows.jsonl", [])
 
 
+def _require_tasks(made: Sequence[Made]) -> None:
+    """Raise DataError if no task could be read from the replies of a round."""
+    dropped = sum((Counter(one.parsed.dropped) for one in made), Counter[str]())
+    if any(one.parsed.tasks for one in made) or not dropped[UNPARSABLE]:
+        return
+    shown = next(one.replies for one in made if one.parsed.dropped.get(UNPARSABLE))[0][0].text
+    raise DataError(
+        f"no task could be read from {len(made)} calls: {dict(dropped)}. A reply begins with "
+        f"{shown[:SHOWN_CHARACTERS]!r}. Try a larger teacher, a smaller "
+        "'generator.tasks_per_call' or the generator 'magpie'; to make another round, pass "
+        "resume."
+    )
+
+
 def _row(settings: Settings, made: Made, place: int, task: Task) -> dict[str, Any]:
     """Return the row of a task; fields that few rows have are left out where they are empty."""
     return {
@@ -328,80 +276,10 @@ def _row(settings: Settings, made: Made, place: int, task: Task) -> dict[str, An
         "output": task.output,
         **({} if settings.images is None else {settings.images: list(task.images)}),
         **({"thinking": task.thinking} if task.thinking else {}),
-        **({"context": list(task.context)} if task.context else {}),
+        **({"context": list(before)} if (before := task.messages_before) else {}),
+        **({} if task.rejected is None else {"rejected": task.rejected}),
+        **{f"score_{aspect}": score for aspect, score in task.scores.items()},
         "variant": task.variant,
         **settings.about,
         "prompt_hash": made.prompt_hash,
     }
-
-
-class DropWatch:
-    """Warns once about each filter that drops more than half of the tasks of a round."""
-
-    def __init__(self) -> None:
-        self.dropped: Counter[str] = Counter()
-        self.warned: set[str] = set()
-
-    def count(self, kind: str) -> None:
-        """Count a task that the filter of this name dropped; "" is no filter of the recipe."""
-        self.dropped[kind] += bool(kind)
-
-    def end_round(self, tasks: int) -> None:
-        """Look at the drops of a round with this many tasks."""
-        for kind, dropped in self.dropped.items():
-            if dropped > tasks / 2 and kind not in self.warned:
-                self.warned.add(kind)
-                logger.warning(
-                    "the filter '%s' dropped %d of %d tasks of a round. Change its options in "
-                    "'filters', or leave it out there.", kind, dropped, tasks,
-                )  # fmt: skip
-        self.dropped.clear()
-
-
-def _by_server(made: Made) -> bool:
-    """Whether a server refused a request of this call, and not llmdistill."""
-    return any(reply.refused in BY_SERVER for reply in made.replies[-1])
-
-
-def exchange(
-    generator: TaskGenerator,
-    responder: Responder,
-    numbers: Sequence[int],
-    machine: Sequence[Task],
-) -> list[Made]:
-    """Run the calls with these numbers in parallel, and return them in order.
-
-    All calls advance one stage at a time, so that the requests of a stage are written as batches.
-    `machine` are the tasks that were kept before.
-    """
-    calls = {number: generator.call(number, machine) for number in numbers}
-    asking: dict[int, list[Request]] = {}
-    said: dict[int, list[list[Reply]]] = {number: [] for number in numbers}
-    hashes: dict[int, list[list[str]]] = {number: [] for number in numbers}
-    done: dict[int, Parsed] = {}
-
-    def go_on(number: int, replies: list[Reply] | None) -> None:
-        # A call is a Python generator: it yields requests, and returns its tasks at the end.
-        try:
-            asking[number] = calls[number].send(replies)  # type: ignore[arg-type]
-        except StopIteration as stop:
-            done[number] = stop.value
-            asking.pop(number, None)
-
-    for number in numbers:
-        go_on(number, None)
-    while asking:
-        asked = [
-            Asked(number, len(said[number]), place, request)
-            for number, requests in asking.items()
-            for place, request in enumerate(requests)
-        ]
-        replies = iter(responder.respond(asked))
-        for number, requests in list(asking.items()):  # a copy: `go_on` changes `asking`
-            hashes[number].append([request_hash(one) for one in requests])
-            said[number].append([next(replies) for _ in requests])
-            go_on(number, said[number][-1])
-    return [
-        Made(number, done[number], hash_of(repr(hashes[number])), hashes[number], said[number])
-        for number in numbers
-    ]

@@ -92,6 +92,60 @@ def harder(task: Task) -> str:
     )
 
 
+def constrained(task: Task) -> str:
+    """Return a prompt that asks to add a constraint to a task (WizardLM)."""
+    return (
+        f"{task.prompt}\n\nWrite the task above with one more constraint or requirement. Keep the "
+        "rest of it, and write the task alone."
+    )
+
+
+def deeper(task: Task) -> str:
+    """Return a prompt that asks for a task that goes deeper (WizardLM)."""
+    return (
+        f"{task.prompt}\n\nWrite the task above so that it asks more: the same matter, but deeper "
+        "or from more sides. Write the task alone."
+    )
+
+
+def concrete(task: Task) -> str:
+    """Return a prompt that asks to put specific things in place of general ones (WizardLM)."""
+    return (
+        f"{task.prompt}\n\nWrite the task above with specific names, numbers or things in place of "
+        "its general words. Write the task alone."
+    )
+
+
+def reasoning(task: Task) -> str:
+    """Return a prompt that asks for a task that needs several steps of reasoning (WizardLM)."""
+    return (
+        f"{task.prompt}\n\nWrite the task above so that it can only be solved in several steps of "
+        "reasoning. Write the task alone."
+    )
+
+
+def quality(task: Task) -> str:
+    """Return a prompt that asks a judge to score an answer from 1 to 10."""
+    return (
+        f"{_conversation(task)}\n\nAnswer:\n{task.output}\n\nHow good is the answer? Score it from "
+        "1 (useless) to 10 (right, complete and clear). Reply with the number alone."
+    )
+
+
+def difficulty(task: Task) -> str:
+    """Return a prompt that asks a judge to score the difficulty of a question from 1 to 10."""
+    return (
+        f"{_conversation(task)}\n\nHow difficult is this question? Score it from 1 (anybody can "
+        "answer it) to 10 (few experts can). Reply with the number alone."
+    )
+
+
+def _conversation(task: Task) -> str:
+    """Return a question as text, after the messages before it if there are any."""
+    before = "".join(f"{m['role'].title()}:\n{m['content']}\n\n" for m in task.messages_before)
+    return f"{before}Question:\n{task.prompt}"
+
+
 def rarer(task: Task) -> str:
     """Return a prompt that asks for a rare task of the same field and difficulty (Lion)."""
     return (

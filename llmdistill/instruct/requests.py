@@ -17,7 +17,8 @@ class Request:
 
     `turn` is the role whose text comes next: a teacher can also write what a user would say.  The
     text begins with `start` and ends before `stop`; the reply contains neither.  `images` are paths
-    of the images that the teacher sees before the last message.
+    of the images that the teacher sees before the last message.  `schema` is the JSON schema of the
+    text, or "".  `who` replies: the teacher, or the model that judges its answers.
     """
 
     messages: tuple[Message, ...]
@@ -27,6 +28,8 @@ class Request:
     start: str = ""
     stop: str = ""
     images: tuple[str, ...] = ()
+    schema: str = ""
+    who: Literal["teacher", "judge"] = "teacher"
 
 
 @dataclass(frozen=True)

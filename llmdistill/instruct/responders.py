@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.context import room
-from llmdistill.data.formats import Example
+from llmdistill.data.formats import Example, Message
 from llmdistill.data.render import close_user_turn, continued, open_user_turn, render
 from llmdistill.decoding.batches import by_tokens
 from llmdistill.decoding.keyed import row_keys
@@ -56,6 +56,10 @@ _CONTROL = re.compile(
 )
 
 
+def unheard(asked: Asked, reply: Reply) -> None:
+    """Do nothing with a reply."""
+
+
 class Responder(Protocol):
     """Anything that replies to requests."""
 
@@ -80,7 +84,7 @@ class LocalResponder:
         scored: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.teacher, self.seed, self.batch_size = teacher, seed, batch_size
+        self.teacher, self.seed, self.batch_size, self.heard = teacher, seed, batch_size, unheard
         self.scored, self.template_options = scored, dict(chat_template_kwargs or {})
         # Any special token ends a reply: one that opens a turn means that the teacher has started
         # to write the next turn.
@@ -158,7 +162,7 @@ class LocalResponder:
         """Return the ids up to where the teacher's text begins, `request.start` included."""
         tokenizer, options = self.teacher.tokenizer, self.template_options
         if request.turn == "user":
-            ids = open_user_turn(tokenizer, options)
+            ids = open_user_turn(tokenizer, options, request.messages)
         else:
             ids, _ = render(tokenizer, Example(request.messages, None, "a request"), options)
             if request.start and self._is_open(ids, request):  # the text starts after the thinking
@@ -249,7 +253,7 @@ class RemoteResponder:
         teacher: RemoteTeacher,
         *,
         seed: int,
-        heard: Callable[[Asked, Reply], None] = lambda asked, reply: None,
+        heard: Callable[[Asked, Reply], None] = unheard,
     ) -> None:
         self.teacher, self.seed, self.heard = teacher, seed, heard
 
@@ -297,8 +301,33 @@ class RemoteResponder:
             tokenizer, options = self.teacher.tokenizer, self.teacher.chat_template_kwargs
             assert tokenizer is not None  # the recipe was refused without one
             stop = _stop(request, tokenizer, options)
-            prompt = _opening(tokenizer, options)
-        return Question(prompt, request.sampling, request.max_new_tokens, seed, stop)
+            prompt = _opening(tokenizer, options, request.messages)
+        tokens = request.max_new_tokens
+        return Question(prompt, request.sampling, tokens, seed, stop, request.schema)
+
+
+class Several:
+    """Responder that asks the judge where a request is for it, and else the teacher."""
+
+    def __init__(
+        self, teacher: LocalResponder | RemoteResponder, judge: LocalResponder | RemoteResponder
+    ) -> None:
+        self.teacher, self.judge = teacher, judge
+
+    @property
+    def heard(self) -> Callable[[Asked, Reply], None]:
+        return self.teacher.heard
+
+    @heard.setter
+    def heard(self, heard: Callable[[Asked, Reply], None]) -> None:
+        self.teacher.heard = self.judge.heard = heard
+
+    def respond(self, asked: Sequence[Asked]) -> list[Reply]:
+        for_judge = [one for one in asked if one.request.who == "judge"]
+        for_teacher = [one for one in asked if one.request.who == "teacher"]
+        judged = iter(self.judge.respond(for_judge) if for_judge else ())
+        written = iter(self.teacher.respond(for_teacher) if for_teacher else ())
+        return [next(judged if one.request.who == "judge" else written) for one in asked]
 
 
 def written_log_probs(teacher: LocalTeacher, written: Sequences) -> list[Tensor]:
@@ -319,9 +348,11 @@ def _stop(request: Request, tokenizer: PreTrainedTokenizerBase, options: Mapping
     return request.stop or (close_user_turn(tokenizer, options) if request.turn == "user" else "")
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
+def _opening(
+    tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], before: Sequence[Message]
+) -> str:
     """Return the text that opens a user's turn, without the BOS token if the server adds it."""
-    text = str(tokenizer.decode(open_user_turn(tokenizer, options)))
+    text = str(tokenizer.decode(open_user_turn(tokenizer, options, before)))
     # A server adds BOS to a plain prompt if its tokenizer, which is this one, does.
     writes_it = tokenizer.bos_token and tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
     return text.removeprefix(tokenizer.bos_token) if writes_it else text

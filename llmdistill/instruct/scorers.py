@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from llmdistill.instruct.similarity import rouge_l
 from llmdistill.instruct.tasks import Task
@@ -43,21 +45,54 @@ def reference(tasks: Sequence[Task]) -> list[float]:
     return [rouge_l(task.output, task.reference or "") for task in tasks]
 
 
+def judge(tasks: Sequence[Task]) -> list[float]:
+    """Return the judge's score of each answer; -inf if it gave none."""
+    scores = (task.scores.get("quality") for task in tasks)
+    return [-math.inf if score is None else score for score in scores]
+
+
 SCORERS: dict[str, Callable[[Sequence[Task]], list[float]]] = {
     "likelihood": likelihood,
     "consensus": consensus,
     "reference": reference,
+    "judge": judge,
 }
 
 
-def best(tasks: Sequence[Task], by: str) -> Task:
-    """Return the answer with the highest score by the scorer `by`, a key of `SCORERS`.
+class Ranked(NamedTuple):
+    """An answer with its score, and whether it is neither empty nor truncated."""
+
+    task: Task
+    score: float
+    is_whole: bool
+
+
+def rank(tasks: Sequence[Task], by: str) -> list[Ranked]:
+    """Return the answers from best to worst by the scorer `by`, a key of `SCORERS`.
 
     Truncated answers rank below all others, empty ones below them, and the first of several equal
-    answers wins.
+    answers comes first.
     """
-    scores = SCORERS[by](tasks)
-    order = range(len(tasks))
-    return tasks[
-        max(order, key=lambda i: (bool(tasks[i].output), not tasks[i].truncated, scores[i], -i))
+    scored = list(zip(tasks, SCORERS[by](tasks), strict=True))
+    ordered = sorted(
+        scored, key=lambda one: (bool(one[0].output), not one[0].truncated, one[1]), reverse=True
+    )
+    return [
+        Ranked(task, score, bool(task.output) and not task.truncated) for task, score in ordered
     ]
+
+
+def preference(ranked: Sequence[Ranked]) -> Task | None:
+    """Return the best answer with the worst one as its rejected answer, or None.
+
+    Both must be whole, differ, and have different scores.
+    """
+    whole = [one for one in ranked if one.is_whole and math.isfinite(one.score)]
+    if len(whole) < 2 or whole[0].score == whole[-1].score:
+        return None
+    best, worst = whole[0], whole[-1]
+    if best.task.output == worst.task.output:
+        return None
+    scores = {"chosen": best.score, "rejected": worst.score}
+    task = best.task
+    return replace(task, rejected=worst.task.output, scores={**task.scores, **scores})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
@@ -62,6 +63,22 @@ class RougePool:
         scores = [Match(_f_measure(encoded, other), place) for other, _, place in found]
         best = max(scores, key=lambda match: (match.score, -match.place), default=None)
         return best if best is not None and best.score > above else None
+
+    def similar(self, text: str, count: int) -> tuple[list[Match], float | None]:
+        """Return the `count` most similar texts, best first, and the mean similarity to all.
+
+        The mean is None for an empty pool.
+        """
+        if not self._texts:
+            return [], None
+        encoded = self._encode(text)
+        scores = process.cdist(
+            [encoded], self._texts, scorer=Indel.normalized_similarity, dtype=np.float32
+        )[0]
+        # rapidfuzz counts two texts without words as equal, and rouge_score as different.
+        best = np.argsort(-scores, kind="stable")[:count].tolist()
+        found = [Match(_f_measure(encoded, self._texts[place]), place) for place in best]
+        return found, float(scores.mean(dtype=np.float64))
 
     def _encode(self, text: str) -> str:
         """Return the tokens as one character each; the same token always gets the same one."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from llmdistill.data.formats import Message
 
@@ -19,7 +20,11 @@ class Task:
     - `log_prob`: the teacher's mean log-probability of the text that it wrote, in nats per token;
       None if it was not scored.
     - `thinking`: what the teacher thought before the answer.
-    - `context`: the messages before the user's turn, such as a system message.
+    - `context`: the given messages before the user's turn, such as a system message.
+    - `turns`: earlier questions that the teacher wrote in this conversation, with its answers.
+    - `is_answered`: False for a question alone, which nobody was asked to answer.
+    - `scores`: what a judge says, by aspect; None if its reply could not be read.
+    - `rejected`: a worse answer to the same question, for a pair of preferences.
     """
 
     instruction: str
@@ -33,8 +38,32 @@ class Task:
     images: tuple[str, ...] = ()
     thinking: str = ""
     context: tuple[Message, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
+    is_answered: bool = True
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    rejected: str | None = None
 
     @property
     def prompt(self) -> str:
         """The user's turn: the instruction, and the input below it if there is one."""
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
+
+    @property
+    def messages_before(self) -> tuple[Message, ...]:
+        """All messages before the user's last turn."""
+        said = (
+            {"role": role, "content": text}
+            for turn in self.turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        )
+        return (*self.context, *said)
+
+    def messages_after(self) -> tuple[Message, ...]:
+        """The whole conversation, with the answer."""
+        return replace(self, turns=(*self.turns, (self.prompt, self.output))).messages_before
+
+    def each_turn(self) -> Iterator[Task]:
+        """Yield each turn that the teacher wrote as a task, the last one last."""
+        for question, answer in self.turns:
+            yield replace(self, instruction=question, input="", output=answer, turns=())
+        yield self

@@ -190,11 +190,21 @@ def _origin(recipe: recipes.GenerationRecipe, terms: str | None, revision: str) 
         f"This dataset contains {written}, written by a language model. It was generated with "
         f"[llmdistill](https://pypi.org/project/llmdistill/).\n\n"
         f"- **Teacher**: `{shown(teacher)}`{f', revision {shown(revision)}' if revision else ''}\n"
-        f"- **Generator**: {shown(recipe.generator.kind)}\n"
+        f"- **Generator**: {shown(recipe.generator.kind)}\n{_judge(recipe)}"
         f"- **Made from**: {_material(recipe)}\n\n"
         f"{stated} The dataset has one licence only if the teacher and everything that it was made "
         "from have the same."
     )
+
+
+def _judge(recipe: recipes.GenerationRecipe) -> str:
+    if recipe.judge is None:
+        return ""
+    judge = recipe.judge.teacher
+    name = "the teacher"
+    if judge is not None:
+        name = f"`{shown(public_model(judge.model, is_remote=judge.is_remote))}`"
+    return f"- **Judge**: {name} ({', '.join(recipe.judge.aspects)}, from 1 to 10)\n"
 
 
 def _material(recipe: recipes.GenerationRecipe) -> str:

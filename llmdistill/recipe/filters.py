@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -10,13 +10,16 @@ from pydantic_core import PydanticCustomError
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.facts import wrong_pattern
 from llmdistill.recipe.sources import Sources, one_or_several
-from llmdistill.recipe.tables import defaults
+from llmdistill.recipe.tables import Table, defaults, one_of
 
-FILTERS = "instruct/filters.py"
+FILTERS, MODEL_FILTERS = "instruct/filters.py", "instruct/model_filters.py"
 _length = defaults(FILTERS, "Length")
 _repeated_lines = defaults(FILTERS, "RepeatedLines")
 _near_duplicates = defaults(FILTERS, "NearDuplicates")
 _perplexity = defaults(FILTERS, "Perplexity")
+_embeddings = defaults(MODEL_FILTERS, "Embeddings")
+_score = defaults(MODEL_FILTERS, "Score")
+ASPECTS = Table("instruct/judging.py", "ASPECTS")
 
 
 def _a_pattern(pattern: str) -> str:
@@ -35,6 +38,11 @@ class FilterSection(Strict):
 
     needs_log_probs: ClassVar[bool] = False
     """Whether the teacher must return the log-probability of its replies."""
+
+    @property
+    def scored_aspect(self) -> str | None:
+        """What a judge must have scored; None if this filter needs no judge."""
+        return None
 
     @property
     def kept_languages(self) -> list[str]:
@@ -116,6 +124,10 @@ class RougeRecipe(FilterSection):
     """Largest ROUGE-L F score to any other instruction that is kept, from 0 to 1.  Lower it for
     more varied rows.
     """
+    most_similar: int = Field(defaults(FILTERS, "Rouge").most_similar, ge=0)
+    """Number of the most similar instructions that each row gets as a column, with the mean
+    similarity to all: Alpaca has 10.  It takes longer, because all similarities are computed.
+    """
 
 
 class NearDuplicatesRecipe(FilterSection):
@@ -126,6 +138,52 @@ class NearDuplicatesRecipe(FilterSection):
     """Jaccard similarity of the n-grams from which a row is dropped, up to 1."""
     ngram: int = Field(_near_duplicates.ngram, gt=0)
     """Length of the n-grams in words."""
+
+
+class EmbeddingsRecipe(FilterSection):
+    """Drop rows that mean nearly the same as a kept row, by the cosine of their embeddings.  It
+    needs the extra `embeddings`.
+    """
+
+    kind: Literal["embeddings"] = "embeddings"
+    model: str
+    """Hub id or folder of a Sentence Transformers model."""
+    threshold: float = Field(_embeddings.threshold, gt=0, le=1)
+    """Cosine from which a row is dropped."""
+    field: Literal["instruction", "output"] = _embeddings.field
+    """Field that is compared."""
+
+
+class ScoreRecipe(FilterSection):
+    """Drop rows by the score of a judge (the section `judge`).  Set at least one bound."""
+
+    kind: Literal["score"] = "score"
+    aspect: one_of(ASPECTS)  # type: ignore[valid-type]
+    """What the judge was asked for: `quality` or `difficulty`."""
+    at_least: float | None = Field(_score.at_least, ge=1, le=10)
+    """Smallest score that is kept, from 1 to 10."""
+    at_most: float | None = Field(_score.at_most, ge=1, le=10)
+    """Largest score that is kept, from 1 to 10."""
+
+    @property
+    def scored_aspect(self) -> str:
+        return self.aspect
+
+    @model_validator(mode="after")
+    def _a_bound(self) -> ScoreRecipe:
+        if self.at_most is None and self.at_least is None:
+            raise PydanticCustomError("score", "set 'at_most', 'at_least' or both")
+        return self
+
+
+class PythonFilterRecipe(FilterSection):
+    """Drop rows with a function of your own: `docs/extending.md` has an example."""
+
+    kind: Literal["python"] = "python"
+    function: str
+    """The function (or subclass of `Filter`), as `path/to/file.py:name`."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the function."""
 
 
 class ContaminationRecipe(FilterSection):
@@ -197,6 +255,9 @@ FilterRecipe = Annotated[
     | OpenEndRecipe
     | RougeRecipe
     | NearDuplicatesRecipe
+    | EmbeddingsRecipe
+    | ScoreRecipe
+    | PythonFilterRecipe
     | ContaminationRecipe
     | LanguageRecipe
     | SameResultRecipe

@@ -27,10 +27,27 @@ GenerationTeacher = Annotated[
     Discriminator(kind_or_local),
 ]
 
+ASPECTS = Table("instruct/judging.py", "ASPECTS")
+_judge = defaults("instruct/judging.py", "Judge")
 ROW_FORMATS = Table("instruct/dataset.py", "ROW_FORMATS")
 # The filters of a recipe without `filters`.  If prompts are the user's, only answers are checked.
 ANSWER_FILTERS = ("truncated", "duplicates", "empty_or_echo", "repeated_lines")
 TASK_FILTERS = (*ANSWER_FILTERS, "length", "odd_start", "blacklist", "rouge")
+
+
+class JudgeRecipe(Strict):
+    """A model that scores what the teacher made, from 1 to 10 (LLM as a judge)."""
+
+    aspects: Annotated[list[one_of(ASPECTS)], Field(min_length=1)] = list(  # type: ignore[valid-type]
+        _judge.aspects
+    )
+    """What is scored: `quality` of the answer, `difficulty` of the question.  Each row gets a
+    column `score_quality` or `score_difficulty`, which the filter `score` can use.
+    """
+    teacher: GenerationTeacher | None = None
+    """Model that judges, with the keys of a teacher.  `null` is the teacher itself."""
+    max_new_tokens: int = Field(_judge.max_new_tokens, gt=0)
+    """Length at which a reply is cut off, in tokens.  Raise it for a judge that thinks."""
 
 
 class GenerationRecipe(Strict):
@@ -54,6 +71,10 @@ class GenerationRecipe(Strict):
     """Filters that every task must pass, in order.  The default is `truncated`, `duplicates`,
     `empty_or_echo` and `repeated_lines`, and for generators without given prompts also `length`,
     `odd_start`, `blacklist` and `rouge`.
+    """
+    judge: JudgeRecipe | None = None
+    """Model that scores each row.  `best_by: judge` works without this section, too: the teacher is
+    then its own judge.
     """
     target: int | None = Field(None, gt=0)
     """Number of rows to keep.  `null` answers all given prompts; other generators need a number."""
@@ -94,7 +115,7 @@ class GenerationRecipe(Strict):
 
     @model_validator(mode="after")
     def _it_ends(self) -> GenerationRecipe:
-        if self.target is None and not self.generator.has_given_prompts:
+        if self.target is None and not self.generator.ends_by_itself:
             raise PydanticCustomError(
                 "target",
                 "'target' is missing. A generator of this kind does not end by itself, so set the "
@@ -113,8 +134,8 @@ class GenerationRecipe(Strict):
         if self.teacher.sees_images and not self.generator.takes_images:
             raise PydanticCustomError(
                 "images",
-                "a teacher of kind multimodal answers prompts with images. Use 'generator: {{kind: "
-                "answer, prompts: ...}}'.",
+                "a teacher of kind multimodal answers prompts with images. Use 'generator: {kind: "
+                "answer, prompts: ...}'.",
             )
         if self.teacher.sees_images and self.needs_log_probs:
             raise PydanticCustomError(
@@ -127,6 +148,29 @@ class GenerationRecipe(Strict):
                 "template",
                 "the teacher writes the user's turns, which needs its chat template. Set "
                 "'teacher.tokenizer'.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scores_come_from_somewhere(self) -> GenerationRecipe:
+        asked = self.judge.aspects if self.judge else []
+        for one in self.filters:
+            if one.scored_aspect and one.scored_aspect not in asked:
+                raise PydanticCustomError(
+                    "score",
+                    "the filter 'score' needs a judge of '{aspect}'. Set 'judge: {aspects: "
+                    "[{aspect}]}'.",
+                    {"aspect": one.scored_aspect},
+                )
+        if "quality" in asked and not self.generator.answers:
+            raise PydanticCustomError(
+                "judge", "questions alone have no 'quality'. Set 'judge.aspects: [difficulty]'."
+            )
+        if self.generator.json_schema is not None and not self.teacher.is_remote:
+            raise PydanticCustomError(
+                "json_schema",
+                "'answering.json_schema' needs a teacher of kind remote, whose server makes "
+                "answers follow it. Remove it.",
             )
         return self
 
@@ -163,7 +207,8 @@ class GenerationRecipe(Strict):
         If the teacher is shown kept rows, its requests depend on all that decides what is kept.
         """
         always = ("target", "format", "test_share", "thinking", "batch_size", "on_bad_row")
-        return always if self.generator.shows_kept_rows else (*always, "filters", "round_size")
+        depends = () if self.generator.shows_kept_rows else ("filters", "judge", "round_size")
+        return (*always, *depends)
 
     def unchanging(self) -> dict[str, Any]:
         """Return the values that the rows depend on, which a resumed run must not change."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from llmdistill.recipe.answering import AnsweringRecipe, DrawnAnsweringRecipe
 from llmdistill.recipe.base import Strict
 from llmdistill.recipe.filters import ResultPattern
-from llmdistill.recipe.sampling import SamplingRecipe
+from llmdistill.recipe.sampling import WritingRecipe
 from llmdistill.recipe.sources import SourceRecipe, Sources
 from llmdistill.recipe.tables import Table, defaults, one_of
 
 SCORERS = Table("instruct/scorers.py", "SCORERS")
 
-_answering = defaults("instruct/generators/base.py", "Answering")
+EVOLUTIONS = Table("instruct/generators/variants.py", "EVOLUTIONS")
+
 _alpaca = defaults("instruct/generators/lists.py", "Alpaca")
 _self_instruct = defaults("instruct/generators/lists.py", "SelfInstruct")
 _answer = defaults("instruct/generators/given.py", "Answer")
@@ -24,26 +26,6 @@ _rewrite = defaults("instruct/generators/given.py", "Rewrite")
 _magpie = defaults("instruct/generators/variants.py", "Magpie")
 _evolve = defaults("instruct/generators/variants.py", "Evolve")
 _lion = defaults("instruct/generators/variants.py", "Lion")
-
-
-class AnsweringRecipe(Strict):
-    """How the teacher answers a question."""
-
-    sampling: SamplingRecipe = SamplingRecipe(**_answering.sampling)
-    """How the answer is sampled."""
-    max_new_tokens: int = Field(_answering.max_new_tokens, gt=0)
-    """Length at which an answer is cut off, in tokens."""
-    hint: str = _answering.hint
-    """Text that is appended to the prompt for the teacher only and not saved in the row, such as
-    `Answer in two sentences.`
-    """
-
-
-class DrawnAnsweringRecipe(AnsweringRecipe):
-    """How the teacher answers a given prompt.  Answers are sampled by default, and not greedy."""
-
-    sampling: SamplingRecipe = SamplingRecipe(**_answer.answering["sampling"])
-    """How each answer is sampled.  Several samples need a temperature above 0."""
 
 
 class GeneratorSection(Strict):
@@ -61,9 +43,25 @@ class GeneratorSection(Strict):
     """Number of variants that share the kept rows equally; 0 if rows are kept as they come."""
 
     @property
+    def ends_by_itself(self) -> bool:
+        """Whether the generator has a limited number of calls."""
+        return self.has_given_prompts
+
+    @property
     def shows_kept_rows(self) -> bool:
         """Whether the teacher is shown rows that were kept before."""
         return False
+
+    @property
+    def answers(self) -> bool:
+        """Whether the rows have answers, and are not questions alone."""
+        return getattr(self, "answering", True) is not None
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """The JSON schema of the answers, if they have one."""
+        answering = getattr(self, "answering", None)
+        return answering.json_schema if answering else None
 
     @property
     def needs_distributions(self) -> bool:
@@ -76,12 +74,12 @@ class GeneratorSection(Strict):
         return False
 
     @property
-    def samplings(self) -> Mapping[str, SamplingRecipe]:
+    def samplings(self) -> Mapping[str, WritingRecipe]:
         """Sampling settings by their dotted key."""
         # Found by type, so that a new generator's settings are checked without listing them here.
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         answerings = {k: v for k, v in fields.items() if isinstance(v, AnsweringRecipe)}
-        return {name: v for name, v in fields.items() if isinstance(v, SamplingRecipe)} | {
+        return {name: v for name, v in fields.items() if isinstance(v, WritingRecipe)} | {
             f"{name}.sampling": value.sampling for name, value in answerings.items()
         }
 
@@ -121,10 +119,14 @@ class AlpacaRecipe(GeneratorSection):
     """How the teacher answers a new question in a separate request.  `null` takes the answer from
     the list.  Set it for small teachers; it needs `tasks_per_call: 1`.
     """
-    sampling: SamplingRecipe = SamplingRecipe(**_alpaca.sampling)
+    sampling: WritingRecipe = WritingRecipe(**_alpaca.sampling)
     """How the list is sampled."""
     max_new_tokens: int = Field(_alpaca.max_new_tokens, gt=0)
     """Length at which the list is cut off, in tokens."""
+
+    @property
+    def answers(self) -> bool:
+        return True  # the list has answers, too
 
     @model_validator(mode="after")
     def _one_question(self) -> AlpacaRecipe:
@@ -157,7 +159,7 @@ class SelfInstructRecipe(GeneratorSection):
     only_classification: bool = _self_instruct.only_classification
     """Show only seed tasks that are classifications: those whose field `is_classification` is true.
     """
-    sampling: SamplingRecipe = SamplingRecipe(**_self_instruct.sampling)
+    sampling: WritingRecipe = WritingRecipe(**_self_instruct.sampling)
     """How the list of instructions is sampled.  The other replies are greedy."""
     max_new_tokens: int = Field(_self_instruct.max_new_tokens, gt=0)
     """Length at which the list of instructions is cut off, in tokens."""
@@ -188,15 +190,33 @@ class MagpieRecipe(GeneratorSection):
     needs_template: ClassVar[bool] = True
 
     kind: Literal["magpie"] = "magpie"
-    sampling: SamplingRecipe = SamplingRecipe(**_magpie.sampling)
+    sampling: WritingRecipe = WritingRecipe(**_magpie.sampling)
     """How the user's turn is sampled."""
     max_instruction_tokens: int = Field(_magpie.max_instruction_tokens, gt=0)
     """Length limit of a new instruction, in tokens.  Longer ones are dropped."""
-    answering: AnsweringRecipe = AnsweringRecipe(**_magpie.answering)
-    """How the teacher answers the new instruction."""
+    turns: int = Field(_magpie.turns, gt=0)
+    """Number of questions in a conversation, each with its answer.  A conversation ends early if a
+    further question or answer cannot be used.
+    """
+    one_line: bool = _magpie.one_line
+    """End a question at its first line end, as the authors of Magpie do.  Fewer questions are cut
+    off, but none has several lines.
+    """
+    answering: AnsweringRecipe | None = AnsweringRecipe(**_magpie.answering)
+    """How the teacher answers the new instruction.  `null` makes questions alone."""
 
     def sources(self, seed_tasks: Sequence[SourceRecipe]) -> Sequence[SourceRecipe]:
         return ()  # the teacher is shown nothing but the opening of a turn
+
+    @model_validator(mode="after")
+    def _turns_have_answers(self) -> MagpieRecipe:
+        if self.turns > 1 and self.answering is None:
+            raise PydanticCustomError(
+                "turns",
+                "several 'turns' need answers between the questions. Set 'answering' or 'turns: "
+                "1'.",
+            )
+        return self
 
 
 class AnswerRecipe(GivenPromptsSection):
@@ -210,8 +230,12 @@ class AnswerRecipe(GivenPromptsSection):
     """Number of answers to each prompt."""
     best_by: one_of(SCORERS) | None = _answer.best_by  # type: ignore[valid-type]
     """Which one of the `samples` to keep: `likelihood` takes the highest mean log-probability per
-    token, `consensus` the highest ROUGE-L to the other samples, and `reference` the highest ROUGE-L
-    to the answer of the row.  `null` keeps all samples.
+    token, `consensus` the highest ROUGE-L to the other samples, `reference` the highest ROUGE-L to
+    the answer of the row, and `judge` the highest score by the judge.  `null` keeps all samples.
+    """
+    pairs: bool = _answer.pairs
+    """Make pairs of preferences, for DPO: each row has the best sample as `chosen` and the worst
+    one as `rejected`.  It needs `best_by`.
     """
     answering: DrawnAnsweringRecipe = DrawnAnsweringRecipe()
     """How the teacher answers a prompt."""
@@ -226,6 +250,12 @@ class AnswerRecipe(GivenPromptsSection):
             raise PydanticCustomError(
                 "best_by",
                 "'best_by' chooses among 'samples', but there is only 1. Set more samples.",
+            )
+        if self.pairs and self.best_by is None:
+            raise PydanticCustomError(
+                "pairs",
+                "'pairs' are a better and a worse sample, which needs an order of the samples. Set "
+                "'best_by', for example to 'judge'.",
             )
         if self.samples > 1 and self.answering.sampling.temperature == 0:
             raise PydanticCustomError(
@@ -246,24 +276,48 @@ class RewriteRecipe(GivenPromptsSection):
     """Regular expression that finds the result of an answer, for maths.  A new answer with another
     result is not used.  `null` compares no results.
     """
-    sampling: SamplingRecipe = SamplingRecipe(**_rewrite.sampling)
+    sampling: WritingRecipe = WritingRecipe(**_rewrite.sampling)
     """How the new answer is sampled."""
     max_new_tokens: int = Field(_rewrite.max_new_tokens, gt=0)
     """Length at which a new answer is cut off, in tokens."""
 
 
 class EvolveRecipe(GeneratorSection):
-    """Let the teacher write harder and rarer variants of the seed tasks, and answer them."""
+    """Let the teacher write harder, rarer and other variants of the seed tasks, and answer them."""
 
     RENAMED: ClassVar = {"answer": "answering"}
 
     kind: Literal["evolve"] = "evolve"
-    sampling: SamplingRecipe = SamplingRecipe(**_evolve.sampling)
+    ways: list[one_of(EVOLUTIONS)] = list(_evolve.ways)  # type: ignore[valid-type]
+    """How tasks are changed, in turn: `harder`, `rarer`, `constrained` (one more constraint),
+    `deeper`, `concrete` (specific things in place of general ones) or `reasoning` (several steps).
+    """
+    own_ways: dict[str, str] | None = _evolve.own_ways
+    """More ways, as `{name: prompt}`.  `{task}` in a prompt stands for the task."""
+    steps: int = Field(_evolve.steps, gt=0)
+    """Number of times that a task is changed, each time in the next way.  If a step fails, the
+    result of the one before it is used.
+    """
+    sampling: WritingRecipe = WritingRecipe(**_evolve.sampling)
     """How a new instruction is sampled."""
     max_instruction_tokens: int = Field(_evolve.max_instruction_tokens, gt=0)
     """Length limit of a new instruction, in tokens.  Longer ones are dropped."""
-    answering: AnsweringRecipe = AnsweringRecipe(**_evolve.answering)
-    """How the teacher answers the new instruction."""
+    answering: AnsweringRecipe | None = AnsweringRecipe(**_evolve.answering)
+    """How the teacher answers the new instruction.  `null` makes questions alone."""
+
+    @model_validator(mode="after")
+    def _ways_with_a_task(self) -> EvolveRecipe:
+        if not self.ways and not self.own_ways:
+            raise PydanticCustomError("ways", "set at least one way in 'ways' or 'own_ways'")
+        for name, prompt in (self.own_ways or {}).items():
+            if "{task}" not in prompt:
+                raise PydanticCustomError(
+                    "own_ways",
+                    "the prompt of the way '{name}' does not show the task. Write {task} where "
+                    "the task belongs.",
+                    {"name": name},
+                )
+        return self
 
 
 class LionRecipe(GeneratorSection):
@@ -287,12 +341,12 @@ class LionRecipe(GeneratorSection):
     """Share of the pool that counts as hard, with `compare_by: divergence`."""
     max_compared_tokens: int = Field(128, gt=0)
     """Length at which the compared answers are cut off, in tokens."""
-    sampling: SamplingRecipe = SamplingRecipe(**_lion.sampling)
+    sampling: WritingRecipe = WritingRecipe(**_lion.sampling)
     """How a new instruction is sampled."""
     max_instruction_tokens: int = Field(_lion.max_instruction_tokens, gt=0)
     """Length limit of a new instruction, in tokens.  Longer ones are dropped."""
-    answering: AnsweringRecipe = AnsweringRecipe(**_lion.answering)
-    """How the teacher answers the new instruction."""
+    answering: AnsweringRecipe | None = AnsweringRecipe(**_lion.answering)
+    """How the teacher answers the new instruction.  `null` makes questions alone."""
 
     @property
     def needs_distributions(self) -> bool:
@@ -307,8 +361,29 @@ class LionRecipe(GeneratorSection):
         return self.pool
 
 
+class PythonGeneratorRecipe(GeneratorSection):
+    """Make tasks with a function of your own: `docs/extending.md` has an example."""
+
+    kind: Literal["python"] = "python"
+    function: str
+    """The function (or subclass of `TaskGenerator`), as `path/to/file.py:name`."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the function."""
+    calls: int | None = Field(None, gt=0)
+    """Number of calls.  `null` calls the function until `target` is reached."""
+
+    @property
+    def ends_by_itself(self) -> bool:
+        return self.calls is not None
+
+    @property
+    def shows_kept_rows(self) -> bool:
+        return True  # the function gets them, and nobody knows what it does with them
+
+
 GeneratorRecipe = Annotated[
     LionRecipe
+    | PythonGeneratorRecipe
     | AlpacaRecipe
     | SelfInstructRecipe
     | MagpieRecipe

@@ -31,7 +31,6 @@ OWN_KEYS = {
     "top_p": SAMPLING,
     "top_k": SAMPLING,
     "max_tokens": LIMIT,
-    "max_completion_tokens": LIMIT,
     "seed": "'seed' of the recipe",
     "n": "'samples' of the generator",
     "stream": "nothing: replies are read as a whole",
@@ -104,8 +103,8 @@ class RemoteTeacherRecipe(Strict):
     """
 
     extra_body: dict[str, Any] = {}
-    """Fields that are sent with every request, such as `{presence_penalty: 1.0}` or `{guided_json:
-    ...}`.  They are shown on the card, so they must hold no secret.
+    """Fields that are sent with every request, such as `{min_p: 0.1}`.  They are shown on the card,
+    so they must hold no secret.
     """
 
     @field_validator("extra_body")

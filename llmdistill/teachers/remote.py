@@ -16,12 +16,8 @@ import importlib.util
 import logging
 import os
 import random
-import socket
-import ssl
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin, urlsplit
 
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.keyed import row_keys
@@ -29,7 +25,20 @@ from llmdistill.errors import RecipeError, TeacherError
 from llmdistill.models.chat import template_ends
 from llmdistill.protocols import Need
 from llmdistill.sampling import Draw, Sampling, Writer
+from llmdistill.teachers.failures import (
+    REFUSED_STATUS,
+    TOO_MANY,
+    check_status,
+    why_unreached,
+)
 from llmdistill.teachers.pacing import LONGEST_PAUSE, Pace, asked_to_wait
+from llmdistill.teachers.questions import (
+    Question,
+    fetch,
+    is_openai,
+    open_client,
+    parameters,
+)
 from llmdistill.teachers.spoken import (
     REFUSED_BY_SERVER,
     UNUSABLE,
@@ -44,43 +53,8 @@ from llmdistill.teachers.spoken import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A reply may have this many bytes: far more than any text of its tokens with its log-probabilities.
-MOST_BYTES, BYTES_PER_TOKEN = 2**20, 1000
-MOST_CHARACTERS, CHARACTERS_PER_TOKEN = 2000, 100  # and its text this many characters
 NO_KEY = "none"  # the openai client requires a key, even for servers that check none
-TOO_MANY = 429
-TRY_AGAIN = (408, 409, 425, TOO_MANY)  # HTTP statuses to retry, as are all from 500
-# Statuses that concern the content of one request (too long, for example), so that others may
-# succeed.  Such a request loses its row, and the run continues.
-REFUSED_STATUS = (400, 413, 422)
-HINTS = {
-    401: ". Set teacher.key_from to the environment variable that holds your key.",
-    403: ". Set teacher.key_from to the environment variable that holds your key.",
-    404: ". Check that teacher.url has the path of the server's API (.../v1) and that the server "
-    "has this model.",
-}
-
 logger = logging.getLogger("llmdistill")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt with its sampling settings.
-
-    `prompt` is the messages of a conversation, a text to continue, or the token ids of one.  The
-    reply ends before the text `stop`.
-    """
-
-    prompt: str | tuple[int, ...] | tuple[dict[str, str], ...]
-    sampling: Sampling
-    max_new_tokens: int
-    seed: int
-    stop: str = ""
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether the prompt is a conversation."""
-        return isinstance(self.prompt, tuple) and isinstance(self.prompt[0], dict)
 
 
 class RemoteTeacher:
@@ -143,24 +117,7 @@ class RemoteTeacher:
         If the server refuses the content of a question, its reply has `refused` set.  Raises
         TeacherError if the server rejects the caller (a wrong key, say) or does not recover.
         """
-        running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
-
-        async def run() -> list[Spoken]:
-            task = asyncio.current_task()
-            assert task is not None
-            running.append((asyncio.get_running_loop(), task))
-            return await self._answer(questions, heard)
-
-        # In a thread, because the caller may already run an event loop (a notebook).
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            future = thread.submit(lambda: asyncio.run(run()))
-            try:
-                return future.result()
-            except KeyboardInterrupt:  # otherwise the thread would finish all requests
-                for loop, task in running:
-                    with contextlib.suppress(RuntimeError):  # the loop has just closed
-                        loop.call_soon_threadsafe(task.cancel)
-                raise
+        return _in_thread(lambda: self._answer(questions, heard))
 
     def write(
         self, prompts: Prompts, sampling: Sampling, *, max_new_tokens: int, draw: Draw
@@ -202,29 +159,16 @@ class RemoteTeacher:
 
         self._pace.open()
         try:
-            async with self._client() as client, asyncio.TaskGroup() as group:
+            async with (
+                open_client(self.url, self.key, self.timeout) as client,
+                asyncio.TaskGroup() as group,
+            ):
                 tasks = [group.create_task(one(*numbered)) for numbered in enumerate(questions)]
         except ExceptionGroup as failed:  # the first error cancels the other requests
             raise failed.exceptions[0] from None
         if self._unusable and not self._is_well:
             raise self._gave_up(self._unusable)
         return [task.result() for task in tasks]
-
-    def _client(self) -> Any:
-        import openai
-
-        # The client fills in two headers from the environment, whatever the server is.
-        names = ("OpenAI-Organization", "OpenAI-Project")
-        left_out = {} if _is_openai(self.url) else {name: openai.Omit() for name in names}
-        # No retries by the client: `_attempts` also retries unusable replies, and keeps the pace.
-        # No redirects: another host would get all prompts.
-        return openai.AsyncOpenAI(
-            base_url=self.url, api_key=self.key, timeout=self.timeout, max_retries=0,
-            default_headers=left_out,  # type: ignore[arg-type]
-            http_client=openai.DefaultAsyncHttpxClient(
-                follow_redirects=False, timeout=self.timeout
-            ),
-        )  # fmt: skip
 
     async def _attempts(self, client: Any, question: Question) -> Spoken:
         """Ask until there is a reply.  Pauses double, and are at least what the server asks for."""
@@ -250,14 +194,14 @@ class RemoteTeacher:
                 openai.APIResponseValidationError,
                 TimeoutError,
             ) as error:
-                wrong = self._unreached(error)
+                wrong = why_unreached(self.url, error, is_well=self._is_well)
             except openai.APIStatusError as error:
                 wrong = f"HTTP {error.status_code}: {error.message}"
                 if error.status_code in REFUSED_STATUS:
                     hint = parameter_hint(wrong)
                     self._say_once(f"{self.url} refused a request: {wrong[:500]}{hint}")
                     return Spoken("", refused=REFUSED_BY_SERVER)
-                self._check_status(error, wrong)
+                check_status(self.url, error, wrong)
                 wait = asked_to_wait(error.response.headers)
                 is_too_many = error.status_code == TOO_MANY
                 if is_too_many:
@@ -290,77 +234,18 @@ class RemoteTeacher:
             "Earlier replies are recorded: pass resume to continue."
         )
 
-    def _check_status(self, error: Any, wrong: str) -> None:
-        """Raise TeacherError for an HTTP status that asking again does not change."""
-        status, hint = error.status_code, ""
-        if 300 <= status < 400:
-            found = urlsplit(urljoin(self.url, error.response.headers.get("location", "")))
-            hint = (
-                f". It redirects to {found.scheme}://{found.hostname or ''}"
-                f"{f':{found.port}' if found.port else ''}{found.path}, which is not followed, "
-                "because your prompts would go there. If that is right, set teacher.url to it."
-            )
-        elif error.code == "insufficient_quota":
-            hint = ". The account has no credit left. Earlier replies are recorded: pass resume."
-        elif status in TRY_AGAIN or status >= 500:
-            return
-        hint = hint or HINTS.get(status, "")
-        raise TeacherError(f"{self.url} rejected the request: {wrong[:500]}{hint}") from error
-
-    def _unreached(self, error: BaseException) -> str:
-        """Return why the server could not be reached.
-
-        Raises TeacherError if asking again does not help: a host that nobody knows, or a
-        certificate that is not trusted.
-        """
-        cause = _innermost(error)
-        if isinstance(cause, ssl.SSLError) and not self._is_well:
-            raise TeacherError(
-                f"{self.url} cannot be reached over TLS: {cause}. For a certificate of your own, "
-                "set the environment variable SSL_CERT_FILE to its file; for a server without "
-                "TLS, let teacher.url start with http://."
-            ) from error
-        if isinstance(cause, socket.gaierror) and not self._is_well:
-            raise TeacherError(
-                f"the host of {self.url} is not known: {cause.strerror}. Check teacher.url."
-            ) from error
-        if isinstance(error, TimeoutError) or cause is error:
-            return f"{type(error).__name__}: {error}"
-        return f"{type(error).__name__}: {type(cause).__name__}: {cause}"
-
     async def _ask(self, client: Any, question: Question) -> Spoken:
-        options, prompt = _parameters(self, question), question.prompt
-        most = MOST_BYTES + BYTES_PER_TOKEN * question.max_new_tokens
-        if question.is_chat:
-            asked = client.chat.completions.with_streaming_response
-            request = asked.create(messages=list(prompt), **options)
-        else:
-            asked = client.completions.with_streaming_response
-            request = asked.create(
-                prompt=prompt if isinstance(prompt, str) else list(prompt), **options
-            )
-        async with request as response:
-            body = await _body(response, most)
-        tokens = question.max_new_tokens
-        if len(body) > most:
-            raise ValueError(f"it has more than {most:,} bytes for {tokens} tokens")
-        reply = parse(body)
-        self._check_model(reply)
-        spoken = self._spoken(reply)
-        if len(spoken.text) > MOST_CHARACTERS + CHARACTERS_PER_TOKEN * tokens:
-            raise ValueError(f"it has {len(spoken.text):,} characters for {tokens} tokens")
-        return spoken
-
-    def _spoken(self, reply: Any) -> Spoken:
-        spoken, reason = read_reply(reply, scored=self.scored)
-        if reason is not None:
-            self._say_once(f"{self.url}: finish_reason {reason!r} is taken as a complete reply")
-        return spoken
-
-    def _check_model(self, reply: Any) -> None:
+        reply = parse(await fetch(client, question, parameters(self, question)))
         served = getattr(reply, "model", None)
         if isinstance(served, str) and served and served != self.model:
             self._say_once(f"{self.url} was asked for '{self.model}' but replies as '{served}'")
+        spoken, reason = read_reply(reply, scored=self.scored)
+        if reason is not None:
+            self._say_once(f"{self.url}: finish_reason {reason!r} is taken as a complete reply")
+        if len(spoken.text) > question.most_characters:
+            size, tokens = len(spoken.text), question.max_new_tokens
+            raise ValueError(f"it has {size:,} characters for {tokens} tokens")
+        return spoken
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -368,50 +253,25 @@ class RemoteTeacher:
             logger.warning("%s", text)
 
 
-async def _body(response: Any, most: int) -> bytes:
-    """Return what a server sends, or the beginning of it, which is then longer than `most`.
+def _in_thread(make: Callable[[], Coroutine[Any, Any, list[Spoken]]]) -> list[Spoken]:
+    """Run a coroutine in another thread, because the caller may run an event loop (a notebook)."""
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
 
-    Raises APIConnectionError if the connection fails.
-    """
-    import openai
+    async def run() -> list[Spoken]:
+        task = asyncio.current_task()
+        assert task is not None
+        running.append((asyncio.get_running_loop(), task))
+        return await make()
 
-    body = bytearray()
-    try:
-        async for part in response.iter_bytes():
-            body += part
-            if len(body) > most:
-                break
-    except Exception as error:  # of the HTTP library, which the client does not translate here
-        raise openai.APIConnectionError(request=response.http_request) from error
-    return bytes(body)
-
-
-def _parameters(teacher: RemoteTeacher, question: Question) -> dict[str, Any]:
-    """Return the parameters of a request as the server takes them."""
-    sampling = question.sampling
-    # Extensions of OpenAI's API that vLLM and others have: sent only if they are set.
-    extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
-    if question.is_chat and teacher.chat_template_kwargs:
-        extra["chat_template_kwargs"] = teacher.chat_template_kwargs
-    options: dict[str, Any] = {
-        "model": teacher.model,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": question.max_new_tokens,
-        "seed": question.seed,
-    }
-    if question.stop:
-        options["stop"] = [question.stop]
-    if teacher.scored:
-        options["logprobs"] = True if question.is_chat else 1
-    options, extra = (
-        {name: value for name, value in part.items() if name not in teacher.leave_out}
-        for part in (options, extra)
-    )
-    # The client knows OpenAI's names alone, so new names go into the rest of the body.
-    extra |= {new: options.pop(old) for old, new in teacher.rename.items() if old in options}
-    extra |= teacher.extra_body
-    return options | {"extra_body": extra or None}
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        future = thread.submit(lambda: asyncio.run(run()))
+        try:
+            return future.result()
+        except KeyboardInterrupt:  # otherwise the thread would finish all requests
+            for loop, task in running:
+                with contextlib.suppress(RuntimeError):  # the loop has just closed
+                    loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, spoken: Spoken) -> list[int]:
@@ -428,25 +288,10 @@ def _key(url: str, key_from: str | None) -> str:
     Raises RecipeError if the variable `key_from` is not set.
     """
     if key_from is None:
-        return (_is_openai(url) and os.environ.get("OPENAI_API_KEY")) or NO_KEY
+        return (is_openai(url) and os.environ.get("OPENAI_API_KEY")) or NO_KEY
     if not os.environ.get(key_from):
         raise RecipeError(
             f"teacher.key_from: the environment variable {key_from} is not set. Set it to the "
             "server's API key."
         )
     return os.environ[key_from]
-
-
-def _is_openai(url: str) -> bool:
-    return urlsplit(url).hostname == "api.openai.com"
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """Return the error that caused all others."""
-    while True:
-        if isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        elif (inner := error.__cause__ or error.__context__) is not None:
-            error = inner
-        else:
-            return error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -22,7 +23,17 @@ GENERATORS = get_args(get_args(GeneratorRecipe)[0])
 FILTERS = get_args(get_args(FilterRecipe)[0])
 TEACHERS = [get_args(one)[0] for one in get_args(get_args(GenerationTeacher)[0])]
 # What a section cannot be without.
-REQUIRED = {"student": "small", "pattern": r"\d+", "at_least": 2.0}
+REQUIRED = {
+    "student": "small", "pattern": r"\d+", "at_least": 2.0, "aspect": "quality", "model": "toy",
+}  # fmt: skip
+OWN = """
+def riddles(number, kept):
+    yield []
+
+
+def short(task):
+    return None
+"""
 SOURCES = ("prompts", "pool", "sources")
 
 
@@ -37,6 +48,10 @@ def section(chosen, rows):
     """A section with its defaults, as a recipe gives it."""
     given = {name: rows for name in SOURCES if name in chosen.model_fields}
     given |= {name: value for name, value in REQUIRED.items() if name in chosen.model_fields}
+    if "function" in chosen.model_fields:
+        own = Path(rows).with_name("own.py")
+        own.write_text(OWN)
+        given["function"] = f"{own}:{'riddles' if 'calls' in chosen.model_fields else 'short'}"
     return {"kind": chosen.model_fields["kind"].default, **given}
 
 
@@ -57,10 +72,13 @@ def split(chosen):
 def test_every_generator_is_built_with_its_defaults(chosen, rows):
     given = recipe(rows, generator=section(chosen, rows), seed=7)
     built = build.build_generator(given, read_tasks(given.seed_tasks), split)
-    assert type(built).__name__ == chosen.__name__.removesuffix("Recipe")
+    assert type(built).__name__ == named(chosen)
+    if named(chosen) == "OwnGenerator":
+        return
     for name, default in class_defaults(type(built)).items():
         expected = 7 if name == "seed" else default
-        assert getattr(built, name, default) == expected, name
+        found = getattr(built, name, default)
+        assert (tuple(found) if isinstance(found, list) else found) == expected, name
 
 
 def class_defaults(chosen):
@@ -71,9 +89,16 @@ def class_defaults(chosen):
 
 
 @pytest.mark.parametrize("chosen", FILTERS, ids=lambda one: one.__name__)
-def test_every_filter_is_built(chosen, rows):
-    (built,) = build.build_filters(recipe(rows, filters=[section(chosen, rows)]), [])
-    assert type(built).__name__ == chosen.__name__.removesuffix("Recipe")
+def test_every_filter_is_built(chosen, rows, monkeypatch):
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", lambda name: name)
+    given = recipe(rows, filters=[section(chosen, rows)], judge={"aspects": ["quality"]})
+    (built,) = build.build_filters(given, [])
+    assert type(built).__name__ == named(chosen)
+
+
+def named(chosen):
+    """The name of what a section builds."""
+    return chosen.__name__.removesuffix("Recipe").replace("Python", "Own")
 
 
 def test_options_of_a_recipe_reach_what_is_built(rows):
@@ -160,7 +185,7 @@ def test_a_key_that_was_renamed_says_its_new_name(rows, old, new, changes):
                     "best_by": "likelyhood",
                 }
             },
-            "'generator.best_by' should be one of likelihood, consensus, reference, got 'likelyhood'. Did you mean 'likelihood'?",
+            "'generator.best_by' should be one of likelihood, consensus, reference, judge, got 'likelyhood'. Did you mean 'likelihood'?",
         ),
     ],
 )

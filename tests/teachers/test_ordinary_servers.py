@@ -19,6 +19,7 @@ from llmdistill.generate import generate
 from llmdistill.instruct.requests import user
 from llmdistill.sampling import Sampling
 from llmdistill.teachers import pacing
+from llmdistill.teachers.questions import open_client
 from llmdistill.teachers.remote import Question, RemoteTeacher
 from tests.support.files import read_jsonl, write_jsonl
 from tests.support.recipes import build_generation
@@ -216,7 +217,7 @@ def test_the_names_of_an_organisation_go_to_no_other_server(monkeypatch):
         ask(server, 1)
         (_, headers, _), *_ = server.seen
     assert not [name for name in headers if name.lower().startswith("openai-")]
-    own = RemoteTeacher("https://api.openai.com/v1", "m")._client().default_headers
+    own = open_client("https://api.openai.com/v1", "key", 9.0).default_headers
     assert own["OpenAI-Organization"] == "org-private"
 
 

@@ -11,13 +11,14 @@ from llmdistill.errors import DataError
 from llmdistill.instruct import prompts
 from llmdistill.instruct.filters import SameResult
 from llmdistill.instruct.generators.base import Answering, Cost, TaskGenerator, answered
+from llmdistill.instruct.judging import Judge
 from llmdistill.instruct.parse import Parsed
 from llmdistill.instruct.requests import Call, Request, user
-from llmdistill.instruct.scorers import best
+from llmdistill.instruct.scorers import preference, rank
 from llmdistill.instruct.tasks import Task
 from llmdistill.sampling import GREEDY, Sampling
 
-NOT_THE_BEST = "not the best sample"
+NOT_THE_BEST, NO_PREFERENCE = "not the best sample", "no preference"
 # Signs of a refusal, or of text about the task instead of an answer to it.
 META = re.compile(
     r"\b(?:as an ai|language model|i(?:['\u2019]m| am) sorry|i (?:cannot|can['\u2019]t|am unable)"
@@ -31,19 +32,25 @@ class Answer(TaskGenerator):
     """The teacher answers given prompts, `samples` times each.
 
     All answers become rows, or, with `best_by` (a key of `SCORERS`), only the best one (best-of-n
-    sampling).  Raises DataError if `best_by` is "reference" and a prompt has no answer.
+    sampling).  With `pairs` the worst one becomes its rejected answer, for preference optimisation
+    (Rafailov et al. 2023, DPO).  `judge` scores the answers for the scorer "judge".  Raises
+    DataError if `best_by` is "reference" and a prompt has no answer.
     """
 
     def __init__(
         self,
         tasks: Sequence[Task],
         *,
+        seed: int = 0,
         samples: int = 1,
         best_by: str | None = None,
+        pairs: bool = False,
         answering: Answering = Answering(sampling=Sampling()),
+        judge: Judge | None = None,
     ) -> None:
         self.tasks, self.samples, self.num_calls = tasks, samples, len(tasks)
-        self.best_by = best_by
+        self.seed, self.best_by, self.pairs = seed, best_by, pairs
+        self.judge = judge
         if best_by == "reference" and any(task.reference is None for task in tasks):
             raise DataError(
                 "'generator.best_by: reference' compares replies with the answers in 'prompts', "
@@ -54,17 +61,34 @@ class Answer(TaskGenerator):
     @property
     def at_most(self) -> Cost:
         kept = 1 if self.best_by else self.samples
-        return Cost(kept, self.samples, self.samples * self.answering.max_new_tokens)
+        tokens = self.samples * self.answering.max_new_tokens
+        if self.best_by != "judge" or self.judge is None:
+            return Cost(kept, self.samples, tokens)
+        tokens += self.samples * self.judge.max_new_tokens
+        return Cost(kept, 2 * self.samples, tokens)
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
         # Equal requests at different places of a stage are drawn with different randomness.
-        copies = [self.tasks[number]] * self.samples
-        made = yield from answered(copies, self.answering)
+        task = self.tasks[number]
+        if not any(message["role"] == "system" for message in task.context):
+            context = self.answering.context(self.seed, number)
+            task = replace(task, context=(*context, *task.context))
+        made = yield from answered([task] * self.samples, self.answering)
         if self.best_by is None or not made.tasks:
             return made
+        tasks = made.tasks
+        if self.best_by == "judge":
+            judge = self.judge or Judge()
+            tasks = yield from judge.scored(tasks, ["quality"])
+        ranked = rank(tasks, self.best_by)
         # Counted as dropped, so that the counts of kept and dropped tasks add up to all tasks.
-        others = Counter({NOT_THE_BEST: len(made.tasks) - 1})
-        return Parsed([best(made.tasks, self.best_by)], Counter(made.dropped) + others)
+        if not self.pairs:
+            others = Counter({NOT_THE_BEST: len(tasks) - 1})
+            return Parsed([ranked[0].task], Counter(made.dropped) + others)
+        pair = preference(ranked)
+        reason = NO_PREFERENCE if pair is None else NOT_THE_BEST
+        others = Counter({reason: len(tasks) - (pair is not None)})
+        return Parsed([pair] if pair else [], Counter(made.dropped) + others)
 
 
 class Rewrite(TaskGenerator):

@@ -90,7 +90,8 @@ class Alpaca(TaskGenerator):
         question = parse_question(start + reply.text)
         if reply.truncated or question is None:
             return Parsed([], {TRUNCATED if reply.truncated else UNPARSABLE: 1})
-        return (yield from answered([question], self.answering))
+        context = self.answering.context(self.seed, number)
+        return (yield from answered([replace(question, context=context)], self.answering))
 
     def _listed(self, start: str, reply: Reply) -> Parsed:
         """Return the tasks of a reply that continues the list after `start`."""
