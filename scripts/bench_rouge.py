@@ -1,11 +1,13 @@
-"""Time to compare a new instruction with a pool of 52,000.
+"""Time and memory to compare a new row with 52,000 kept ones.
 
     python scripts/bench_rouge.py [--pool 52000] [--write PATH]
 
 The first table compares the filter `rouge` with calling `rouge_score` on every pair, which is timed
 on a sample of the pool and scaled up.  Texts consist of random words of the seed tasks and are as
 long as their instructions.  The second table counts on how many of 2,000 pairs, whose ROUGE-L is
-within 0.1 of 0.7, both make the same decision.
+within 0.1 of 0.7, both make the same decision.  The third table is for the filter
+`near_duplicates` with as many rows: the time of a query and of adding a row, which both make a
+sketch, and the memory of this process that the rows take.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from rouge_score.rouge_scorer import RougeScorer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llmdistill.data.sources import read
+from llmdistill.instruct.filters import NearDuplicates
 from llmdistill.instruct.similarity import RougePool
+from llmdistill.instruct.tasks import Task
 
 AT_MOST, PAIRS, QUERIES, SAMPLE = 0.7, 2000, 100, 2000
 
@@ -88,14 +92,45 @@ def decided() -> dict[str, object]:
     return {"pairs": PAIRS, "above 0.7": above, "same decision": same}
 
 
+def near_duplicates(pool_size: int) -> dict[str, object]:
+    """Measure the filter `near_duplicates` with a pool of rows."""
+    filter, queries = NearDuplicates(), [Task(text) for text in drawn(QUERIES, 1)]
+    filter.kept(queries[0])  # imports what it needs
+    before = memory_mib()
+    pool = drawn(pool_size, 0)
+    texts = memory_mib() - before
+    start = time.perf_counter()
+    for text in pool:
+        filter.kept(Task(text))
+    adding = (time.perf_counter() - start) / pool_size
+    taken = memory_mib() - before - texts
+    start = time.perf_counter()
+    for query in queries:
+        filter.reason(query)
+    asking = (time.perf_counter() - start) / QUERIES
+    return {
+        "rows": pool_size,
+        "query (ms)": asking * 1e3,
+        "adding (ms)": adding * 1e3,
+        "MiB": taken,
+    }
+
+
+def memory_mib() -> float:
+    """Return the memory of this process in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pool", type=int, default=52_000, help="number of texts in the pool")
     parser.add_argument("--write", metavar="PATH", help="also write the page to this Markdown file")
     options = parser.parse_args()
     about = __doc__.split("\n\n", 2)[2]
-    parts = [about, benchmark.table(timed(options.pool)), benchmark.table([decided()])]
-    benchmark.report(options.write, f"ROUGE-L against {options.pool:,} texts", parts)
+    tables = [timed(options.pool), [decided()], [near_duplicates(options.pool)]]
+    parts = [about, *map(benchmark.table, tables)]
+    benchmark.report(options.write, f"A new row against {options.pool:,}", parts)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,15 @@ import yaml
 
 import llmdistill
 from llmdistill.evaluation.measure import MEANING
+from llmdistill.generate import generate
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.sampling import Writer
 from scripts import write_reference
 from tests import toy
+from tests.support.recipes import build_generation
+from tests.support.servers import chat, last, scripted
 from tests.support.spies import spy
 from tests.training.helpers import arguments, gradient, weights
 from tests.training.helpers import trainer as make_trainer
@@ -44,7 +47,7 @@ def sections() -> dict[str, list[str]]:
     }
 
 
-SHARED, *EXAMPLES = [title for title, blocks in sections().items() if blocks]
+SHARED, *EXAMPLES, OWN_GENERATOR = [title for title, blocks in sections().items() if blocks]
 
 
 def run(blocks: list[str], folder: Path) -> dict[str, Any]:
@@ -170,10 +173,33 @@ def test_an_error_in_an_example_is_seen(title, tmp_path):
         step([*shared, use], tmp_path)
 
 
-@pytest.mark.parametrize("title", [SHARED, *EXAMPLES])
+@pytest.mark.parametrize("title", [SHARED, *EXAMPLES, OWN_GENERATOR])
 def test_an_example_is_short(title):
     assert all(len(block.splitlines()) <= MOST_LINES for block in sections()[title])
-    assert len(sections()[title]) == (1 if title == SHARED else 2)
+    assert len(sections()[title]) == (2 if title in EXAMPLES else 1)
+
+
+@pytest.mark.slow
+def test_the_own_generator_and_filter_make_a_dataset(tmp_path, monkeypatch):
+    """The recipe of the page, with a server that answers in place of its teacher."""
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "riddles.py").write_text(sections()[OWN_GENERATOR][0], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    def answer(body, number):
+        asked = last(body)
+        if not asked.startswith("Write"):
+            return chat("It is the one!")
+        animal = asked.split(": ")[1]
+        return chat(f"Which {animal} is it? " + "Say! " * (100 if animal == "eel" else number))
+
+    with scripted(answer) as server:
+        teacher = {"kind": "remote", "model": "m", "url": server.url}
+        given = yaml.safe_load(block) | {"teacher": teacher, "target": 6, "round_size": 9}
+        made = generate(build_generation(given))
+    assert made.counts.variants == {"cat": 3, "owl": 3}
+    assert made.counts.dropped == {"riddle too long": 2}
 
 
 # ---- docs/invariants.md ----

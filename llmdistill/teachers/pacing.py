@@ -10,9 +10,13 @@ from email.utils import parsedate_to_datetime
 
 LONGEST_PAUSE = 30.0  # seconds between two attempts
 LONGEST_WAIT = 300.0  # seconds between two attempts if the server asks for a pause (Retry-After)
-ENOUGH_ANSWERS = 8  # after which the rate at which requests were sent is known to be about right
-FASTER, SLOWER = 0.99, 1.2  # change of the interval after an answer, and after "too many requests"
-HOLD = 4  # pauses that hold all requests if the server does not say how long
+HOLD = 2  # pauses that hold all requests if the server does not say how long
+# Changes of the interval between two starts: after "too many requests"; after an answer; and after
+# an answer if it is about as short as the one that was too short.
+SLOWER, FASTER, CAREFUL = 1.2, 0.9, 0.998
+FORGET, LONGEST = 0.9, 1.5  # of the best rate, after each refusal; and intervals at that rate
+MARGIN = 1.05  # how much longer than the one that was too short an interval is tried again
+FAR_TOO_FAST = 3  # requests sent for each answer
 
 
 class Pace:
@@ -21,8 +25,9 @@ class Pace:
     At most `concurrency` requests run at a time, and at most `per_minute` start in a minute.  If
     the server says that these are too many, all requests wait, and then fewer run at a time: half
     as many at once, one more after each round of answers (additive increase, multiplicative
-    decrease, Chiu and Jain 1989).  The interval between two starts is adapted in the same way,
-    because even single requests can be too fast.
+    decrease, Chiu and Jain 1989).  The interval between two starts is adapted as well, because even
+    single requests can be too fast: it grows, shrinks quickly back to the one that was too short,
+    and then slowly (as the window of TCP Cubic does, Ha et al. 2008).
     """
 
     def __init__(self, concurrency: int, per_minute: float | None = None) -> None:
@@ -30,6 +35,7 @@ class Pace:
         self.shortest = self.interval = 60.0 / per_minute if per_minute else 0.0
         self.answered = 0  # replies so far
         self._next = self._held_until = self._slowed_at = 0.0
+        self._too_short = self._best = 0.0  # an interval in seconds, answers per second
         self._starts: list[float] = []  # first and last start since the server slowed us down
         self._started = self._answered_since = self._holds = 0
         self.open()
@@ -67,7 +73,9 @@ class Pace:
         self._answered_since += 1
         self._holds = 0
         self.limit = min(self.limit + 1 / self.limit, self.concurrency)
-        self.interval = max(self.interval * FASTER, self.shortest)
+        known = self._too_short * MARGIN
+        shorter = max(self.interval * FASTER, known) if self.interval > known else self.interval
+        self.interval = max(shorter * CAREFUL, self.shortest)
 
     def hold(self, seconds: float) -> None:
         """Let no request start for so long."""
@@ -91,12 +99,18 @@ class Pace:
         self._holds += 1
         if self._answered_since:  # otherwise nothing is known about the right rate
             first, last = self._starts[0], self._starts[-1]
-            sent = max(self.interval, (last - first) / max(self._started - 1, 1))
-            if self._answered_since >= ENOUGH_ANSWERS:
-                self.interval = sent * SLOWER
-            else:  # in the middle of the rate that was too fast, and the one that got through
-                through = (now - (self._slowed_at or first)) / self._answered_since
-                self.interval = math.sqrt(max(sent, 1e-3) * max(through, 1e-3))
+            sent = max(self.interval or (last - first) / max(self._started - 1, 1), 1e-3)
+            answered = max(now - (self._slowed_at or first), 1e-3) / self._answered_since
+            # Between the rate that was far too fast and the one that got through, or a bit slower.
+            is_far = answered > FAR_TOO_FAST * sent
+            slower = math.sqrt(sent * answered) if is_far else sent * SLOWER
+            # Refusals may have other reasons: far more has got through before, so it will again.
+            got = self._answered_since / max(now - (self._slowed_at or first), 1.0)
+            self._best = max(self._best * FORGET, got)
+            # After the pause that the server asks for, it takes a request for sure.
+            longest = min(asked or HOLD * pause, LONGEST / self._best)
+            self.interval = max(min(slower, longest), self.shortest)
+            self._too_short = sent
         self._slowed_at, self._starts = now, []
         self._started = self._answered_since = 0
 

@@ -66,20 +66,15 @@ def expected(number):
 
 @slow
 def test_a_quota_is_used_up_and_not_fatal():
-    """Four answers per second, for 32 requests at a time: 16 seconds would be the least."""
+    """Four answers per second, for 32 requests at a time: 16 seconds would be the least.
+
+    `test_pacing.py` has more quotas, in simulated time.
+    """
     quota, start = Quota(4), time.monotonic()
     with scripted(quota) as server:
         assert ask(server, 64, concurrency=32, retries=6) == expected(64)
-    assert time.monotonic() - start < 32
+    assert time.monotonic() - start < 40
     assert quota.refused < 64
-
-
-@slow
-def test_a_quota_without_a_stated_pause_is_used_up_too():
-    quota, start = Quota(20, **{"retry-after": ""}), time.monotonic()
-    with scripted(quota) as server:
-        assert ask(server, 200, retries=2) == expected(200)
-    assert time.monotonic() - start < 20
 
 
 @slow
