@@ -30,7 +30,7 @@ from llmdistill.instruct.generators.base import TaskGenerator
 from llmdistill.instruct.lion import Pools
 from llmdistill.instruct.pipeline import Pipeline, Settings, TaskCounts
 from llmdistill.instruct.pools import tell_apart
-from llmdistill.instruct.records import replace_text
+from llmdistill.instruct.records import read_whole_lines, replace_text
 from llmdistill.instruct.requests import Reply, Request
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
 from llmdistill.instruct.task_sources import read_tasks
@@ -41,6 +41,11 @@ from llmdistill.recipe.generators import LionRecipe
 
 logger = logging.getLogger("llmdistill")
 
+# Columns that a card names first.
+COLUMNS = (
+    *("messages", "prompt", "chosen", "rejected", "system", "history", "instruction", "input"),
+    "output",
+)
 # Ranks wait this long for each other: one may compare two models, or wait for a slow server.
 RANKS_WAIT = timedelta(hours=6)
 
@@ -99,13 +104,18 @@ def _finish(folder: Path, recipe: recipes.GenerationRecipe, pipeline: Pipeline) 
     """Write the splits and the card of a finished run, and return the sizes of the splits."""
     keeps_thinking = recipe.thinking == "keep"
     sizes = write_splits(
-        folder, format=recipe.format, test_share=recipe.test_share, keeps_thinking=keeps_thinking
-    )
+        folder, format=recipe.format, test_share=recipe.test_share, keeps_thinking=keeps_thinking,
+        images=recipe.teacher.image_column,
+    )  # fmt: skip
     counts, revision = pipeline.counts, pipeline.settings.about["revision"]
     if counts.thought:
         done = "saved with" if keeps_thinking else "dropped from"
         logger.info("the thinking of the teacher was %s %d rows", done, counts.thought)
-    made = Outcome(sizes, counts.dropped, counts.variants, revision, counts.copies)
+    if counts.unscored:
+        logger.warning("%d rows lack a score: the judge's reply had none", counts.unscored)
+    names = {name for row in read_whole_lines(folder / "train.jsonl") for name in row}
+    columns = [name for name in COLUMNS if name in names] + sorted(names - set(COLUMNS))
+    made = Outcome(sizes, counts.dropped, counts.variants, revision, counts.copies, columns)
     replace_text(folder / "README.md", data_card(recipe, made))
     run_folder.discard_old(folder)
     pipeline.replies.tidy()

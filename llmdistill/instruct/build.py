@@ -83,7 +83,9 @@ def build_generator(
         inputs = replace(inputs, images=teacher.images, image_folder=image_folder(teacher))
     judge = None
     if recipe.judge is not None:
-        judge = Judge(tuple(recipe.judge.aspects), recipe.judge.max_new_tokens)
+        other = recipe.judge.teacher
+        name = f"{other.kind} {other.model} {other.revision or ''}" if other else ""
+        judge = Judge(tuple(recipe.judge.aspects), recipe.judge.max_new_tokens, name)
     made: TaskGenerator = _builder(_GENERATORS, section)(section, replace(inputs, judge=judge))
     return made if judge is None else Judged(made, judge)
 
@@ -251,7 +253,7 @@ def _multimodal(
     section: MultimodalTeacherRecipe,
     common: Mapping[str, Any],
 ) -> MultimodalResponder:
-    teacher = load_multimodal(section, Parts(template_options=recipe.chat_template_kwargs))
+    teacher = load_multimodal(section, Parts(template_options=common["chat_template_kwargs"]))
     options = {"seed": recipe.seed, "batch_size": recipe.batch_size, **common}
     return MultimodalResponder(teacher, folder=image_folder(section), **options)
 

@@ -22,20 +22,27 @@ FORMER_SPLITS = ("held",)  # name of `test` before 0.1.0; such files are deleted
 
 
 def write_splits(
-    folder: Path, *, format: str, test_share: float, keeps_thinking: bool = True
+    folder: Path,
+    *,
+    format: str,
+    test_share: float,
+    keeps_thinking: bool = True,
+    images: str | None = None,
 ) -> dict[str, int]:
     """Write the files of each split from rows.jsonl, and return the number of rows in each split.
 
-    `format` is a key of `ROW_FORMATS`.  Splits without rows are left out.
+    `format` is a key of `ROW_FORMATS`, and `images` the column with the images of a question.
+    Splits without rows are left out.
     """
     import pyarrow
     import pyarrow.parquet
 
     splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
     found = list(read_whole_lines(folder / "rows.jsonl"))
-    bound = _bound([_share(row) for row in found], test_share)
-    for row in found:
-        name = "test" if _share(row) < bound else "train"
+    shares = [_share(row, images) for row in found]
+    bound = _bound(shares, test_share)
+    for row, share in zip(found, shares, strict=True):
+        name = "test" if share < bound else "train"
         thinking, context = row.pop("thinking", ""), row.pop("context", [])
         made = ROW_FORMATS[format](row, thinking if keeps_thinking else "", context)
         splits[name].append(made)
@@ -91,7 +98,7 @@ def _as_alpaca(
     return made
 
 
-def _share(row: Mapping[str, Any]) -> float:
+def _share(row: Mapping[str, Any], images: str | None = None) -> float:
     """Return a number in [0, 1) that depends only on the question.
 
     All rows with the same question, whatever its case, spaces and punctuation, therefore go into
@@ -101,10 +108,8 @@ def _share(row: Mapping[str, Any]) -> float:
     question = said[0] if said else f"{row['instruction']} {row['input']}"
     text = unicodedata.normalize("NFKC", question).casefold()
     parts = re.findall(r"\w+", text) or [text]  # a question can consist of signs
-    for value in row.values():
-        # The same question about another image is another question.
-        if isinstance(value, list) and all(isinstance(one, str) for one in value):
-            parts += value
+    # The same question about another image is another question.
+    parts += row.get(images, []) if images else []
     # 12 hex digits are 48 bits, which a float holds exactly, so the result is below 1.
     return int(hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12], 16) / 16**12
 

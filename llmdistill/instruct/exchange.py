@@ -29,7 +29,7 @@ class Made:
 
     @property
     def is_refused(self) -> bool:
-        """Whether it ended because all of its last requests were refused."""
+        """Whether all requests of its last stage were refused."""
         return bool(self.replies) and all(reply.refused for reply in self.replies[-1])
 
     @property

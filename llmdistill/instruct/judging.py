@@ -25,12 +25,28 @@ ASPECTS: dict[str, Callable[[Task], str]] = {
 """What a judge can be asked for, and the prompt that asks for it."""
 
 
+# The scale itself is no score: "/10", "out of 10", "from 1 (useless) to 10", "1-10".
+_SCALE = re.compile(
+    r"(?:/|out of|\bof)\s*10\b|\b1\b[^.\d\n]{0,30}(?:-|\u2013|\bto\b)[^.\d\n]{0,10}\b10\b",
+    re.IGNORECASE,
+)
+_NAMED_SCORE = re.compile(
+    r"\b(?:score|rating|rate|grade)\b[^\d\n-]{0,30}(\d+(?:[.,]\d+)?)", re.IGNORECASE
+)
+_SCORE = re.compile(r"(?<![-\d.,])\d+(?:[.,]\d+)?")
+
+
 @dataclass(frozen=True)
 class Judge:
-    """Asks for scores from 1 to 10.  Its replies are greedy and have at most `max_new_tokens`."""
+    """Asks for scores from 1 to 10.  Its replies are greedy and have at most `max_new_tokens`.
+
+    `name` is the judge's model.  It is a part of each request, so that a resumed run with another
+    judge does not take the scores of the first one.
+    """
 
     aspects: Sequence[str] = ("quality",)
     max_new_tokens: int = 16
+    name: str = ""
 
     def scored(
         self, tasks: Sequence[Task], aspects: Sequence[str] | None = None
@@ -46,7 +62,14 @@ class Judge:
         if not asked:
             return list(tasks)
         replies = yield [
-            Request(user(ASPECTS[aspect](tasks[place])), GREEDY, self.max_new_tokens, who="judge")
+            Request(
+                user(ASPECTS[aspect](tasks[place])),
+                GREEDY,
+                self.max_new_tokens,
+                who="judge",
+                judge=self.name,
+                images=tasks[place].images,
+            )
             for place, aspect in asked
         ]
         found = [dict(task.scores) for task in tasks]
@@ -77,9 +100,12 @@ class Judged(TaskGenerator):
 
 
 def score_of(text: str) -> float | None:
-    """Return the score in a judge's reply: its first number from 1 to 10, or None."""
-    # The scale itself is no score.
-    plain = re.sub(r"(?:/|out of|\bof)\s*10\b|\b1\s*(?:-|\u2013|to)\s*10\b", " ", text, flags=re.I)
-    found = re.search(r"\d+(?:[.,]\d+)?", plain)
-    score = float(found[0].replace(",", ".")) if found else 0.0
+    """Return the score in a judge's reply, from 1 to 10, or None.
+
+    It is the number after a word such as "score", or the only number.
+    """
+    plain = _SCALE.sub(" ", text)
+    named = _NAMED_SCORE.search(plain)
+    found = [named[1]] if named else _SCORE.findall(plain)
+    score = float(found[0].replace(",", ".")) if len(set(found)) == 1 else 0.0
     return score if LOWEST <= score <= HIGHEST else None

@@ -6,18 +6,20 @@ filters: [{kind: python, function: riddles.py:short}]
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import GeneratorType
 from typing import Any
 
-from llmdistill.errors import DataError, RecipeError
+from llmdistill.errors import DataError, LlmDistillError, RecipeError
 from llmdistill.instruct.filters import Filter
 from llmdistill.instruct.generators.base import Cost, TaskGenerator
 from llmdistill.instruct.parse import Parsed
-from llmdistill.instruct.requests import Call, Request, user
+from llmdistill.instruct.requests import Call, Reply, Request, user
 from llmdistill.instruct.tasks import Task
 from llmdistill.sampling import Sampling
 
@@ -51,27 +53,40 @@ class OwnGenerator(TaskGenerator):
         self.function, self.options, self.num_calls = function, options, calls
 
     def call(self, number: int, machine: Sequence[Task]) -> Call:
-        refused: dict[str, int] = {}
-        exchange = self.function(number, machine, **self.options)
+        refused: Counter[str] = Counter()
+        exchange = self._run(number, lambda: self.function(number, machine, **self.options))
         if not isinstance(exchange, GeneratorType):
-            raise DataError(
-                f"the generator '{self.function.__name__}' must be a function that yields lists of "
-                f"requests and returns a list of tasks, got {type(exchange).__name__}"
-            )
-        try:
-            requests = next(exchange)
-            while True:
-                replies = yield requests
-                for reply in replies:
-                    if reply.refused:
-                        refused[reply.refused] = refused.get(reply.refused, 0) + 1
-                requests = exchange.send(replies)
-        except StopIteration as stop:
-            made = stop.value
+            raise self._error(number, f"it must yield lists of requests, got {_kind(exchange)}")
+        replies: list[Reply] | None = None
+        while True:
+            try:
+                asked = self._run(number, functools.partial(exchange.send, replies))
+            except StopIteration as stop:
+                return self._made(number, stop.value, refused)
+            if not isinstance(asked, list) or not all(isinstance(one, Request) for one in asked):
+                raise self._error(number, f"it must yield lists of requests, got {_kind(asked)}")
+            replies = (yield asked) if asked else []
+            refused.update(reply.refused for reply in replies if reply.refused)
+
+    def _made(self, number: int, made: Any, refused: Counter[str]) -> Parsed:
         if isinstance(made, Parsed):
             return made
-        tasks = list(made or [])
+        tasks = [] if made is None else made
+        if not isinstance(tasks, list) or not all(isinstance(one, Task) for one in tasks):
+            raise self._error(number, f"it must return a list of tasks, got {_kind(made)}")
         return Parsed(tasks, {} if tasks else refused)
+
+    def _run(self, number: int, step: Callable[[], Any]) -> Any:
+        """Run a part of the user's function, and say in which call it failed."""
+        try:
+            return step()
+        except (StopIteration, LlmDistillError):
+            raise
+        except Exception as error:
+            raise self._error(number, f"{type(error).__name__}: {error}") from error
+
+    def _error(self, number: int, wrong: str) -> DataError:
+        return DataError(f"call {number} of the generator '{self.function.__name__}': {wrong}")
 
 
 class OwnFilter(Filter):
@@ -96,10 +111,12 @@ def own_generator(function: str, options: Mapping[str, Any], calls: int | None) 
     Raises RecipeError if it cannot be found.
     """
     found = load_function(function)
-    if isinstance(found, type) and issubclass(found, TaskGenerator):
-        made: TaskGenerator = found(**options)
-        return made
-    return OwnGenerator(found, options, calls)
+    if not (isinstance(found, type) and issubclass(found, TaskGenerator)):
+        return OwnGenerator(found, options, calls)
+    made: TaskGenerator = found(**options)
+    if calls is not None:
+        made.num_calls = calls
+    return made
 
 
 def own_filter(function: str, options: Mapping[str, Any]) -> Filter:
@@ -108,10 +125,15 @@ def own_filter(function: str, options: Mapping[str, Any]) -> Filter:
     Raises RecipeError if it cannot be found.
     """
     found = load_function(function)
-    if isinstance(found, type) and issubclass(found, Filter):
-        made: Filter = found(**options)
-        return made
-    return OwnFilter(found, options)
+    is_class = isinstance(found, type) and issubclass(found, Filter)
+    made: Filter = found(**options) if is_class else OwnFilter(found, options)
+    return made
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {', '.join(sorted({type(one).__name__ for one in value}))}"
+    return type(value).__name__
 
 
 def load_function(function: str) -> Any:
@@ -120,7 +142,7 @@ def load_function(function: str) -> Any:
     path = Path(file).expanduser()
     if not path.is_file():
         raise RecipeError(f"'{function}' names no file. Write it as path/to/file.py:name.")
-    # Under a name of its own, so that it hides no installed module.
+    # This name hides no installed module.
     spec = importlib.util.spec_from_file_location(f"llmdistill_own_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise RecipeError(f"'{file}' is not a Python file (.py)")

@@ -28,47 +28,68 @@ NO_INPUT = "<noinput>"
 UNPARSABLE, TRUNCATED = "unparsable", "truncated"
 FIELDS = ("Instruction", "Input", "Output")
 
-_DECORATION = r"[ \t*_`>#-]*"  # of Markdown, around a number or a name
-_NUMBER = r"(?P<number>\d+)[.):、．]?"
+# Runs of decoration are bounded, because a teacher that loops can write thousands of signs.
+_DECORATION = r"[ \t*_`>#-]{0,12}"  # of Markdown, around a number or a name
+_NUMBER = r"(?P<number>\d{1,4})[.):、．]?"
+_NAMES = "|".join(FIELDS)
 # The name of a field at the start of a line: "4. Input:", "**Input**:", "### 4) Input 4:".
 _FIELD = re.compile(
-    rf"^{_DECORATION}(?:{_NUMBER})?{_DECORATION}(?P<name>{'|'.join(FIELDS)})\b(?:[ \t]*\d+)?"
-    rf"{_DECORATION}[:：][*_`]*",
+    rf"^{_DECORATION}(?:{_NUMBER})?{_DECORATION}(?P<name>{_NAMES}|(?<=[\d.):] )(?i:{_NAMES}))\b"
+    rf"(?:[ \t]{{0,4}}\d{{1,4}})?{_DECORATION}[:：][*_`]*"
+    # In a heading or in bold type, the name may be alone on its line.
+    rf"|^[ \t]{{0,8}}(?:#{{1,6}}[ \t]*\**|\*\*)(?P<alone>{_NAMES})\**[ \t]*$",
     re.MULTILINE,
 )
-# A line that only marks the start of an item: "###", "### 5", "**Task 5**", "Example 2:".
+# A line that only marks the start of an item: "###", "### 5", "**Task 5**", "### Task 5: Birds".
 _MARK = re.compile(
-    r"^[ \t]*(?:#+[ \t]*(?:\d+[.):]?)?|#*[ \t]*\**(?:Task|Item|Example)[ \t]*\d+[.:]?\**:?)[ \t]*$",
+    r"^[ \t]{0,8}(?:#{1,6}[ \t]*(?:\d{1,4}[.):]?)?"
+    r"|(?:#{1,6}[ \t]*)?\**(?:Task|Item|Example)[ \t]*\d{1,4}[.:]?\**:?"
+    r"|#{1,6}[ \t]*\**(?:Task|Item|Example)[ \t]*\d{1,4}\b.{0,80})[ \t]*$",
     re.MULTILINE | re.IGNORECASE,
 )
+_NUMBER_LINE = re.compile(r"[ \t]{0,8}\**\d{1,4}[.):]\**[ \t]*")
 _RULE = re.compile(r"^[ \t]*(?:-{3,}|\*{3,}|_{3,}|={3,})[ \t]*$")
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~).*$", re.MULTILINE)
 _EMPTY = re.compile(
-    r"""[<(\[{"'`*_\s]*
-    (?:no[ _-]?inputs?(?:\ (?:is\ )?(?:needed|required|provided|necessary|given))?
-    |none|null|nil|n/?a|not\ applicable|empty
-    |keine?|keine\ eingabe|aucune?|ningun[ao]|nessuno
-    |нет|无|なし|-+)?[>)\]}"'`*_.。\s]*""",
+    r"""(?:(?:no|no\ additional)[ _-]?inputs?(?:\ (?:is\ )?(?:needed|required|provided|given))?
+    |(?:none|nothing)(?:\ (?:is\ )?(?:needed|required|provided|given|necessary))?
+    |not\ (?:needed|required|provided|given|necessary|applicable)
+    |null|nil|n/?a|empty|keine?(?:\ (?:eingabe|input))?|aucune?|pas\ d['\u2019]entrée|sin\ entrada
+    |ningun[ao]|nessuno|нет(?:\ ввода)?|无(?:输入)?|入力なし|なし|[-\u2013\u2014]+)?""",
     re.IGNORECASE | re.VERBOSE,
 )
+_AROUND = "<(\\[{\"'`*_>)]}.。 \t\n"  # around such a word
+LONGEST_EMPTY = 60  # characters of an input that says that there is none
+_TASK = r"(?:tasks?|instructions?|prompts?|questions?|versions?|varia(?:nt|tion)s?|examples?)"
 # The last paragraph of a list, if it is about the list.
 _REMARK = re.compile(
-    r"(?:please )?(?:let me know\b.*\b(?:more|other|another|further|help|changes|else)\b"
-    r"|feel free to\b|i hope (?:this|these|that|it)\b|would you like\b.*\b(?:more|another)\b"
-    r"|(?:these|those|the above|here are)\b.*\b(?:tasks?|instructions?|examples?|list)\b)",
+    r"(?:let me know if you(?:['\u2019]d)?(?: would)?(?: need| want| like)?(?: to (?:see|have))?"
+    rf"(?: any| some)? (?:more|another)(?: {_TASK}| one| of these)?"
+    rf"|(?:these|those|the above|here are)(?: \d+)?(?: new| example)* {_TASK}\b[^:\n]*"
+    rf"|i hope (?:these|this) (?:{_TASK}|list|helps?)\b[^:\n]*"
+    r"|would you like (?:some more|more|another|me to)\b[^:\n]*"
+    rf"|\(?this (?:new |harder |revised )?{_TASK}\b[^:\n]*"
+    r"|[*_]{0,2}(?:explanation|note|reasoning|changes?)(?:[*_]{0,2}:|:[*_]{0,2}).*)[.!?)*_]*",
     re.IGNORECASE,
 )
-# A line before the text that was asked for.
+# A line before the text that was asked for: a greeting, or what it announces.
+_GREETING = r"(?:sure|certainly|of course|absolutely|okay|ok|great|klar|gerne|natürlich|bien sûr"
+_GREETING += r"|claro|por supuesto|certo|конечно|好的|当然|はい|もちろん|承知しました)"
+_ANNOUNCED = (
+    r"(?:here(?:['\u2019]s| is| are)\b[^:\n]{0,60}\b(?:task|instruction|prompt|question|version"
+    r"|variant|variation|example|one)s?\b[^:\n]{0,40}"
+    r"|(?:hier (?:ist|sind)|voici|aquí|ecco|вот|以下)[^:：\n]{0,60})"
+)
 _PREFACE = re.compile(
-    r"(?:sure|certainly|of course|absolutely|okay|ok|great|here(?:'s|\u2019s| is| are)|klar|gerne"
-    r"|natürlich|hier (?:ist|sind)|voici|bien sûr|aquí|claro|por supuesto|ecco|certo|вот|конечно"
-    r"|好的|当然|以下|はい|もちろん|承知)",
+    rf"(?:{_GREETING}[!,.:：！，。][^:：\n]{{0,80}}|{_ANNOUNCED})[:：!！]?|{_GREETING}[:：!！]",
     re.IGNORECASE,
 )
+_OPENING = re.compile(rf"(?:{_GREETING}[!,.]\s*)?{_ANNOUNCED}[:：]\s*", re.IGNORECASE)
 _LABEL = re.compile(
     rf"{_DECORATION}(?:(?:your|the|my)\s+)?(?:(?:new|harder|rarer|rare|similar|revised|rewritten"
-    rf"|evolved)\s+)*(?:task|instruction|prompt|question)(?:\s+\d+)?{_DECORATION}[:：]"
-    rf"{_DECORATION}\n*",
+    rf"|evolved)\s+)*(?:task|instruction|prompt|question|aufgabe|frage|tâche|tarea|pregunta|compito"
+    rf"|задание|задача|вопрос|任务|问题|タスク|質問)(?:\s+\d{{1,4}})?(?:\s+is)?{_DECORATION}"
+    rf"(?:[:：]{_DECORATION}\n*|[ \t]*\n+)",
     re.IGNORECASE,
 )
 _QUOTES = (
@@ -79,7 +100,12 @@ _QUOTES = (
     ("「", "」"),
     ("**", "**"),
 )
-_ITEM = re.compile(rf"^(?P<indent>[ \t]*)[*_]*{_NUMBER}[*_]*(?=\s|[^\x00-\x7f])", re.MULTILINE)
+# The number of an item in a list: "9.", "**9.**", "### 9)", "Task 9:", "9 - ".
+_ITEM = re.compile(
+    r"^(?P<indent>[ \t]{0,20})(?:#{1,6}[ \t]*)?[*_]{0,3}(?:Task[ \t]+)?(?P<number>\d{1,4})"
+    r"(?:(?P<sign>[.):、．])[*_]{0,3}(?=\s|[^\x00-\x7f]|[A-Z\"'(])|[ \t]+[-\u2013](?=\s))",
+    re.MULTILINE,
+)
 _BULLET = re.compile(r"^[-*\u2022][ \t]+", re.MULTILINE)
 SKIPPED = 2  # numbers that a numbered list may leave out
 
@@ -118,6 +144,14 @@ def parse_tasks(text: str, *, truncated: bool = False) -> Parsed:
     return Parsed(tasks, dropped + Counter({UNPARSABLE: len(found) - len(tasks)}))
 
 
+def unfenced(text: str) -> str:
+    """Return the text without a fence around all of it."""
+    lines = text.strip().split("\n")
+    is_fenced = len(lines) > 2 and _FENCE.match(lines[0]) and _FENCE.fullmatch(lines[-1])
+    inner = "\n".join(lines[1:-1])
+    return inner.strip() if is_fenced and not _FENCE.search(inner) else text
+
+
 def parse_question(text: str) -> Task | None:
     """Return the instruction and input of the first item of a text, without an output.
 
@@ -127,7 +161,7 @@ def parse_question(text: str) -> Task | None:
     text = normalised(text)
     found = list(_FIELD.finditer(text))
     for field, value in zip(found, _values(text, found), strict=True):
-        name, before = field["name"], fields.get("Instruction", "")
+        name, before = _name(field), fields.get("Instruction", "")
         if name == "Instruction" and (_is_preface(before) or before.isdigit()):
             fields = {}
         elif name == "Instruction" and before and "Input" in fields:
@@ -135,7 +169,7 @@ def parse_question(text: str) -> Task | None:
         # The first value counts that is not empty: some teachers repeat the field that they
         # continue.
         fields[name] = fields.get(name) or value
-    instruction = fields.get("Instruction", "")
+    instruction = re.sub(r"^\d{1,4}[.)]\s+", "", fields.get("Instruction", ""))
     if re.search(rf"(?:{'|'.join(FIELDS)})\**[:：]|{NO_INPUT}", instruction):
         return None
     return _made(instruction, fields.get("Input", ""), "")
@@ -147,8 +181,8 @@ def parse_instances(text: str) -> list[tuple[str, str]] | None:
     An output alone has no input.  Returns None if a field is missing or repeated.
     """
     text = normalised(text)
-    found = [field for field in _FIELD.finditer(text) if field["name"] != "Instruction"]
-    names, values = [field["name"] for field in found], _values(text, found)
+    found = [field for field in _FIELD.finditer(text) if _name(field) != "Instruction"]
+    names, values = [_name(field) for field in found], _values(text, found)
     if names and set(names) == {"Output"}:
         return [("", value) for value in values]
     if not names or len(names) % 2 or any(a == b for a, b in pairwise(names)):
@@ -168,8 +202,13 @@ def parse_list(text: str) -> list[str]:
     numbers = [int(mark["number"]) for mark in marks]
     # A server that was not told where the list begins counts again from 1.
     number = numbers[0] if numbers[0] + 1 in numbers or 2 not in numbers else 1
-    for mark, found in zip(marks[1:], numbers[1:], strict=True):
-        # Other numbers belong to a list within the item.
+    for place, (mark, found) in enumerate(zip(marks, numbers, strict=True)):
+        later = {
+            int(one["number"]) for one in marks[place + 1 :] if one["sign"] == marks[0]["sign"]
+        }
+        # Other numbers, and other signs while the own ones go on, belong to a list in the item.
+        if place == 0 or (mark["sign"] != marks[0]["sign"] and number + 1 in later):
+            continue
         if (
             number < found <= number + 1 + SKIPPED
             and len(mark["indent"]) <= len(chosen[0]["indent"]) + 1
@@ -189,9 +228,14 @@ def asked_text(text: str) -> str:
     first, _, rest = text.partition("\n")
     if rest.strip() and _is_preface(first):
         text = rest.strip()
-    text = unwrapped(text)
-    label = _LABEL.match(text)
-    return unwrapped(text[label.end() :].strip()) if label else text
+    text = unwrapped(unfenced(text))
+    if (opening := _OPENING.match(text)) and text[opening.end() :].strip():
+        text = text[opening.end() :].strip()
+    if (label := _LABEL.match(text)) and text[label.end() :].strip():
+        text = text[label.end() :].strip()
+    if len(_ITEM.findall(text)) == 1:  # the only item of a list
+        text = re.sub(r"^\d{1,4}[.)]\s+", "", text)
+    return unwrapped(text)
 
 
 def after_start(start: str, text: str) -> str:
@@ -204,16 +248,23 @@ def after_start(start: str, text: str) -> str:
     last = re.match(r"(\d+)[.)]? ?(.*)", start.rpartition("\n")[2])
     if last is None:
         return text
-    text = normalised(text)
-    marks = _FIELD.finditer(text) if last[2] else _ITEM.finditer(text)
-    first = next((m for m in marks if not last[2] or m["name"] == last[2].rstrip(":")), None)
-    is_start = first is not None and int(first["number"] or 0) <= int(last[1])
-    return text[first.end() :] if first is not None and is_start else text
+    text, number = normalised(text), int(last[1])
+    if not last[2]:
+        marks = list(_ITEM.finditer(text))
+        numbers = [int(mark["number"]) for mark in marks]
+        goes_on = number + 1 in numbers and number not in numbers
+        is_start = bool(marks) and numbers[0] <= number and not goes_on
+        return text[marks[0].end() :] if is_start else text
+    name = last[2].rstrip(":")
+    fields = list(_FIELD.finditer(text))
+    # Other fields before the first one of this name belong to the item that was begun.
+    is_start = bool(fields) and _name(fields[0]) == name and int(fields[0]["number"] or 0) <= number
+    return text[fields[0].end() :] if is_start else text
 
 
 def is_no_input(text: str) -> bool:
     """Whether the text of an input says that there is none."""
-    return _EMPTY.fullmatch(text.strip()) is not None
+    return len(text) <= LONGEST_EMPTY and _EMPTY.fullmatch(text.strip(_AROUND)) is not None
 
 
 def normalised(text: str) -> str:
@@ -231,23 +282,34 @@ def unwrapped(text: str) -> str:
     return text
 
 
+def _name(field: re.Match[str]) -> str:
+    """Return the name of a field, as in `FIELDS`."""
+    return str(field["name"] or field["alone"]).capitalize()
+
+
 def _items(text: str) -> list[str]:
     """Return the items of a list, each with its fields."""
     fields = list(_FIELD.finditer(text))
-    starts = [field for field in fields if field["name"] == "Instruction"]
+    starts = [field for field in fields if _name(field) == "Instruction"]
     # Within a numbered list, a line "Instruction:" belongs to an answer.
     if sum(start["number"] is not None for start in starts) > 1:
         starts = [start for start in starts if start["number"] is not None]
     places: list[int] = []
     opened = None  # number of an item that begins with another field
     for field in fields:
-        if _MARK.search(_line_before(text, field.start())):
-            opened = field["number"] if field["name"] != "Instruction" else None
+        before = _line_before(text, field.start())
+        if _MARK.search(before) or _NUMBER_LINE.fullmatch(before):
+            opened = field["number"] if _name(field) != "Instruction" else None
             places.append(field.start())
         elif field in starts and (opened is None or field["number"] != opened):
             places.append(field.start())
     parts = [text[a:b] for a, b in pairwise([0, *places, len(text)])]
-    return [part for part in parts if _FENCE.sub("", _MARK.sub("", part)).strip(" \t\n-")]
+    return [part for part in parts if not all(map(_is_frame, part.split("\n")))]
+
+
+def _is_frame(line: str) -> bool:
+    """Whether a line belongs to no item."""
+    return _is_of_list(line) or bool(_NUMBER_LINE.fullmatch(line) or _FENCE.match(line))
 
 
 def _line_before(text: str, place: int) -> str:
@@ -258,7 +320,7 @@ def _line_before(text: str, place: int) -> str:
 def _task(item: str, *, is_last: bool) -> Task | None:
     """Return an item as a task, or None if a field is missing, repeated or out of order."""
     for fields in _candidates(item):
-        if tuple(field["name"] for field in fields) == FIELDS:
+        if tuple(map(_name, fields)) == FIELDS:
             values = _values(item, fields, is_last=is_last)
             return _made(*values)
     return None
@@ -288,6 +350,8 @@ def _value(text: str, *, is_last: bool) -> str:
     lines = text.split("\n")
     while lines and (_is_of_list(lines[-1]) or _is_open_fence(lines)):
         lines.pop()
+    if not is_last and len(lines) > 1 and _NUMBER_LINE.fullmatch(lines[-1]):
+        lines.pop()  # the number of the next item
     value = "\n".join(lines).strip()
     return value.removesuffix("**").rstrip() if value.count("**") % 2 else value
 
@@ -308,7 +372,7 @@ def _without_remark(text: str) -> str:
     lines = text.split("\n")
     while len(lines) > 1 and _is_of_list(lines[-2]):  # a blank line, a mark or a rule
         after_mark = len(lines) > 2 and not lines[-2].strip() and _MARK.fullmatch(lines[-3])
-        if not after_mark and _REMARK.match(lines[-1].strip()) is None:
+        if not after_mark and _REMARK.fullmatch(lines[-1].strip()) is None:
             break
         lines.pop()
         while len(lines) > 1 and not lines[-1].strip():
@@ -317,11 +381,8 @@ def _without_remark(text: str) -> str:
 
 
 def _is_preface(text: str) -> bool:
-    """Whether a text only announces what follows it."""
-    return (
-        text.rstrip(" *_").endswith((":", "：", "!"))
-        and _PREFACE.match(text.lstrip(" *_")) is not None
-    )
+    """Whether a line only greets, or announces what follows it."""
+    return _PREFACE.fullmatch(text.strip(" *_")) is not None
 
 
 def _made(instruction: str, given: str, output: str) -> Task | None:

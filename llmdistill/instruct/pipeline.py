@@ -71,7 +71,7 @@ class Pipeline:
         if generator.num_calls == 0:
             raise DataError(
                 "'generator.prompts' has no rows, so there is nothing to ask the teacher. Give a "
-                "source with at least one row."
+                "source with at least one row. (A generator of your own must make a call.)"
             )
         self.generator, self.settings = generator, settings
         self.replies = Replies(settings.folder, settings.about.get("revision"))

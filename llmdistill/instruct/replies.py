@@ -51,6 +51,7 @@ class Replies:
         self._by_key: dict[Key, Reply] = {}
         # The replies whose call now asks something else, by the hash of their request.
         self._loose: dict[str, list[Reply]] = {}
+        self._by_request: dict[str, Reply] = {}
         self._hashes: dict[tuple[int, int, int], str] = {}
         self._lines: dict[int, Mapping[str, Any]] = {}
         self._is_endless = True
@@ -63,6 +64,8 @@ class Replies:
         drop_half_line(self._spoken_file(PartialState().process_index))
         for key, reply in self._stored():
             self._by_key[key] = reply
+            if not reply.refused:
+                self._by_request[key.asked] = reply
             self._hashes[key[:3]] = key.asked
         for line in read_whole_lines(self.folder / "calls.jsonl"):
             self._lines[line["call"]] = line
@@ -79,8 +82,13 @@ class Replies:
             return
         recorded = {key: reply for key, reply in self._by_key.items() if not reply.refused}
         first = [key for number in range(generator.num_calls) for key in _first(generator, number)]
-        kept = {key.call for key in first if key in recorded}
-        self._by_key = {key: reply for key, reply in recorded.items() if key.call in kept}
+        claimed = {key for key in first if key in recorded}
+        kept = {key.call for key in claimed}
+        self._by_key = {
+            key: reply
+            for key, reply in recorded.items()
+            if (key in claimed if key.stage == 0 else key.call in kept)
+        }
         loose = defaultdict(list)
         for key, reply in recorded.items():
             if key not in self._by_key:
@@ -106,15 +114,19 @@ class Replies:
         only on the recipe, so the recipe's files or the version of llmdistill must have changed.
         """
         key = _key(asked)
+        is_for_teacher = asked.request.who == "teacher"
         if key in self._by_key:
-            return self._by_key[key]
-        # A judge may be added or changed: its requests depend on nothing that comes after them.
-        is_fixed = self._is_endless and asked.request.who == "teacher"
-        if is_fixed and key[:3] in self._hashes:
+            found = self._by_key[key]
+            # A score that was refused is missing from its row, so it is asked for again.
+            if is_for_teacher or not found.refused:
+                return found
+        if not is_for_teacher:  # a judge always says the same of the same answer
+            return self._by_request.get(key.asked)
+        if self._is_endless and key[:3] in self._hashes:
             raise DataError(
                 f"call {asked.call} would now send a different request than the one recorded in "
-                f"{self.folder / 'calls.jsonl'}: the seed tasks or the version of llmdistill "
-                "changed. Restore them, or choose another folder."
+                f"{self.folder / 'calls.jsonl'}: the seed tasks, your own function or the version "
+                "of llmdistill changed. Restore it, or choose another folder."
             )
         if loose := self._loose.get(key.asked):
             self._by_key[key] = loose.pop(0)  # a second look at this request finds it again

@@ -18,7 +18,8 @@ class Request:
     `turn` is the role whose text comes next: a teacher can also write what a user would say.  The
     text begins with `start` and ends before `stop`; the reply contains neither.  `images` are paths
     of the images that the teacher sees before the last message.  `schema` is the JSON schema of the
-    text, or "".  `who` replies: the teacher, or the model that judges its answers.
+    text, or "".  `who` replies is the teacher or the judge of its answers; `judge` is the latter's
+    model.
     """
 
     messages: tuple[Message, ...]
@@ -30,6 +31,7 @@ class Request:
     images: tuple[str, ...] = ()
     schema: str = ""
     who: Literal["teacher", "judge"] = "teacher"
+    judge: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Reply:
 class Asked:
     """A request with the key of its randomness: call, stage of the call, and place in the stage.
 
-    `known` is the recorded reply, if there is one.  A responder needs not ask for it again.
+    `known` is the recorded reply, if there is one.  A responder need not ask for it again.
     """
 
     call: int

@@ -19,7 +19,8 @@ class TaskCounts:
     """Number of tasks that were kept, and dropped by reason.
 
     `variants` counts the kept ones by the variant of the generator that made them, `thought` those
-    with thinking, and `copies` those that equal another one.
+    with thinking, `copies` those that equal another one, and `unscored` those without a score that
+    a judge was asked for.
     """
 
     kept: int = 0
@@ -27,6 +28,7 @@ class TaskCounts:
     variants: Counter[str] = field(default_factory=Counter)
     thought: int = 0
     copies: int = 0
+    unscored: int = 0
 
     @property
     def made(self) -> int:
@@ -70,6 +72,7 @@ class Sieve:
             for turn in task.each_turn():
                 one.kept(turn)
         self.counts.kept += 1
+        self.counts.unscored += None in task.scores.values()
         self.counts.thought += bool(task.thinking)
         self.counts.variants.update([task.variant] if task.variant else [])
         return columns

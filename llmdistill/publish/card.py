@@ -20,10 +20,10 @@ from llmdistill.models.embedded import hub_name as model_hub_name
 if TYPE_CHECKING:
     from llmdistill.recipe import Recipe, SourceRecipe
 
-# Packages whose versions a card states.
 PATHS = (  # keys that hold a path
-    *("output", "source", "model", "tokenizer", "student", "folder", "image_folder", "function"),
+    *("output", "source", "model", "tokenizer", "student", "folder", "image_folder"),
 )
+# Packages whose versions a card states.
 PACKAGES = ("llmdistill", "torch", "transformers", "accelerate")
 
 
@@ -166,15 +166,23 @@ def public_dump(recipe: Recipe | recipes.GenerationRecipe) -> str:
         if isinstance(value, dict):
             kept = {name: one for name, one in value.items() if name not in ("url", "key_from")}
             is_remote = kept.get("kind") == "remote"
+            # Options of a user's function can hold any path.
+            inside = key if key == "options" else ""
             return {
-                name: public_model(one) if is_remote and name == "model" else public(one, name)
+                name: public_model(one)
+                if is_remote and name == "model"
+                else public(one, inside or name)
                 for name, one in kept.items()
             }
         if isinstance(value, list):
             return [public(one, key) for one in value]
-        return public_part(value) if key in PATHS and isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if key == "function" or (key == "options" and ("/" in value or "\\" in value)):
+            return re.split(r"[\\/]", value)[-1]
+        return public_part(value) if key in PATHS else value
 
-    return recipes.dump_data(public(recipe.model_dump(mode="json")))
+    return recipes.dump_data(public(recipes.as_data(recipe)))
 
 
 def made_with() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from llmdistill.publish.card import (
     public_part,
     shown,
 )
+from llmdistill.recipe.generation import GenerationTeacher
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -38,6 +39,8 @@ INTENDED = """## Intended use
 This dataset is meant for training and distilling language models. Its text was written by a
 language model and was not checked by people, so it contains errors. The licences of the teacher,
 and of the data that the teacher was shown, determine how it may be used."""
+# Columns that record where a row comes from.
+ABOUT = ("id", "variant", "generator", "teacher", "revision", "sampling", "seed", "prompt_hash")
 UNKNOWN = "licence not known"
 SEED_TASKS_LICENSE = "apache-2.0"  # that of this package
 
@@ -50,6 +53,7 @@ class Outcome:
     - `dropped`: number of dropped tasks by reason.
     - `variants`: number of kept tasks by variant of the generator.
     - `copies`: number of rows that equal another row.
+    - `columns`: names of the columns.
     - `revision`: the teacher's revision, or "".
     """
 
@@ -58,10 +62,11 @@ class Outcome:
     variants: Mapping[str, int]
     revision: str
     copies: int = 0
+    columns: Sequence[str] = ()
 
 
 def push(folder: Path, name: str) -> None:
-    """Upload the dataset, without the records of how it was written.
+    """Upload the dataset, without its record files.
 
     Raises CheckpointError as `prepare_push` does, and if a row names a file of this machine.
     """
@@ -132,9 +137,13 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
     """Return the card as Markdown with YAML metadata, which `DatasetCard.load` reads."""
     from huggingface_hub import DatasetCardData
 
-    terms = _license(recipe)
+    terms = _license(recipe.teacher)
     found = {terms, *(_terms(one.source) for one in recipe.sources)}
-    # One licence only if the teacher and all that it was shown have the same.
+    if recipe.judge and recipe.judge.teacher:
+        found.add(_license(recipe.judge.teacher))
+    if recipe.generator.kind == "python":  # nobody knows what its function shows the teacher
+        found.add(None)
+    # One licence only if the models and all that the teacher was shown have the same.
     stated = terms if len(found) == 1 and terms and "," not in terms else None
     languages = [code for one in recipe.filters for code in one.kept_languages]
     files = [{"split": name, "path": f"{name}.parquet"} for name in outcome.sizes]
@@ -165,9 +174,8 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
     )
 
 
-def _license(recipe: recipes.GenerationRecipe) -> str | None:
-    """Return the teacher's licence: as the recipe states it for a server, else as its card does."""
-    teacher = recipe.teacher
+def _license(teacher: GenerationTeacher) -> str | None:
+    """Return a model's licence: as the recipe states it for a server, else as its card does."""
     # A server's name for a model may belong to another repository on the Hub.
     return teacher.stated_license if teacher.is_remote else license_of(teacher.model)
 
@@ -179,7 +187,8 @@ def _size(rows: int) -> str:
 
 def _origin(recipe: recipes.GenerationRecipe, terms: str | None, revision: str) -> str:
     given = recipe.generator.has_given_prompts
-    written = "answers to given prompts" if given else "instructions and answers"
+    made = "instructions and answers" if recipe.generator.answers else "instructions"
+    written = "answers to given prompts" if given else made
     stated = (
         f"The teacher's licence is {shown(terms)}."
         if terms
@@ -204,7 +213,8 @@ def _judge(recipe: recipes.GenerationRecipe) -> str:
     name = "the teacher"
     if judge is not None:
         name = f"`{shown(public_model(judge.model, is_remote=judge.is_remote))}`"
-    return f"- **Judge**: {name} ({', '.join(recipe.judge.aspects)}, from 1 to 10)\n"
+        name += f" ({shown(_license(judge) or UNKNOWN)})"
+    return f"- **Judge**: {name}, for {' and '.join(recipe.judge.aspects)} from 1 to 10\n"
 
 
 def _material(recipe: recipes.GenerationRecipe) -> str:
@@ -213,7 +223,8 @@ def _material(recipe: recipes.GenerationRecipe) -> str:
         f"`{shown(public_part(one.source))}` ({shown(_terms(one.source) or UNKNOWN)})"
         for one in recipe.sources
     ]
-    return ", ".join(listed) or "only the teacher's chat template"
+    own = recipe.generator.kind == "python"
+    return ", ".join(listed) or ("a Python function" if own else "only the teacher's chat template")
 
 
 def _terms(source: str) -> str | None:
@@ -228,13 +239,13 @@ def _terms(source: str) -> str | None:
 def _rows(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
     lines = ["| split | rows |", "|---|---|"]
     lines += [f"| {name} | {size} |" for name, size in outcome.sizes.items()]
-    columns = "`messages`" if recipe.format == "messages" else "`instruction`, `input`, `output`"
+    columns = ", ".join(f"`{shown(name)}`" for name in outcome.columns if name not in ABOUT)
     kept, dropped = sum(outcome.sizes.values()), sum(outcome.dropped.values())
     reasons = sorted(outcome.dropped.items(), key=lambda item: -item[1])
     why = ", ".join(f"{reason} {number}" for reason, number in reasons) or "none"
     ways = ", ".join(f"{way} {number}" for way, number in sorted(outcome.variants.items()))
     return (
-        "## Rows\n\n" + "\n".join(lines) + f"\n\nThe columns are {columns}, and "
+        "## Rows\n\n" + "\n".join(lines) + f"\n\nThe columns are {columns or '`messages`'}, and "
         "those that record where a row comes from: `id`, `variant`, `generator`, `teacher`, "
         "`revision`, `sampling`, `seed` and `prompt_hash`. `id` is the number of the call and the "
         "position of the task in it. Together with `seed`, it determines the random choices for "

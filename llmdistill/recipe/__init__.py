@@ -11,6 +11,7 @@ from llmdistill.recipe.changes import require_same
 from llmdistill.recipe.generation import GenerationRecipe
 from llmdistill.recipe.objectives import ObjectiveRecipe
 from llmdistill.recipe.reading import (
+    as_data,
     build,
     build_part,
     command_of,
@@ -47,6 +48,7 @@ __all__ = [
     "Strict",
     "StudentRecipe",
     "TeacherRecipe",
+    "as_data",
     "build",
     "build_part",
     "command_of",

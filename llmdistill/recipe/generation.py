@@ -162,9 +162,17 @@ class GenerationRecipe(Strict):
                     "[{aspect}]}'.",
                     {"aspect": one.scored_aspect},
                 )
+        judge = self.judge.teacher if self.judge else None
+        if self.teacher.sees_images and judge is not None and not judge.sees_images:
+            raise PydanticCustomError(
+                "judge",
+                "the judge would not see the images of the prompts. Leave 'judge.teacher' out, or "
+                "set its kind to multimodal.",
+            )
         if "quality" in asked and not self.generator.answers:
             raise PydanticCustomError(
-                "judge", "questions alone have no 'quality'. Set 'judge.aspects: [difficulty]'."
+                "judge",
+                "rows without answers have no 'quality'. Set 'judge.aspects: [difficulty]'.",
             )
         if self.generator.json_schema is not None and not self.teacher.is_remote:
             raise PydanticCustomError(
@@ -213,7 +221,16 @@ class GenerationRecipe(Strict):
     def unchanging(self) -> dict[str, Any]:
         """Return the values that the rows depend on, which a resumed run must not change."""
         given = self.model_dump(exclude={*self.may_change, "output"})
-        return given | {"teacher": self.teacher.model_dump(exclude=set(self.teacher.MAY_CHANGE))}
+        for name, section in (("teacher", self), ("judge", self.judge)):
+            model = section.teacher if section else None
+            if model is not None and (name == "teacher" or name in given):
+                fixed = model.model_dump(exclude=set(model.MAY_CHANGE))
+                given |= (
+                    {"teacher": fixed}
+                    if name == "teacher"
+                    else {"judge": {**given["judge"], "teacher": fixed}}
+                )
+        return given
 
 
 def _section_of(generator: Any) -> type[GeneratorSection] | GeneratorSection:

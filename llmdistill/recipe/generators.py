@@ -378,7 +378,10 @@ class PythonGeneratorRecipe(GeneratorSection):
 
     @property
     def shows_kept_rows(self) -> bool:
-        return True  # the function gets them, and nobody knows what it does with them
+        return True  # the function is given them, and may use them
+
+    def sources(self, seed_tasks: Sequence[SourceRecipe]) -> Sequence[SourceRecipe]:
+        return ()  # whatever the function shows the teacher comes from its file
 
 
 GeneratorRecipe = Annotated[

@@ -94,8 +94,26 @@ def build_part(part: type[Part], data: dict[str, Any], place: str) -> Part:
 
 def dump(recipe: Recipe | GenerationRecipe) -> str:
     """Return the recipe as YAML with all defaults; reading it gives an equal recipe."""
-    # Every key that can be null is null by default, so leaving nulls out loses nothing.
-    return dump_data(recipe.model_dump(mode="json", exclude_none=True))
+    return dump_data(as_data(recipe))
+
+
+def as_data(recipe: Recipe | GenerationRecipe) -> dict[str, Any]:
+    """Return the recipe as plain data with all defaults, without nulls that are the default."""
+
+    def plain(part: Any, data: Any) -> Any:
+        if isinstance(part, list):
+            return [plain(*pair) for pair in zip(part, data, strict=True)]
+        if not isinstance(part, Strict):
+            return data
+        fields = type(part).model_fields
+        return {
+            name: plain(getattr(part, name), value)
+            for name, value in data.items()
+            if value is not None or fields[name].default is not None
+        }
+
+    found: dict[str, Any] = plain(recipe, recipe.model_dump(mode="json"))
+    return found
 
 
 def dump_data(data: Mapping[str, Any]) -> str:

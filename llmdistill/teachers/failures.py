@@ -47,15 +47,18 @@ def why_unreached(url: str, error: BaseException, *, is_well: bool) -> str:
     certificate that is not trusted.  A server that `is_well` has given replies before.
     """
     cause = _innermost(error)
-    if isinstance(cause, ssl.SSLError) and not is_well:
+    is_plain = getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER"  # a server without TLS
+    if (isinstance(cause, ssl.SSLCertVerificationError) or is_plain) and not is_well:
         raise TeacherError(
             f"{url} cannot be reached over TLS: {cause}. For a certificate of your own, "
             "set the environment variable SSL_CERT_FILE to its file; for a server without "
             "TLS, let teacher.url start with http://."
         ) from error
-    if isinstance(cause, socket.gaierror) and not is_well:
+    # A name server that is busy (EAI_AGAIN) may know the host later.
+    is_unknown = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
+    if is_unknown and not is_well:
         raise TeacherError(
-            f"the host of {url} is not known: {cause.strerror}. Check teacher.url."
+            f"the host of {url} is not known: {cause}. Check teacher.url."
         ) from error
     if isinstance(error, TimeoutError) or cause is error:
         return f"{type(error).__name__}: {error}"

@@ -228,9 +228,10 @@ class RemoteTeacher:
         return Spoken("", refused=UNUSABLE_REPLY)
 
     def _gave_up(self, wrong: str) -> TeacherError:
+        said = wrong[:500].rstrip(". ")
         return TeacherError(
             f"{self.url} gave no usable reply in {self.retries + 1} attempts. The last error: "
-            f"{wrong[:500]} Check that the server is running and that teacher.url is right. "
+            f"{said}. Check that the server is running and that teacher.url is right. "
             "Earlier replies are recorded: pass resume to continue."
         )
 

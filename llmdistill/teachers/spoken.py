@@ -25,7 +25,7 @@ PARAMETERS = (
     "chat_template_kwargs",
 )
 # Raised while reading a reply that is not JSON, or is JSON of an unexpected form.
-UNUSABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+UNUSABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
 
 
 class NoLogProbs(ValueError):

@@ -262,7 +262,8 @@ def test_penalties_reach_a_server(tmp_path):
     ("text", "score"),
     [
         ("7", 7), ("Score: 8", 8), ("8/10", 8), ("I'd say 7 out of 10.", 7), ("7.5", 7.5), ("7,5", 7.5),
-        ("On a scale of 1 to 10: 6", 6), ("**9**", 9), ("11", None), ("0", None), ("good", None), ("", None),
+        ("On a scale of 1 to 10: 6", 6), ("It has 3 errors. Score: 6", 6), ("-5", None), ("3 or 4", None),
+        ("From 1 (useless) to 10, I say 6", 6), ("**9**", 9), ("11", None), ("0", None), ("good", None), ("", None),
     ],
 )  # fmt: skip
 def test_the_score_in_a_reply(text, score):
@@ -314,6 +315,42 @@ def test_a_judge_scores_rows_and_filters_drop_by_it(tmp_path):
 
 
 @slow
+def test_a_score_that_was_refused_is_asked_for_again(tmp_path):
+    is_bad = True
+
+    def answer(body, number):
+        if "How difficult" in last(body):
+            return (400, {}, {"error": {"message": "no"}}) if is_bad and number % 3 else chat("5")
+        return chat(f"Tell the {number} children of town {number * 7} about {number * 11} birds.")
+
+    write_jsonl(tmp_path / "seeds.jsonl", [{"instruction": f"Tell of {i}."} for i in range(9)])
+    changes = {"seed_tasks": str(tmp_path / "seeds.jsonl"), "target": 8, "round_size": 8}
+    changes |= {"judge": {"aspects": ["difficulty"]}}
+    with scripted(answer) as server:
+        given = recipe(server, tmp_path, {"kind": "evolve", "answering": None}, **changes)
+        generate(given)
+        is_bad = False
+        asked = server.asked
+        made = generate(given, resume=True)
+        assert 0 < server.asked - asked < 8
+    rows = read_jsonl(made.folder / "train.jsonl")
+    assert {row["score_difficulty"] for row in rows} == {5.0}
+
+
+@slow
+def test_samples_without_any_score_are_no_best_ones(tmp_path):
+    def answer(body, number):
+        return (400, {}, {"error": {}}) if "How good" in last(body) else chat(f"It is {number}.")
+
+    generator = {
+        "kind": "answer", "prompts": prompts(tmp_path), "samples": 2, "best_by": "judge",
+    }  # fmt: skip
+    error = pytest.raises(DataError, match="no score of any sample': 16")
+    with scripted(answer) as server, error:
+        generate(recipe(server, tmp_path, generator))
+
+
+@slow
 def test_another_model_can_be_the_judge(tmp_path):
     generator = {"kind": "answer", "prompts": prompts(tmp_path, 4)}
     with scripted(judged) as server, scripted(lambda body, number: chat("9")) as other:
@@ -322,8 +359,14 @@ def test_another_model_can_be_the_judge(tmp_path):
         made = generate(recipe(server, tmp_path, generator, judge=judge))
         assert (server.asked, other.asked) == (4, 4)
         assert other.seen[0][2]["model"] == "j"
-    assert {row["score_quality"] for row in read_jsonl(made.folder / "train.jsonl")} == {9.0}
-    assert "**Judge**: `j`" in (made.folder / "README.md").read_text()
+        assert {row["score_quality"] for row in read_jsonl(made.folder / "train.jsonl")} == {9.0}
+        # Its scores are not taken for those of a third one.
+        other.reply = lambda body, number: chat("4")
+        third = {"aspects": ["quality"], "teacher": section | {"model": "k"}}
+        generate(recipe(server, tmp_path, generator, judge=third), resume=True)
+        assert (server.asked, other.asked) == (4, 8)
+        assert {row["score_quality"] for row in read_jsonl(made.folder / "train.jsonl")} == {4.0}
+    assert "**Judge**: `k`" in (made.folder / "README.md").read_text()
 
 
 @slow
@@ -469,6 +512,24 @@ def no_generator(number, kept):
     return []
 
 
+def yields_one(number, kept):
+    yield ask("x")
+
+
+def yields_texts(number, kept):
+    yield ["x"]
+
+
+def returns_one(number, kept):
+    yield [ask("x")]
+    return Task("x")
+
+
+def fails(number, kept):
+    yield [ask("x")]
+    raise KeyError("birds")
+
+
 broken = 3
 """
 
@@ -534,8 +595,24 @@ def test_what_an_own_function_returns_is_checked(own):
 
     with pytest.raises(DataError, match="must return why a task is dropped, as text"):
         own_filter(f"{own}:wrong", {}).reason(Task("a"))
-    with pytest.raises(DataError, match="yields lists of requests"):
-        next(own_generator(f"{own}:no_generator", {}, None).call(0, []))
+    for name, said in (
+        ("no_generator", "must yield lists of requests, got a list of"),
+        ("yields_one", "must yield lists of requests, got Request"),
+        ("yields_texts", "must yield lists of requests, got a list of str"),
+        ("returns_one", "must return a list of tasks, got Task"),
+        ("fails", "KeyError: 'birds'"),
+    ):
+        generator = own_generator(f"{own}:{name}", {}, None)
+        with pytest.raises(DataError, match=f"call 0 of the generator '{name}'.*{said}"):
+            exchange(generator, Says(lambda request: "so"), [0], [])
+
+
+def test_the_calls_of_a_class_are_limited_too(tmp_path):
+    from llmdistill.instruct.own import own_generator
+
+    text = "from llmdistill.instruct.own import TaskGenerator\n\n\nclass Mine(TaskGenerator):\n"
+    (tmp_path / "own.py").write_text(f"{text}    at_most = None\n    call = None\n")
+    assert own_generator(f"{tmp_path}/own.py:Mine", {}, 3).num_calls == 3
 
 
 @slow
@@ -636,7 +713,7 @@ SCHEMA = {
 @slow
 def test_answers_follow_a_schema_of_json(tmp_path):
     said = [
-        '{"name": "Ann", "age": 3}',
+        '```json\n{"name": "Ann", "age": 3}\n```',
         '{"name": "Ann"}',
         "Ann is 3",
         '{"name": "Bob", "age": "x"}',

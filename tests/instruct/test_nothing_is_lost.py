@@ -85,6 +85,37 @@ def test_a_reply_goes_where_its_prompt_goes(tmp_path, change, new):
     assert outputs(tmp_path) == before
 
 
+def test_a_reply_whose_place_was_taken_is_found_again(tmp_path):
+    a, b, c = questions(3)
+    with scripted(numbered) as server:
+        for rows, asked in (([a, b], 2), ([c, b], 3), ([c, b, a], 3)):
+            generate(recipe(server, tmp_path, rows), resume=asked > 2)
+            assert server.asked == asked
+
+
+def test_a_system_prompt_moves_with_its_prompt(tmp_path):
+    answering = {"system": ["You teach maths.", "You are a pirate."]}
+    generator = {
+        "kind": "answer",
+        "prompts": str(tmp_path / "prompts.jsonl"),
+        "answering": answering,
+    }
+    with scripted(numbered) as server:
+        generate(recipe(server, tmp_path, questions(40), generator=generator))
+        rows = [{"prompt": "A new first one?"}, *questions(40)]
+        generate(recipe(server, tmp_path, rows, generator=generator), resume=True)
+        assert server.asked == 41
+
+
+def test_scores_move_with_their_prompts(tmp_path):
+    judge = {"judge": {"aspects": ["quality"]}}
+    with scripted(lambda body, number: chat("7" if "How good" in last(body) else "So.")) as server:
+        generate(recipe(server, tmp_path, questions(20), **judge))
+        rows = [{"prompt": "A new first one?"}, *questions(20)]
+        generate(recipe(server, tmp_path, rows, **judge), resume=True)
+        assert server.asked == 42
+
+
 def test_samples_of_a_prompt_are_taken_again_and_one_more_is_asked(tmp_path):
     generator = {"kind": "answer", "prompts": str(tmp_path / "prompts.jsonl"), "samples": 3}
     with scripted(numbered) as server:

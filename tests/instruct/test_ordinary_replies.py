@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -10,6 +11,7 @@ from llmdistill.errors import DataError
 from llmdistill.generate import generate
 from llmdistill.instruct.generators.lists import SelfInstruct
 from llmdistill.instruct.parse import (
+    after_start,
     asked_text,
     is_no_input,
     one_line,
@@ -52,6 +54,16 @@ LAYOUTS = {
     "named headings": lambda t: _each_field(t, "{name}:").replace("###\n", "**Task 4**\n"),
     "headings as names": lambda t: _each_field(t, "#### {name}:"),
     "bullets": lambda t: _each_field(t, "- {number}. {name}:"),
+    "numbers above": lambda t: _each_field(t, "{name}:").replace("###\n", "{}.\n").format(4, 5),
+    "bold numbers above": lambda t: (
+        _each_field(t, "{name}:").replace("###", "**{}.**").format(4, 5)
+    ),
+    "titles": lambda t: _each_field(t, "{name}:").replace("###", "### Task {}: Birds").format(4, 5),
+    "lower case": lambda t: (
+        t.replace("Instr", "instr").replace("Inp", "inp").replace("Outp", "outp")
+    ),
+    "headings without colons": lambda t: _each_field(t, "### {name}\n"),
+    "bold names alone": lambda t: _each_field(t, "**{name}**\n"),
     "full-width colons": lambda t: _each_field(t, "{number}. {name}："),
     "a remark": lambda t: f"{t}\nThese 2 tasks are all different.",
     "a remark after a mark": lambda t: f"{t}###\n\nThat is all. Have fun!",
@@ -83,6 +95,10 @@ def test_every_layout_of_a_list_is_read(layout):
         "Input: 4\nOutput: 5",
         "1. Input: a number\n2. Output: its square",
         "Dear Ann,\n\nLet me know if you have time.\n\nBest, Bob",
+        "Dear Bob,\n\nI hope this email finds you well. The meeting is at 5 pm.",
+        "Dear team,\n\nHere are the tasks for Monday: sweep, mop.",
+        "Hello!\n\nPlease let me know if you need any further details.",
+        "These birds sing:\n\nThese examples show it: wren, robin.",
         "a ** 2",
         "**Bold**",
     ],
@@ -90,18 +106,25 @@ def test_every_layout_of_a_list_is_read(layout):
 def test_an_answer_keeps_what_belongs_to_it(answer):
     tasks = [Task("Write a poem.", "", answer), TASKS[1]]
     assert parse_tasks(LIST.replace("Red.", answer)) == (tasks, {})
+    last_one = [TASKS[0], Task("Say hi to me.", "", answer)]
+    assert parse_tasks(LIST.replace("Hi.", answer)) == (last_one, {})
+    assert parse_instances(f"Input: x\nOutput: {answer}") in ([("x", answer)], None)
 
 
 @pytest.mark.parametrize(
     "said",
     ["<noinput>", "<NoInput>", "<noinput>.", "`<noinput>`", "No input", "no input needed.", "None",
-     "N/A", "(none)", "[No Input]", "**None**", "not applicable", "-", "Keine Eingabe", "无", "なし", ""],
+     "N/A", "(none)", "[No Input]", "**None**", "not applicable", "-", "Keine Eingabe",
+     "Not required", "none needed", "nothing", "No additional input", "—", "Kein Input", "Sin entrada",
+     "Pas d'entrée", "无输入", "入力なし", "_" * 40, "无", "なし", ""],
 )  # fmt: skip
 def test_no_input_is_understood_in_its_spellings(said):
     assert is_no_input(said)
 
 
-@pytest.mark.parametrize("said", ["None of them came.", "No input device", "0", "Naïve", "a-b"])
+@pytest.mark.parametrize(
+    "said", ["None of them came.", "No input device", "0", "Naïve", "a-b", "not", "_" * 90]
+)
 def test_an_input_is_no_lack_of_one(said):
     assert not is_no_input(said)
 
@@ -129,6 +152,18 @@ def test_an_input_is_no_lack_of_one(said):
         ("9. Add:\n- 2\n- 3\n10. Run.", ["Add:\n- 2\n- 3", "Run."]),
         ("9. Sing.\n12. Run.", ["Sing.", "Run."]),
         ("9、唱歌。\n10、跑步。", ["唱歌。", "跑步。"]),
+        ("9.Name a river.\n10. Name a lake.", ["Name a river.", "Name a lake."]),
+        (
+            "1. Plan:\n1) a\n2) b\n3) c\n2. River\n3. Lake",
+            ["Plan:\n1) a\n2) b\n3) c", "River", "Lake"],
+        ),
+        ("### 9. Sing.\n### 10. Run.", ["Sing.", "Run."]),
+        ("Task 9: Sing.\nTask 10: Run.", ["Sing.", "Run."]),
+        ("9 - Sing.\n10 - Run.", ["Sing.", "Run."]),
+        (
+            "9. Count to 3.5 with 12 monkeys.\n12 monkeys sang.",
+            ["Count to 3.5 with 12 monkeys.\n12 monkeys sang."],
+        ),
         ("no list", []),
     ],
 )
@@ -223,6 +258,31 @@ def test_examples_stand_on_one_line_without_a_colon_at_the_end():
         ("Klar! Hier ist eine:\n\nWrite a poem.", "Write a poem."),
         ("Write a poem.\n\nLet me know if you would like another!", "Write a poem."),
         ("Translate this:\n\nThe cat.", "Translate this:\n\nThe cat."),
+        ("Sure! Here is a new task: Write a poem.", "Write a poem."),
+        ("**New Task**\n\nWrite a poem.", "Write a poem."),
+        ("**Rewritten Prompt**\nWrite a poem.", "Write a poem."),
+        ("```\nWrite a poem.\n```", "Write a poem."),
+        ("The new task is: Write a poem.", "Write a poem."),
+        ("1. Write a poem.", "Write a poem."),
+        ("Aufgabe: Write a poem.", "Write a poem."),
+        ("Write a poem.\n\n(This version adds one more constraint.)", "Write a poem."),
+        ("Write a poem.\n\n**Explanation:** It is harder.", "Write a poem."),
+        ("Write a poem.\n\nThis task is harder because it rhymes.", "Write a poem."),
+        (
+            "Plan my day.\n\nHere are my tasks: cook, clean.",
+            "Plan my day.\n\nHere are my tasks: cook, clean.",
+        ),
+        (
+            "Surely You're Joking!\nSummarise this book.",
+            "Surely You're Joking!\nSummarise this book.",
+        ),
+        ("OKLAHOMA!\nWho wrote this musical?", "OKLAHOMA!\nWho wrote this musical?"),
+        (
+            "Great Expectations is a novel:\nWho wrote it?",
+            "Great Expectations is a novel:\nWho wrote it?",
+        ),
+        ("Here are the numbers 1, 2, 3:\nSort them.", "Here are the numbers 1, 2, 3:\nSort them."),
+        ("1. Read it.\n2. Sum it up.", "1. Read it.\n2. Sum it up."),
         ('Say "a" and "b"', 'Say "a" and "b"'),
     ],
 )
@@ -241,6 +301,26 @@ def test_a_task_comes_without_what_is_said_about_it(text, task):
 )
 def test_a_question_that_holds_a_field_is_not_read(text):
     assert parse_question(text) is None
+
+
+@pytest.mark.parametrize(
+    ("start", "text"),
+    [
+        ("9.", "Steps:\n1. a\n2. b\n10. Name a lake."),
+        ("###\n4. Instruction:", " Write.\nInput: <noinput>\nOutput: x\n\nInstruction: b"),
+    ],
+)
+def test_what_continues_an_item_is_not_cut(start, text):
+    assert after_start(start, text) == text
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("sign", [" ", "#", "_", "*", "\n", "1. ", "-", "`", "###\n", "Input: "])
+def test_a_teacher_that_loops_is_read_in_no_time(sign):
+    start, text = time.perf_counter(), sign * 20_000 + "x"
+    for read in (parse_tasks, parse_question, parse_instances, asked_text, is_no_input):
+        read(text)
+    assert time.perf_counter() - start < 10
 
 
 # ---- whole runs ----

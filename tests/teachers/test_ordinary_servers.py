@@ -169,10 +169,14 @@ def test_a_reply_without_end_costs_its_row(megabytes):
     assert found == ["about 0", "about 1", "unusable reply", "about 3"]
 
 
-@pytest.mark.parametrize("odd", [{"choices": None}, [], "text", {"choices": [None]}, None])
+ODD = [{"choices": None}, [], "text", {"choices": [None]}, {"choices": "ab"}, None, True, 3]
+
+
+@pytest.mark.parametrize("odd", [*ODD, "[" * 100_000])
 def test_an_odd_reply_costs_its_row_even_if_it_comes_first(odd):
     def answer(body, number):
-        return (200, {}, json.dumps(odd).encode()) if last(body).endswith(" 0") else said(body, 1)
+        text = odd if str(odd).startswith("[[") else json.dumps(odd)
+        return (200, {}, text.encode()) if last(body).endswith(" 0") else said(body, 1)
 
     with scripted(answer) as server:
         found = ask(server, 3, retries=1, concurrency=1)

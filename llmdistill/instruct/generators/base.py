@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from llmdistill.data.formats import Message
 from llmdistill.errors import DataError
-from llmdistill.instruct.parse import Parsed
+from llmdistill.instruct.parse import Parsed, unfenced
 from llmdistill.instruct.requests import Call, Reply, Request, user
 from llmdistill.instruct.tasks import Task
 from llmdistill.sampling import GREEDY, Sampling
@@ -59,8 +59,12 @@ class Answering:
             messages, self.sampling, self.max_new_tokens, images=task.images, schema=self.schema
         )
 
-    def context(self, seed: int, call: int) -> tuple[Message, ...]:
-        """Return the system message of a call; () without system prompts."""
+    def context(self, seed: int, call: int | str) -> tuple[Message, ...]:
+        """Return the system message of a call; () without system prompts.
+
+        A given prompt has its text in place of the number, so that it keeps the message if it is
+        moved.
+        """
         if not self.system:
             return ()
         weights = [one.weight for one in self.system]
@@ -116,9 +120,8 @@ def answered(tasks: list[Task], answering: Answering | None) -> Call:
     dropped = Counter(reply.refused for reply in replies if reply.refused)
     if not answering.schema:
         return Parsed(made, dropped)
-    fitting = [
-        task for task in made if task.truncated or fits_schema(task.output, answering.schema)
-    ]
+    plain = [replace(task, output=unfenced(task.output)) for task in made]
+    fitting = [t for t in plain if t.truncated or fits_schema(t.output, answering.schema)]
     return Parsed(fitting, +(dropped + Counter({NO_JSON: len(made) - len(fitting)})))
 
 
@@ -128,7 +131,7 @@ def fits_schema(text: str, schema: str) -> bool:
 
     try:
         jsonschema.validate(json.loads(text), json.loads(schema))
-    except (ValueError, RecursionError, jsonschema.ValidationError):
+    except Exception:  # no JSON, not what the schema allows, or a reference that leads nowhere
         return False
     return True
 

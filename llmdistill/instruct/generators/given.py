@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from llmdistill.instruct.scorers import preference, rank
 from llmdistill.instruct.tasks import Task
 from llmdistill.sampling import GREEDY, Sampling
 
+NO_SCORE = "no score of any sample"
 NOT_THE_BEST, NO_PREFERENCE = "not the best sample", "no preference"
 # Signs of a refusal, or of text about the task instead of an answer to it.
 META = re.compile(
@@ -50,6 +52,11 @@ class Answer(TaskGenerator):
     ) -> None:
         self.tasks, self.samples, self.num_calls = tasks, samples, len(tasks)
         self.seed, self.best_by, self.pairs = seed, best_by, pairs
+        seen: Counter[str] = Counter()
+        self._names: list[str] = []  # of each prompt: its text, and which of its copies it is
+        for task in tasks:
+            seen[task.prompt] += 1
+            self._names.append(f"{task.prompt}/{seen[task.prompt]}")
         self.judge = judge
         if best_by == "reference" and any(task.reference is None for task in tasks):
             raise DataError(
@@ -71,7 +78,7 @@ class Answer(TaskGenerator):
         # Equal requests at different places of a stage are drawn with different randomness.
         task = self.tasks[number]
         if not any(message["role"] == "system" for message in task.context):
-            context = self.answering.context(self.seed, number)
+            context = self.answering.context(self.seed, self._names[number])
             task = replace(task, context=(*context, *task.context))
         made = yield from answered([task] * self.samples, self.answering)
         if self.best_by is None or not made.tasks:
@@ -81,6 +88,8 @@ class Answer(TaskGenerator):
             judge = self.judge or Judge()
             tasks = yield from judge.scored(tasks, ["quality"])
         ranked = rank(tasks, self.best_by)
+        if ranked[0].score == -math.inf:
+            return Parsed([], Counter(made.dropped) + Counter({NO_SCORE: len(tasks)}))
         # Counted as dropped, so that the counts of kept and dropped tasks add up to all tasks.
         if not self.pairs:
             others = Counter({NOT_THE_BEST: len(tasks) - 1})

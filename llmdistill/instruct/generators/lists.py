@@ -159,7 +159,7 @@ class SelfInstruct(TaskGenerator):
         (reply,) = yield [Request(asked, self.sampling, self.max_new_tokens, start=start)]
         if reply.refused:
             return Parsed([], {reply.refused: 1})
-        listed = parse_list(start + reply.text)
+        listed = parse_list(f"{start} {reply.text}")
         dropped = Counter({TRUNCATED: 1} if reply.truncated and listed else {})
         # The last item of a text that was cut off is incomplete.
         whole = listed[:-1] if reply.truncated else listed
