@@ -116,8 +116,8 @@ def generation_on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any
     generator = cut["generator"]
     if generator["kind"] in ("alpaca", "self_instruct"):
         generator = {"kind": "answer", "prompts": "", "answering": {"max_new_tokens": 6}}
-    if generator.get("best_by") == "judge":  # toys write no numbers
-        generator = generator | {"best_by": "consensus"}
+    if generator.get("best_by") == "judge":  # toys write no numbers, and never end an answer
+        generator = generator | {"best_by": "consensus", "pairs": False}
     rows = {key: f"{data}/train.jsonl" for key in ("prompts", "pool") if key in generator}
     student = {"student": pair[1]} if "student" in generator else {}
     answering = {"answering": generator.get("answering", {}) | {"max_new_tokens": 6}}
