@@ -119,6 +119,8 @@ def generation_on_toys(given: dict[str, Any], pair, data: Path) -> dict[str, Any
     if generator.get("best_by") == "judge":  # toys write no numbers, and never end an answer
         generator = generator | {"best_by": "consensus", "pairs": False}
     rows = {key: f"{data}/train.jsonl" for key in ("prompts", "pool") if key in generator}
+    if cut.get("judge"):  # the toy judges itself
+        cut["judge"] = {key: value for key, value in cut["judge"].items() if key != "teacher"}
     student = {"student": pair[1]} if "student" in generator else {}
     answering = {"answering": generator.get("answering", {}) | {"max_new_tokens": 6}}
     if generator["kind"] == "rewrite":  # its reply is the answer
