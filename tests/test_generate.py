@@ -284,7 +284,7 @@ def test_what_the_page_on_recipes_shows_is_valid():
         *("magpie", "alpaca", "self_instruct", "answer", "rewrite", "evolve", "lion"),
         *("truncated", "length", "odd_start", "blacklist", "open_end", "empty_or_echo"),
         *("repeated_lines", "rouge", "near_duplicates", "contamination", "language"),
-        *("perplexity", "same_result"),
+        *("perplexity", "same_result", "score"),
     }
 
 
