@@ -221,15 +221,10 @@ class GenerationRecipe(Strict):
     def unchanging(self) -> dict[str, Any]:
         """Return the values that the rows depend on, which a resumed run must not change."""
         given = self.model_dump(exclude={*self.may_change, "output"})
-        for name, section in (("teacher", self), ("judge", self.judge)):
-            model = section.teacher if section else None
-            if model is not None and (name == "teacher" or name in given):
-                fixed = model.model_dump(exclude=set(model.MAY_CHANGE))
-                given |= (
-                    {"teacher": fixed}
-                    if name == "teacher"
-                    else {"judge": {**given["judge"], "teacher": fixed}}
-                )
+        given["teacher"] = self.teacher.model_dump(exclude=set(self.teacher.MAY_CHANGE))
+        other = self.judge.teacher if self.judge else None
+        if other is not None and "judge" in given:
+            given["judge"]["teacher"] = other.model_dump(exclude=set(other.MAY_CHANGE))
         return given
 
 

@@ -54,7 +54,7 @@ class MultimodalTeacher:
 
     Raises:
         ModelError: The processor has no chat template.
-        VocabularyError: A token of the student has another id in the teacher's tokenizer.
+        VocabularyError: A token has different ids in the tokenizers of student and teacher.
     """
 
     provides = frozenset({Need.DISTRIBUTION})

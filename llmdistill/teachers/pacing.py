@@ -81,6 +81,13 @@ class Pace:
         """Let no request start for so long."""
         self._held_until = max(self._held_until, time.monotonic() + seconds)
 
+    def obey(self, started: float, asked: float, pause: float, *, is_too_many: bool) -> None:
+        """Wait as the server asks for, and slow down if there were too many requests."""
+        if is_too_many:
+            self.slow_down(started, asked, pause)
+        else:
+            self.hold(asked)
+
     def slow_down(self, started: float, asked: float, pause: float) -> None:
         """The server says that there are too many requests.
 

@@ -45,9 +45,9 @@ from llmdistill.teachers.spoken import (
     UNUSABLE_REPLY,
     NoLogProbs,
     Spoken,
-    parameter_hint,
     parse,
     read_reply,
+    with_hint,
 )
 
 if TYPE_CHECKING:
@@ -189,32 +189,22 @@ class RemoteTeacher:
                 self._is_well = True
                 self._pace.hear()
                 return found
-            except (
-                openai.APIConnectionError,
-                openai.APIResponseValidationError,
-                TimeoutError,
-            ) as error:
+            except (openai.APIConnectionError, TimeoutError) as error:
                 wrong = why_unreached(self.url, error, is_well=self._is_well)
             except openai.APIStatusError as error:
                 wrong = f"HTTP {error.status_code}: {error.message}"
                 if error.status_code in REFUSED_STATUS:
-                    hint = parameter_hint(wrong)
-                    self._say_once(f"{self.url} refused a request: {wrong[:500]}{hint}")
+                    self._say_once(f"{self.url} refused a request: {with_hint(wrong)}")
                     return Spoken("", refused=REFUSED_BY_SERVER)
                 check_status(self.url, error, wrong)
-                wait = asked_to_wait(error.response.headers)
                 is_too_many = error.status_code == TOO_MANY
-                if is_too_many:
-                    self._pace.slow_down(started, wait, self.pause)
-                else:
-                    self._pace.hold(wait)
+                wait = asked_to_wait(error.response.headers)
+                self._pace.obey(started, wait, self.pause, is_too_many=is_too_many)
             except UNUSABLE as error:
                 wrong = f"unusable reply: {error}"
                 is_unusable = True
                 self._num_unusable += 1
-                # A server that sent nothing else in as many attempts is not asked again and again.
-                is_hopeless = not self._is_well and self._num_unusable > self.retries
-                if is_hopeless or isinstance(error, NoLogProbs):
+                if self._is_hopeless(error):
                     break
             finally:
                 self._pace.end()
@@ -226,6 +216,11 @@ class RemoteTeacher:
             raise self._gave_up(wrong)
         self._unusable = wrong  # it costs this row alone, if others get replies
         return Spoken("", refused=UNUSABLE_REPLY)
+
+    def _is_hopeless(self, error: Exception) -> bool:
+        """Whether asking again cannot help: the server has sent nothing else so often."""
+        is_odd = not self._is_well and self._num_unusable > self.retries
+        return is_odd or isinstance(error, NoLogProbs)
 
     def _gave_up(self, wrong: str) -> TeacherError:
         said = wrong[:500].rstrip(". ")

@@ -101,6 +101,11 @@ def _joined(text: Any) -> Any:
     return "".join(part for part in parts if isinstance(part, str))
 
 
+def with_hint(refusal: str) -> str:
+    """Return the beginning of a refusal, with what to change if it names a parameter."""
+    return f"{refusal[:500]}{parameter_hint(refusal)}"
+
+
 def parameter_hint(refusal: str) -> str:
     """Return how to change the parameter that the server names in its refusal, or ""."""
     named = [name for name in PARAMETERS if re.search(rf"\b{name}\b", refusal)]

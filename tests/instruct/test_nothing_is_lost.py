@@ -68,7 +68,7 @@ def test_a_shorter_file_loses_no_reply_and_the_old_one_can_be_put_back(tmp_path)
         (lambda rows: [{"prompt": "A new first one?"}, *rows], 1),
         (lambda rows: rows[::-1], 0),
         (lambda rows: rows[:3] + rows[4:], 0),
-        (lambda rows: [*rows, rows[3]], 1),  # a copy is another question: it is drawn anew
+        (lambda rows: [*rows, rows[3]], 1),  # the copy needs another reply
         (lambda rows: [*rows[:5], {"prompt": "Changed?"}, *rows[6:]], 1),
     ],
 )
