@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llmdistill.distributions import Dense as Dense
 from llmdistill.distributions import Distribution
@@ -96,13 +97,13 @@ class Prompts:
 
     def select(self, rows: Sequence[int], *, pad_id: int) -> Prompts:
         """Return the rows at these indices, in this order, padded to the longest of them."""
-        ids, row_ids = self.ids(), self.row_ids_B.tolist()
-        return Prompts.pack(
-            [ids[row] for row in rows],
-            [row_ids[row] for row in rows],
-            pad_id=pad_id,
-            responses=None if self.responses is None else [self.responses[row] for row in rows],
-        )
+        places = torch.as_tensor(rows, dtype=torch.long)
+        mask_BP = self.attention_mask_BP[places]
+        # Padding is on the left, so the columns before the longest row are all padding.
+        start = mask_BP.shape[1] - int(mask_BP.sum(1).max()) if len(places) else 0
+        ids_BP = self.input_ids_BP[places, start:].masked_fill(mask_BP[:, start:] == 0, pad_id)
+        kept = None if self.responses is None else tuple(self.responses[row] for row in rows)
+        return Prompts(ids_BP, mask_BP[:, start:], self.row_ids_B[places], kept)
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,24 @@ class Sequences:
         writer_BT = torch.where(response_BT, int(writer), int(Writer.DATA))
         rows_B = torch.tensor(row_ids, dtype=torch.long)
         return cls(ids_BT, attention_BT, response_BT, rows_B, writer_BT)
+
+    @classmethod
+    def join(cls, parts: Sequence[Sequences]) -> Sequences:
+        """Return several batches as one, padded to the longest row of all.
+
+        An optional field is kept if all parts have it.  All parts must have the same change of
+        embeddings.
+        """
+        width = max(part.input_ids_BT.shape[1] for part in parts)
+        joined: dict[str, Any] = {"embedding_change": parts[0].embedding_change}
+        for name in (item.name for item in fields(cls)):
+            values = [getattr(part, name) for part in parts]
+            if all(isinstance(value, Tensor) for value in values):
+                joined[name] = torch.cat([_widened(value, width) for value in values])
+        signals = [part.signal for part in parts if part.signal is not None]
+        if len(signals) == len(parts):
+            joined["signal"] = TeacherSignal.join(signals)
+        return cls(**joined)
 
     def __len__(self) -> int:
         return len(self.row_ids_B)
@@ -278,6 +297,20 @@ class TeacherSignal:
     distribution: Distribution | None = None
     states: Mapping[Need, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def join(cls, parts: Sequence[TeacherSignal]) -> TeacherSignal | None:
+        """Return the signals of several batches as one, or None if one cannot be joined.
+
+        States and the hidden states of one model can be joined; other distributions cannot.
+        """
+        dense = [part.distribution for part in parts if isinstance(part.distribution, Dense)]
+        names = set(parts[0].states)
+        if len(dense) < len(parts) or any(set(part.states) != names for part in parts):
+            return None
+        hidden_NH = torch.cat([one.hidden_NH for one in dense])
+        states = {need: torch.cat([part.states[need] for part in parts]) for need in names}
+        return cls(Dense(hidden_NH, dense[0].head), states)
+
     def covers(self, needs: frozenset[Need]) -> bool:
         """Whether the signal contains everything that these needs ask for."""
         there = set(self.states)
@@ -319,3 +352,8 @@ class TeacherSignal:
         states = {need: state.detach() for need, state in self.states.items()}
         found = self.distribution
         return TeacherSignal(None if found is None else found.detach(), states)
+
+
+def _widened(rows: Tensor, width: int) -> Tensor:
+    """Return per-token rows padded on the right to a width; per-row values stay as they are."""
+    return rows if rows.dim() == 1 else pad(rows, (0, width - rows.shape[1]))

@@ -12,9 +12,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
+from torch.nn import Module
 
 from llmdistill.batch import Prompts, Sequences, TeacherSignal
 from llmdistill.models.taps import Need as Need
@@ -92,6 +93,7 @@ class Teacher(Protocol):
     - `plain`, the teacher to measure a student against, if it is another one.
     - `after_step`, `state_dict` and `load_state_dict`, if it changes with the student (`Follows`).
     - `train_sampler`, if it chooses the order of the rows (`Orders`).
+    - `room()`, the tokens that fit into memory while it writes, if it keeps a cache here.
     - `export`, if something of it is kept when training ends (`Exports`).
     - `exported`, a context in which the student has the weights to export, if not its own.
 
@@ -170,6 +172,27 @@ class Rollout(Protocol):
 
 
 @runtime_checkable
+class WritesAhead(Protocol):
+    """A rollout, some responses of which never change, so that they can be written ahead."""
+
+    def planned(self, progress: Progress) -> Planned | None:
+        """Return the responses that a step will use and that never change, or None."""
+
+    def keep_in(self, folder: Path, teacher: Any, seed: int) -> None:
+        """Keep such responses in a folder from now on, and read those that are in it."""
+
+
+class Planned(NamedTuple):
+    """The responses that a step will use: those of number `sample` to the prompts of the step.
+
+    `rollout` is a `rollouts.sampled.SampledRollout`, which writes and keeps them.
+    """
+
+    rollout: Any
+    sample: int
+
+
+@runtime_checkable
 class Stateful(Protocol):
     """A rollout with state that belongs in a checkpoint; each rank saves and loads its own."""
 
@@ -195,6 +218,14 @@ def scores_anew(teacher: Teacher) -> bool:
     Such a teacher has an attribute `scores_anew` that is True, and its `judge` is always called.
     """
     return bool(getattr(teacher, "scores_anew", False))
+
+
+def changes(teacher: Any) -> bool:
+    """Whether this teacher changes during a run, so that it would write something else later.
+
+    A teacher that is a module trains along; one that `Follows` has weights of the student.
+    """
+    return isinstance(teacher, Module | Follows)
 
 
 def plain(teacher: Teacher) -> Teacher:

@@ -7,6 +7,7 @@ A run folder holds
     recipe.yaml       the recipe with all defaults written out
     rows.json         a hash of the rows, by which a resumed run knows that they are the same
     metrics.jsonl     the logged figures, one line per log
+    responses/        what the teacher wrote before the first step, if it never changes
     checkpoints/      the states that a run can resume from
     student/          the student, its tokenizer and its model card
     evaluation.json   the figures of the student before and after training, and of the teacher
@@ -63,7 +64,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmdistill")
 
-RESULTS = ("student", "checkpoints/checkpoint-*")  # a folder with one of these is worth keeping
+RESPONSES = "responses"
+RESULTS = ("student", *run_folder.GOES_ON)  # a folder with one of these is worth keeping
 CARVE_ROWS = 48  # rows of training text on which the influence of layers is measured
 
 
@@ -360,6 +362,7 @@ def build_trainer(
         measured_against=against,
         processing_class=tokenizer,
         merge_adapter=recipe.student.peft is None or recipe.student.peft.save == "merged",
+        responses_folder=Path(arguments.output_dir).parent / RESPONSES,
     )
     trainer.remove_callback(PrinterCallback)  # it would print each log as a dict under the bar
     return trainer
@@ -374,12 +377,13 @@ def _callbacks(recipe: Recipe, folder: Path, *, show_progress: bool) -> list[Tra
     return callbacks
 
 
-def _newest_checkpoint(folder: Path) -> str:
+def _newest_checkpoint(folder: Path) -> str | None:
+    """Return the checkpoint to resume from, or None for a run that only has responses so far."""
     from transformers.trainer_utils import get_last_checkpoint
 
     checkpoints = folder / "checkpoints"
     newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if newest is None:
+    if newest is None and not any((folder / RESPONSES).glob("*/*.arrow")):
         raise CheckpointError(
             f"{checkpoints} has no checkpoint to resume from; pass overwrite to start again"
             f"{run_folder.hint(folder)}"

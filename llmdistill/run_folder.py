@@ -26,6 +26,7 @@ ROWS = "rows.json"  # a hash of the encoded rows, and the day on which they were
 # Marks a folder that `claim` moved.  A user's own backup may be called `<name>.old` and must stay.
 REPLACED = ".replaced"
 
+GOES_ON = ("checkpoints/checkpoint-*", "responses/*/*.arrow")  # what a run can go on from
 DAY = "%d %b %Y"
 
 logger = logging.getLogger("llmdistill")
@@ -57,7 +58,7 @@ def starts_of(folders: Sequence[Path], asked: Start) -> list[Start]:
         follows = all(not one.runs for one in starts)
         if follows and (folder / "student" / "README.md").is_file():  # written last
             starts.append(Start(True, False, runs=False))
-        elif follows and any((folder / "checkpoints").glob("checkpoint-*")):
+        elif follows and any(one for name in GOES_ON for one in folder.glob(name)):
             starts.append(asked)
         else:
             starts.append(Start(False, overwrite=is_used(folder)))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
@@ -99,6 +100,11 @@ class PromptDataset(Dataset):
     def head(self, number: int) -> list[Row]:
         """Return the first rows."""
         return self.rows[:number]
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """The number of tokens of each prompt."""
+        return np.array([len(row.prompt_ids) for row in self.rows])
 
     def hold_back(self, number: int) -> tuple[PromptDataset, PromptDataset]:
         """Split off at least `number` rows, of evenly spaced questions; return the others first.

@@ -104,6 +104,11 @@ class SampledRecipe(RolloutSection):
     epoch `e` trains on response `e` modulo `samples`.  It needs `by: teacher`.
     """
 
+    batch_size: Literal["auto"] | Annotated[int, Field(gt=0)] = _sampled.batch_size
+    """Number of rows that are written at once, at most.  `auto` takes as many as the device writes
+    well and its free memory holds.  It changes the responses only through rounding.
+    """
+
     @model_validator(mode="after")
     def _student_writes_each_time(self) -> SampledRecipe:
         if self.by == "student" and self.samples != 1:
@@ -215,6 +220,10 @@ class InterleavedRecipe(RolloutSection, TakesOptions):
     """How the student samples the tokens that it drafts."""
     teacher_sampling: ReplaceRecipe = ReplaceRecipe()
     """How the teacher samples the tokens that replace refused ones."""
+    batch_size: Literal["auto"] | Annotated[int, Field(gt=0)] = _interleaved.batch_size
+    """Number of rows that are written at once, at most.  `auto` takes as many as the device writes
+    well and its free memory holds.  It changes the responses only through rounding.
+    """
 
     @property
     def new_tokens(self) -> int:

@@ -37,6 +37,7 @@ def _interleaved(section: sections.InterleavedRecipe) -> Rollout:
         accept=acceptance(section.accept, **section.options()),
         block_size=section.block_size,
         max_new_tokens=section.max_new_tokens,
+        batch_size=section.batch_size,
         student_sampling=_sampling(section.student_sampling),
         teacher_sampling=_sampling(section.teacher_sampling),
     )

@@ -30,6 +30,7 @@ from llmdistill.errors import RecipeError
 from llmdistill.protocols import Progress, Steps, Student, Teacher
 from llmdistill.rollouts.acceptance import Accept, Block, TopK, acceptance
 from llmdistill.rollouts.draft_length import AutoBlock, Measured
+from llmdistill.rollouts.parts import in_parts
 from llmdistill.rollouts.responses import ActiveRows, Piece, Responses, Verified
 from llmdistill.sampling import Draw, Sampling, Writer
 
@@ -54,6 +55,7 @@ class InterleavedRollout:
         max_new_tokens: The longest response, in tokens, 1 or more.
         student_sampling: How the student draws drafted tokens.
         teacher_sampling: How the teacher draws the tokens that replace refused ones.
+        batch_size: The most rows that are written at once; "auto" lets memory decide.
 
     Raises:
         RecipeError: If `top_k` is combined with another rule, if a sampling is continuous, or if a
@@ -72,6 +74,7 @@ class InterleavedRollout:
         max_new_tokens: int = 256,
         student_sampling: Sampling = Sampling(temperature=0.5, top_p=0.5),
         teacher_sampling: Sampling = Sampling(temperature=0.2, top_p=0.5),
+        batch_size: int | Literal["auto"] = "auto",
     ) -> None:
         if top_k is not None and accept != "top_k":
             raise RecipeError(
@@ -80,14 +83,18 @@ class InterleavedRollout:
             )
         self.accept = TopK(top_k) if top_k is not None else acceptance(accept)
         self.block_size = block_size
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.student_sampling, self.teacher_sampling = student_sampling, teacher_sampling
         if student_sampling.continuous or teacher_sampling.continuous:
             raise RecipeError(
                 "rollout: an interleaved rollout does not support continuous batching. Set "
                 "'continuous' to False in student_sampling and teacher_sampling."
             )
-        for name, value in (("block_size", block_size), ("max_new_tokens", max_new_tokens)):
+        for name, value in (
+            ("block_size", block_size),
+            ("max_new_tokens", max_new_tokens),
+            ("batch_size", batch_size),
+        ):
             if value != "auto" and value < 1:
                 raise RecipeError(f"rollout.{name} should be 1 or more, got {value}")
         self._auto = AutoBlock(max_new_tokens)
@@ -105,7 +112,20 @@ class InterleavedRollout:
                 "rollout.kind: interleaved runs the teacher block by block, but a "
                 f"{type(teacher).__name__} has no 'session' method. Use a teacher of kind local."
             )
-        draw = Draw(progress.seed, epoch=progress.epoch)
+
+        def write(some: Prompts, draw: Draw) -> Sequences:
+            return self._write(some, student, teacher, draw)
+
+        return in_parts(
+            prompts,
+            Draw(progress.seed, epoch=progress.epoch),
+            write,
+            new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            writers=(student, teacher),
+        )
+
+    def _write(self, prompts: Prompts, student: Steps, teacher: Steps, draw: Draw) -> Sequences:
         with student.session(prompts) as drafter, teacher.session(prompts) as judge:
             pair = _Pair(self, prompts, drafter, judge, draw)
             while len(pair.active):

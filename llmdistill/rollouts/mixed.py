@@ -7,15 +7,18 @@ there.
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.protocols import (
+    Planned,
     Progress,
     Rollout,
     Stateful,
     Student,
     Teacher,
+    WritesAhead,
     steps_both_models,
 )
 from llmdistill.schedules import Schedule, value
@@ -39,11 +42,27 @@ class MixedRollout:
         self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress
     ) -> Sequences:
         """Return the responses of the rollout that is drawn for this step."""
+        return self._drawn(progress).write(prompts, student, teacher, progress)
+
+    def _drawn(self, progress: Progress) -> Rollout:
         share = value(self.share, progress)
         # Keyed by seed and step, so that every rank and a resumed run make the same choice.
         on_policy = random.Random(f"{progress.seed}/{progress.step}").random() < share
-        rollout = self.student if on_policy else self.other
-        return rollout.write(prompts, student, teacher, progress)
+        return self.student if on_policy else self.other
+
+    def planned(self, progress: Progress) -> Planned | None:
+        """Return what the rollout that is drawn for this step plans.
+
+        With a share that adapts to losses, another one may be drawn when the step is made.
+        """
+        drawn = self._drawn(progress)
+        return drawn.planned(progress) if isinstance(drawn, WritesAhead) else None
+
+    def keep_in(self, folder: Path, teacher: Teacher, seed: int) -> None:
+        """Let both rollouts keep responses that never change in a folder."""
+        for part in (self.student, self.other):
+            if isinstance(part, WritesAhead):
+                part.keep_in(folder, teacher, seed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the two rollouts, as far as they have any."""

@@ -47,6 +47,7 @@ class StudentTrainer(Trainer):
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         if not folder or not self._is_finished(Path(folder)):
+            self._before_training()
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise CheckpointError(
@@ -62,6 +63,9 @@ class StudentTrainer(Trainer):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
         return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _before_training(self) -> None:
+        """Do what must be done before the first step.  All ranks call it."""
 
     def _is_finished(self, folder: Path) -> bool:
         """Whether the checkpoint's run has made all its steps or stopped early.

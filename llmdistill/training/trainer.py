@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,18 +26,19 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from llmdistill.batch import Prompts
-from llmdistill.data.collate import EncodedRows, PromptDataset, collate
+from llmdistill.data.collate import EncodedRows, PromptDataset, PromptStream, collate
 from llmdistill.errors import RecipeError, TrainingError
 from llmdistill.models.heads import num_rows, unwrap_adapters
 from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.base import Objective
-from llmdistill.protocols import Follows, Progress, Rollout, Teacher
+from llmdistill.protocols import Follows, Progress, Rollout, Teacher, WritesAhead, changes
 from llmdistill.rollouts.fixed import FixedRollout
+from llmdistill.training.ahead import StreamAhead, write_ahead
 from llmdistill.training.arguments import forced, settle
 from llmdistill.training.groups import GroupedTrainer
 from llmdistill.training.guards import EndWatch, stop_if_not_finite
 from llmdistill.training.order import order
-from llmdistill.training.progress import AfterStep
+from llmdistill.training.progress import AfterStep, ProgressBar
 from llmdistill.training.step import Distillation
 from llmdistill.training.tally import Tally
 
@@ -66,6 +68,8 @@ class DistillTrainer(GroupedTrainer):
         model_card: Text of the README.md that a push to the Hub uploads.  None uploads none.
         merge_adapter: Whether `export_student` merges a LoRA adapter into its base model.
         measured_against: Teacher of the held-out loss.  None is `teacher`, or its `plain` one.
+        responses_folder: Where responses of the teacher are kept that never change.  None is
+            `responses` in `args.output_dir`.
 
     Raises:
         RecipeError: There are no objectives, the teacher has no tokenizer, or the teacher does not
@@ -96,6 +100,7 @@ class DistillTrainer(GroupedTrainer):
         model_card: str | None = None,
         merge_adapter: bool = True,
         measured_against: Teacher | None = None,
+        responses_folder: Path | None = None,
     ) -> None:
         if teacher.tokenizer is None:
             raise RecipeError(
@@ -105,6 +110,8 @@ class DistillTrainer(GroupedTrainer):
         require_same(teacher.tokenizer, processing_class, None, num_rows(student))
         self.teacher, self.rollout, self.model_card = teacher, rollout, model_card
         self.merge_adapter = merge_adapter
+        self.responses_folder = responses_folder or Path(args.output_dir) / "responses"
+        self._stream_ahead, self.seconds_ahead = StreamAhead(), 0.0
         self._step_loss: Tensor | float = 0.0
         known = (unwrap_adapters(student), processing_class, getattr(teacher, "ends", ()))
         self._tally, self._watch_ends = Tally(list_end_ids(*known)), EndWatch()
@@ -137,6 +144,14 @@ class DistillTrainer(GroupedTrainer):
         chosen = order(rows, self.args, self.teacher)
         return super()._get_train_sampler(train_dataset) if chosen is None else chosen
 
+    def _before_training(self) -> None:
+        """Let the teacher write the responses that never change, before the first step."""
+        callbacks = self.callback_handler.callbacks
+        show = any(isinstance(one, ProgressBar) for one in callbacks)
+        start = time.perf_counter()
+        write_ahead(self, self.responses_folder, show_progress=show or not self.args.disable_tqdm)
+        self.seconds_ahead = time.perf_counter() - start
+
     # ---- who writes: the responses of an accumulation window, and the divisors of its step ----
 
     def get_batch_samples(
@@ -147,7 +162,7 @@ class DistillTrainer(GroupedTrainer):
         The responses of the whole window are written in one large batch.  Rows of similar length
         then share a micro-batch, which leaves the sum of the loss as it is and saves padding.
         """
-        parts = list(itertools.islice(epoch_iterator, num_batches))
+        parts = self._next_batches(epoch_iterator, num_batches)
         if not parts:
             return [], None
         prompts = Prompts.join(parts, pad_id=0)
@@ -167,6 +182,13 @@ class DistillTrainer(GroupedTrainer):
         scales_K = self.model.scales(divisors_K, _progress(self)) * self.accelerator.num_processes
         inputs = [{"sequences": sequences.select(some), "scales": scales_K} for some in rows]
         return inputs, sequences.num_predicted.sum()
+
+    def _next_batches(self, batches: Iterator[Prompts], number: int) -> list[Prompts]:
+        """Return the next batches.  The teacher may write the responses of a stream ahead."""
+        ahead = isinstance(self.rollout, WritesAhead) and not changes(self.teacher)
+        if ahead and isinstance(self.train_dataset, PromptStream):
+            return self._stream_ahead.next(self, batches, number, _progress(self))
+        return list(itertools.islice(batches, number))
 
     # ---- what is matched ----
 

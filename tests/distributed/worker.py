@@ -73,8 +73,8 @@ def resumed(folder: Path) -> None:
 
 
 def kept_answers(folder: Path) -> None:
-    """The teacher answers each of 8 prompts once, whichever rank and epoch they come to."""
-    rollout = SampledRollout("teacher", max_new_tokens=4)
+    """The teacher answers each of 8 prompts once; the ranks share the work and read all of it."""
+    rollout = SampledRollout("teacher", max_new_tokens=4, batch_size=2)
     made = trainer(
         folder / "run", rows=dataset(8), rollout=rollout, per_device_train_batch_size=2,
         max_steps=-1, num_train_epochs=3,
@@ -83,7 +83,8 @@ def kept_answers(folder: Path) -> None:
     made.train()
     counts = [torch.zeros(1) for _ in range(2)]
     dist.all_gather(counts, torch.tensor([float(sum(map(len, written)))]))
-    assert sum(counts) == 8, counts
+    assert [int(count) for count in counts] == [4, 4], counts
+    assert len(rollout.kept) == 8
 
 
 def on_policy(folder: Path) -> None:

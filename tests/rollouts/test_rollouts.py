@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,10 @@ class Scribe:
             writer=self.writer,
             pad_id=0,
         )
+
+
+class OtherScribe(Scribe):
+    pass
 
 
 @pytest.fixture
@@ -193,18 +198,47 @@ def test_the_samples_of_a_real_teacher_differ(tokenizer):
     assert second.responses() == alone.responses()
 
 
-def test_what_a_teacher_wrote_survives_as_json(scribes):
+def test_what_a_teacher_wrote_is_read_from_its_files(scribes, tmp_path):
     _, teacher = scribes
     rollout = SampledRollout("teacher", samples=2)
+    rollout.keep_in(tmp_path, teacher, seed=3)
     written = [rollout.write(prompts(), Nobody(), teacher, at(epoch=e)).responses() for e in (0, 1)]
-    assert isinstance(rollout, Stateful)
-    state = json.loads(json.dumps(rollout.state_dict()))
+    assert not isinstance(rollout, Stateful)  # a checkpoint holds none of it
     restored = SampledRollout("teacher", samples=2)
-    restored.load_state_dict(state)
+    restored.keep_in(tmp_path, teacher, seed=3)
     for epoch in (0, 1):
         got = restored.write(prompts(), Nobody(), Nobody(), at(epoch=epoch))
         assert got.responses() == written[epoch]
-    assert json.loads(json.dumps(restored.state_dict())) == state
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda teacher: (SampledRollout("teacher", max_new_tokens=9), teacher, 3),
+        lambda teacher: (SampledRollout("teacher", sampling=Sampling(0.5)), teacher, 3),
+        lambda teacher: (SampledRollout("teacher"), teacher, 4),
+        lambda _: (SampledRollout("teacher"), OtherScribe(Writer.TEACHER), 3),
+    ],
+)
+def test_responses_of_other_settings_are_not_read(scribes, tmp_path, other):
+    _, teacher = scribes
+    rollout = SampledRollout("teacher")
+    rollout.keep_in(tmp_path, teacher, seed=3)
+    rollout.write(prompts(), Nobody(), teacher, at())
+    changed, writer, seed = other(teacher)
+    changed.keep_in(tmp_path, writer, seed)
+    assert len(rollout.kept) == 3
+    assert not len(changed.kept)
+
+
+def test_a_changed_row_does_not_get_the_response_of_another(scribes, tmp_path):
+    """A line was put before the others in the file, so all rows have other numbers."""
+    _, teacher = scribes
+    rollout = SampledRollout("teacher")
+    rollout.keep_in(tmp_path, teacher, seed=3)
+    rollout.write(prompts(), Nobody(), teacher, at())
+    moved = replace(prompts(), row_ids_B=prompts().row_ids_B.roll(1))
+    assert rollout.missing(moved, [0, 0, 0]) == [0, 1, 2]
 
 
 # ---- mixed ----
@@ -265,13 +299,13 @@ def test_each_step_of_a_mixture_is_marked_with_its_writer(scribes):
     assert 1 < len(student.calls) < 20
 
 
-def test_a_mixture_keeps_what_its_teacher_wrote(scribes):
+def test_a_mixture_keeps_what_its_teacher_wrote(scribes, tmp_path):
     _, teacher = scribes
     rollout = MixedRollout(SampledRollout("student"), SampledRollout("teacher"), share=0.0)
+    rollout.keep_in(tmp_path, teacher, seed=3)
     written = rollout.write(prompts(), Nobody(), teacher, at())
-    state = json.loads(json.dumps(rollout.state_dict()))
     restored = MixedRollout(SampledRollout("student"), SampledRollout("teacher"), share=0.0)
-    restored.load_state_dict(state)
+    restored.keep_in(tmp_path, teacher, seed=3)
     assert restored.write(prompts(), Nobody(), Nobody(), at(5)).responses() == written.responses()
 
 

@@ -1,0 +1,203 @@
+"""Lets the teacher write ahead: all responses that a run will use and that never change.
+
+P = rows of the dataset, B = rows of a batch.
+
+Written in training, they would be written a few at a time, with as many rows as a step has.  Before
+the first step they are written in batches that are large and of similar length, and every rank
+writes its share.  The rows of a stream are not known before they are read, so a stream is read some
+steps ahead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from llmdistill.batch import Prompts
+from llmdistill.data.collate import PromptDataset, collate
+from llmdistill.decoding.batches import by_tokens
+from llmdistill.protocols import Progress, Writes, WritesAhead, changes
+from llmdistill.rollouts.parts import rows_of
+
+if TYPE_CHECKING:
+    from llmdistill.training.trainer import DistillTrainer
+
+STREAM_BATCHES = 4  # a stream is read ahead by this many batches of the largest size
+
+
+def write_ahead(trainer: DistillTrainer, folder: Path, *, show_progress: bool) -> None:
+    """Let the teacher write the responses that training will read, as far as `folder` lacks them.
+
+    All ranks must call it together.  It does nothing for rollouts without such responses.
+    """
+    rows, teacher = trainer.train_dataset, trainer.teacher
+    if not isinstance(trainer.rollout, WritesAhead) or changes(teacher):
+        return
+    trainer.rollout.keep_in(folder, teacher, trainer.args.seed)
+    if not isinstance(rows, PromptDataset) or not isinstance(teacher, Writes):
+        return
+    for rollout, used in _used(trainer, rows).items():
+        jobs = _missing(rollout, rows, used)
+        if len(jobs):
+            _write(trainer, rollout, rows, jobs, show_progress=show_progress)
+        rollout.share(all_there=True)
+
+
+def _used(trainer: DistillTrainer, rows: PromptDataset) -> dict[Any, dict[int, np.ndarray]]:
+    """Return, for each rollout and each of its samples, which rows the run will use: (P,), bool."""
+    used: dict[Any, dict[int, np.ndarray]] = {}
+    assert isinstance(trainer.rollout, WritesAhead)
+    for progress, places in _steps(trainer):
+        planned = trainer.rollout.planned(progress)
+        if planned is not None:
+            samples = used.setdefault(planned.rollout, {})
+            mask_P = samples.setdefault(planned.sample, np.zeros(len(rows), bool))
+            mask_P[places] = True
+    return used
+
+
+def _steps(trainer: DistillTrainer) -> Iterator[tuple[Progress, list[int]]]:
+    """Yield the progress of each step of the run, and the places of its rows on all ranks."""
+    args = trainer.args
+    loader = trainer.get_train_dataloader()  # of its own: the one of the training is not touched
+    epochs, per_epoch, *_, num_steps = trainer.set_initial_training_values(args, loader)
+    batches = loader.batch_sampler
+    batches = getattr(batches, "batch_sampler", batches)  # those of all ranks, in turn
+    window = args.gradient_accumulation_steps * args.world_size
+    start = Progress(step=0, epoch=0, seed=args.seed, num_steps=num_steps)
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        if hasattr(batches, "set_epoch"):
+            batches.set_epoch(epoch)
+        windows = _windows(batches, window)
+        for number, places in enumerate(windows):
+            step = epoch * per_epoch + number
+            if step >= num_steps:
+                return
+            yield replace(start, step=step, epoch=epoch), places
+
+
+def _windows(batches: Any, size: int) -> Iterator[list[int]]:
+    """Yield the places in each window of this many batches."""
+    places: list[int] = []
+    for number, batch in enumerate(batches, start=1):
+        places += batch
+        if number % size == 0:
+            yield places
+            places = []
+    if places:
+        yield places
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """Responses to write: number `sample_B` to the prompts of the rows `place_B`."""
+
+    place_B: np.ndarray
+    sample_B: np.ndarray
+    length_B: np.ndarray  # tokens of each prompt
+
+    def __len__(self) -> int:
+        return len(self.place_B)
+
+
+def _missing(rollout: Any, rows: PromptDataset, used: dict[int, np.ndarray]) -> _Jobs:
+    """Return the responses among those used that have not been written."""
+    parts = []
+    for sample, mask_P in sorted(used.items()):
+        for places in _blocks(np.flatnonzero(mask_P)):
+            prompts = collate([rows[int(place)] for place in places])
+            left = places[rollout.missing(prompts, [sample] * len(places))]
+            parts.append((left, np.full(len(left), sample)))
+    place_B, sample_B = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return _Jobs(place_B, sample_B, rows.prompt_lengths[place_B])
+
+
+def _blocks(places: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
+    for start in range(0, len(places), size):
+        yield places[start : start + size]
+
+
+def _write(
+    trainer: DistillTrainer,
+    rollout: Any,
+    rows: PromptDataset,
+    jobs: _Jobs,
+    *,
+    show_progress: bool,
+) -> None:
+    """Write this rank's share of the responses, the longest prompts first."""
+    args, teacher = trainer.args, trainer.teacher
+    size = rows_of(rollout.batch_size, teacher)
+    room = teacher.room() if hasattr(teacher, "room") else None
+    batches = list(by_tokens(jobs.length_B.tolist(), rollout.max_new_tokens, size, tokens=room))[
+        ::-1
+    ]  # a lack of memory shows at once, and the last batches of the ranks end together
+    own = batches[args.process_index :: args.world_size]
+    bar = tqdm(
+        total=sum(map(len, own)),
+        desc="the teacher writes",
+        unit="response",
+        file=sys.stderr,
+        disable=not (show_progress and args.process_index == 0),
+    )
+    with bar, trainer.accelerator.autocast():
+        for batch in own:
+            prompts = collate([rows[int(place)] for place in jobs.place_B[batch]])
+            samples = jobs.sample_B[batch].tolist()
+            rollout.write_missing(prompts, samples, teacher, args.seed)
+            bar.update(len(batch))
+
+
+class StreamAhead:
+    """Reads a stream some steps ahead, and lets the teacher write their responses together."""
+
+    def __init__(self) -> None:
+        self._windows: deque[list[Prompts]] = deque()
+        self._source: Any = None
+
+    def next(
+        self, trainer: DistillTrainer, batches: Iterator[Prompts], number: int, progress: Progress
+    ) -> list[Prompts]:
+        """Return the next `number` batches, whose responses have been written."""
+        if self._source is not batches:  # another pass over the stream
+            self._windows.clear()
+            self._source = batches
+        if not self._windows:
+            self._read(trainer, batches, number, progress)
+        return self._windows.popleft() if self._windows else []
+
+    def _read(
+        self, trainer: DistillTrainer, batches: Iterator[Prompts], number: int, progress: Progress
+    ) -> None:
+        teacher, rollout = trainer.teacher, trainer.rollout
+        assert isinstance(rollout, WritesAhead)
+        rows = STREAM_BATCHES * rows_of("auto", teacher)
+        together: dict[Any, list[tuple[Prompts, int]]] = {}
+        for step in range(progress.step, progress.num_steps):
+            window = _take(batches, number)
+            if not window:
+                break
+            self._windows.append(window)
+            planned = rollout.planned(replace(progress, step=step))
+            if planned is not None:
+                prompts = Prompts.join(window, pad_id=0)
+                together.setdefault(planned.rollout, []).append((prompts, planned.sample))
+            if sum(len(part) for one in self._windows for part in one) >= rows:
+                break
+        for one, parts in together.items():
+            prompts = Prompts.join([part for part, _ in parts], pad_id=0)
+            samples = [sample for part, sample in parts for _ in range(len(part))]
+            one.write_missing(prompts, samples, teacher, trainer.args.seed)
+
+
+def _take(batches: Iterator[Prompts], number: int) -> list[Prompts]:
+    found: Sequence[Prompts | None] = [next(batches, None) for _ in range(number)]
+    return [one for one in found if one is not None]
