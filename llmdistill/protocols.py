@@ -93,7 +93,6 @@ class Teacher(Protocol):
     - `plain`, the teacher to measure a student against, if it is another one.
     - `after_step`, `state_dict` and `load_state_dict`, if it changes with the student (`Follows`).
     - `train_sampler`, if it chooses the order of the rows (`Orders`).
-    - `room()`, the tokens that fit into memory while it writes, if it keeps a cache here.
     - `export`, if something of it is kept when training ends (`Exports`).
     - `exported`, a context in which the student has the weights to export, if not its own.
 

@@ -33,7 +33,7 @@ from llmdistill import (
 )
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.sources import read
-from llmdistill.data.validate import Row
+from llmdistill.data.table import Row
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.training.progress import StepClock
 

@@ -33,7 +33,8 @@ from llmdistill.cost import memory
 from llmdistill.data.build import load_student_tokenizer
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.sources import read
-from llmdistill.data.validate import Row, Rules
+from llmdistill.data.table import Row
+from llmdistill.data.validate import Rules
 from llmdistill.run import build_trainer, load_pair, training_arguments
 from llmdistill.training.progress import StepClock
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 from llmdistill import recipe as recipes
 from llmdistill.cost import memory
 from llmdistill.data.collate import PromptDataset
-from llmdistill.data.validate import Row
+from llmdistill.data.table import Row
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -41,11 +41,11 @@ def test_the_public_names():
 
 SIGNATURES = {
     "DistillTrainer": "student teacher rollout objectives args train_dataset eval_dataset processing_class "
-    "callbacks optimizers model_card merge_adapter measured_against",
+    "callbacks optimizers model_card merge_adapter measured_against responses_folder",
     "LocalTeacher": "model tokenizer",
     "ResponseObjective": "divergence target token_weight weight divisor scale_by_t2 chunk_size options",
-    "SampledRollout": "by sampling max_new_tokens samples",
-    "InterleavedRollout": "top_k accept block_size max_new_tokens student_sampling teacher_sampling",
+    "SampledRollout": "by sampling max_new_tokens samples batch_size",
+    "InterleavedRollout": "top_k accept block_size max_new_tokens student_sampling teacher_sampling batch_size",
     "MixedRollout": "student other share",
     "Sampling": "temperature top_p top_k continuous",
     "distill": "recipe resume overwrite show_progress",

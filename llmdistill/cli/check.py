@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmdistill.data.collate import EncodedRows
-    from llmdistill.data.validate import Row
+    from llmdistill.data.table import Row
     from llmdistill.recipe import Recipe
 
 

@@ -1,4 +1,7 @@
-"""Loads the tokenizers of a recipe, and builds its rows: those to train on and to measure on."""
+"""Loads the tokenizers of a recipe, and builds its rows: those to train on and to measure on.
+
+N = rows.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llmdistill import recipe
-from llmdistill.data.collate import EncodedRows, PromptDataset, PromptStream, question
+from llmdistill.data.collate import EncodedRows, PromptDataset, PromptStream
+from llmdistill.data.content import content_of
 from llmdistill.data.sources import read
 from llmdistill.data.validate import Rules
 from llmdistill.errors import RecipeError
@@ -117,12 +123,10 @@ def build_rows(
     parts = _load(section.eval, tokenizer, replace(rules, needs_response=False))
     held = PromptDataset.join(parts, seed=seed)
     if isinstance(train, PromptDataset):
-        seen = {question(row) for row in train.rows}
-        if both := sum(question(row) in seen for row in held.rows):
+        known = np.isin(held.rows.questions_N, train.rows.questions_N)
+        if both := int(known.sum()):
             logger.warning("data: %d rows of data.eval have a prompt of data.train", both)
-    return train, PromptDataset(
-        [replace(row, row_id=HELD_OUT + row.row_id) for row in held.rows], held.counts
-    )
+    return train, PromptDataset(held.rows.renumbered(held.rows.row_ids_N + HELD_OUT), held.counts)
 
 
 def _hold_back(
@@ -133,13 +137,12 @@ def _hold_back(
     # would be trained on.
     once = PromptDataset.join([(part, 1.0) for part, _ in parts], seed=seed)
     rest, held = once.hold_back(min(number, len(once)))
-    if not rest.rows:
+    if not len(rest):
         raise RecipeError(
             f"data.hold_back: holding back {number} of {len(once)} rows leaves none to train on, "
             "as rows with the same prompt stay together. Set a smaller number, or use data.eval."
         )
-    without = frozenset(row.row_id for row in held.rows)
-    return PromptDataset.join(parts, seed=seed, without=without), held
+    return PromptDataset.join(parts, seed=seed, without=held.rows.row_ids_N), held
 
 
 def _load(
@@ -150,7 +153,9 @@ def _load(
     parts = []
     for source in sources:
         rows = read(source.source, columns=source.columns, add=source.add)
-        part = PromptDataset.encode(rows, tokenizer, _of_source(rules, source))
+        content = content_of(source.source, columns=source.columns, add=source.add)
+        own = _of_source(rules, source)
+        part = PromptDataset.encode(rows, tokenizer, own, content=content)
         parts.append((part, source.weight))
     return parts
 

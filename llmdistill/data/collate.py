@@ -1,13 +1,13 @@
-"""Encoded rows as a dataset that a trainer can draw from, and as batches of prompts."""
+"""Encoded rows as a dataset that a trainer can draw from, and as batches of prompts.
+
+N = rows.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,10 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from llmdistill.batch import Prompts
-from llmdistill.data.validate import Row, RowCounts, Rules, encode, stream
+from llmdistill.data.content import dataset_content
+from llmdistill.data.encoding import encode_source
+from llmdistill.data.table import Row, Rows
+from llmdistill.data.validate import Encoder, RowCounts, Rules
 from llmdistill.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,10 +28,10 @@ FIRST_ROWS = 64  # rows of a stream that stand for all of them
 
 
 class PromptDataset(Dataset):
-    """Encoded rows in memory, with the counts of the rows that they were made from."""
+    """Encoded rows in an Arrow table, with the counts of the rows that they were made from."""
 
-    def __init__(self, rows: Sequence[Row], counts: RowCounts | None = None) -> None:
-        self.rows = list(rows)
+    def __init__(self, rows: Rows | Iterable[Row], counts: RowCounts | None = None) -> None:
+        self.rows = Rows.of(rows)
         self.counts = counts or RowCounts(read=len(self.rows), kept=len(self.rows))
 
     @classmethod
@@ -37,9 +40,16 @@ class PromptDataset(Dataset):
         rows: Iterable[tuple[str, Any]],
         tokenizer: PreTrainedTokenizerBase,
         rules: Rules | None = None,
+        *,
+        content: str | None = None,
     ) -> PromptDataset:
-        """Encode (place, row) pairs.  Raises DataError as `validate.encode` does."""
-        return cls(*encode(rows, tokenizer, rules))
+        """Encode (place, row) pairs.  Raises DataError as `validate.encode` does.
+
+        If `content` tells what the rows are, they are read from the cache of an earlier call, or
+        written to it.
+        """
+        encoded = encode_source(rows, content, tokenizer, rules or Rules())
+        return cls(Rows(encoded.table), encoded.counts)
 
     @classmethod
     def of(
@@ -50,13 +60,15 @@ class PromptDataset(Dataset):
     ) -> EncodedRows | None:
         """Return rows that a user passes in as a dataset; encoded rows and None are returned as is.
 
-        `rows` can be dicts in any form of `formats.py`.  Raises DataError if one is malformed, and
-        VocabularyError if the tokenizer of the teacher renders one differently.
+        `rows` can be dicts in any form of `formats.py`; those of a `datasets.Dataset` are cached.
+        Raises DataError if one is malformed, and VocabularyError if the tokenizer of the teacher
+        renders one differently.
         """
         if rows is None or isinstance(rows, PromptDataset | PromptStream):
             return rows
         rules = Rules(others=() if teacher is None else (teacher,))
-        return cls.encode(((f"row {i}", row) for i, row in enumerate(rows)), tokenizer, rules)
+        numbered = ((f"row {i}", row) for i, row in enumerate(rows))
+        return cls.encode(numbered, tokenizer, rules, content=dataset_content(rows))
 
     @classmethod
     def join(
@@ -64,7 +76,7 @@ class PromptDataset(Dataset):
         parts: Sequence[tuple[PromptDataset, float]],
         *,
         seed: int,
-        without: frozenset[int] = frozenset(),
+        without: np.ndarray | None = None,
     ) -> PromptDataset:
         """Join several datasets into one, with as many copies of each row as its part's weight.
 
@@ -72,24 +84,23 @@ class PromptDataset(Dataset):
         with this seed.  Each copy has a separate row id, so a model writes another answer to it.
         Rows whose id is in `without` are left out.
         """
-        rows: list[Row] = []
-        copies: list[Row] = []
         total = RowCounts()
+        placed, times = [], []
         for part, weight in parts:
-            for row in part.rows:
-                # The ids of a part count its dropped examples too, so the offset must as well.
-                placed = replace(row, row_id=total.examples + row.row_id)
-                if placed.row_id in without:
-                    continue
-                drawn = random.Random(f"{seed}/{placed.row_id}").random() < weight % 1
-                times = int(weight) + drawn
-                rows += [placed] * (times > 0)
-                copies += [placed] * (times - 1)
+            # The ids of a part count its dropped examples too, so the offset must as well.
+            placed.append(part.rows.renumbered(part.rows.row_ids_N + total.examples))
+            times.append(_times(placed[-1].row_ids_N, weight, seed))
             total += part.counts
+        rows, times_N = Rows.join(placed), np.concatenate(times)
+        if without is not None:
+            times_N[np.isin(rows.row_ids_N, without)] = 0
+        places_N = np.arange(len(rows))
+        copies = rows.take(np.repeat(places_N, np.maximum(times_N - 1, 0)))
         # First copies keep their ids whatever the weights are; further copies are numbered after
         # all of them.
-        numbered = (replace(row, row_id=total.examples + i) for i, row in enumerate(copies))
-        return cls([*rows, *numbered], total)
+        numbered = copies.renumbered(total.examples + np.arange(len(copies)))
+        first = rows.take(times_N > 0)
+        return cls(Rows.join([first, numbered]) if len(copies) else first, total)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,11 +112,6 @@ class PromptDataset(Dataset):
         """Return the first rows."""
         return self.rows[:number]
 
-    @property
-    def prompt_lengths(self) -> np.ndarray:
-        """The number of tokens of each prompt."""
-        return np.array([len(row.prompt_ids) for row in self.rows])
-
     def hold_back(self, number: int) -> tuple[PromptDataset, PromptDataset]:
         """Split off at least `number` rows, of evenly spaced questions; return the others first.
 
@@ -113,36 +119,42 @@ class PromptDataset(Dataset):
         with another answer.  The split is the same in every run.  `number` must be smaller than the
         number of rows.
         """
-        questions: dict[Any, list[int]] = {}
-        for place, row in enumerate(self.rows):
-            questions.setdefault(question(row), []).append(place)
+        _, first, group_N, sizes = np.unique(
+            self.rows.questions_N, return_index=True, return_inverse=True, return_counts=True
+        )
+        order = first.argsort()  # questions in the order of the rows
         # A question with very many rows would hold out most of the data.
-        largest = max(number, min(map(len, questions.values()), default=0))
-        groups = [places for places in questions.values() if len(places) <= largest]
-        if (few := sum(map(len, groups))) < number:
+        largest = max(number, int(sizes.min()) if len(sizes) else 0)
+        groups = order[sizes[order] <= largest]
+        if (few := int(sizes[groups].sum())) < number:
             raise DataError(
                 f"data.hold_back: only {few} rows belong to questions with at most {number} rows, "
                 "and questions are held back whole. Set a smaller number, or use data.eval."
             )
-        for count in range(-(-number // max(map(len, groups))), len(groups) + 1):
-            # The middle of each of `count` equal parts.
-            middles = ((2 * i + 1) * len(groups) // (2 * count) for i in range(count))
-            held = sorted(place for middle in middles for place in groups[middle])
-            if len(held) >= number:
-                break
-        without = set(held)
-        kept = [row for place, row in enumerate(self.rows) if place not in without]
-        return PromptDataset(kept, self.counts), PromptDataset([self.rows[i] for i in held])
+        held_N = np.isin(group_N, _evenly(groups, sizes, number))
+        kept = PromptDataset(self.rows.take(~held_N), self.counts)
+        return kept, PromptDataset(self.rows.take(held_N))
 
 
-def question(row: Row) -> Any:
-    """Return what makes two rows the same question: the prompt, and the images of a row.
+def _times(row_ids_N: np.ndarray, weight: float, seed: int) -> np.ndarray:
+    """Return how often each row is taken."""
+    whole = np.full(len(row_ids_N), int(weight))
+    if weight % 1 == 0:
+        return whole
+    draws = (random.Random(f"{seed}/{row}").random() for row in row_ids_N.tolist())
+    return whole + np.fromiter((draw < weight % 1 for draw in draws), int, len(row_ids_N))
 
-    Plain text has no prompt, so all of it counts.
-    """
-    text = row.response_ids if row.is_text else None
-    images = repr(row.columns) if row.messages else ""  # only a teacher of images reads messages
-    return (*row.prompt_ids, *(text or ())), images
+
+def _evenly(groups: np.ndarray, sizes: np.ndarray, number: int) -> np.ndarray:
+    """Return evenly spaced groups that have at least `number` rows together."""
+    if not number:
+        return groups[:0]
+    for count in range(-(-number // int(sizes[groups].max())), len(groups) + 1):
+        # The middle of each of `count` equal parts.
+        chosen = groups[(2 * np.arange(count) + 1) * len(groups) // (2 * count)]
+        if sizes[chosen].sum() >= number:
+            return chosen
+    return groups
 
 
 class ByLength(Sampler[int]):
@@ -153,7 +165,8 @@ class ByLength(Sampler[int]):
     """
 
     def __init__(self, rows: PromptDataset, window: int, *, seed: int) -> None:
-        self.lengths = [len(row.prompt_ids) + len(row.response_ids or ()) for row in rows.rows]
+        lengths_N = rows.rows.lengths("prompt_ids") + rows.rows.lengths("response_ids")
+        self.lengths = lengths_N.tolist()
         self.window, self.seed, self.epoch = window, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -190,7 +203,8 @@ class PromptStream(IterableDataset):
     def __iter__(self) -> Iterator[Row]:
         self.counts = RowCounts()  # of this pass alone
         on_bad = _skip if self.rules.skip_bad else _stop
-        yield from stream(self.read(), self.tokenizer, self.rules, self.counts, on_bad)
+        encoder = Encoder(self.tokenizer, self.rules)
+        yield from encoder.rows(self.read(), self.counts, on_bad)
 
     def head(self, number: int) -> list[Row]:
         """Read and return the first rows; the next pass starts at the first row again."""
@@ -201,7 +215,7 @@ EncodedRows = PromptDataset | PromptStream  # the rows that a trainer accepts
 
 
 def _skip(_error: DataError) -> None:
-    """Do nothing: `stream` has counted the row."""
+    """Do nothing: the encoder has counted the row."""
 
 
 def _stop(error: DataError) -> None:
@@ -210,12 +224,8 @@ def _stop(error: DataError) -> None:
 
 def fingerprint(rows: EncodedRows) -> str:
     """Return a hash of the ids of all rows; of a stream, of its first rows."""
-    found = hashlib.sha256()
-    for row in rows.rows if isinstance(rows, PromptDataset) else rows.head(FIRST_ROWS):
-        for ids in (row.prompt_ids, row.response_ids, row.teacher_prompt_ids):
-            found.update(array("q", [row.row_id, *(ids or ())]).tobytes())
-        found.update(repr(row.columns).encode() if row.columns else b"")
-    return found.hexdigest()
+    found = rows.rows if isinstance(rows, PromptDataset) else Rows.of(rows.head(FIRST_ROWS))
+    return found.digest()
 
 
 def sample_text(rows: EncodedRows, number: int) -> Prompts:

@@ -1,4 +1,7 @@
-"""Whether the rows of a run, and what is written after them, fit the context of its models."""
+"""Whether the rows of a run, and what is written after them, fit the context of its models.
+
+N = rows.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from llmdistill import recipe
 from llmdistill.data.collate import FIRST_ROWS, EncodedRows, PromptDataset
+from llmdistill.data.table import Rows
 from llmdistill.errors import ModelError, RecipeError
 from llmdistill.models.load import load_config
 
@@ -72,19 +78,18 @@ def _longest(
     whole: recipe.Recipe, train: EncodedRows, held: PromptDataset | None
 ) -> Iterator[Longest]:
     """Yield the longest text of each kind that a model of the run reads."""
-    rows = train.rows if isinstance(train, PromptDataset) else train.head(FIRST_ROWS)
-    prompts = [max(len(row.prompt_ids), len(row.teacher_prompt_ids or ())) for row in rows]
-    lengths = [len(row.response_ids or ()) for row in rows]
+    rows = train.rows if isinstance(train, PromptDataset) else Rows.of(train.head(FIRST_ROWS))
+    prompts_N = np.maximum(rows.lengths("prompt_ids"), rows.lengths("teacher_prompt_ids"))
     if whole.rollout.takes_data:
-        both = max((a + b for a, b in zip(prompts, lengths, strict=True)), default=0)
+        both = int((prompts_N + rows.lengths("response_ids")).max(initial=0))
         keys = "data.max_prompt_tokens or data.max_response_tokens"
         yield Longest("a prompt with its response", both, keys)
     if new := whole.rollout.new_tokens:
         keys = "data.max_prompt_tokens or rollout.max_new_tokens"
         what = "a prompt with what is written after it"
-        yield Longest(what, max(prompts, default=0) + new, keys)
+        yield Longest(what, int(prompts_N.max(initial=0)) + new, keys)
     if held is not None and len(held):
-        asked = max(len(row.prompt_ids) for row in held.rows)
+        asked = int(held.rows.lengths("prompt_ids").max())
         keys = "data.max_prompt_tokens or evaluate.max_new_tokens"
         what = "a held-out prompt with its answer"
         yield Longest(what, asked + whole.evaluate.max_new_tokens, keys)

@@ -65,11 +65,11 @@ def hub_name(source: str) -> str | None:
     # not be looked up on the Hub.
     path = Path(os.path.expanduser(source))
     here = source == SEED_TASKS or path.exists() or type_of(path) in READERS or path.is_absolute()
-    is_file = here or source.startswith("./") or _folder_and_split(source) is not None
+    is_file = here or source.startswith("./") or folder_and_split(source) is not None
     return None if is_file else source.partition(":")[0]
 
 
-def _folder_and_split(source: str) -> tuple[Path, str] | None:
+def folder_and_split(source: str) -> tuple[Path, str] | None:
     """Return the parts of `folder:split`, or None if there is no such folder."""
     name, colon, split = source.rpartition(":")
     folder = Path(os.path.expanduser(name))
@@ -82,9 +82,9 @@ def _rows(source: str, streaming: bool) -> Rows:
         lines = files("llmdistill.data").joinpath("seed_tasks.jsonl").read_text(encoding="utf-8")
         return _json_lines(lines.split("\n"), SEED_TASKS)
     if hub_name(source):
-        return _hub_rows(source, streaming)
+        return _numbered(map(without_nulls, hub_dataset(source, streaming=streaming)), source)
     path = Path(os.path.expanduser(source))
-    if not path.exists() and (named := _folder_and_split(source)) is not None:
+    if not path.exists() and (named := folder_and_split(source)) is not None:
         return _folder_rows(named[0], source.rpartition(":")[0], named[1])
     return _folder_rows(path, source, None) if path.is_dir() else _file_rows(path, source)
 
@@ -325,19 +325,19 @@ def _read_parquet(path: Path, source: str) -> Rows:
         raise DataError(f"{source}: not a valid Parquet file: {error}") from error
 
 
-def _hub_rows(source: str, streaming: bool) -> Rows:
+def hub_dataset(source: str, *, streaming: bool = False) -> Any:
+    """Return a dataset of the Hub.  Raises DataError if it cannot be loaded."""
     import datasets
 
     name, *parts = re.split(r":(?![^\[]*\])", source)  # not the colon of a slice: train[:100]
     split = parts.pop() if parts else "train"
     config = parts[0] if parts else None
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:
         raise DataError(
             f"cannot load dataset '{source}': {type(error).__name__}: {error}. {HELP}"
         ) from error
-    yield from _numbered(map(without_nulls, rows), source)
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:

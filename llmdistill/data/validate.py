@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from llmdistill.data.formats import Example, Message, form_of, to_examples, unread
+from llmdistill.data.formats import Example, form_of, to_examples, unread
 from llmdistill.data.pairing import Pairing
 from llmdistill.data.render import render, with_context
+from llmdistill.data.table import Row
 from llmdistill.errors import DataError
 from llmdistill.models.chat import special_tokens
 from llmdistill.models.vocabulary import num_tokens
@@ -19,27 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN = 5  # bad rows that an error names: enough to see a pattern in a large file
-
-
-@dataclass(frozen=True)
-class Row:
-    """One encoded row.
-
-    `row_id` is its place among all examples that were read, dropped ones too, from 0.  It keys the
-    random draws of the row.  `response_ids` include the end token unless the response was cut.
-    `columns` are the fields of the row that the teacher reads, and `teacher_prompt_ids` is the
-    prompt with the context that only the teacher sees; None if it reads the same prompt.
-    `messages` are those of the prompt, if the teacher renders them itself.  `is_text` marks plain
-    text, whose prompt is its first token alone.
-    """
-
-    row_id: int
-    prompt_ids: list[int]
-    response_ids: list[int] | None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    teacher_prompt_ids: list[int] | None = None
-    messages: tuple[Message, ...] = ()
-    is_text: bool = False
 
 
 @dataclass
@@ -147,55 +127,65 @@ def encode(
     Raises DataError too if no row is left.
     """
     # All rows are read before an error is raised, so that one run shows all that must be fixed.
-    rules = rules or Rules()
-    counts = RowCounts()
-    bad: list[DataError] = []
-    kept = list(stream(rows, tokenizer, rules, counts, bad.append))
-    if bad and not rules.skip_bad:
-        raise DataError(_summary(bad, counts.read))
-    if not kept:
-        raise DataError(f"no usable rows are left: {counts}. Check the source and its limits.")
+    encoder = Encoder(tokenizer, rules or Rules())
+    counts, bad = RowCounts(), list[DataError]()
+    kept = list(encoder.rows(rows, counts, bad.append))
+    require_usable(encoder.rules, counts, bad)
     return kept, counts
 
 
-def stream(
-    rows: Iterable[tuple[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    rules: Rules,
-    counts: RowCounts,
-    on_bad: Callable[[DataError], None],
-) -> Iterator[Row]:
-    """Yield the encoded rows one by one.
+def require_usable(rules: Rules, counts: RowCounts, bad: Sequence[DataError]) -> None:
+    """Raise DataError if malformed rows are not skipped, or if no row is left."""
+    if bad and not rules.skip_bad:
+        raise DataError(_summary(bad, counts.bad, counts.read))
+    if not counts.kept:
+        raise DataError(f"no usable rows are left: {counts}. Check the source and its limits.")
 
-    `counts` is updated along the way.  `on_bad` is called with the error of each malformed row.
-    Raises DataError at a row that is too long if the rules say stop, and VocabularyError if a
-    teacher renders a row differently.
-    """
-    pairing = Pairing(tokenizer, rules.others, rules.template_options)
-    control, limit = special_tokens(tokenizer), num_tokens(tokenizer)
-    for place, row in rows:
-        counts.read += 1
-        try:
-            examples = _examples(row, place, rules)
-            encoded = [_encode(row, one, tokenizer, rules) for one in examples]
-            _check_ids(encoded, place, tokenizer, limit)
-        except DataError as error:
-            counts.bad += 1
-            on_bad(error)
-            continue
-        for example, one in zip(examples, encoded, strict=True):
-            counts.answers_left_out += example.response is not None and one.response_ids is None
-            alone = replace(example, response=None, more={})
-            pairing.check(example if one.response_ids is not None else alone)
-        _count(row, place, examples, control, rules, counts)
-        # The id of this row's first example: `read` has counted one for it already.
-        first = counts.examples - 1
-        counts.more_answers += max(len(encoded) - 1, 0)
-        for turn, one in enumerate(encoded):
-            fitting = _fit(replace(one, row_id=first + turn), place, rules, counts)
-            if fitting is not None:
-                counts.kept += 1
-                yield fitting
+
+class Encoder:
+    """Turns the rows of a source into ids, by the rules of a run."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: Rules) -> None:
+        self.tokenizer, self.rules = tokenizer, rules
+        self._pairing = Pairing(tokenizer, rules.others, rules.template_options)
+        self._control, self._limit = special_tokens(tokenizer), num_tokens(tokenizer)
+
+    def rows(
+        self,
+        rows: Iterable[tuple[str, Any]],
+        counts: RowCounts,
+        on_bad: Callable[[DataError], None],
+    ) -> Iterator[Row]:
+        """Yield the encoded rows one by one.
+
+        `counts` is updated along the way.  `on_bad` is called with the error of each malformed row.
+        Raises DataError at a row that is too long if the rules say stop, and VocabularyError if a
+        teacher renders a row differently.
+        """
+        rules = self.rules
+        for place, row in rows:
+            counts.read += 1
+            try:
+                examples = _examples(row, place, rules)
+                encoded = [_encode(row, one, self.tokenizer, rules) for one in examples]
+                _check_ids(encoded, place, self.tokenizer, self._limit)
+            except DataError as error:
+                counts.bad += 1
+                on_bad(error)
+                continue
+            for example, one in zip(examples, encoded, strict=True):
+                counts.answers_left_out += example.response is not None and one.response_ids is None
+                alone = replace(example, response=None, more={})
+                self._pairing.check(example if one.response_ids is not None else alone)
+            _count(row, place, examples, self._control, rules, counts)
+            # The id of this row's first example: `read` has counted one for it already.
+            first = counts.examples - 1
+            counts.more_answers += max(len(encoded) - 1, 0)
+            for turn, one in enumerate(encoded):
+                fitting = _fit(replace(one, row_id=first + turn), place, rules, counts)
+                if fitting is not None:
+                    counts.kept += 1
+                    yield fitting
 
 
 def _examples(row: Any, place: str, rules: Rules) -> list[Example]:
@@ -321,12 +311,13 @@ def _too_long(ids: list[int], limit: int | None) -> bool:
     return limit is not None and len(ids) > limit
 
 
-def _summary(bad: list[DataError], total: int) -> str:
+def _summary(bad: Sequence[DataError], number: int, total: int) -> str:
+    """Say what is wrong with some of the `number` malformed rows, of `total` rows."""
     lines = [
-        f"{len(bad)} of {total} rows are malformed. Fix or drop them. In a recipe you can also set "
+        f"{number} of {total} rows are malformed. Fix or drop them. In a recipe you can also set "
         "data.on_bad_row: skip."
     ]
     lines += [f"  {line}" for line in bad[:SHOWN]]
-    if len(bad) > SHOWN:
-        lines.append(f"  ... and {len(bad) - SHOWN} more")
+    if number > SHOWN:
+        lines.append(f"  ... and {number - SHOWN} more")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ import torch
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.context import room
-from llmdistill.data.validate import Row
+from llmdistill.data.table import Row
 from llmdistill.decoding.batches import by_tokens
 from llmdistill.decoding.sample import sample
 from llmdistill.errors import DataError, RecipeError

@@ -1,16 +1,24 @@
-"""Writing a batch in parts of similar length, so that its cache fits into memory."""
+"""Writing a batch in parts of similar length, so that its cache fits into memory.
+
+B = rows, P = prompt tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from llmdistill.batch import Prompts, Sequences
-from llmdistill.decoding.batches import by_tokens, rows_at_once
+from llmdistill.decoding.batches import by_tokens, rows_at_once, tokens_that_fit
 from llmdistill.sampling import Draw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def in_parts(
@@ -33,16 +41,15 @@ def in_parts(
         write: Writes one part.
         new_tokens: The longest response, in tokens.
         batch_size: The most rows of a part; "auto" is what the device writes well.
-        writers: The models, each of which keeps a cache.  Their `room` is the number of tokens of
-            it that fit into memory, if they have one.
+        writers: The models, each of which keeps a cache.
     """
-    rooms = [one.room() for one in writers if hasattr(one, "room")]
+    rooms = [tokens for tokens in map(room, writers) if tokens is not None]
     places = list(
         by_tokens(
             prompts.attention_mask_BP.sum(1).tolist(),
             new_tokens,
-            rows_of(batch_size, writers[0]),
-            tokens=min((room for room in rooms if room is not None), default=None),
+            most_rows(batch_size, writers[0]),
+            tokens=min(rooms, default=None),
         )
     )
     if len(places) <= 1:
@@ -52,11 +59,32 @@ def in_parts(
     return Sequences.join(written).select(order)
 
 
-def rows_of(batch_size: int | Literal["auto"], writer: Any) -> int:
-    """Return the most rows of a batch that a model writes at once."""
+def most_rows(batch_size: int | Literal["auto"], writer: Any) -> int:
+    """Return the most rows of a batch that a teacher or the student writes at once."""
     if batch_size != "auto":
         return batch_size
-    return rows_at_once(getattr(writer, "device", torch.device("cpu")))
+    model = _model_of(writer)
+    return rows_at_once(torch.device("cpu") if model is None else model.device)
+
+
+def room(writer: Any) -> int | None:
+    """Return the number of tokens whose cache fits into the free memory of a writer.
+
+    None is no limit: for a writer without a model here, and for sharded weights, because all ranks
+    must then write in the same number of parts.
+    """
+    model = _model_of(writer)
+    if model is None or any(
+        isinstance(one, DTensor) or hasattr(one, "ds_id") for one in model.parameters()
+    ):
+        return None
+    return tokens_that_fit(model)
+
+
+def _model_of(writer: Any) -> PreTrainedModel | None:
+    """Return the model of a local teacher, or the student in `Distillation`."""
+    found = getattr(writer, "student", getattr(writer, "model", None))
+    return found if isinstance(found, nn.Module) else None
 
 
 def _part(draw: Draw, places: list[int]) -> Draw:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmdistill.data.validate import Row
+from llmdistill.data.table import Row
 from llmdistill.errors import RecipeError
 from llmdistill.models.build import build_student
 from llmdistill.models.load import load_model, load_processor, load_tokenizer

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmdistill.batch import Prompts, Sequences, TeacherSignal
-from llmdistill.decoding.batches import tokens_that_fit
 from llmdistill.decoding.sample import sample
 from llmdistill.decoding.session import Session, session
 from llmdistill.distributions import Dense
@@ -152,10 +151,6 @@ class LocalTeacher:
                 keep_states=True,
                 stop=stop,
             )
-
-    def room(self) -> int | None:
-        """Return the number of tokens whose cache fits into the free memory; None is no limit."""
-        return tokens_that_fit(self.model)
 
     def session(self, prompts: Prompts) -> AbstractContextManager[Session]:
         """Open a session of the teacher on these prompts, for interleaved rollouts."""

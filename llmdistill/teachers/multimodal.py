@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmdistill.batch import Prompts, Sequences, TeacherSignal
 from llmdistill.data.formats import Message
-from llmdistill.data.validate import Row
+from llmdistill.data.table import Row
 from llmdistill.decoding.sample import sample
 from llmdistill.distributions import Dense
 from llmdistill.errors import DataError, ModelError, RecipeError, VocabularyError

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from llmdistill.batch import Prompts, Sequences, TeacherSignal
-from llmdistill.data.validate import Row
+from llmdistill.data.table import Row
 from llmdistill.distributions import Routed, Several
 from llmdistill.errors import DataError, RecipeError
 from llmdistill.models.taps import Need
@@ -210,7 +210,7 @@ class CurriculumTeacher(RoutedTeacher):
         """Return the order of the rows, the easier ones first; None if all are drawn at once."""
         if self.pace_from >= 1:
             return None
-        ranks_R = [self.rank[row.row_id] for row in rows.rows]
+        ranks_R = [self.rank[row] for row in rows.rows.row_ids_N.tolist()]
         return Paced(ranks_R, self.pace_from, epochs=epochs, seed=seed)
 
 

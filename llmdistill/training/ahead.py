@@ -10,29 +10,60 @@ steps ahead.
 
 from __future__ import annotations
 
+import itertools
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from llmdistill.batch import Prompts
-from llmdistill.data.collate import PromptDataset, collate
+from llmdistill.data.collate import PromptDataset, PromptStream, collate
 from llmdistill.decoding.batches import by_tokens
-from llmdistill.protocols import Progress, Writes, WritesAhead, changes
-from llmdistill.rollouts.parts import rows_of
-
-if TYPE_CHECKING:
-    from llmdistill.training.trainer import DistillTrainer
+from llmdistill.protocols import Progress, Teacher, Writes, WritesAhead, changes
+from llmdistill.rollouts.parts import most_rows, room
+from llmdistill.training.groups import GroupedTrainer
+from llmdistill.training.progress import ProgressBar
 
 STREAM_BATCHES = 4  # a stream is read ahead by this many batches of the largest size
 
 
-def write_ahead(trainer: DistillTrainer, folder: Path, *, show_progress: bool) -> None:
+class AheadTrainer(GroupedTrainer):
+    """Trainer whose teacher writes ahead, if its rollout has responses that never change.
+
+    `responses_folder` is where they are kept, and `seconds_ahead` the time that writing took before
+    the first step.
+    """
+
+    teacher: Teacher
+    responses_folder: Path
+    seconds_ahead: float
+    _stream_ahead: StreamAhead | None = None
+
+    def _before_training(self) -> None:
+        """Let the teacher write the responses of all steps."""
+        show = any(isinstance(one, ProgressBar) for one in self.callback_handler.callbacks)
+        start = time.perf_counter()
+        write_ahead(self, self.responses_folder, show_progress=show or not self.args.disable_tqdm)
+        self.seconds_ahead = time.perf_counter() - start
+
+    def _next_batches(
+        self, batches: Iterator[Prompts], number: int, progress: Progress
+    ) -> list[Prompts]:
+        """Return the next batches.  The teacher may write the responses of a stream ahead."""
+        ahead = isinstance(self.rollout, WritesAhead) and not changes(self.teacher)
+        if ahead and isinstance(self.train_dataset, PromptStream):
+            self._stream_ahead = self._stream_ahead or StreamAhead()
+            return self._stream_ahead.next(self, batches, number, progress)
+        return list(itertools.islice(batches, number))
+
+
+def write_ahead(trainer: AheadTrainer, folder: Path, *, show_progress: bool) -> None:
     """Let the teacher write the responses that training will read, as far as `folder` lacks them.
 
     All ranks must call it together.  It does nothing for rollouts without such responses.
@@ -43,14 +74,16 @@ def write_ahead(trainer: DistillTrainer, folder: Path, *, show_progress: bool) -
     trainer.rollout.keep_in(folder, teacher, trainer.args.seed)
     if not isinstance(rows, PromptDataset) or not isinstance(teacher, Writes):
         return
-    for rollout, used in _used(trainer, rows).items():
-        jobs = _missing(rollout, rows, used)
+    missing = {one: _missing(one, rows, used) for one, used in _used(trainer, rows).items()}
+    # No rank may write before all have looked, or they would share different work.
+    trainer.accelerator.wait_for_everyone()
+    for rollout, jobs in missing.items():
         if len(jobs):
             _write(trainer, rollout, rows, jobs, show_progress=show_progress)
         rollout.share(all_there=True)
 
 
-def _used(trainer: DistillTrainer, rows: PromptDataset) -> dict[Any, dict[int, np.ndarray]]:
+def _used(trainer: AheadTrainer, rows: PromptDataset) -> dict[Any, dict[int, np.ndarray]]:
     """Return, for each rollout and each of its samples, which rows the run will use: (P,), bool."""
     used: dict[Any, dict[int, np.ndarray]] = {}
     assert isinstance(trainer.rollout, WritesAhead)
@@ -63,7 +96,7 @@ def _used(trainer: DistillTrainer, rows: PromptDataset) -> dict[Any, dict[int, n
     return used
 
 
-def _steps(trainer: DistillTrainer) -> Iterator[tuple[Progress, list[int]]]:
+def _steps(trainer: AheadTrainer) -> Iterator[tuple[Progress, list[int]]]:
     """Yield the progress of each step of the run, and the places of its rows on all ranks."""
     args = trainer.args
     loader = trainer.get_train_dataloader()  # of its own: the one of the training is not touched
@@ -117,7 +150,7 @@ def _missing(rollout: Any, rows: PromptDataset, used: dict[int, np.ndarray]) -> 
             left = places[rollout.missing(prompts, [sample] * len(places))]
             parts.append((left, np.full(len(left), sample)))
     place_B, sample_B = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return _Jobs(place_B, sample_B, rows.prompt_lengths[place_B])
+    return _Jobs(place_B, sample_B, rows.rows.lengths("prompt_ids")[place_B])
 
 
 def _blocks(places: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
@@ -126,7 +159,7 @@ def _blocks(places: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
 
 
 def _write(
-    trainer: DistillTrainer,
+    trainer: AheadTrainer,
     rollout: Any,
     rows: PromptDataset,
     jobs: _Jobs,
@@ -135,11 +168,10 @@ def _write(
 ) -> None:
     """Write this rank's share of the responses, the longest prompts first."""
     args, teacher = trainer.args, trainer.teacher
-    size = rows_of(rollout.batch_size, teacher)
-    room = teacher.room() if hasattr(teacher, "room") else None
-    batches = list(by_tokens(jobs.length_B.tolist(), rollout.max_new_tokens, size, tokens=room))[
-        ::-1
-    ]  # a lack of memory shows at once, and the last batches of the ranks end together
+    size = most_rows(rollout.batch_size, teacher)
+    batches = list(
+        by_tokens(jobs.length_B.tolist(), rollout.max_new_tokens, size, tokens=room(teacher))
+    )[::-1]  # a lack of memory shows at once, and the last batches of the ranks end together
     own = batches[args.process_index :: args.world_size]
     bar = tqdm(
         total=sum(map(len, own)),
@@ -164,7 +196,7 @@ class StreamAhead:
         self._source: Any = None
 
     def next(
-        self, trainer: DistillTrainer, batches: Iterator[Prompts], number: int, progress: Progress
+        self, trainer: AheadTrainer, batches: Iterator[Prompts], number: int, progress: Progress
     ) -> list[Prompts]:
         """Return the next `number` batches, whose responses have been written."""
         if self._source is not batches:  # another pass over the stream
@@ -175,11 +207,11 @@ class StreamAhead:
         return self._windows.popleft() if self._windows else []
 
     def _read(
-        self, trainer: DistillTrainer, batches: Iterator[Prompts], number: int, progress: Progress
+        self, trainer: AheadTrainer, batches: Iterator[Prompts], number: int, progress: Progress
     ) -> None:
         teacher, rollout = trainer.teacher, trainer.rollout
         assert isinstance(rollout, WritesAhead)
-        rows = STREAM_BATCHES * rows_of("auto", teacher)
+        rows = STREAM_BATCHES * most_rows("auto", teacher)
         together: dict[Any, list[tuple[Prompts, int]]] = {}
         for step in range(progress.step, progress.num_steps):
             window = _take(batches, number)

@@ -161,7 +161,7 @@ class StudentTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `model_card` next to the student; without one, write nothing."""
         if self.is_world_process_zero() and self.model_card is not None:
-            folder = self._export_folder()
+            folder = _export_folder(self)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "README.md").write_text(self.model_card, encoding="utf-8")
 
@@ -181,7 +181,7 @@ class StudentTrainer(Trainer):
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        folder = self._export_folder()
+        folder = _export_folder(self)
         self.export_student(folder)
         self.create_model_card()
         if not self.is_world_process_zero():
@@ -223,9 +223,10 @@ class StudentTrainer(Trainer):
             **options,
         )
 
-    def _export_folder(self) -> Path:
-        return Path(self.args.output_dir) / "student"
-
 
 def _state_file(folder: str | Path) -> str:
     return str(Path(folder) / TRAINER_STATE_NAME)
+
+
+def _export_folder(trainer: StudentTrainer) -> Path:
+    return Path(trainer.args.output_dir) / "student"

@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llmdistill.batch import LossSum, Prompts, Sequences
-from llmdistill.decoding.batches import tokens_that_fit
 from llmdistill.decoding.sample import sample
 from llmdistill.decoding.session import Session, session
 from llmdistill.errors import RecipeError, TrainingError
@@ -227,20 +225,6 @@ class Distillation(nn.Module):
             draw=draw,
             writer=Writer.STUDENT,
         )
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the student's first parameter."""
-        return next(self.student.parameters()).device
-
-    def room(self) -> int | None:
-        """Return the number of tokens whose cache fits into the free memory.
-
-        It is None for sharded weights: all ranks must then write in the same number of parts.
-        """
-        weights = self.student.parameters()
-        sharded = any(isinstance(one, DTensor) or hasattr(one, "ds_id") for one in weights)
-        return None if sharded else tokens_that_fit(self.student)
 
     def session(self, prompts: Prompts) -> AbstractContextManager[Session]:
         """Return a session in which the student writes token by token (interleaved rollouts)."""

@@ -10,7 +10,6 @@ Trainer's.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,19 +25,18 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from llmdistill.batch import Prompts
-from llmdistill.data.collate import EncodedRows, PromptDataset, PromptStream, collate
+from llmdistill.data.collate import EncodedRows, PromptDataset, collate
 from llmdistill.errors import RecipeError, TrainingError
 from llmdistill.models.heads import num_rows, unwrap_adapters
 from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.base import Objective
-from llmdistill.protocols import Follows, Progress, Rollout, Teacher, WritesAhead, changes
+from llmdistill.protocols import Follows, Progress, Rollout, Teacher
 from llmdistill.rollouts.fixed import FixedRollout
-from llmdistill.training.ahead import StreamAhead, write_ahead
+from llmdistill.training.ahead import AheadTrainer
 from llmdistill.training.arguments import forced, settle
-from llmdistill.training.groups import GroupedTrainer
 from llmdistill.training.guards import EndWatch, stop_if_not_finite
 from llmdistill.training.order import order
-from llmdistill.training.progress import AfterStep, ProgressBar
+from llmdistill.training.progress import AfterStep
 from llmdistill.training.step import Distillation
 from llmdistill.training.tally import Tally
 
@@ -46,7 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 
-class DistillTrainer(GroupedTrainer):
+class DistillTrainer(AheadTrainer):
     """Trainer that distils `teacher` into `student`.
 
     The rollout writes responses, the teacher scores them, and the objectives compare both models.
@@ -68,8 +66,7 @@ class DistillTrainer(GroupedTrainer):
         model_card: Text of the README.md that a push to the Hub uploads.  None uploads none.
         merge_adapter: Whether `export_student` merges a LoRA adapter into its base model.
         measured_against: Teacher of the held-out loss.  None is `teacher`, or its `plain` one.
-        responses_folder: Where responses of the teacher are kept that never change.  None is
-            `responses` in `args.output_dir`.
+        responses_folder: Folder of the teacher's responses; None is one in `args.output_dir`.
 
     Raises:
         RecipeError: There are no objectives, the teacher has no tokenizer, or the teacher does not
@@ -111,7 +108,6 @@ class DistillTrainer(GroupedTrainer):
         self.teacher, self.rollout, self.model_card = teacher, rollout, model_card
         self.merge_adapter = merge_adapter
         self.responses_folder = responses_folder or Path(args.output_dir) / "responses"
-        self._stream_ahead, self.seconds_ahead = StreamAhead(), 0.0
         self._step_loss: Tensor | float = 0.0
         known = (unwrap_adapters(student), processing_class, getattr(teacher, "ends", ()))
         self._tally, self._watch_ends = Tally(list_end_ids(*known)), EndWatch()
@@ -144,14 +140,6 @@ class DistillTrainer(GroupedTrainer):
         chosen = order(rows, self.args, self.teacher)
         return super()._get_train_sampler(train_dataset) if chosen is None else chosen
 
-    def _before_training(self) -> None:
-        """Let the teacher write the responses that never change, before the first step."""
-        callbacks = self.callback_handler.callbacks
-        show = any(isinstance(one, ProgressBar) for one in callbacks)
-        start = time.perf_counter()
-        write_ahead(self, self.responses_folder, show_progress=show or not self.args.disable_tqdm)
-        self.seconds_ahead = time.perf_counter() - start
-
     # ---- who writes: the responses of an accumulation window, and the divisors of its step ----
 
     def get_batch_samples(
@@ -162,7 +150,7 @@ class DistillTrainer(GroupedTrainer):
         The responses of the whole window are written in one large batch.  Rows of similar length
         then share a micro-batch, which leaves the sum of the loss as it is and saves padding.
         """
-        parts = self._next_batches(epoch_iterator, num_batches)
+        parts = self._next_batches(epoch_iterator, num_batches, _progress(self))
         if not parts:
             return [], None
         prompts = Prompts.join(parts, pad_id=0)
@@ -182,13 +170,6 @@ class DistillTrainer(GroupedTrainer):
         scales_K = self.model.scales(divisors_K, _progress(self)) * self.accelerator.num_processes
         inputs = [{"sequences": sequences.select(some), "scales": scales_K} for some in rows]
         return inputs, sequences.num_predicted.sum()
-
-    def _next_batches(self, batches: Iterator[Prompts], number: int) -> list[Prompts]:
-        """Return the next batches.  The teacher may write the responses of a stream ahead."""
-        ahead = isinstance(self.rollout, WritesAhead) and not changes(self.teacher)
-        if ahead and isinstance(self.train_dataset, PromptStream):
-            return self._stream_ahead.next(self, batches, number, _progress(self))
-        return list(itertools.islice(batches, number))
 
     # ---- what is matched ----
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from llmdistill.data.build import build_rows
-from llmdistill.data.collate import PromptDataset, PromptStream, collate, fingerprint, question
-from llmdistill.data.validate import Row, RowCounts, Rules
+from llmdistill.data.collate import PromptDataset, PromptStream, collate, fingerprint
+from llmdistill.data.table import Row, question
+from llmdistill.data.validate import RowCounts, Rules
 from llmdistill.errors import DataError, RecipeError
 from llmdistill.recipe import DataRecipe, SourceRecipe
 from tests import toy

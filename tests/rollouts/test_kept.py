@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from llmdistill.batch import Prompts
+from llmdistill.decoding import batches
 from llmdistill.errors import CheckpointError
+from llmdistill.models.footprint import cached_numbers
 from llmdistill.rollouts.kept import KeptResponses, identity, response_key
 from llmdistill.rollouts.parts import in_parts
 from llmdistill.sampling import Draw, Sampling, Writer
@@ -98,9 +100,10 @@ def test_responses_do_not_depend_on_the_batch_size(size):
     assert (ours - theirs).abs().max() < 1e-12
 
 
-def test_a_cache_that_does_not_fit_is_made_in_parts():
+def test_a_cache_that_does_not_fit_is_made_in_parts(monkeypatch):
     teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
-    teacher.room = lambda: 45  # tokens
+    per_token = cached_numbers(teacher.model) * 4
+    monkeypatch.setattr(batches, "_free_bytes", lambda _: 90 * per_token)  # half of it: 45 tokens
     sizes = []
 
     def write(some, draw):

@@ -131,6 +131,7 @@ def test_the_weights_are_those_of_writing_step_by_step(tmp_path):
 
 
 def test_files_are_never_written_again_and_checkpoints_hold_none(tmp_path):
+    """R13."""
     options = {"save_strategy": "steps", "save_steps": 2}
     made(tmp_path, sampled(), noting(), max_steps=4, **options).train()
     before = {path: path.read_bytes() for path in tmp_path.glob("responses/*/*")}
@@ -219,6 +220,7 @@ def a_run(base):
 
 @pytest.mark.slow
 def test_nothing_is_lost_if_it_is_killed_while_the_teacher_writes(tmp_path):
+    """R13."""
     recipe = a_run(tmp_path)
     (tmp_path / "r.yaml").write_text(recipes.dump(recipe))
     command = [sys.executable, "-c", KILLED, str(tmp_path / "r.yaml"), "4"]
