@@ -112,8 +112,7 @@ class DistillTrainer(AheadTrainer):
         known = (unwrap_adapters(student), processing_class, getattr(teacher, "ends", ()))
         self._tally, self._watch_ends = Tally(list_end_ids(*known)), EndWatch()
         use_cache = student.config.use_cache
-        # Projectors are created on the CPU.  The seed gives them the same weights on all ranks, and
-        # the fork leaves the caller's generator as it was.
+        # The seed gives projectors the same weights on all ranks; the caller's generator stays.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             parts = (student, teacher, objectives, processing_class, measured_against)
@@ -147,18 +146,16 @@ class DistillTrainer(AheadTrainer):
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """Return the window's micro-batches and this rank's number of predicted tokens.
 
-        The responses of the whole window are written in one large batch.  Rows of similar length
-        then share a micro-batch, which leaves the sum of the loss as it is and saves padding.
+        The responses of the whole window are written together.  Rows of similar length then share
+        a micro-batch, which leaves the sum of the loss as it is and saves padding.
         """
-        parts = self._next_batches(epoch_iterator, num_batches, _progress(self))
-        if not parts:
+        progress = _progress(self)
+        if not (parts := self._next_batches(epoch_iterator, num_batches, progress)):
             return [], None
-        prompts = Prompts.join(parts, pad_id=0)
-        start = time.perf_counter()
+        prompts, start = Prompts.join(parts, pad_id=0), time.perf_counter()
         with self.accelerator.autocast():
-            sequences = self.rollout.write(prompts, self.model, self.teacher, _progress(self))
-        seconds = time.perf_counter() - start
-        rest = _real_rows_in_last_batch(self.train_dataset, self.args)
+            sequences = self.rollout.write(prompts, self.model, self.teacher, progress)
+        seconds, rest = time.perf_counter() - start, _real_rows(self.train_dataset, self.args)
         # Filler rows lose their loss before they are counted, so they are in no divisor or figure.
         sequences = sequences.without_loss(_filler_rows(self.accelerator, parts, rest))
         self._tally.add_written(sequences, seconds)
@@ -167,7 +164,7 @@ class DistillTrainer(AheadTrainer):
         rows = order.split([len(part) for part in parts])
         divisors_K = self.accelerator.reduce(self.model.divisors(sequences), reduction="sum")
         # DDP averages the ranks' gradients; the factor turns that average into the sum.
-        scales_K = self.model.scales(divisors_K, _progress(self)) * self.accelerator.num_processes
+        scales_K = self.model.scales(divisors_K, progress) * self.accelerator.num_processes
         inputs = [{"sequences": sequences.select(some), "scales": scales_K} for some in rows]
         return inputs, sequences.num_predicted.sum()
 
@@ -294,7 +291,7 @@ def _scheduled_weights(trainer: DistillTrainer) -> dict[str, float]:
     return {f"weight_{name}": weights[name] for name in trainer.model.scheduled}
 
 
-def _real_rows_in_last_batch(rows: Any, args: TrainingArguments) -> int:
+def _real_rows(rows: Any, args: TrainingArguments) -> int:
     """Count the real rows in the last batch of all ranks together; 0 if it has no filler rows.
 
     Accelerate has this number too, but loses it when a run resumes within an epoch.
