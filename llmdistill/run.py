@@ -10,15 +10,14 @@ A run folder holds
     responses/        what the teacher wrote before the first step, if it never changes
     checkpoints/      the states that a run can resume from
     student/          the student, its tokenizer and its model card
+    before.json       what was measured before training
     evaluation.json   the figures of the student before and after training, and of the teacher
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +32,15 @@ from llmdistill.data.build import load_data, load_student_tokenizer
 from llmdistill.data.collate import (
     EncodedRows,
     PromptDataset,
-    collate,
     fingerprint,
     sample_text,
 )
 from llmdistill.data.context import require_context
-from llmdistill.data.render import last_messages
 from llmdistill.errors import CheckpointError, RecipeError
-from llmdistill.evaluation.measure import Evaluation, Figures, Measurement
-from llmdistill.generate import RANKS_WAIT, generate
-from llmdistill.models.build import build_student
+from llmdistill.generate import generate
+from llmdistill.measuring import Answers as Answers
+from llmdistill.measuring import Result, measuring_of
+from llmdistill.models.build import build_student, export_dtype
 from llmdistill.models.heads import num_rows, unwrap_adapters
 from llmdistill.models.load import default_device, native_bfloat16
 from llmdistill.models.vocabulary import list_end_ids, require_same
@@ -67,34 +65,6 @@ logger = logging.getLogger("llmdistill")
 RESPONSES = "responses"
 RESULTS = ("student", *run_folder.GOES_ON)  # a folder with one of these is worth keeping
 CARVE_ROWS = 48  # rows of training text on which the influence of layers is measured
-
-
-@dataclass(frozen=True)
-class Answers:
-    """One held-out prompt with the responses of the teacher and of the student before and after."""
-
-    prompt: str
-    """The user's last message, without the template's control tokens."""
-    teacher: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """The results of a run.
-
-    `evaluation` has the figures of `before`, `after` and `teacher`.  It is empty without held-out
-    rows, and on all ranks but the first.
-    """
-
-    folder: Path
-    evaluation: Mapping[str, Figures] = field(default_factory=dict)
-    answers: list[Answers] = field(default_factory=list)
-
-    @property
-    def student(self) -> Path:
-        return self.folder / "student"
 
 
 def distill(
@@ -157,43 +127,31 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     if recipe.evaluate.against not in (None, recipe.teacher):
         against = load_teacher(recipe.evaluate.against)
         require_same(against.tokenizer, tokenizer, None, num_rows(student))
-    evaluation = _evaluation(recipe, against or teacher, held)
-    before, reference = _before(evaluation, student)
+    exported = export_dtype(recipe.student, trained_in_bfloat16=arguments.bf16)
+    measuring = measuring_of(recipe, against or teacher, held, folder, exported)
+    measuring.before(student, resumed=start.resume)
     # Inner states are those of the run's own teacher, whose layers the objectives have chosen.
     states = any(one.teacher_needs - {"distribution"} for one in recipe.objectives)
-    parts = (arguments, teacher, student, tokenizer, train, reference, None if states else against)
-    trainer = build_trainer(recipe, *parts)
+    held_out = (measuring.teacher_text(), None if states else against)
+    trainer = build_trainer(recipe, arguments, teacher, student, tokenizer, train, *held_out)
     _begin(told, folder, rows, overwrite=start.overwrite)
+    measuring.keep()
     for callback in _callbacks(recipe, folder, show_progress=show_progress):
         trainer.add_callback(callback)
     logger.info("training on responses of %s", recipe.rollout.who_writes)
     trainer.train(resume_from_checkpoint=checkpoint)
     require_steps(trainer)
     trainer.export_student(folder / "student")
-    result = Result(folder)
+    if PartialState().is_main_process and isinstance(teacher, Exports):
+        teacher.export(folder)
+    PartialState().wait_for_everyone()  # the student has been written
+    result = measuring.after()
     if PartialState().is_main_process:
-        if isinstance(teacher, Exports):
-            teacher.export(folder)
-        if evaluation is not None and before is not None:
-            logger.info("measuring the student after training")
-            with trainer.model.exported_weights():
-                after = evaluation.measure(trainer.model.exported)
-            result = _write_evaluation(folder, evaluation, before, after)
         _publish(told, trainer, result)
     PartialState().wait_for_everyone()
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return result
-
-
-def _before(
-    evaluation: Evaluation | None, student: PreTrainedModel
-) -> tuple[Measurement | None, PromptDataset | None]:
-    """Measure the student before training; return that and the rows for the held-out loss."""
-    if evaluation is None:
-        return None, None
-    logger.info("measuring the student before training")
-    return evaluation.measure(student), evaluation.teacher_text()
 
 
 def _publish(recipe: Recipe, trainer: DistillTrainer, result: Result) -> None:
@@ -211,18 +169,6 @@ def _begin(recipe: Recipe, folder: Path, rows: str, *, overwrite: bool) -> None:
             record = folder / run_folder.RECORD
             record.write_text(recipes.dump(recipe), encoding="utf-8")
             run_folder.record_rows(folder, rows)
-
-
-def _write_evaluation(
-    folder: Path, evaluation: Evaluation, before: Measurement, after: Measurement
-) -> Result:
-    """Write evaluation.json, and return the figures and the responses side by side."""
-    figures = {"before": before.figures, "after": after.figures, **evaluation.teacher_figures()}
-    text = json.dumps({name: asdict(value) for name, value in figures.items()}, indent=2)
-    (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    prompts = last_messages(evaluation.teacher.tokenizer, evaluation.prompts.ids())
-    columns = (prompts, evaluation.reference.texts, before.responses, after.responses)
-    return Result(folder, figures, [Answers(*row) for row in zip(*columns, strict=True)])
 
 
 def load_pair(
@@ -287,23 +233,6 @@ def _student(recipe: Recipe, teacher: Teacher | None, parts: Parts) -> Any:
     )
 
 
-def _evaluation(recipe: Recipe, teacher: Teacher, held: PromptDataset | None) -> Evaluation | None:
-    """Prepare the measurements on the first rank, and on all ranks if the run follows the held-out
-    loss.  Returns None if there is nothing to measure.
-    """
-    follows = recipe.evaluate.every_steps or recipe.training.get("eval_on_start")
-    if held is None or not (PartialState().is_main_process or follows):
-        return None
-    logger.info("the teacher answers %d held-out prompts", len(held))
-    return Evaluation(
-        teacher,
-        collate(held.rows),
-        max_new_tokens=recipe.evaluate.max_new_tokens,
-        seed=recipe.seed,
-        answer_pattern=recipe.evaluate.answer_pattern,
-    )
-
-
 def training_arguments(recipe: Recipe, folder: Path, *, resume: bool = False) -> TrainingArguments:
     """Make TrainingArguments from a recipe.  Without `bf16` or `fp16`, bf16 is on if the device
     multiplies bfloat16 natively.
@@ -328,7 +257,6 @@ def training_arguments(recipe: Recipe, folder: Path, *, resume: bool = False) ->
         given["restore_callback_states_from_checkpoint"] = True
     if resume:
         given["eval_on_start"] = False  # the first start measured it
-    given.setdefault("ddp_timeout", int(RANKS_WAIT.total_seconds()))
     given |= {"output_dir": str(folder / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
     try:
         return TrainingArguments(**given)
@@ -362,6 +290,7 @@ def build_trainer(
         measured_against=against,
         processing_class=tokenizer,
         merge_adapter=recipe.student.peft is None or recipe.student.peft.save == "merged",
+        export_dtype=export_dtype(recipe.student, trained_in_bfloat16=arguments.bf16),
         responses_folder=Path(arguments.output_dir).parent / RESPONSES,
     )
     trainer.remove_callback(PrinterCallback)  # it would print each log as a dict under the bar

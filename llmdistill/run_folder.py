@@ -26,6 +26,7 @@ ROWS = "rows.json"  # a hash of the encoded rows, and the day on which they were
 # Marks a folder that `claim` moved.  A user's own backup may be called `<name>.old` and must stay.
 REPLACED = ".replaced"
 
+BEFORE = "before.json"  # what was measured before training
 GOES_ON = ("checkpoints/checkpoint-*", "responses/*/*.arrow")  # what a run can go on from
 DAY = "%d %b %Y"
 
@@ -76,7 +77,7 @@ def is_used(folder: Path, *, record: str = RECORD) -> bool:
     names = {
         file.name for file in folder.iterdir() if file.suffix != ".new" and not _is_empty(file)
     }
-    return bool(names - {record, ROWS, REPLACED})
+    return bool(names - {record, ROWS, BEFORE, REPLACED})
 
 
 def _is_empty(file: Path) -> bool:

@@ -41,7 +41,7 @@ def test_the_public_names():
 
 SIGNATURES = {
     "DistillTrainer": "student teacher rollout objectives args train_dataset eval_dataset processing_class "
-    "callbacks optimizers model_card merge_adapter measured_against responses_folder",
+    "callbacks optimizers model_card merge_adapter export_dtype measured_against responses_folder",
     "LocalTeacher": "model tokenizer",
     "ResponseObjective": "divergence target token_weight weight divisor scale_by_t2 chunk_size options",
     "SampledRollout": "by sampling max_new_tokens samples batch_size",

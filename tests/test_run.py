@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmdistill import recipe as recipes
+from llmdistill.data.build import load_data
+from llmdistill.data.collate import collate
 from llmdistill.errors import CheckpointError, DataError, LlmDistillError
+from llmdistill.evaluation.measure import Evaluation
+from llmdistill.models.load import load_model
 from llmdistill.run import distill
+from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.trainer import DistillTrainer
 from tests import toy
 from tests.support.files import read_jsonl, write_jsonl
+from tests.support.spies import spy
 
 pytestmark = pytest.mark.slow
 
@@ -206,3 +215,76 @@ def test_a_finished_run_is_exported_again_and_not_trained(given, tmp_path):
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == student
     assert read_jsonl(tmp_path / "run/metrics.jsonl") == metrics
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == names
+
+
+def measuring(given):
+    return given | {
+        "data": given["data"] | {"hold_back": 2}, "evaluate": {"max_new_tokens": 4},
+    }  # fmt: skip
+
+
+def test_a_resumed_run_keeps_what_was_measured_before_training(given, tmp_path, monkeypatch):
+    given = measuring(given)
+    run(given)
+    before = json.loads((tmp_path / "run" / "evaluation.json").read_text())["before"]
+    monkeypatch.setattr(Evaluation, "measure", Evaluation.measure)  # restored afterwards
+    measured = spy(Evaluation, "measure")
+    longer = given | {"training": given["training"] | {"max_steps": 6}}
+    result = run(longer, resume=True)
+    assert len(measured) == 1  # after training
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["before"] == before
+    assert [one.before for one in result.answers]
+    # Other figures are asked for, so the first student is measured again.
+    run(longer | {"evaluate": {"max_new_tokens": 5}}, resume=True)
+    assert len(measured) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "bf16", "found"),
+    [
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float16),  # that of the files
+        ("float32", True, torch.float32),
+        ("bfloat16", False, torch.bfloat16),
+    ],
+)
+def test_the_student_is_exported_in_the_dtype_it_should_be_used_in(
+    given, tmp_path, asked, bf16, found
+):
+    folder = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(given["student"]["model"]).half().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(given["student"]["model"]).save_pretrained(folder)
+    given = measuring(given)
+    given["student"] = {"model": str(folder), "export_dtype": asked}
+    given["training"] |= {"bf16": bf16, "max_steps": 1}
+    result = run(given)
+    student = AutoModelForCausalLM.from_pretrained(result.student)
+    assert {one.dtype for one in student.parameters()} == {found}
+    size = student.num_parameters() * found.itemsize
+    assert result.evaluation["after"].num_bytes == size
+    file = (result.student / "model.safetensors").stat().st_size
+    assert size <= file < 1.2 * size + 20_000  # tied weights are saved once
+    # Student and teacher are measured in one dtype, which is stated.
+    assert {one.dtype for one in result.evaluation.values()} == {"float32"}
+
+
+def test_the_figures_are_those_of_the_exported_weights(given, tmp_path):
+    """float16 rounds the weights, so other weights would give other figures."""
+    given = measuring(given)
+    given["student"] |= {"export_dtype": "float16"}
+    result = run(given)
+    teacher = LocalTeacher.load(given["teacher"]["model"], dtype="float32")
+    _, held = load_data(recipes.build(given), teacher.tokenizer)
+    again = Evaluation(teacher, collate(held.rows), max_new_tokens=4, seed=0)
+    figures = again.measure(load_model(str(result.student), dtype="float32")).figures
+    assert figures.kl_teacher_text == result.evaluation["after"].kl_teacher_text
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_an_adapter_is_exported_and_measured(given, tmp_path, merged):
+    given = measuring(given)
+    save = "merged" if merged else "adapter"
+    given["student"] |= {"peft": {"r": 2, "save": save}, "export_dtype": "bfloat16"}
+    result = run(given)
+    assert result.evaluation["after"].kl_teacher_text > 0
+    assert (result.student / "model.safetensors").is_file() == merged

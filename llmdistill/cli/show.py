@@ -42,6 +42,12 @@ def directions(figures: Figures) -> None:
         console.print(f"{word} is better: {', '.join(taken)}.", highlight=False)
 
 
+def remarks(sentences: Sequence[str]) -> None:
+    """Print what the figures say about the student."""
+    for sentence in sentences:
+        console.print(sentence, highlight=False)
+
+
 def answers(some: Sequence[Answers]) -> None:
     """Print a few prompts with the responses of the teacher and of the student before and after."""
     for answer in some:

@@ -54,6 +54,7 @@ def train(
 def _show(result: Result, recipe: Recipe, *, quiet: bool) -> None:
     """Print the figures, a few responses, the files and the next commands; or one path."""
     from llmdistill.cli import show
+    from llmdistill.evaluation.measure import remarks
     from llmdistill.publish.card import figures_table
 
     if quiet:
@@ -63,9 +64,12 @@ def _show(result: Result, recipe: Recipe, *, quiet: bool) -> None:
         show.answers(result.answers[:3])
         show.table(figures_table(result.evaluation), "Figures on the held-out rows")
         show.directions(result.evaluation["after"])
+        show.remarks(remarks(result.evaluation))
     files = {"student": "the model, its tokenizer and its model card"}
     if result.evaluation:
         files["evaluation.json"] = "the figures above"
+    if (result.folder / "responses").is_dir():
+        files["responses"] = "what the teacher wrote to train on"
     files |= {"metrics.jsonl": "the loss of each step", "recipe.yaml": "this run's recipe"}
     if any((result.folder / "checkpoints").glob("checkpoint-*")):
         files["checkpoints"] = "states to resume from"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmdistill.batch import Sequences
 from llmdistill.distributions import Distribution
+from llmdistill.evaluation.ranks import summed
 from llmdistill.forward import read, teacher_signal
 from llmdistill.models.chunks import HeadLogits, block_rows
 from llmdistill.models.taps import Need
@@ -68,7 +69,7 @@ def judge(teacher: Teacher, batches: Sequence[Sequences]) -> list[Judged]:
 
 
 def agreement(student: PreTrainedModel, judged: Sequence[Judged], num_tokens: int) -> Agreement:
-    """Return the means over the predicted tokens of all batches together.
+    """Return the means over the predicted tokens of all batches of all ranks together.
 
     `num_tokens` is the size of the shared vocabulary.  The student keeps its mode (train or eval).
     """
@@ -77,7 +78,8 @@ def agreement(student: PreTrainedModel, judged: Sequence[Judged], num_tokens: in
         figures_N3 = per_token(student, batch, num_tokens)
         sums += figures_N3.double().sum(0)
         count += len(figures_N3)
-    return Agreement(*(sums / max(count, 1)).tolist())  # 0 for no tokens, and not NaN
+    *totals, number = summed(torch.cat([sums, torch.tensor([count])])).tolist()
+    return Agreement(*(total / max(number, 1) for total in totals))  # 0 for no tokens, not NaN
 
 
 def row_kl(student: PreTrainedModel, judged: Judged, num_tokens: int) -> Tensor:
@@ -115,7 +117,8 @@ def per_token(student: PreTrainedModel, judged: Judged, num_tokens: int) -> Tens
 def perplexity(model: PreTrainedModel, batches: Sequence[Sequences], num_tokens: int) -> float:
     """Return exp of the mean negative log-likelihood of the predicted tokens of all batches.
 
-    `num_tokens` is the size of the vocabulary.  The model keeps its mode (train or eval).
+    Those of all ranks count.  `num_tokens` is the size of the vocabulary.  The model keeps its mode
+    (train or eval).
     """
     device = next(model.parameters()).device
     likelihood = CrossEntropyObjective()
@@ -124,7 +127,7 @@ def perplexity(model: PreTrainedModel, batches: Sequence[Sequences], num_tokens:
         sequences = batch.to(device)
         view = read(model, sequences, num_tokens)
         sums += torch.tensor([float(part) for part in likelihood(view, None, sequences)])
-    total, count = sums.tolist()
+    total, count = summed(sums).tolist()
     return math.exp(min(total / max(count, 1), 700))  # exp overflows a float above 709
 
 

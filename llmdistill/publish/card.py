@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmdistill import recipe as recipes
 from llmdistill.data.sources import hub_name
-from llmdistill.evaluation.measure import MEANING, Figures
+from llmdistill.evaluation.measure import MEANING, Figures, remarks
 from llmdistill.models.embedded import EMBEDDED
 from llmdistill.models.embedded import hub_name as model_hub_name
 
@@ -121,7 +121,8 @@ def _measured(recipe: Recipe, evaluation: Mapping[str, Figures]) -> str:
     rows_from = _sources(recipe.data.eval)
     if recipe.data.hold_back:
         rows_from = f"{recipe.data.hold_back} held-out rows of {_sources(recipe.data.train)}"
-    return f"## Evaluation\n\nMeasured on {rows_from}:\n\n" + "\n".join(lines)
+    said = "".join(f"\n\n{sentence}" for sentence in remarks(evaluation))
+    return f"## Evaluation\n\nMeasured on {rows_from}:\n\n" + "\n".join(lines) + said
 
 
 def _sources(sources: Sequence[SourceRecipe]) -> str:
@@ -207,9 +208,11 @@ def _options(section: recipes.Strict) -> str:
     )
 
 
-def _number(value: float | int | None) -> str:
+def _number(value: float | int | str | None) -> str:
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return value
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.0f}" if value >= 100 else f"{value:.3f}"

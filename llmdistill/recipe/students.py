@@ -76,6 +76,10 @@ class StudentRecipe(Strict):
     in bfloat16 and is on if the device supports it.  With `peft` the frozen weights can be
     `bfloat16`.
     """
+    export_dtype: Dtype = "auto"
+    """Dtype of the exported weights.  `auto` is bfloat16 if `training.bf16` is on, and otherwise
+    the dtype of the files of `model`.  The figures are those of the exported weights.
+    """
     quantization: Quantization | None = None
     """Quantise the frozen base model under an adapter, to save memory.  `null` keeps its weights as
     they are.  It needs `peft` with `save: adapter`, and the extra `quantization`.

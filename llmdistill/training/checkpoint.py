@@ -11,11 +11,13 @@ no pickle, and no file contains a token or a key.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from llmdistill.errors import CheckpointError
@@ -63,30 +65,36 @@ def save_student(
 
 
 def export(
-    distillation: Distillation, folder: Path, state: dict[str, Tensor], *, merged: bool
+    distillation: Distillation,
+    folder: Path,
+    state: dict[str, Tensor],
+    *,
+    merged: bool,
+    dtype: torch.dtype | None,
 ) -> None:
-    """Write the model that is the result of the run, and its tokenizer."""
-    if (smaller := distillation.exported) is distillation.student:
-        save = save_merged if merged else save_student
-        save(distillation, folder, state)
-    else:
-        smaller.save_pretrained(folder)
-        distillation.tokenizer.save_pretrained(folder)
+    """Write the model that is the result of the run, and its tokenizer.
 
-
-def save_merged(
-    distillation: Distillation, folder: Path, state: dict[str, Tensor] | None = None
-) -> None:
-    """Write the student as a plain model, with its adapter merged, and its tokenizer.
-
-    `state` is as in `save_student`.  Raises ModelError if an adapter is not plain LoRA.
+    `state` is that of the whole module.  The weights are written in `dtype`, or in their own if it
+    is None; an adapter that is saved alone keeps its own.  Raises ModelError if an adapter to merge
+    is not plain LoRA.
     """
-    student = distillation.student
-    if not hasattr(student, "peft_config"):
+    model = distillation.exported
+    is_adapter = hasattr(model, "peft_config")
+    if is_adapter and not merged:
         return save_student(distillation, folder, state)
-    whole = student.state_dict() if state is None else _under(state, STUDENT_PREFIX)
-    # `merged_state` leaves the student as it is, so training can continue after an export.
-    student.get_base_model().save_pretrained(folder, state_dict=merged_state(student, whole))
+    weights = _under(state, STUDENT_PREFIX)
+    if model is not distillation.student:
+        weights = model.state_dict()
+    elif is_adapter:
+        # `merged_state` leaves the student as it is, so training can continue after an export.
+        weights, model = merged_state(model, weights), model.get_base_model()
+    if dtype is not None:
+        weights = _cast(weights, dtype)
+    model.save_pretrained(folder, state_dict=weights)
+    if dtype is not None:  # transformers writes the dtype of the model in memory
+        config = copy.deepcopy(model.config)
+        config.dtype = dtype
+        config.save_pretrained(folder)
     distillation.tokenizer.save_pretrained(folder)
 
 
@@ -102,6 +110,16 @@ def save_parts(
         tensors = _under({k: v for k, v in state.items() if k not in frozen}, f"{part}.")
         if tensors:
             safetensors.torch.save_file(_once(tensors), folder / file)
+
+
+def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return weights in another dtype.  Tied weights stay tied, or each would be saved."""
+    made: dict[Any, Tensor] = {}
+    for one in weights.values():
+        key = (one.data_ptr(), one.shape, one.stride())
+        if key not in made:
+            made[key] = one.to(dtype) if one.is_floating_point() else one
+    return {k: made[v.data_ptr(), v.shape, v.stride()] for k, v in weights.items()}
 
 
 def _once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ class StudentTrainer(Trainer):
     rollout: Rollout
     model_card: str | None
     merge_adapter: bool
+    export_dtype: torch.dtype | None
 
     # ---- resuming ----
 
@@ -138,11 +139,11 @@ class StudentTrainer(Trainer):
     def export_student(self, folder: str | Path) -> None:
         """Write the student to `folder` in the format that `from_pretrained` loads.
 
-        Call it on every rank; the first one writes.  The files are `model.safetensors` (or shards
+        Every rank calls it; the first one writes.  The files are `model.safetensors` (or shards
         with an index), `config.json`, `generation_config.json`, and the tokenizer with its chat
-        template.  A LoRA adapter is merged into its base model.  With `merge_adapter=False` the
-        adapter is saved alone, as `adapter_model.safetensors` and `adapter_config.json`.
-        Projectors, a trained teacher and the state of training are not exported.
+        template.  Weights are in `export_dtype`.  A LoRA adapter is merged into its base model, or
+        with `merge_adapter=False` saved alone, as `adapter_model.safetensors`.  Projectors, a
+        trained teacher and the state of training are not exported.
 
         Args:
             folder: Folder to write to.  It is created, and files of the same names are replaced.
@@ -154,7 +155,8 @@ class StudentTrainer(Trainer):
             # Gathering sharded weights is a collective call, so every rank has to make it.
             state = self.accelerator.get_state_dict(self.model_wrapped)
             if self.args.should_save:
-                checkpoint.export(self.model, Path(folder), state, merged=self.merge_adapter)
+                merged, dtype = self.merge_adapter, self.export_dtype
+                checkpoint.export(self.model, Path(folder), state, merged=merged, dtype=dtype)
 
     # ---- the Hub: the student alone ----
 

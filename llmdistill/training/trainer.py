@@ -65,6 +65,7 @@ class DistillTrainer(AheadTrainer):
         optimizers: Optimizer and scheduler; each None is built from `args`.
         model_card: Text of the README.md that a push to the Hub uploads.  None uploads none.
         merge_adapter: Whether `export_student` merges a LoRA adapter into its base model.
+        export_dtype: Dtype in which `export_student` writes weights; None is that of the student.
         measured_against: Teacher of the held-out loss.  None is `teacher`, or its `plain` one.
         responses_folder: Folder of the teacher's responses; None is one in `args.output_dir`.
 
@@ -96,17 +97,13 @@ class DistillTrainer(AheadTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         model_card: str | None = None,
         merge_adapter: bool = True,
+        export_dtype: torch.dtype | None = None,
         measured_against: Teacher | None = None,
         responses_folder: Path | None = None,
     ) -> None:
-        if teacher.tokenizer is None:
-            raise RecipeError(
-                f"{type(teacher).__name__} has no tokenizer, so its vocabulary cannot be compared "
-                "with the student's. Set its tokenizer."
-            )
-        require_same(teacher.tokenizer, processing_class, None, num_rows(student))
+        _require_one_vocabulary(teacher, student, processing_class)
         self.teacher, self.rollout, self.model_card = teacher, rollout, model_card
-        self.merge_adapter = merge_adapter
+        self.merge_adapter, self.export_dtype = merge_adapter, export_dtype
         self.responses_folder = responses_folder or Path(args.output_dir) / "responses"
         self._step_loss: Tensor | float = 0.0
         known = (unwrap_adapters(student), processing_class, getattr(teacher, "ends", ()))
@@ -244,6 +241,17 @@ class DistillTrainer(AheadTrainer):
             if self.model.trained_teacher is not None:
                 self.model.trained_teacher.watch(logs)
         super().log(logs, start_time)
+
+
+def _require_one_vocabulary(
+    teacher: Teacher, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    if teacher.tokenizer is None:
+        raise RecipeError(
+            f"{type(teacher).__name__} has no tokenizer, so its vocabulary cannot be compared with "
+            "the student's. Set its tokenizer."
+        )
+    require_same(teacher.tokenizer, tokenizer, None, num_rows(student))
 
 
 def _progress(trainer: DistillTrainer) -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from llmdistill.generate import generate
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.run import distill
 from tests import toy
-from tests.distributed.worker import SEAMS, every_entry
+from tests.distributed.worker import SEAMS, every_entry, measured_run
 from tests.support.files import read_jsonl, write_jsonl
 from tests.support.machine import with_python_path
 from tests.support.recipes import build_generation
@@ -181,3 +183,29 @@ def test_a_run_that_measures_before_its_first_step(tmp_path):
     assert (tmp_path / "run/student/model.safetensors").is_file()
     steps = [line.get("step") for line in read_jsonl(tmp_path / "run/metrics.jsonl")]
     assert max(steps) == 3
+
+
+def test_two_ranks_share_the_held_out_prompts_and_measure_the_same(tmp_path, monkeypatch):
+    """Three prompts: one rank has two of them."""
+    toy.save_pair(tmp_path / "pair")
+    write_jsonl(tmp_path / "rows.jsonl", toy.rows(12))
+    two_ranks("measured", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    distill(recipes.build(measured_run(tmp_path, "one")), show_progress=False)
+    ours, theirs = (
+        json.loads((tmp_path / name / "before.json").read_text()) for name in ("two", "one")
+    )
+    assert ours["of"] == theirs["of"]
+    assert ours["responses"] == theirs["responses"]
+    speed = ours["figures"].pop("tokens_per_second"), theirs["figures"].pop("tokens_per_second")
+    assert min(speed) > 0
+    for name, value in theirs["figures"].items():
+        known = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+        assert ours["figures"][name] == known, name
+    ours, theirs = (
+        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("two", "one")
+    )
+    assert ours["teacher"]["kl_own_text"] == pytest.approx(
+        theirs["teacher"]["kl_own_text"], abs=1e-6
+    )
+    assert ours["after"]["perplexity"] == pytest.approx(theirs["after"]["perplexity"], rel=1e-4)

@@ -273,6 +273,29 @@ def whole_run(folder: Path) -> None:
     distill(recipes.build(given), resume=True, show_progress=False)
 
 
+def measured_run(folder: Path, name: str) -> dict:
+    return {
+        "output": str(folder / name),
+        "teacher": {"model": str(folder / "pair" / "teacher"), "dtype": "float32"},
+        "student": {"model": str(folder / "pair" / "student"), "export_dtype": "float32"},
+        "data": {"train": str(folder / "rows.jsonl"), "hold_back": 3},
+        "evaluate": {"max_new_tokens": 5},
+        "training": {
+            "use_cpu": True, "max_steps": 1, "dataloader_pin_memory": False, "bf16": False,
+            "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", 1)),
+        },
+    }  # fmt: skip
+
+
+def measured(folder: Path) -> None:
+    """Each rank writes with its own prompts only, and has the figures of all."""
+    writes = spy(LocalTeacher, "write")
+    result = distill(recipes.build(measured_run(folder, "two")), show_progress=False)
+    assert sum(map(len, writes)) == 2 - dist.get_rank()
+    assert len(result.answers) == 3
+    assert set(result.evaluation) == {"before", "after", "teacher"}
+
+
 def every_entry():
     """Yield (name, function that makes the trainer's arguments) of each part of a recipe."""
     yield from every_teacher().items()
@@ -304,6 +327,7 @@ CASES = {
         sharded_alone,
         conformance,
         whole_run,
+        measured,
     )
 }
 

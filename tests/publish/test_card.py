@@ -19,6 +19,7 @@ from llmdistill.publish.card import figures_table, license_of, model_card
 
 EMBEDDED_NAME = "smollm2-135m-instruct"
 FIGURES = Figures(
+    dtype="float32",
     kl_teacher_text=0.12345,
     kl_own_text=1.5,
     top1_agreement=0.5,
