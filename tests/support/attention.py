@@ -36,7 +36,7 @@ def by_lengths(*dtypes: torch.dtype) -> Iterator[list[tuple[int, ...]]]:
         if ends is None:
             return _each_row(module, states, attention_mask, options), None
         parts = [
-            sdpa_attention_forward(module, *(x[:, :, a:b] for x in states), None, **options)[0]
+            _one(module, [x[:, :, a:b] for x in states], options)
             for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
             if a < b
         ]
@@ -54,12 +54,21 @@ def by_lengths(*dtypes: torch.dtype) -> Iterator[list[tuple[int, ...]]]:
 def _each_row(module, states, mask_BT: Tensor | None, options: dict) -> Tensor:
     """Attend within each row of a padded batch; padding gets zeros, as with flash attention."""
     if mask_BT is None:
-        return sdpa_attention_forward(module, *states, None, **options)[0]
+        return _one(module, states, options)
     found = []
     for row, mask_T in enumerate(mask_BT):
-        query, key, value = (x[row : row + 1, :, mask_T] for x in states)
-        own = sdpa_attention_forward(module, query, key, value, None, **options)[0]
+        own = _one(module, [x[row : row + 1, :, mask_T] for x in states], options)
         padded = own.new_zeros(1, len(mask_T), *own.shape[2:])
         padded[:, mask_T] = own
         found.append(padded)
     return torch.cat(found)
+
+
+def _one(module, states, options: dict) -> Tensor:
+    """Attend causally, within the window if there is one."""
+    window, columns = options.get("sliding_window"), torch.arange(states[1].shape[2])
+    mask = None
+    if window is not None:
+        distance = columns[:, None] - columns
+        mask = ((distance >= 0) & (distance < window))[None, None, -states[0].shape[2] :]
+    return sdpa_attention_forward(module, *states, mask, **options)[0]
