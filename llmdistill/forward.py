@@ -1,6 +1,6 @@
 """The forward pass that teacher and student share, and the only place where heads are narrowed.
 
-B = sequences, T = tokens, N = predicted tokens, H = hidden size.
+B = sequences, T = tokens, S = tokens of all sequences, N = predicted tokens, H = hidden size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from llmdistill.batch import Sequences, StudentView, TeacherSignal
 from llmdistill.errors import TrainingError
 from llmdistill.models.heads import split
 from llmdistill.models.taps import Need, taps
+from llmdistill.models.unpadded import reads_without_padding, states_without_padding
 from llmdistill.protocols import Teacher, scores_anew
 
 
@@ -33,9 +34,15 @@ def read(
         The final hidden states that predict the N tokens, the narrowed head, and the states.
     """
     backbone, head = split(model)
+    # A function that changes embeddings expects them as (B, T, H).
+    padded = sequences.embedding_change is not None or not reads_without_padding(model)
+    masks = _masks(sequences)
     with taps(model, needs) as found:
-        hidden_NH = _final_hidden(backbone, sequences)
-    return StudentView(hidden_NH, head.narrow(num_tokens), _kept(found, sequences))
+        final = _final_states(backbone, sequences, padded=padded)
+    if not padded:
+        real_BT = sequences.attention_mask_BT.bool()
+        masks = {name: mask_BT[real_BT][None] for name, mask_BT in masks.items()}
+    return StudentView(final[masks["predicted"]], head.narrow(num_tokens), _kept(found, masks))
 
 
 def teacher_signal(
@@ -64,26 +71,30 @@ def teacher_signal(
     return signal.narrow(num_tokens).states_on(sequences.input_ids_BT.device)
 
 
-def _final_hidden(backbone: Any, sequences: Sequences) -> Tensor:
-    """Return the backbone's final hidden states at the positions that predict: (N, H)."""
-    inputs: dict[str, Tensor] = {"input_ids": sequences.input_ids_BT}
+def _final_states(backbone: Any, sequences: Sequences, *, padded: bool) -> Tensor:
+    """Return the backbone's final hidden states: (B, T, H), or (1, S, H) without padding."""
+    ids_BT, mask_BT = sequences.input_ids_BT, sequences.attention_mask_BT
+    if not padded:
+        return states_without_padding(backbone, ids_BT, mask_BT)
+    inputs: dict[str, Tensor] = {"input_ids": ids_BT}
     if sequences.embedding_change is not None:
-        embedded_BTH = backbone.get_input_embeddings()(sequences.input_ids_BT)
+        embedded_BTH = backbone.get_input_embeddings()(ids_BT)
         inputs = {"inputs_embeds": sequences.embedding_change(embedded_BTH)}
     output = backbone(
         **inputs,
-        attention_mask=sequences.attention_mask_BT,
+        attention_mask=mask_BT,
         # Tokens are counted, not columns, so padding on the left changes nothing either.
-        position_ids=(sequences.attention_mask_BT.cumsum(1) - 1).clamp_min(0),
+        position_ids=(mask_BT.cumsum(1) - 1).clamp_min(0),
         use_cache=False,
     )
-    return output.last_hidden_state[sequences.predictor_mask_BT]
+    return output.last_hidden_state
 
 
-def _kept(found: Mapping[Need, Tensor], sequences: Sequences) -> dict[Need, Tensor]:
+def _masks(sequences: Sequences) -> dict[str, Tensor]:
+    """Return the mask of each choice of tokens that a need can name: (B, T)."""
+    return {"predicted": sequences.predictor_mask_BT, "all": sequences.trained_mask_BT}
+
+
+def _kept(found: Mapping[Need, Tensor], masks: Mapping[str, Tensor]) -> dict[Need, Tensor]:
     """Return each state at the tokens that its need names, row by row."""
-    masks = {
-        "predicted": sequences.predictor_mask_BT,
-        "all": sequences.trained_mask_BT,
-    }
     return {need: state[masks[need.tokens].to(state.device)] for need, state in found.items()}

@@ -221,6 +221,9 @@ def _student(recipe: Recipe, teacher: Teacher | None, parts: Parts) -> Any:
     section, base = recipe.student, None
     logger.info("loading the student %s%s", section.model, ", to be carved" * bool(section.carve))
     same = (section.model, section.revision) == recipe.teacher_source
+    # A carved student attends in the way of the model that it is copied from.
+    wants = section.attn_implementation
+    same = same and getattr(recipe.teacher, "attn_implementation", wants) == wants
     if isinstance(teacher, LocalTeacher) and same:
         model = teacher.model
         wanted = getattr(torch, section.dtype) if section.dtype != "auto" else None

@@ -74,6 +74,23 @@ def add_adapter(
     return adapted
 
 
+def fit_tokens(base: PreTrainedModel, weights: str) -> None:
+    """Give the base model as many tokens as the adapter was trained with, if it holds them."""
+    from safetensors import safe_open
+
+    own = base.get_input_embeddings().weight
+    with safe_open(weights, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        names = list(file.keys())
+    for name, shape in zip(names, shapes, strict=True):
+        is_table = ".lora_" not in name and len(shape) == 2 and shape[1] == own.shape[1]
+        if is_table and name.endswith((".embed_tokens.weight", ".lm_head.weight", ".wte.weight")):
+            if shape[0] != len(own):
+                logger.info("the adapter has %d tokens, its base model %d", shape[0], len(own))
+                base.resize_token_embeddings(shape[0], mean_resizing=False)
+            return
+
+
 def require_mergeable(student: PeftModel) -> None:
     """Raise ModelError if the adapter is on a layer that it cannot be merged into."""
     (adapter,) = student.active_adapters

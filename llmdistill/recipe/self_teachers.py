@@ -264,5 +264,7 @@ def _not_pushed(recipe: Recipe) -> dict[str, Any]:
 
 def _student_of(output: str, like: LocalTeacherRecipe | None = None) -> LocalTeacherRecipe:
     """Return the section of a teacher that is the student of a run in the folder `output`."""
-    place = {} if like is None else like.model_dump(include={"dtype", "device"})
+    place = (
+        {} if like is None else like.model_dump(include={"dtype", "device", "attn_implementation"})
+    )
     return LocalTeacherRecipe(model=f"{output}/student", **place)

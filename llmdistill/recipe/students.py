@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.base import Dtype, Quantization, Strict
+from llmdistill.recipe.base import AttnImplementation, Dtype, Quantization, Strict
 from llmdistill.recipe.tables import defaults
 
 _plan = defaults("models/carve.py", "Plan")
@@ -83,6 +83,10 @@ class StudentRecipe(Strict):
     quantization: Quantization | None = None
     """Quantise the frozen base model under an adapter, to save memory.  `null` keeps its weights as
     they are.  It needs `peft` with `save: adapter`, and the extra `quantization`.
+    """
+    attn_implementation: AttnImplementation = "auto"
+    """What computes the attention, with the values of `teacher.attn_implementation`.  The exported
+    student does not keep it.
     """
     tokenizer: Literal["own", "teacher"] = "own"
     """Tokenizer of the student: its `own`, or the `teacher`'s, with which the student is then

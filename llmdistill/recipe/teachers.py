@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.base import Dtype, Quantization, Strict
+from llmdistill.recipe.base import AttnImplementation, Dtype, Quantization, Strict
 from llmdistill.recipe.tables import Table, defaults, needs, one_of
 
 if TYPE_CHECKING:
@@ -173,6 +173,11 @@ class LocalTeacherRecipe(TeacherSection):
     """Keep the decoder layers in CPU memory and copy each to the GPU for its own forward pass.
     This fits a larger teacher onto the GPU, but is slower.  It cannot be combined with
     `quantization`.
+    """
+    attn_implementation: AttnImplementation = "auto"
+    """What computes the attention: `eager`, `sdpa`, `flash_attention_2`, `flash_attention_3`,
+    `flex_attention`, or a kernel of the Hub such as `kernels-community/flash-attn2`.  `auto` is
+    what transformers chooses for the model.  All but the first two need a GPU.
     """
 
     @property

@@ -19,6 +19,7 @@ from llmdistill.distributions import Dense
 from llmdistill.errors import VocabularyError
 from llmdistill.forward import read
 from llmdistill.models.heads import check_split, num_rows
+from llmdistill.models.kernels import AUTO
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import end_ids, num_tokens
@@ -58,6 +59,7 @@ class LocalTeacher:
         device: str | torch.device | None = None,
         quantization: str | None = None,
         offload: bool = False,
+        attn_implementation: str = AUTO,
     ) -> LocalTeacher:
         """Load a model and its tokenizer as a teacher.
 
@@ -70,6 +72,7 @@ class LocalTeacher:
             device=device,
             quantization=quantization,
             offload=offload,
+            attn_implementation=attn_implementation,
         )
         return cls(model, load_tokenizer(name, revision=revision))
 
