@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.batch import Prompts
+from llmdistill.decoding.casts import cast_once
 from llmdistill.decoding.packed import packed
 from llmdistill.errors import ModelError
 from llmdistill.models.heads import Head, eval_mode, split, unwrap_adapters
@@ -208,11 +209,12 @@ def session(
 
 @contextlib.contextmanager
 def ready_to_write(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
-    """Put a model in eval mode with packed layers within the context.
+    """Put a model in eval mode, with packed layers and weights that are cast once.
 
     `torch.compile` is off, because shapes change with every token.
     """
-    with eval_mode(model), packed(model, batch_size), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")
+    with eval_mode(model), packed(model, batch_size), cast_once(model), eager:
         yield
 
 
