@@ -18,12 +18,13 @@ from llmdistill.models.footprint import (
     Load,
     cached_numbers,
     footprint,
+    head_bytes,
     optimizer_bytes,
     skeleton,
     weight_bytes,
 )
 from llmdistill.models.load import DTYPES, default_device, load_config, preferred_dtype
-from llmdistill.models.taps import check_taps
+from llmdistill.models.taps import Need, check_taps
 from llmdistill.objectives.build import build_objectives
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts.interleaved import LOGITS
@@ -77,6 +78,7 @@ def _load(recipe: Recipe, train: EncodedRows) -> Load:
         product_bytes=2.0 if in_half or training.get("fp16") else 4.0,
         checkpointing=bool(training.get("activation_checkpointing")),
         optimizer=str(training.get("optim", "adamw_torch")),
+        accumulates=int(training.get("gradient_accumulation_steps", 1)) > 1,
     )
 
 
@@ -134,13 +136,16 @@ def _add_objectives(
     teacher: PreTrainedModel,
     load: Load,
 ) -> None:
-    """Add the bytes of inner states and projectors to the parts.
+    """Add the bytes of inner states, projectors and several losses over the vocabulary.
 
     Raises ModelError for a layer that a model does not have, or a layer map that does not fit.
     """
     configs = [model.config.get_text_config() for model in (student, teacher)]
     states, projectors = 0.0, 0
-    for objective in build_objectives(recipe.objectives):
+    objectives = build_objectives(recipe.objectives)
+    num_losses = sum(Need.DISTRIBUTION in one.student_needs for one in objectives)
+    parts["copies of the head"] = head_bytes(student, load, num_losses) if num_losses else 0.0
+    for objective in objectives:
         objective.prepare(*configs)
         sides = (objective.student_needs, objective.teacher_needs)
         for model, config, needs in zip((student, teacher), configs, sides, strict=True):

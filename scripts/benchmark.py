@@ -65,10 +65,11 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def report(path: str | None, title: str, parts: Sequence[str]) -> None:
+def report(path: str | None, title: str, parts: Sequence[str], *, prints: bool = True) -> None:
     """Print a page of these parts; also write it to `path` if there is one."""
     text = "\n\n".join([f"# {title}", *parts, conditions()]) + "\n"
-    print(text)
+    if prints:
+        print(text)
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
 

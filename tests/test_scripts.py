@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -66,3 +67,36 @@ def test_the_whole_suite_installs_what_its_tests_need():
     ]
     extras = set(line.split()[1:])
     assert {"dev", "dev-server", "quickstart"} <= extras <= set(PROJECT["optional-dependencies"])
+
+
+def benchmark(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run a benchmark as on a machine without a GPU."""
+    command = [sys.executable, str(ROOT / "scripts" / name), *options]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_toys(tmp_path):
+    page = tmp_path / "gpu.md"
+    done = benchmark("bench_gpu.py", "--tiny", "--out", str(page))
+    assert done.returncode == 0, done.stderr
+    text = page.read_text(encoding="utf-8")
+    assert text in done.stdout
+    assert "A toy run, whose figures mean nothing" in text
+    assert re.search(r"`python \S*bench_gpu.py --tiny .*`, \d{4}-\d\d-\d\d, .* torch 2", text)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    named = {row[0].removeprefix("| "): row for row in rows}
+    for name in (
+        "jsd", "fixed, ours", "on-policy, ours", "interleaved, ours", "student, generate",
+        "teacher, ours, sample", "teacher, ours, continuous (generate_batch)",
+    ):  # fmt: skip
+        assert named[name][-2].endswith("%"), name  # the utilisation, and no error
+    assert not [name for name in named if "TRL" in name or "compiled" in name]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_needs_a_gpu():
+    done = benchmark("bench_gpu.py")
+    assert done.returncode == 2
+    assert done.stderr.endswith("no GPU was found. Run it on one, or use --tiny.\n")

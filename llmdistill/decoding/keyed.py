@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmdistill.decoding.transfer import waits
 from llmdistill.sampling import Draw, Sampling, Writer
 
 BLOCK_ROWS = 4  # rows hashed at a time: three times faster on a CPU, because they fit its cache
@@ -30,7 +31,9 @@ def row_keys(draw: Draw, row_ids_B: Tensor, writer: Writer) -> Tensor:
 
 def gumbel(keys_B: Tensor, slot_B: Tensor | int, num_tokens: int) -> Tensor:
     """Return standard Gumbel noise for every token at a slot of each row: (B, V), float32."""
-    slot_keys_B = _mix64(keys_B + _mix64(torch.as_tensor(slot_B, device=keys_B.device) + 1))
+    if not isinstance(slot_B, Tensor):  # filled in on the device, so that nothing is copied there
+        slot_B = torch.full_like(keys_B, slot_B)
+    slot_keys_B = _mix64(keys_B + _mix64(slot_B + 1))
     # Both halves of a slot's 64-bit key go into the 32-bit hash of each token.
     low_B1 = (slot_keys_B & 0xFFFFFFFF).to(torch.int32)[:, None]
     high_B1 = (slot_keys_B >> 32).to(torch.int32)[:, None]
@@ -71,8 +74,11 @@ def _nucleus_edge(scores_BV: Tensor, top_p: float) -> Tensor:
 
     The nucleus is the smallest set of likeliest tokens with a total probability of top_p.  A few
     hundred tokens nearly always have that probability.  Only the other rows are sorted completely,
-    which is ten times slower over 49,152 tokens.
+    which is ten times slower over 49,152 tokens on a CPU.  A GPU sorts all rows, because asking
+    which ones are left takes longer.
     """
+    if waits(scores_BV.device):
+        return _edge_within(scores_BV, top_p, scores_BV.shape[-1])[0]
     edge_B1, mass_B = _edge_within(scores_BV, top_p, min(NUCLEUS_TOKENS, scores_BV.shape[-1]))
     wide_n = (mass_B < top_p).nonzero()[:, 0]
     if len(wide_n):

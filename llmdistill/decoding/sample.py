@@ -20,6 +20,7 @@ from llmdistill.batch import Prompts, Sequences, TeacherSignal
 from llmdistill.decoding.continuous import sample_continuously
 from llmdistill.decoding.keyed import perturb, row_keys
 from llmdistill.decoding.session import ready_to_write
+from llmdistill.decoding.transfer import send
 from llmdistill.distributions import Dense
 from llmdistill.models.heads import split, unwrap_adapters
 from llmdistill.models.vocabulary import end_ids, num_tokens
@@ -102,7 +103,7 @@ def sample(
         return sample_continuously(model, tokenizer, prompts, sampling, **options)
     device = next(model.parameters()).device
     ids_BP = prompts.input_ids_BP.to(device)
-    keys_B = row_keys(draw, prompts.row_ids_B.to(device), writer)
+    keys_B = send(row_keys(draw, prompts.row_ids_B, writer), device)
     ends = end_ids(model, tokenizer) if stops else frozenset()
     pad_id = tokenizer.pad_token_id
     sampler = KeyedSampler(ids_BP.shape[1], sampling, keys_B, num_tokens(tokenizer))

@@ -5,7 +5,7 @@ row, H = hidden size, V = vocabulary.  Rows that keep different numbers of token
 rectangular cache.  Every row appends the same columns, and the columns that a row removes become
 holes, which the 2-D attention mask hides.  Positions count only a row's own tokens.  Columns at the
 end that no row uses are cut off.  If too many of the rest are holes, the tokens of each row are
-moved together.
+moved together.  The mask stays on the CPU, so that nothing about lengths must be asked of a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.batch import Prompts
+from llmdistill.decoding.casts import cast_once
 from llmdistill.decoding.packed import packed
+from llmdistill.decoding.transfer import send
 from llmdistill.errors import ModelError
 from llmdistill.models.heads import Head, eval_mode, split, unwrap_adapters
 from llmdistill.models.vocabulary import end_ids, num_tokens
@@ -46,7 +48,7 @@ class Session:
     Args:
         model: A causal LM of transformers, plain or PEFT.
         tokenizer: Its tokenizer.
-        prompts: The batch, padded on the left.
+        prompts: The batch, padded on the left, on the CPU.
         within: A function that makes the context in which each forward pass runs.
     """
 
@@ -66,15 +68,14 @@ class Session:
         self.num_tokens = num_tokens(tokenizer)
         self._within = within
         self._cache = DynamicCache(config=model.config.get_text_config())
-        self._mask_BC = prompts.attention_mask_BP[:, :0].to(self.device)
+        self._mask_BC = prompts.attention_mask_BP[:, :0]
         # The last prompt token is left out: a forward pass over it gives the first hidden state.
-        ids_BP = prompts.input_ids_BP.to(self.device)
-        if ids_BP.shape[1] > 1:
-            self._read(ids_BP[:, :-1], prompts.attention_mask_BP[:, :-1].to(self.device))
+        if prompts.input_ids_BP.shape[1] > 1:
+            self._read(prompts.input_ids_BP[:, :-1], prompts.attention_mask_BP[:, :-1])
 
     @property
     def length_B(self) -> Tensor:
-        """Number of cached tokens of each row, prompt included: (B,)."""
+        """Number of cached tokens of each row, prompt included: (B,), on the CPU."""
         return self._mask_BC.sum(1)
 
     @property
@@ -90,11 +91,11 @@ class Session:
     def extend(self, ids_BG: Tensor, last_position_B: Tensor | None = None) -> Tensor:
         """Read G more tokens of every row and return their final hidden states: (B, G, H).
 
-        Tokens beyond a row's `last_position_B`, which the caller must remove later, are read at
-        that position, because a model with learned positions has no others.
+        Tokens beyond a row's `last_position_B` (on the CPU), which the caller must remove later,
+        are read at that position, because a model with learned positions has no others.
         """
-        mask_BG = torch.ones_like(ids_BG, device=self.device)
-        return self._read(ids_BG.to(self.device), mask_BG, last_position_B)
+        mask_BG = torch.ones(ids_BG.shape, dtype=self._mask_BC.dtype)
+        return self._read(ids_BG, mask_BG, last_position_B)
 
     @torch.no_grad()
     def logits(self, hidden_BGH: Tensor) -> Tensor:
@@ -110,13 +111,13 @@ class Session:
         return logits_BGV[..., : self.num_tokens].float()
 
     def keep(self, length_B: Tensor) -> None:
-        """Remove all tokens of each row after its first `length_B` ones.
+        """Remove all tokens of each row after its first `length_B` ones, a tensor on the CPU.
 
         Raises ModelError if tokens must be removed but the model does not allow it
         (`can_hold_holes`).
         """
         position_BC = self._mask_BC.cumsum(1)
-        self._mask_BC = self._mask_BC * (position_BC <= length_B.to(self.device)[:, None])
+        self._mask_BC = self._mask_BC * (position_BC <= length_B[:, None])
         used_C = self._mask_BC.any(0)
         unused = len(used_C) - int(used_C.nonzero().max()) - 1 if used_C.any() else len(used_C)
         left_BC = self._mask_BC[:, : len(used_C) - unused]
@@ -135,11 +136,11 @@ class Session:
             self._close_up()
 
     def drop(self, rows: Tensor) -> None:
-        """Remove the rows at these indices from the batch; the others keep their order."""
-        stay = torch.ones(len(self._mask_BC), dtype=torch.bool, device=self.device)
-        stay[rows.to(self.device)] = False
+        """Remove the rows at these indices, a tensor on the CPU; the others keep their order."""
+        stay = torch.ones(len(self._mask_BC), dtype=torch.bool)
+        stay[rows] = False
         # `reorder_cache` also moves the states of layers that do not attend (in hybrid models).
-        self._cache.reorder_cache(stay.nonzero()[:, 0])
+        self._cache.reorder_cache(send(stay.nonzero()[:, 0], self.device))
         self._mask_BC = self._mask_BC[stay]
 
     def _close_up(self) -> None:
@@ -151,6 +152,7 @@ class Session:
         # are then holes in every row, and are cut off.
         order_BC = self._mask_BC.argsort(dim=1, stable=True)[:, width - longest :]
         self._mask_BC = self._mask_BC.gather(1, order_BC)
+        order_BC = send(order_BC, self.device)
         for layer in self._cache.layers:
             layer.keys = _columns(layer.keys, order_BC)
             layer.values = _columns(layer.values, order_BC)
@@ -170,14 +172,14 @@ class Session:
         # Columns are not positions: holes and padding do not count.
         position_BG = (self.length_B[:, None] + mask_BG.cumsum(1) - 1).clamp_min(0)
         if last_position_B is not None:
-            position_BG = position_BG.minimum(last_position_B.to(self.device)[:, None])
-        self._mask_BC = torch.cat([self._mask_BC, mask_BG.to(self._mask_BC.dtype)], dim=1)
+            position_BG = position_BG.minimum(last_position_B[:, None])
+        self._mask_BC = torch.cat([self._mask_BC, mask_BG], dim=1)
         with self._within():
             backbone, _ = split(self.model)
             output = backbone(
-                input_ids=ids_BG,
-                attention_mask=self._mask_BC,
-                position_ids=position_BG,
+                input_ids=send(ids_BG, self.device),
+                attention_mask=send(self._mask_BC, self.device),
+                position_ids=send(position_BG, self.device),
                 past_key_values=self._cache,
                 use_cache=True,
             )
@@ -208,11 +210,12 @@ def session(
 
 @contextlib.contextmanager
 def ready_to_write(model: PreTrainedModel, batch_size: int) -> Iterator[None]:
-    """Put a model in eval mode with packed layers within the context.
+    """Put a model in eval mode, with packed layers and weights that are cast once.
 
     `torch.compile` is off, because shapes change with every token.
     """
-    with eval_mode(model), packed(model, batch_size), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")
+    with eval_mode(model), packed(model, batch_size), cast_once(model), eager:
         yield
 
 

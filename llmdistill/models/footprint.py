@@ -2,8 +2,9 @@
 
 A = attention heads, H = hidden size, I = MLP neurons, L = layers, V = vocabulary.
 
-The estimate is for one device without sharding.  A test compares the activations with those that
-autograd saves; they agree within a quarter.
+The estimate is for one device without sharding.  Tests compare the activations with those that
+autograd saves, and the copies of the head with the measured peak of a step; they agree within a
+quarter.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from llmdistill.models import widths
 from llmdistill.models.carve import Plan, check_num_layers, evenly_spaced, keep_layers
 from llmdistill.models.chunks import CHUNK_NUMBERS, CHUNK_ROWS
+from llmdistill.models.heads import split
 from llmdistill.models.layers import decoder_layers
 from llmdistill.models.quantization import QUANTIZATIONS
 
@@ -37,6 +39,7 @@ class Load:
     - `product_bytes`: bytes of a number in activations and caches.
     - `checkpointing`: whether activations are computed again in the backward pass.
     - `optimizer`: its name in `transformers.TrainingArguments`.
+    - `accumulates`: whether gradients of several micro-batches are added up.
     """
 
     tokens: int
@@ -44,6 +47,7 @@ class Load:
     product_bytes: float
     checkpointing: bool = False
     optimizer: str = "adamw"
+    accumulates: bool = False
 
 
 def num_bytes(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
@@ -118,15 +122,40 @@ def footprint(student: PreTrainedModel, load: Load) -> dict[str, float]:
     """Return the bytes by part that training needs in addition to the weights of both models."""
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     optimizer = optimizer_bytes(load.optimizer)
-    vocab_size = student.config.get_text_config().vocab_size
     return {
         "gradients": 4.0 * trained,
         "optimizer": optimizer * trained,
         "activations": activation_bytes(student, load),
         "outputs of the adapter": adapter_bytes(student, load),
         "cache while writing": load.written_tokens * load.product_bytes * cached_numbers(student),
-        "chunks of logits": 4.0 * CHUNK_BUFFERS * min(CHUNK_ROWS * vocab_size, CHUNK_NUMBERS),
+        "chunks of logits": chunk_bytes(student, load),
+        "copies of the head": head_bytes(student, load),
     }
+
+
+def chunk_bytes(student: PreTrainedModel, load: Load) -> float:
+    """Return the bytes of the logits of one chunk, and of what is computed from them."""
+    vocab_size = student.config.get_text_config().vocab_size
+    return 4.0 * CHUNK_BUFFERS * min(min(CHUNK_ROWS, load.tokens) * vocab_size, CHUNK_NUMBERS)
+
+
+def head_bytes(student: PreTrainedModel, load: Load, num_losses: int = 1) -> float:
+    """Return the bytes of what is as large as the head, besides its weight and its gradient.
+
+    A loss over the vocabulary copies the weight into the dtype of products, and makes the gradient
+    of its micro-batch.  That gradient becomes the weight's own, unless the weight has one already:
+    from a micro-batch before, or from another one of the `num_losses`.  If the head is tied to the
+    embeddings, their gradient is as large once more, but copy and chunks are gone by then.
+    """
+    weight_VH = split(student)[1].weight_VH
+    copy = load.product_bytes * weight_VH.numel() if load.product_bytes < 4 else 0.0
+    if not weight_VH.requires_grad:
+        return copy
+    gradient = 4.0 * weight_VH.numel()
+    is_tied = student.get_input_embeddings().weight is weight_VH
+    freed = copy + chunk_bytes(student, load)
+    of_embeddings = max(gradient - freed, 0.0) if is_tied else 0.0
+    return gradient * (load.accumulates + num_losses - 1) + copy + of_embeddings
 
 
 def adapter_bytes(student: PreTrainedModel, load: Load) -> float:

@@ -29,12 +29,14 @@ class Head:
     """The output matrix of a model with everything that is applied to its products.
 
     logits = cap(scale * (hidden @ weight.T + bias)), where cap(x) = softcap * tanh(x / softcap).
+    `whole` is the head that this one was cut from by `narrow`, if it was.
     """
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    whole: Head | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -54,12 +56,13 @@ class Head:
                 f"Use at most {self.num_tokens}."
             )
         bias_V = None if self.bias_V is None else self.bias_V[:num_tokens]
-        return replace(self, weight_VH=self.weight_VH[:num_tokens], bias_V=bias_V)
+        weight_VH, whole = self.weight_VH[:num_tokens], self.whole or self
+        return replace(self, weight_VH=weight_VH, bias_V=bias_V, whole=whole)
 
     def detach(self) -> Head:
         """Return the same head without gradients."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()
-        return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
+        return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V, whole=None)
 
     def finish(self, products_NV: Tensor) -> Tensor:
         """Return the logits of the products hidden @ weight.T: (N, V), in their dtype."""

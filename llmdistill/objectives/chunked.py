@@ -1,11 +1,11 @@
 """From hidden states to a summed loss and its gradients, without N x V numbers in memory.
 
 N = predicted positions, n = positions of one block, c = positions of one chunk, H = hidden size,
-V = vocabulary.  The logits of a chunk of positions fill a buffer that the next chunk uses again.
-Inside a chunk, autograd of the plain divergence runs on a few rows at a time, so that its
-intermediate results stay in the CPU's cache.  Its gradient then overwrites the logits that it came
-from.  The gradients of hidden states and head are computed in the forward pass; the backward pass
-only scales them.
+V = vocabulary, W = rows of the whole head, padding rows included.  The logits of a chunk of
+positions fill a buffer that the next chunk uses again.  Inside a chunk, autograd of the plain
+divergence runs on a few rows at a time, so that its intermediate results stay in the CPU's cache.
+Its gradient then overwrites the logits that it came from.  The gradients of hidden states and head
+are computed in the forward pass; the backward pass only scales them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from llmdistill.models.chunks import CHUNK_ROWS, block_rows, rows_of_chunk
 from llmdistill.models.heads import Head
 
 PositionLoss = Callable[[Tensor, slice], Tensor]
+
+PRODUCT_NUMBERS = 2**22  # numbers of a product that is widened before it is added to a sum
 
 
 def chunked_sum(
@@ -42,18 +44,21 @@ def chunked_sum(
     product_dtype = student_head.weight_VH.dtype
     if torch.is_autocast_enabled(device_type):
         product_dtype = torch.get_autocast_dtype(device_type)
-    weight_VH, bias_V = student_head.weight_VH, student_head.bias_V
+    # The gradient of a part of a tensor would be copied into one of the whole, which is as large as
+    # the head once more.  So the whole weight is differentiated, and zeros are left at its end.
+    whole = student_head.whole or student_head
+    weight_WH, bias_W = whole.weight_VH, whole.bias_V
     # `needs_input_grad` is True for a parameter even when gradients are off: without these calls,
     # every evaluation would compute the gradient of the head.
     if not torch.is_grad_enabled():
-        student_NH, weight_VH = student_NH.detach(), weight_VH.detach()
-        bias_V = None if bias_V is None else bias_V.detach()
+        student_NH, weight_WH = student_NH.detach(), weight_WH.detach()
+        bias_W = None if bias_W is None else bias_W.detach()
     chunk_size = rows_of_chunk(chunk_size, student_head)
     with torch.autocast(device_type, enabled=False):
         total, per_position_N = _ChunkedSum.apply(
             student_NH,
-            weight_VH,
-            bias_V,
+            weight_WH,
+            bias_W,
             student_head,
             position_loss,
             weight_N,
@@ -70,8 +75,8 @@ class _ChunkedSum(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_NH: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
+        weight_WH: Tensor,
+        bias_W: Tensor | None,
         head: Head,
         position_loss: PositionLoss,
         weight_N: Tensor,
@@ -80,28 +85,28 @@ class _ChunkedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wants_grad = wants_hidden or wants_weight or wants_bias
-        inputs_NH, matrix_VH = hidden_NH.to(product_dtype), weight_VH.to(product_dtype)
+        used = slice(head.num_tokens)
+        inputs_NH, matrix_VH = hidden_NH.to(product_dtype), weight_WH[used].to(product_dtype)
         grad_NH = torch.zeros_like(inputs_NH) if wants_hidden else None
-        grad_VH = torch.zeros_like(weight_VH) if wants_weight else None
-        grad_V = torch.zeros_like(bias_V) if wants_bias and bias_V is not None else None
+        grad_WH = torch.zeros_like(weight_WH) if wants_weight else None
+        grad_W = torch.zeros_like(bias_W) if wants_bias and bias_W is not None else None
         wide = torch.promote_types(product_dtype, torch.float32)
         losses_N = torch.empty(len(hidden_NH), dtype=wide, device=hidden_NH.device)
-        buffer_cV = inputs_NH.new_empty(min(chunk_size, len(hidden_NH)), len(weight_VH))
+        buffer_cV = inputs_NH.new_empty(min(chunk_size, len(hidden_NH)), head.num_tokens)
         for start in range(0, len(hidden_NH), chunk_size):
             chunk = slice(start, min(start + chunk_size, len(hidden_NH)))
             logits_cV = buffer_cV[: chunk.stop - start]
             torch.mm(inputs_NH[chunk], matrix_VH.t(), out=logits_cV)
-            losses_N[chunk] = _losses(
-                logits_cV, head, position_loss, weight_N, start, wants_grad=wants_grad
-            )
+            parts = (logits_cV, head, position_loss, weight_N)
+            _fill_losses(losses_N, chunk, *parts, wants_grad=wants_grad)
             # From here on `logits_cV` holds the gradient of the products, not the logits.
             if grad_NH is not None:
                 torch.mm(logits_cV, matrix_VH, out=grad_NH[chunk])
-            if grad_VH is not None:
-                _add_product(grad_VH, logits_cV.t(), inputs_NH[chunk])
-            if grad_V is not None:
-                grad_V += logits_cV.sum(0).to(grad_V.dtype)
-        ctx.grads = (grad_NH, grad_VH, grad_V)
+            if grad_WH is not None:
+                _add_product(grad_WH[used], logits_cV.t(), inputs_NH[chunk])
+            if grad_W is not None:
+                grad_W[used] += logits_cV.sum(0).to(grad_W.dtype)
+        ctx.grads = (grad_NH, grad_WH, grad_W)
         ctx.mark_non_differentiable(losses_N)
         return (losses_N * weight_N.to(wide)).sum(), losses_N
 
@@ -118,38 +123,42 @@ class _ChunkedSum(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
-def _losses(
+def _fill_losses(
+    losses_N: Tensor,
+    chunk: slice,
     logits_cV: Tensor,
     head: Head,
     position_loss: PositionLoss,
     weight_N: Tensor,
-    start: int,
     *,
     wants_grad: bool,
-) -> Tensor:
-    """Return the chunk's losses: (c,).
+) -> None:
+    """Write the losses of a chunk into `losses_N`.
 
     With gradients, the gradient of the weighted losses overwrites `logits_cV`.
     """
     wide = torch.promote_types(logits_cV.dtype, torch.float32)
     step = block_rows(len(logits_cV), logits_cV.shape[1], logits_cV.device)
-    losses = []
     for offset in range(0, len(logits_cV), step):
         block_nV = logits_cV[offset : offset + step]
-        rows = slice(start + offset, start + offset + len(block_nV))
+        rows = slice(chunk.start + offset, chunk.start + offset + len(block_nV))
         products_nV = block_nV.detach().to(wide).requires_grad_(wants_grad)
         with torch.set_grad_enabled(wants_grad):
             loss_n = position_loss(head.finish(products_nV), rows)
             weighted = (loss_n * weight_N[rows].to(loss_n.dtype)).sum()
-        losses.append(loss_n.detach())
+        # Small tensors that outlive a block would lie between its large ones on the heap, which
+        # would then grow with each block.
+        losses_N[rows] = loss_n.detach()
         if wants_grad:
             block_nV.copy_(torch.autograd.grad(weighted, products_nV)[0])
-    return torch.cat(losses)
 
 
 def _add_product(sum_VH: Tensor, left_Vc: Tensor, right_cH: Tensor) -> None:
     """Add left @ right to the sum, in the sum's dtype."""
     if sum_VH.dtype == left_Vc.dtype:
         sum_VH.addmm_(left_Vc, right_cH)
-    else:
-        sum_VH += left_Vc @ right_cH
+        return
+    # A few rows at a time, because the product as a whole is as large as the head.
+    step = max(1, PRODUCT_NUMBERS // sum_VH.shape[1])
+    for start in range(0, len(sum_VH), step):
+        sum_VH[start : start + step] += left_Vc[start : start + step] @ right_cH

@@ -196,4 +196,5 @@ def linear_in_states(
 
 def linear(head: Head) -> Head:
     """Return the head without its bias, which cancels in differences, and without its softcap."""
-    return Head(head.weight_VH, scale=head.scale)
+    whole = None if head.whole is None else linear(head.whole)
+    return Head(head.weight_VH, scale=head.scale, whole=whole)

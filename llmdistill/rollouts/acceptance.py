@@ -131,7 +131,7 @@ class Mixture(Accept):
         """Return the log-probability of each token under the mixture: (A, G), in nats."""
         assert block.student_AGV is not None
         token_N = tokens_AG.flatten()
-        share = torch.tensor(self.teacher_share, device=token_N.device)
+        share = torch.full((), self.teacher_share, device=token_N.device)
         # Every token has the mixture's probability, whichever of the two models drew it.
         mixed_N = torch.logaddexp(
             share.log() + log_prob(block.teacher_AGV.flatten(0, 1), teacher, token_N),

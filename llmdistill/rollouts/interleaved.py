@@ -12,6 +12,9 @@ rounding of the models.
     both models read    the last token written, draft_1 .. draft_G-1
     the teacher scores  draft_1 .. draft_G, each from the state before it
     both caches keep    all tokens written so far, except the last one
+
+On a GPU, both models compute a block without being asked for a number.  The CPU then fetches the
+tokens and the acceptances of the block, and decides alone what each row keeps.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch import Tensor
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.keyed import draw_tokens, row_keys
 from llmdistill.decoding.session import Session
+from llmdistill.decoding.transfer import fetch, send, waits
 from llmdistill.errors import RecipeError
 from llmdistill.protocols import Progress, Steps, Student, Teacher
 from llmdistill.rollouts.acceptance import Accept, Block, TopK, acceptance
@@ -132,7 +136,9 @@ class InterleavedRollout:
                 # A cache that cannot remove tokens allows blocks of one token only: a refused
                 # token is not in the cache yet.
                 size = self._size(len(pair.active)) if pair.can_take_back else 1
-                self._auto.learn(pair.write_block(size))
+                measured = pair.write_block(size)
+                if self.block_size == "auto":
+                    self._auto.learn(measured)
             return pair.responses.sequences(prompts, judge.head)
 
     def _size(self, num_rows: int) -> int:
@@ -152,103 +158,106 @@ class _Pair:
     ) -> None:
         self.rollout, self.drafter, self.judge = rollout, drafter, judge
         self.can_take_back = drafter.can_hold_holes and judge.can_hold_holes
-        self.active = ActiveRows.start(prompts, rollout.max_new_tokens, judge.device)
+        self.active = ActiveRows.start(prompts, rollout.max_new_tokens)
         self.responses = Responses(len(prompts))
         self.rule = rollout.accept.start(len(prompts), rollout.max_new_tokens, judge.device)
         # What either model calls an end ends a response, or one of them would write past its end.
-        self.ends = torch.tensor(sorted(drafter.ends | judge.ends), device=judge.device)
-        row_ids_B = prompts.row_ids_B.to(judge.device)
-        self.keys = {writer: row_keys(draw, row_ids_B, writer) for writer in Writer}
+        self.ends = torch.tensor(sorted(drafter.ends | judge.ends))
+        self.keys = {writer: row_keys(draw, prompts.row_ids_B, writer) for writer in Writer}
 
     def write_block(self, size: int) -> Measured:
-        """Draft a block, score it, keep what is accepted, and return the measurements."""
+        """Draft a block, score it, keep what is accepted, and return the measurements.
+
+        The seconds are 0 if the block size is fixed.
+        """
         now, num_rows = self.active, len(self.active)
         size = min(size, int(now.room_A.max()))
-        start = self._clock()
+        start = self._clock(self.drafter)
         draft_AG, student_AGV = self._draft(size)
-        draft_end = self._clock()
-        read_AG = torch.cat([now.last_A1, draft_AG[:, :-1]], 1)
+        draft_end = self._clock(self.drafter)
+        read_AG = torch.cat([send(now.last_A1, draft_AG.device), draft_AG[:, :-1]], 1)
         hidden_AGH = self.judge.extend(read_AG, now.last_position_A)
         verified = self._judge(draft_AG, student_AGV, hidden_AGH)
-        count_A, ended_A = self._kept(verified.tokens_AG, verified.accepted_A)
-        kept_AG = torch.arange(size, device=count_A.device) < count_A[:, None]
-        log_prob_AG = verified.log_prob_AG
-        self.responses.add(
-            Piece(
-                now.row_A[:, None].expand_as(draft_AG)[kept_AG],
-                now.slots(size)[kept_AG],
-                verified.tokens_AG[kept_AG],
-                verified.writer_AG[kept_AG],
-                hidden_AGH[kept_AG],
-                None if log_prob_AG is None else log_prob_AG[kept_AG],
-            )
-        )
-        self._go_on(size, now.after(verified.tokens_AG, count_A, ended_A))
-        accepted = int((kept_AG & (verified.writer_AG == Writer.STUDENT)).sum())
-        judge_end = self._clock()
+        # The only time that this block waits for a GPU.
+        both = fetch(torch.cat([verified.tokens_AG, verified.accepted_A[:, None]], 1))
+        tokens_AG, accepted_A = both[:, :size], both[:, size]
+        count_A, ended_A = self._kept(tokens_AG, accepted_A)
+        piece = _piece(now, tokens_AG, accepted_A, count_A, hidden_AGH, verified.log_prob_AG)
+        self.responses.add(piece)
+        self._go_on(size, now.after(tokens_AG, count_A, ended_A))
+        accepted = int((piece.writer_n == Writer.STUDENT).sum())
+        judge_end = self._clock(self.judge)
         seconds = (draft_end - start, judge_end - draft_end)
-        return Measured(num_rows, size, *seconds, accepted, int(kept_AG.sum()))
+        return Measured(num_rows, size, *seconds, accepted, len(piece.token_n))
 
     def _draft(self, size: int) -> tuple[Tensor, Tensor | None]:
         """Return the student's next tokens, and their logits if the rule needs them.
 
         Shapes: (A, G) and (A, G, V), on the teacher's device.
         """
-        device = self.drafter.device
-        next_A1 = self.active.last_A1.to(device)
-        keys_A = self.keys[Writer.STUDENT][self.active.row_A].to(device)
+        now, device = self.active, self.drafter.device
+        next_A1, slots_AG = send(now.last_A1, device), send(now.slots(size), device)
+        keys_A = send(self.keys[Writer.STUDENT][now.row_A], device)
+        sampling = self.rollout.student_sampling
         tokens, logits = [], []
         for offset in range(size):
-            hidden_A1H = self.drafter.extend(next_A1, self.active.last_position_A)
+            hidden_A1H = self.drafter.extend(next_A1, now.last_position_A)
             logits_AV = self.drafter.logits(hidden_A1H)[:, -1]
-            slot_A = (self.active.written_A + offset).to(device)
-            next_A1 = draw_tokens(logits_AV, self.rollout.student_sampling, keys_A, slot_A)[:, None]
+            next_A1 = draw_tokens(logits_AV, sampling, keys_A, slots_AG[:, offset])[:, None]
             tokens.append(next_A1)
             logits += [logits_AV] * self.rule.sees_student
-        draft_AG = torch.cat(tokens, 1).to(self.judge.device)
-        return draft_AG, torch.stack(logits, 1).to(self.judge.device) if logits else None
+        draft_AG = send(torch.cat(tokens, 1), self.judge.device)
+        return draft_AG, send(torch.stack(logits, 1), self.judge.device) if logits else None
 
     def _judge(self, draft_AG: Tensor, student_AGV: Tensor | None, hidden_AGH: Tensor) -> Verified:
         """Apply the rule, and replace the first token that it refuses in each row.
 
         It works on a few rows at a time, so that about `LOGITS` logits are in memory.
         """
-        now, size = self.active, draft_AG.shape[1]
-        rows = max(LOGITS // (size * self.judge.num_tokens), 1)
+        now, size, device = self.active, draft_AG.shape[1], self.judge.device
+        num_rows = max(LOGITS // (size * self.judge.num_tokens), 1)
+        rows_A, slots_AG = send(now.row_A, device), send(now.slots(size), device)
+        # The key of neither model, so that the rule's randomness is independent of both.
+        rule_A, teacher_A = (
+            send(self.keys[writer][now.row_A], device) for writer in (Writer.DATA, Writer.TEACHER)
+        )
         samplings = (self.rollout.teacher_sampling, self.rollout.student_sampling)
         verified = []
-        for places in torch.arange(len(draft_AG), device=draft_AG.device).split(rows):
+        for start in range(0, len(draft_AG), num_rows):
+            part = slice(start, start + num_rows)
             block = Block(
-                draft_AG[places],
-                now.row_A[places],
-                now.slots(size)[places],
-                # The key of neither model, so that the rule's randomness is independent of both.
-                self.keys[Writer.DATA][now.row_A[places]],
-                self.judge.logits(hidden_AGH[places]),
-                None if student_AGV is None else student_AGV[places],
+                draft_AG[part],
+                rows_A[part],
+                slots_AG[part],
+                rule_A[part],
+                self.judge.logits(hidden_AGH[part]),
+                None if student_AGV is None else student_AGV[part],
             )
             # The product of the mask is 1 up to the first refusal.
             accepted_A = self.rule(block).long().cumprod(1).sum(1)
-            tokens_AG, writer_AG = self._replaced(block, accepted_A)
+            tokens_AG = self._replaced(block, accepted_A, teacher_A[part])
             log_prob_AG = self.rule.log_prob(block, tokens_AG, *samplings)
-            verified.append(Verified(tokens_AG, writer_AG, accepted_A, log_prob_AG))
+            verified.append(Verified(tokens_AG, accepted_A, log_prob_AG))
         return Verified.join(verified)
 
-    def _replaced(self, block: Block, accepted_A: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the draft with the teacher's token at each row's first refusal, and the writers.
+    def _replaced(self, block: Block, accepted_A: Tensor, keys_A: Tensor) -> Tensor:
+        """Return the draft with the teacher's token at each row's first refusal: (A, G).
 
-        Shapes: (A, G) and (A, G).  Tokens after the replacement have no meaning.
+        Tokens after the replacement have no meaning.
         """
         tokens_AG = block.draft_AG.clone()
-        writer_AG = torch.full_like(tokens_AG, int(Writer.STUDENT))
-        refused_n = (accepted_A < tokens_AG.shape[1]).nonzero()[:, 0]
-        at = (refused_n, accepted_A[refused_n])
-        keys_n = self.keys[Writer.TEACHER][block.rows_A[refused_n]]
-        tokens_AG[at] = draw_tokens(
-            block.teacher_AGV[at], self.rollout.teacher_sampling, keys_n, block.slots_AG[at]
+        size = tokens_AG.shape[1]
+        # To draw in rows that refuse nothing costs a GPU less than the question which rows refuse.
+        if waits(accepted_A.device):
+            row_n = torch.arange(len(accepted_A), device=accepted_A.device)
+        else:
+            row_n = (accepted_A < size).nonzero()[:, 0]
+        at = (row_n, accepted_A[row_n].clamp_max(size - 1))
+        drawn_n = draw_tokens(
+            block.teacher_AGV[at], self.rollout.teacher_sampling, keys_A[row_n], block.slots_AG[at]
         )
-        writer_AG[at] = int(Writer.TEACHER)
-        return tokens_AG, writer_AG
+        tokens_AG[at] = torch.where(accepted_A[row_n] < size, drawn_n, tokens_AG[at])
+        return tokens_AG
 
     def _kept(self, tokens_AG: Tensor, accepted_A: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many tokens each row keeps, and whether they end its response: (A,), (A,).
@@ -258,7 +267,7 @@ class _Pair:
         """
         size = tokens_AG.shape[1]
         count_A = (accepted_A + 1).clamp_max(size).minimum(self.active.room_A)
-        inside_AG = torch.arange(size, device=count_A.device) < count_A[:, None]
+        inside_AG = torch.arange(size) < count_A[:, None]
         ends_AG = torch.isin(tokens_AG, self.ends) & inside_AG
         ended_A = ends_AG.any(1)
         return torch.where(ended_A, ends_AG.long().argmax(1) + 1, count_A), ended_A
@@ -269,7 +278,7 @@ class _Pair:
         ended_n, going_n = (~has_room_A).nonzero()[:, 0], has_room_A.nonzero()[:, 0]
         # Each removal copies the caches, so ended rows wait until there are enough of them.
         if len(ended_n) < LEAVE * len(after):
-            going_n = torch.arange(len(after), device=going_n.device)
+            going_n = torch.arange(len(after))
         elif len(going_n):
             self.drafter.drop(ended_n)
             self.judge.drop(ended_n)
@@ -280,8 +289,38 @@ class _Pair:
             self.drafter.keep(length_A)
             self.judge.keep(length_A)
 
-    def _clock(self) -> float:
-        """Return the time in seconds, after the device has finished its queued work."""
-        if self.judge.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _clock(self, session: Session) -> float:
+        """Return the time in seconds, after a model's device has finished its queued work.
+
+        A fixed block size needs no times, so that it is 0 then, and nothing waits.
+        """
+        if self.rollout.block_size != "auto":
+            return 0.0
+        if session.device.type == "cuda":
+            torch.cuda.synchronize(session.device)
         return time.perf_counter()
+
+
+def _piece(
+    now: ActiveRows,
+    tokens_AG: Tensor,
+    accepted_A: Tensor,
+    count_A: Tensor,
+    hidden_AGH: Tensor,
+    log_prob_AG: Tensor | None,
+) -> Piece:
+    """Return the first `count_A` tokens of each row as a piece of the responses."""
+    size_G = torch.arange(tokens_AG.shape[1])
+    kept_AG = size_G < count_A[:, None]
+    replaced_AG = size_G == accepted_A[:, None]
+    writer_AG = torch.where(replaced_AG, int(Writer.TEACHER), int(Writer.STUDENT))
+    # Indices instead of a mask, because a GPU would be asked how many tokens a mask keeps.
+    place_n = send(kept_AG.flatten().nonzero()[:, 0], hidden_AGH.device)
+    return Piece(
+        now.row_A[:, None].expand_as(tokens_AG)[kept_AG],
+        now.slots(tokens_AG.shape[1])[kept_AG],
+        tokens_AG[kept_AG],
+        writer_AG[kept_AG],
+        hidden_AGH.flatten(0, 1)[place_n],
+        None if log_prob_AG is None else log_prob_AG.flatten()[place_n],
+    )

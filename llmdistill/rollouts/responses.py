@@ -1,5 +1,7 @@
 """The state of an interleaved rollout: the active rows, and the tokens that are kept.
 
+It is on the CPU, except the teacher's states and log-probabilities.
+
 P = prompt tokens, T = tokens, A = active rows, B = all rows, G = tokens of a block, n = tokens of
 it that are kept, N = all kept tokens, H = hidden size.
 """
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmdistill.batch import Prompts, Sequences, TeacherSignal
+from llmdistill.decoding.transfer import fetch, send
 from llmdistill.distributions import Dense
 from llmdistill.models.heads import Head
 from llmdistill.sampling import Writer
@@ -30,13 +33,13 @@ class ActiveRows:
     room_A: Tensor  # tokens that still fit; 0 once the response has ended
 
     @classmethod
-    def start(cls, prompts: Prompts, room: int, device: torch.device) -> ActiveRows:
+    def start(cls, prompts: Prompts, room: int) -> ActiveRows:
         """Return all rows, with empty responses and `room` tokens left."""
-        row_A = torch.arange(len(prompts), device=device)
+        row_A = torch.arange(len(prompts))
         return cls(
             row_A,
-            prompts.input_ids_BP[:, -1:].to(device),
-            prompts.attention_mask_BP.sum(1).to(device),
+            prompts.input_ids_BP[:, -1:],
+            prompts.attention_mask_BP.sum(1),
             torch.zeros_like(row_A),
             torch.full_like(row_A, room),
         )
@@ -51,7 +54,7 @@ class ActiveRows:
 
     def slots(self, size: int) -> Tensor:
         """Return the next `size` positions of each response: (A, G)."""
-        return self.written_A[:, None] + torch.arange(size, device=self.row_A.device)
+        return self.written_A[:, None] + torch.arange(size)
 
     def after(self, tokens_AG: Tensor, count_A: Tensor, ended_A: Tensor) -> ActiveRows:
         """Return the rows after the first `count_A` of these tokens were kept."""
@@ -72,23 +75,25 @@ class ActiveRows:
 
 
 class Verified(NamedTuple):
-    """A block after the acceptance rule and the replacements."""
+    """A block after the acceptance rule and the replacements, on the teacher's device."""
 
     tokens_AG: Tensor
-    writer_AG: Tensor
     accepted_A: Tensor  # drafted tokens of each row before its first refusal
     log_prob_AG: Tensor | None  # with which they were written, in nats, if the rule knows it
 
     @classmethod
     def join(cls, parts: Sequence[Verified]) -> Verified:
         """Return the rows of several parts as one block."""
-        tokens, writers, accepted, log_probs = zip(*parts, strict=True)
+        tokens, accepted, log_probs = zip(*parts, strict=True)
         joined = None if log_probs[0] is None else torch.cat(log_probs)
-        return cls(torch.cat(tokens), torch.cat(writers), torch.cat(accepted), joined)
+        return cls(torch.cat(tokens), torch.cat(accepted), joined)
 
 
 class Piece(NamedTuple):
-    """The kept tokens of one block, with the teacher's states that predict them."""
+    """The kept tokens of one block, with the teacher's states that predict them.
+
+    States and log-probabilities are on the teacher's device.
+    """
 
     row_n: Tensor
     slot_n: Tensor
@@ -108,7 +113,7 @@ class Responses:
     def add(self, piece: Piece) -> None:
         """Add the kept tokens of one block, and count one pass of the teacher for its rows."""
         self._pieces.append(piece)
-        self._teacher_passes_B[piece.row_n.unique().cpu()] += 1
+        self._teacher_passes_B[piece.row_n.unique()] += 1
 
     def sequences(self, prompts: Prompts, head: Head) -> Sequences:
         """Return the prompts with their responses, the writers and the teacher's signal."""
@@ -116,7 +121,9 @@ class Responses:
         row_N, slot_N = torch.cat(columns[0]), torch.cat(columns[1])
         # Pieces are in the order of their blocks; this key sorts them by row, then by position.
         order_N = (row_N * (slot_N.max() + 1) + slot_N).argsort()
-        token_N, writer_N, hidden_NH = (torch.cat(column)[order_N] for column in columns[2:5])
+        token_N, writer_N = (torch.cat(column)[order_N] for column in columns[2:4])
+        hidden_NH = torch.cat(columns[4])
+        hidden_NH = hidden_NH[send(order_N, hidden_NH.device)]
         counts = row_N.bincount(minlength=len(prompts)).tolist()
         written = Sequences.pack(
             prompts.ids(),
@@ -127,11 +134,11 @@ class Responses:
         )
         mask_BT, log_prob_BT = written.response_mask_BT, None
         if columns[5][0] is not None:
-            log_prob_N = torch.cat(columns[5])[order_N].cpu()
+            log_prob_N = fetch(torch.cat(columns[5]))[order_N]
             log_prob_BT = torch.zeros(mask_BT.shape).masked_scatter(mask_BT, log_prob_N)
         return replace(
             written,
-            writer_BT=written.writer_BT.masked_scatter(mask_BT, writer_N.cpu()),
+            writer_BT=written.writer_BT.masked_scatter(mask_BT, writer_N),
             writer_logprob_BT=log_prob_BT,
             teacher_passes_B=self._teacher_passes_B,
             signal=TeacherSignal(Dense(hidden_NH, head)),

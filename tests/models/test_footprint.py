@@ -1,7 +1,10 @@
-"""The estimate of memory: exact for weights, within a quarter for what autograd keeps."""
+"""The estimate of memory: exact for weights, within a quarter for what a step takes."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +17,7 @@ from llmdistill.models.footprint import (
     Load,
     activation_bytes,
     footprint,
+    head_bytes,
     num_bytes,
     skeleton,
     weight_bytes,
@@ -108,3 +112,98 @@ def test_a_number_of_layers_that_cannot_be_kept_is_named(layers):
         ModelError, match=rf"carve.layers: got {layers}, but the model has 4 layers"
     ):
         skeleton(toy.teacher_model().config, Plan(layers=layers))
+
+
+# A step over a large head, in a fork for each case, so that no case reuses memory of another one.
+PEAKS = """
+import json, os, sys
+import torch
+from llmdistill.batch import Sequences
+from llmdistill.objectives.response import ResponseObjective
+from llmdistill.sampling import Writer
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.training.step import Distillation
+from scripts import benchmark
+from tests import toy
+
+torch.set_num_threads(1)
+
+
+def peak(tied, half, accumulates, rows):
+    options = {"hidden": 512, "layers": 1, "rows": rows, "intermediate_size": 64}
+    teacher = toy.model(hidden=16, layers=1, rows=rows)
+    local = LocalTeacher(teacher, toy.tokenizer())
+    student = toy.model(**options, tie_word_embeddings=tied)
+    both = Distillation(student, local, [ResponseObjective()], toy.tokenizer())
+    # As with a tokenizer of almost as many ids.
+    both.num_tokens = local.num_tokens = rows - 100
+    ids = [[5 + i % 200 for i in range(65)]] * 4
+    sequences = Sequences.pack([x[:1] for x in ids], [x[1:] for x in ids], range(4),
+                               writer=Writer.DATA, pad_id=0)
+    for parameter in student.parameters() if accumulates else ():
+        parameter.grad = torch.zeros_like(parameter).add_(0)
+    benchmark.reset_peak()
+    before = benchmark.peak_mib()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = both(sequences).loss
+    loss.backward()
+    return benchmark.peak_mib() - before
+
+
+for case in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        try:
+            print(json.dumps([case, peak(*case)]), flush=True)
+        finally:
+            os._exit(0)
+    os.wait()
+"""
+CASES = [
+    (tied, half, accumulates, 50_000)
+    for tied in (False, True)
+    for half in (False, True)
+    for accumulates in (False, True)
+]
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    """The MiB that a step takes above weights and the gradients that there are, by case."""
+    command = [sys.executable, "-c", PEAKS, json.dumps(CASES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {tuple(case): peak for case, peak in found}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_over_a_large_head_takes_what_is_estimated(peaks, case):
+    tied, half, accumulates, rows = case
+    student = toy.model(
+        hidden=512, layers=1, rows=rows, intermediate_size=64, tie_word_embeddings=tied
+    )
+    load = Load(
+        tokens=4 * 65, written_tokens=0, product_bytes=2.0 if half else 4.0, accumulates=accumulates
+    )
+    parts = footprint(student, load)
+    names = ["activations", "chunks of logits", "copies of the head"]
+    found = sum(parts[name] for name in names)
+    # At the peak there are no other gradients yet than the head's, if there are none of before.
+    found += 0 if accumulates else 4 * student.lm_head.weight.numel()
+    assert found / 2**20 == pytest.approx(peaks[case], rel=0.25)
+
+
+def test_tied_embeddings_have_a_gradient_where_chunks_are_smaller():
+    student = toy.model(hidden=512, layers=1, rows=5000)
+    found = head_bytes(student, replace(LOAD, tokens=16))
+    assert found == 4 * 5000 * 512 - 3 * 4 * 16 * 5000
+
+
+def test_a_frozen_head_is_copied_and_several_losses_have_gradients():
+    student = toy.model(tie_word_embeddings=False)
+    numbers = student.lm_head.weight.numel()
+    half = replace(LOAD, product_bytes=2.0)
+    assert head_bytes(student, LOAD) == 0
+    assert head_bytes(student, half) == 2 * numbers
+    assert head_bytes(student, half, num_losses=3) == (2 + 2 * 4) * numbers
+    student.requires_grad_(False)
+    assert head_bytes(student, replace(half, accumulates=True), num_losses=3) == 2 * numbers

@@ -9,7 +9,7 @@ from llmdistill.models.chunks import HeadLogits
 from llmdistill.models.heads import Head
 from llmdistill.objectives.chunked import chunked_sum
 from llmdistill.objectives.divergences import DIVERGENCES
-from tests.support.objectives import LargestTensor
+from tests.support.objectives import LargestTensor, NewTensors
 
 N, H, V = 37, 12, 50
 
@@ -179,3 +179,46 @@ def test_a_large_vocabulary_makes_small_chunks(monkeypatch):
     assert mode.largest <= max(5 * V, V * 2 * H)  # five rows of logits, or the teacher's head
     for ours, theirs in zip(small, plain, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+# ---- a head without its padding rows ----
+
+
+def narrowed(chunk_size, *, autocast=False, dtype=torch.float64):
+    """The gradients of states, weight and bias of a head that is cut to its first 41 rows."""
+    hidden, weight, bias, _, _, weights = parts(dtype)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    head = Head(weight, bias).narrow(45).narrow(41)
+    if chunk_size is None:
+        total = (head(hidden).logsumexp(-1) * weights).sum()
+        total.backward()
+        return [leaf.grad for leaf in leaves]
+    with NewTensors(41 * H) as made, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        total, _ = chunked_sum(
+            hidden, head, lambda s, rows: s.logsumexp(-1), weights, chunk_size=chunk_size
+        )
+        total.backward()
+    return [leaf.grad for leaf in leaves], made.names
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 256])
+def test_the_gradient_of_a_narrowed_head_is_that_of_autograd(chunk_size):
+    found, _ = narrowed(chunk_size)
+    for ours, dense in zip(found, narrowed(None), strict=True):
+        torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-10)
+    assert found[1][41:].abs().max() == found[2][41:].abs().max() == 0
+
+
+def test_the_gradient_of_a_narrowed_head_is_made_once():
+    _, names = narrowed(7)
+    assert names == ["aten::zeros_like"]
+
+
+def test_under_autocast_the_weight_is_copied_and_no_product_is_as_large(monkeypatch):
+    monkeypatch.setattr("llmdistill.objectives.chunked.PRODUCT_NUMBERS", 9 * H)
+    found, names = narrowed(7, autocast=True, dtype=torch.float32)
+    assert names == ["aten::_to_copy", "aten::zeros_like"]
+    monkeypatch.setattr("llmdistill.objectives.chunked.PRODUCT_NUMBERS", V * H)
+    whole, names = narrowed(7, autocast=True, dtype=torch.float32)
+    assert "aten::mm" in names
+    assert torch.equal(found[1], whole[1])

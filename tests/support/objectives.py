@@ -1,10 +1,11 @@
-"""An objective with parameters, and a mode that records how large tensors become."""
+"""An objective with parameters, and modes that record how large tensors become."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llmdistill.batch import LossSum
 from llmdistill.forward import read, teacher_signal
@@ -24,6 +25,28 @@ class LargestTensor(TorchDispatchMode):
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+class NewTensors(TorchDispatchMode):
+    """Records the operations that allocate a result of at least `size` elements."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.names = size, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in tree_leaves((args, kwargs))
+            if isinstance(tensor, torch.Tensor)
+        }
+        result = function(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            is_large = isinstance(tensor, torch.Tensor) and tensor.numel() >= self.size
+            if is_large and tensor.untyped_storage().data_ptr() not in given:
+                self.names.append(function.name().partition(".")[0])
         return result
 
 
