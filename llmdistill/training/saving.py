@@ -44,9 +44,8 @@ class StudentTrainer(Trainer):
         one step further.  If `load_best_model_at_end` is set, the best student is loaded.  Raises
         CheckpointError for a finished run under FSDP or DeepSpeed.
         """
-        folder = resume_from_checkpoint or None
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
+        newest = resume_from_checkpoint is True
+        folder = get_last_checkpoint(self.args.output_dir) if newest else resume_from_checkpoint
         if not folder or not self._is_finished(Path(folder)):
             self._before_training()
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
