@@ -188,7 +188,7 @@ class PromptStream(IterableDataset):
     """Rows that are encoded while they are read, in their order and again in each epoch.
 
     No row is kept in memory.  A malformed row raises DataError when it is reached, unless the rules
-    skip it.
+    skip it.  On several ranks, each one encodes only its own rows, which are dealt out in turn.
     """
 
     def __init__(
@@ -199,12 +199,23 @@ class PromptStream(IterableDataset):
     ) -> None:
         self.read, self.tokenizer, self.rules = rows, tokenizer, rules
         self.counts = RowCounts()
+        self._rank, self._ranks, self._batch_size = 0, 1, 1
+
+    def deal_out(self, rank: int, ranks: int, batch_size: int) -> None:
+        """Give this rank its rows only, in batches of this size."""
+        self._rank, self._ranks, self._batch_size = rank, ranks, batch_size
 
     def __iter__(self) -> Iterator[Row]:
         self.counts = RowCounts()  # of this pass alone
         on_bad = _skip if self.rules.skip_bad else _stop
         encoder = Encoder(self.tokenizer, self.rules)
-        yield from encoder.rows(self.read(), self.counts, on_bad)
+        share = (self._rank, self._ranks)
+        own = encoder.rows(self.read(), self.counts, on_bad, share)
+        if self._ranks == 1:
+            yield from own
+        # Accelerate takes this rank's part of the batches of all ranks, so that every part is ours.
+        while batch := list(itertools.islice(own, self._batch_size)):
+            yield from batch * self._ranks
 
     def head(self, number: int) -> list[Row]:
         """Read and return the first rows; the next pass starts at the first row again."""

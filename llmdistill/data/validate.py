@@ -155,32 +155,38 @@ class Encoder:
         rows: Iterable[tuple[str, Any]],
         counts: RowCounts,
         on_bad: Callable[[DataError], None],
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[Row]:
         """Yield the encoded rows one by one.
 
         `counts` is updated along the way.  `on_bad` is called with the error of each malformed row.
-        Raises DataError at a row that is too long if the rules say stop, and VocabularyError if a
-        teacher renders a row differently.
+        `share` is (rank, number of ranks): the rows are dealt out in turn, and those of other ranks
+        are only counted.  Raises DataError at a row that is too long if the rules say stop, and
+        VocabularyError if a teacher renders a row differently.
         """
-        rules = self.rules
-        for place, row in rows:
+        rules, (rank, ranks) = self.rules, share
+        for number, (place, row) in enumerate(rows):
             counts.read += 1
+            # The id of this row's first example: `read` has counted one for it already.
+            first = counts.examples - 1
+            is_own = number % ranks == rank
             try:
                 examples = _examples(row, place, rules)
+                counts.more_answers += max(len(examples) - 1, 0)
+                if not is_own:
+                    continue
                 encoded = [_encode(row, one, self.tokenizer, rules) for one in examples]
                 _check_ids(encoded, place, self.tokenizer, self._limit)
             except DataError as error:
-                counts.bad += 1
-                on_bad(error)
+                counts.bad += is_own
+                if is_own:
+                    on_bad(error)
                 continue
             for example, one in zip(examples, encoded, strict=True):
                 counts.answers_left_out += example.response is not None and one.response_ids is None
                 alone = replace(example, response=None, more={})
                 self._pairing.check(example if one.response_ids is not None else alone)
             _count(row, place, examples, self._control, rules, counts)
-            # The id of this row's first example: `read` has counted one for it already.
-            first = counts.examples - 1
-            counts.more_answers += max(len(encoded) - 1, 0)
             for turn, one in enumerate(encoded):
                 fitting = _fit(replace(one, row_id=first + turn), place, rules, counts)
                 if fitting is not None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from llmdistill.batch import Prompts
@@ -44,9 +45,13 @@ class AheadTrainer(GroupedTrainer):
     responses_folder: Path
     seconds_ahead: float
     _stream_ahead: StreamAhead | None = None
+    _ended: Any = None  # the pass over a stream that is over
 
     def _before_training(self) -> None:
-        """Let the teacher write the responses of all steps."""
+        """Deal out the rows of a stream, and let the teacher write the responses of all steps."""
+        if isinstance(self.train_dataset, PromptStream):
+            args = self.args
+            self.train_dataset.deal_out(args.process_index, args.world_size, args.train_batch_size)
         show = any(isinstance(one, ProgressBar) for one in self.callback_handler.callbacks)
         start = time.perf_counter()
         write_ahead(self, self.responses_folder, show_progress=show or not self.args.disable_tqdm)
@@ -56,11 +61,29 @@ class AheadTrainer(GroupedTrainer):
         self, batches: Iterator[Prompts], number: int, progress: Progress
     ) -> list[Prompts]:
         """Return the next batches.  The teacher may write the responses of a stream ahead."""
-        ahead = isinstance(self.rollout, WritesAhead) and not changes(self.teacher)
-        if ahead and isinstance(self.train_dataset, PromptStream):
+        if not isinstance(self.train_dataset, PromptStream):
+            return list(itertools.islice(batches, number))
+        if self._ended is batches:
+            return []
+        if isinstance(self.rollout, WritesAhead) and not changes(self.teacher):
             self._stream_ahead = self._stream_ahead or StreamAhead()
-            return self._stream_ahead.next(self, batches, number, progress)
-        return list(itertools.islice(batches, number))
+            found = self._stream_ahead.next(self, batches, number, progress)
+        else:
+            found = list(itertools.islice(batches, number))
+        return self._if_all_have(found, number, batches)
+
+    def _if_all_have(self, found: list[Prompts], number: int, stream: Any) -> list[Prompts]:
+        """Return a window of a stream if all ranks have one; the pass is over if one has none.
+
+        Ranks drop different rows, so that one of them reaches the end first.
+        """
+        if self.args.world_size == 1:
+            return found
+        have = torch.tensor(int(len(found) == number), device=self.args.device)
+        if int(self.accelerator.reduce(have, reduction="sum")) == self.args.world_size:
+            return found
+        self._ended = stream
+        return []
 
 
 def write_ahead(trainer: AheadTrainer, folder: Path, *, show_progress: bool) -> None:

@@ -45,7 +45,8 @@ class StudentTrainer(Trainer):
         CheckpointError for a finished run under FSDP or DeepSpeed.
         """
         newest = resume_from_checkpoint is True
-        folder = get_last_checkpoint(self.args.output_dir) if newest else resume_from_checkpoint
+        found = get_last_checkpoint(self.args.output_dir) if newest else resume_from_checkpoint
+        folder = str(found or "")
         if not folder or not self._is_finished(Path(folder)):
             self._before_training()
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -119,8 +120,7 @@ class StudentTrainer(Trainer):
     ) -> None:
         """Load a checkpoint's weights and the state of this rank's rollout.
 
-        Trainer would load with strict=False.  No name in the file has the prefix of the student in
-        `Distillation`, so it would load nothing and not complain.
+        Trainer would load with strict=False, and nothing: no name in the file has a prefix.
         """
         folder = Path(resume_from_checkpoint)
         checkpoint.load_rollout(self.rollout, folder, self._rank())

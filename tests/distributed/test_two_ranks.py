@@ -133,7 +133,9 @@ def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):
     torch.testing.assert_close(two_ranks("evaluation", tmp_path), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("case", ["gradients", "empty_rank", "bad_rank", "kept_answers"])
+@pytest.mark.parametrize(
+    "case", ["gradients", "empty_rank", "bad_rank", "kept_answers", "streamed"]
+)
 def test_on_two_ranks(tmp_path, case):
     """D3, D5, N6, S1: `worker.py` asserts these on both ranks."""
     two_ranks(case, tmp_path)

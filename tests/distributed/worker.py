@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 
 from llmdistill import recipe as recipes
+from llmdistill.data import validate
+from llmdistill.data.collate import PromptStream
+from llmdistill.data.validate import Rules
 from llmdistill.errors import NonFiniteLossError
 from llmdistill.generate import generate
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
@@ -273,6 +276,30 @@ def whole_run(folder: Path) -> None:
     distill(recipes.build(given), resume=True, show_progress=False)
 
 
+def streamed(folder: Path) -> None:
+    """Each rank encodes its own rows of a stream; a pass ends when one of them has no batch left."""
+    rows = toy.rows(13)
+    rows[3] = rows[5] = {"prompt": 3}  # malformed, both of rank 1
+    stream = PromptStream(
+        lambda: ((f"x:{i}", row) for i, row in enumerate(rows)), toy.tokenizer(),
+        Rules(skip_bad=True),
+    )  # fmt: skip
+    encoded = spy(validate, "_encode")
+    rollout = FixedRollout()
+    written = spy(rollout, "write")
+    made = trainer(
+        folder / "run", rows=stream, rollout=rollout, per_device_train_batch_size=2, max_steps=4,
+        dataloader_drop_last=True,
+    )  # fmt: skip
+    made.train()
+    rank = dist.get_rank()
+    trained = [row for one in written for row in one.row_ids_B.tolist()]
+    # Rank 1 has the rows 1, 7, 9 and 11, so that a pass has two steps.
+    assert trained == [[0, 2, 4, 6, 0, 2, 4, 6], [1, 7, 9, 11, 1, 7, 9, 11]][rank], trained
+    assert len(encoded) <= 2 * [7, 4][rank], "a row of the other rank was encoded"
+    assert made.state.global_step == 4
+
+
 def measured_run(folder: Path, name: str) -> dict:
     return {
         "output": str(folder / name),
@@ -328,6 +355,7 @@ CASES = {
         conformance,
         whole_run,
         measured,
+        streamed,
     )
 }
 
