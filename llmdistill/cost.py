@@ -12,6 +12,7 @@ import torch
 from llmdistill import recipe as recipes
 from llmdistill.data.build import load_data, load_student_tokenizer
 from llmdistill.data.collate import EncodedRows, PromptDataset
+from llmdistill.decoding.batches import rows_at_once
 from llmdistill.models.adapters import add_adapter
 from llmdistill.models.carve import Plan
 from llmdistill.models.footprint import (
@@ -67,9 +68,10 @@ def _load(recipe: Recipe, train: EncodedRows) -> Load:
     """Return what a step works on.  Defaults are those of TrainingArguments, which is not built."""
     training = recipe.training
     rows = int(training.get("per_device_train_batch_size", 8))
-    # A rollout writes all rows of an accumulation window at once; a forward pass reads one
-    # micro-batch.
-    window = rows * int(training.get("gradient_accumulation_steps", 1))
+    # A rollout writes the rows of an accumulation window, as many at once as it may; a forward pass
+    # reads one micro-batch.
+    most = recipe.rollout.most_rows or rows_at_once(default_device())
+    window = min(rows * int(training.get("gradient_accumulation_steps", 1)), most)
     longest = _longest(recipe, train)
     in_half = training.get("bf16", preferred_dtype(default_device()) is torch.bfloat16)
     return Load(

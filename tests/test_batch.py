@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmdistill.batch import Dense, Sequences, TeacherSignal
+from llmdistill.batch import Dense, Prompts, Sequences, TeacherSignal
 from llmdistill.models.heads import Head
 from tests import toy
 
@@ -41,3 +41,29 @@ def test_rows_without_loss_have_no_judgement():
     assert left.signal.distribution.hidden_NH.tolist() == places(left, range(6))
     assert left.num_predicted[silent].sum() == 0
     assert len(left.targets_N) == len(left.signal.distribution.hidden_NH)
+
+
+def test_prompts_are_selected_as_if_they_were_packed_anew():
+    rows = [[3, 0, 0], [7], [], [5, 6]]
+    responses = [[1], [2, 3], [], [4]]
+    whole = Prompts.pack(rows, [4, 5, 6, 7], pad_id=9, responses=responses)
+    for places in ([1], [3, 1], [2], [], [0, 0, 2], [3, 2, 1, 0]):
+        found = whole.select(places, pad_id=1)
+        expected = Prompts.pack(
+            [rows[place] for place in places], [4 + place for place in places], pad_id=1,
+            responses=[responses[place] for place in places],
+        )  # fmt: skip
+        assert found.ids() == expected.ids()
+        assert found.responses == expected.responses
+        for name in ("input_ids_BP", "attention_mask_BP", "row_ids_B"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_sequences_are_joined_with_their_signals():
+    parts = [judged(), judged()]
+    both = Sequences.join(parts)
+    assert both.responses() == [ids for part in parts for ids in part.responses()]
+    assert len(both.signal.distribution) == sum(len(one.signal.distribution) for one in parts)
+    again = both.select(torch.arange(len(parts[0]), len(both)))
+    assert torch.equal(again.signal.distribution.hidden_NH, parts[1].signal.distribution.hidden_NH)
+    assert Sequences.join([parts[0], replace(parts[1], signal=None)]).signal is None

@@ -337,6 +337,24 @@ def test_the_memory_counts_both_caches_where_both_models_write(recipe):
     assert caches[2] == caches[1]
 
 
+@pytest.mark.parametrize(
+    "writer",
+    [
+        "{kind: sampled, batch_size: 2}",
+        "{kind: replay, rollout: {kind: sampled, batch_size: 2}}",
+        "{kind: mixed, student: {kind: sampled, batch_size: 2}}",
+    ],
+)
+def test_the_memory_of_writing_is_bounded_by_the_batch_size(recipe, writer):
+    rows = PromptDataset.of(toy.rows(4), toy.tokenizer())
+    batch = "training.per_device_train_batch_size=8"
+    caches = [
+        memory(load(recipe, [f"rollout={one}", batch]), rows)["cache while writing"]
+        for one in ("{kind: sampled}", writer)
+    ]
+    assert caches[1] == caches[0] / 4
+
+
 def test_check_times_both_models_together(recipe, monkeypatch, capsys):
     options = ["rollout.kind=interleaved", "rollout.max_new_tokens=4"]
     assert run(monkeypatch, "check", str(recipe), "--time", *options) == 0

@@ -61,7 +61,9 @@ def _show(result: Result, recipe: Recipe, *, quiet: bool) -> None:
         print(result.student)
         return
     if result.evaluation:
-        show.answers(result.answers[:3])
+        # Short ones can be compared at a glance.
+        some = sorted(result.answers, key=lambda one: len(one.prompt) + len(one.teacher))
+        show.answers(some[:3])
         show.table(figures_table(result.evaluation), "Figures on the held-out rows")
         show.directions(result.evaluation["after"])
         show.remarks(remarks(result.evaluation))

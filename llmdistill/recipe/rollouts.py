@@ -41,6 +41,12 @@ class RolloutSection(Strict):
         return 0
 
     @property
+    def most_rows(self) -> int | None:
+        """Number of rows that the recipe lets a model write at once; None leaves it to memory."""
+        size = getattr(self, "batch_size", "auto")
+        return None if size == "auto" else int(size)
+
+    @property
     def steps_both_models(self) -> bool:
         """Whether student and teacher each keep a cache at the same time."""
         return False
@@ -163,6 +169,10 @@ class ReplayRecipe(RolloutSection):
         return self.rollout.new_tokens
 
     @property
+    def most_rows(self) -> int | None:
+        return self.rollout.most_rows
+
+    @property
     def has_labels(self) -> bool:
         return False
 
@@ -270,6 +280,10 @@ class MixedRecipe(RolloutSection):
     @property
     def new_tokens(self) -> int:
         return max(self.student.new_tokens, self.other.new_tokens)
+
+    @property
+    def most_rows(self) -> int | None:
+        return self.student.most_rows
 
     @property
     def teacher_writes(self) -> bool:
