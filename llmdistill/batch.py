@@ -100,7 +100,8 @@ class Prompts:
         places = torch.as_tensor(rows, dtype=torch.long)
         mask_BP = self.attention_mask_BP[places]
         # Padding is on the left, so the columns before the longest row are all padding.
-        start = mask_BP.shape[1] - int(mask_BP.sum(1).max()) if len(places) else 0
+        longest = int(mask_BP.sum(1).max()) if len(places) else 0
+        start = mask_BP.shape[1] - longest
         ids_BP = self.input_ids_BP[places, start:].masked_fill(mask_BP[:, start:] == 0, pad_id)
         kept = None if self.responses is None else tuple(self.responses[row] for row in rows)
         return Prompts(ids_BP, mask_BP[:, start:], self.row_ids_B[places], kept)
