@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import fields
@@ -218,9 +219,14 @@ def _by_processes(
     if (next_one := next(chunks, None)) is None:
         return
     context = multiprocessing.get_context("fork")  # the tokenizer needs no copy
-    with ProcessPoolExecutor(
-        number, mp_context=context, initializer=_start_worker, initargs=(encoder,)
-    ) as pool:
+    with (
+        warnings.catch_warnings(),
+        ProcessPoolExecutor(
+            number, mp_context=context, initializer=_start_worker, initargs=(encoder,)
+        ) as pool,
+    ):
+        # Python 3.12 warns of forks beside threads; these processes only encode text.
+        warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
         waiting: collections.deque[tuple[int, Future[_Chunk]]] = collections.deque()
         try:
             for chunk in itertools.chain([next_one], chunks):
