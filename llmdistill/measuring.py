@@ -48,7 +48,7 @@ class Result:
     """The results of a run.
 
     `evaluation` has the figures of `before`, `after` and `teacher`.  It is empty without held-out
-    rows, and on all ranks but the first.
+    rows.
     """
 
     folder: Path

@@ -109,8 +109,8 @@ def distill(
 def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> Result:
     """Do one run of a recipe.  `told` is the recipe that its record and its card show."""
     recipe, folder = stage, Path(stage.output)
-    arguments = training_arguments(recipe, folder, resume=start.resume)
     checkpoint = _newest_checkpoint(folder) if start.resume else None
+    arguments = training_arguments(recipe, folder, resume=checkpoint is not None)
     require_available(arguments)
     tokenizer = load_student_tokenizer(recipe)
     if recipe.generate is not None:

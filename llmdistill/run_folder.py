@@ -144,7 +144,7 @@ def record_rows(folder: Path, rows: str) -> None:
     """Write down the hash of the encoded rows, unless an earlier start of the run has done so."""
     if not (folder / ROWS).is_file():
         day = datetime.date.today().strftime(DAY)
-        text = json.dumps({"sha256": rows, "encoded_on": day}, indent=2)
+        text = json.dumps({"digest": rows, "encoded_on": day}, indent=2)
         (folder / ROWS).write_text(text + "\n", encoding="utf-8")
 
 
@@ -152,7 +152,7 @@ def require_same_rows(folder: Path, rows: str) -> None:
     """Raise CheckpointError if a run to resume was started with other rows."""
     try:
         found = json.loads((folder / ROWS).read_text(encoding="utf-8"))
-        before, day = found["sha256"], found["encoded_on"]
+        before, day = found["digest"], found["encoded_on"]
     except (OSError, ValueError, KeyError):  # the run has no such record
         return
     if before != rows:

@@ -288,3 +288,32 @@ def test_an_adapter_is_exported_and_measured(given, tmp_path, merged):
     result = run(given)
     assert result.evaluation["after"].kl_teacher_text > 0
     assert (result.student / "model.safetensors").is_file() == merged
+
+
+def test_the_figures_before_training_are_those_of_an_exported_student(given, tmp_path):
+    """Rounding leaves the frequencies of rotary positions alone, as loading does."""
+    given = measuring(given)
+    given["student"] |= {"export_dtype": "bfloat16"}
+    given["training"] |= {"max_steps": 1, "learning_rate": 1e-12}
+    result = run(given)
+    before, after = (result.evaluation[name] for name in ("before", "after"))
+    assert before.kl_teacher_text == after.kl_teacher_text
+    assert before.num_bytes == after.num_bytes
+
+
+def test_a_run_killed_before_its_first_step_is_measured_at_its_start(given, tmp_path, monkeypatch):
+    given = measuring(given) | {
+        "rollout": {"kind": "sampled", "by": "teacher", "max_new_tokens": 3}
+    }
+    given["training"] |= {"eval_on_start": True, "max_steps": 1}
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.Trainer.train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(given)
+    run(given | {"rollout": given["rollout"] | {"batch_size": 2}}, resume=True)
+    losses = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if "eval_loss" in line]
+    assert losses[0]["step"] == 0

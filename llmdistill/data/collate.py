@@ -214,7 +214,8 @@ class PromptStream(IterableDataset):
         if self._ranks == 1:
             yield from own
         # Accelerate takes this rank's part of the batches of all ranks, so that every part is ours.
-        while batch := list(itertools.islice(own, self._batch_size)):
+        # The last batch is left out if it is not full, as part of a batch would not be ours.
+        while len(batch := list(itertools.islice(own, self._batch_size))) == self._batch_size:
             yield from batch * self._ranks
 
     def head(self, number: int) -> list[Row]:

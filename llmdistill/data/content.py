@@ -11,7 +11,13 @@ from typing import Any
 
 import xxhash
 
-from llmdistill.data.sources import SEED_TASKS, folder_and_split, hub_dataset, hub_name
+from llmdistill.data.sources import (
+    SEED_TASKS,
+    files_by_split,
+    folder_and_split,
+    hub_dataset,
+    hub_name,
+)
 
 READ_AT_ONCE = 2**24  # bytes
 
@@ -51,7 +57,7 @@ def _digest(source: str) -> str | None:
         return None
     found = xxhash.xxh3_128(split.encode())
     for file in _files(path):
-        name = file.name if file == path else str(file.relative_to(path))
+        name = file.name if file == path else os.path.relpath(file, path)
         found.update(f"{name} {file.stat().st_size}".encode())
         with file.open("rb") as opened:
             while block := opened.read(READ_AT_ONCE):
@@ -65,5 +71,8 @@ def _files(path: Path) -> Iterator[Path]:
         yield path
     elif (path / "calls.jsonl").is_file():  # the records of `llmdistill generate` are no rows
         yield from sorted(path.glob("t*.jsonl"))
-    else:
+    elif not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        splits, _ = files_by_split(path.absolute())
+        yield from sorted({file for files in splits.values() for file in files})
+    else:  # a dataset that was saved with `save_to_disk`
         yield from sorted(one for one in path.rglob("*") if one.is_file())

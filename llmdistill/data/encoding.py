@@ -65,12 +65,23 @@ def encode_source(
     if content is None:
         return encode_in_memory(rows, tokenizer, rules)
     folder = cache_folder() / _key(content, tokenizer, rules)
-    if not folder.is_dir():
+    if (found := _read(folder)) is not None:
+        return found
+    lock = FileLock(f"{folder}.lock")  # released if its holder is killed
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):  # released if its holder is killed
-            if not folder.is_dir():
-                _encode_into(folder, rows, tokenizer, rules)
-    return _read(folder)
+        lock.acquire()
+    except OSError as error:
+        logger.warning("encoded rows are not kept, as %s cannot be written: %s", folder, error)
+        return encode_in_memory(rows, tokenizer, rules)
+    try:
+        if (found := _read(folder)) is None:
+            _encode_into(folder, rows, tokenizer, rules)
+            found = _read(folder)
+    finally:
+        lock.release()
+    assert found is not None
+    return found
 
 
 def encode_in_memory(
@@ -115,9 +126,14 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
         for name in ("truncation", "padding"):  # they depend on what was encoded last
             state.pop(name, None)
     more = {name: str(value) for name, value in vars(tokenizer).items() if _is_plain(value)}
+    more |= {"special": str(tokenizer.special_tokens_map), "more": str(_extra_tokens(tokenizer))}
     more.pop("name_or_path", None)
     parts = [type(tokenizer).__name__, state, tokenizer.chat_template, more]
     return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _extra_tokens(tokenizer: PreTrainedTokenizerBase) -> Any:
+    return getattr(tokenizer, "extra_special_tokens", ()) or ()
 
 
 def _is_plain(value: Any) -> bool:
@@ -149,7 +165,8 @@ def _encode_into(
 ) -> None:
     """Encode rows into a folder, which appears whole."""
     part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    for old in (part, folder):  # of a process that was killed, or damaged
+        shutil.rmtree(old, ignore_errors=True)
     part.mkdir()
     counts, bad = RowCounts(), list[DataError]()
     try:
@@ -164,14 +181,23 @@ def _encode_into(
         require_usable(rules, counts, bad)
         found = json.dumps(vars(counts))
         (part / "counts.json").write_text(found, encoding="utf-8")
+        with (part / "rows.arrow").open("rb") as written:
+            os.fsync(written.fileno())
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _read(folder: Path) -> Encoded:
-    table = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
-    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+def _read(folder: Path) -> Encoded | None:
+    """Return the rows of a folder, or None if they are not there or damaged."""
+    if not folder.is_dir():
+        return None
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
+        counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        logger.warning("%s is damaged, so its rows are encoded again: %s", folder, error)
+        return None
     unread = collections.Counter(counts.pop("unread"))
     return Encoded(table, RowCounts(**counts, unread=unread))
 
@@ -219,18 +245,13 @@ def _by_processes(
     if (next_one := next(chunks, None)) is None:
         return
     context = multiprocessing.get_context("fork")  # the tokenizer needs no copy
-    with (
-        warnings.catch_warnings(),
-        ProcessPoolExecutor(
-            number, mp_context=context, initializer=_start_worker, initargs=(encoder,)
-        ) as pool,
-    ):
-        # Python 3.12 warns of forks beside threads; these processes only encode text.
-        warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+    with ProcessPoolExecutor(
+        number, mp_context=context, initializer=_start_worker, initargs=(encoder,)
+    ) as pool:
         waiting: collections.deque[tuple[int, Future[_Chunk]]] = collections.deque()
         try:
             for chunk in itertools.chain([next_one], chunks):
-                waiting.append((len(chunk), pool.submit(_in_worker, chunk)))
+                waiting.append((len(chunk), _submit(pool, chunk)))
                 if len(waiting) >= 4 * number:  # the rest of the source stays unread
                     size, result = waiting.popleft()
                     yield size, result.result()
@@ -238,6 +259,13 @@ def _by_processes(
                 yield size, result.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, chunk: list[tuple[str, Any]]) -> Future[_Chunk]:
+    with warnings.catch_warnings():
+        # Python 3.12 warns of forks beside threads; these processes only encode text.
+        warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+        return pool.submit(_in_worker, chunk)
 
 
 def _can_fork() -> bool:

@@ -110,7 +110,7 @@ def _folder_rows(folder: Path, source: str, split: str | None) -> Rows:
         yield from _file_rows(folder / f"{name}.jsonl", source)
         return
     folder = Path(os.path.abspath(folder))  # links stay, because their targets may have no suffix
-    found, left = _files_by_split(folder)
+    found, left = files_by_split(folder)
     if not found:
         raise DataError(f"{source}: the folder has no file of type {', '.join(READERS)}. {HELP}")
     files = found[_chosen(list(found), split, source, left)]
@@ -120,7 +120,7 @@ def _folder_rows(folder: Path, source: str, split: str | None) -> Rows:
         yield from _file_rows(path, str(Path(source) / path.relative_to(folder)))
 
 
-def _files_by_split(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+def files_by_split(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     """Return the files of each split of a folder, as `datasets.load_dataset` sorts them by name.
 
     Hidden files are left alone.  The names that follow are those of files that belong to no split,

@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 import xxhash
 
 from llmdistill.data.formats import Message
-from llmdistill.errors import DataError
 
 BLOCK = 1024  # rows that become objects at a time
 
@@ -70,7 +69,7 @@ def question(row: Row) -> bytes:
 
 
 def to_batch(rows: Sequence[Row]) -> pa.RecordBatch:
-    """Return rows as one Arrow batch.  Raises DataError for a column that is not JSON."""
+    """Return rows as one Arrow batch.  Raises TypeError for a column that is not JSON."""
     columns = {
         "row_id": [row.row_id for row in rows],
         **{name: [getattr(row, name) for row in rows] for name in IDS},
@@ -89,15 +88,7 @@ def to_table(rows: Iterable[Row]) -> pa.Table:
 
 
 def _more(row: Row) -> str | None:
-    if not (row.columns or row.messages):
-        return None
-    try:
-        return json.dumps([row.columns, list(row.messages)])
-    except TypeError as error:
-        raise DataError(
-            f"row {row.row_id}: a column that the teacher reads is not text, a number or a list: "
-            f"{error}. Convert it."
-        ) from None
+    return json.dumps([row.columns, list(row.messages)]) if row.columns or row.messages else None
 
 
 def _to_row(values: dict[str, Any], row_id: int) -> Row:
@@ -181,9 +172,20 @@ class Rows(Sequence[Row]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     def _blocks(self) -> Iterator[tuple[int, pa.Table]]:
+        """Yield the rows in tables of BLOCK rows, each with the number of its first row.
+
+        `Table.take` would copy whole columns for each block, so rows are taken batch by batch.
+        """
+        batches = self.table.to_batches()
+        starts = np.cumsum([0, *(len(batch) for batch in batches)])
         for start in range(0, len(self), BLOCK):
-            places = pa.array(self.places_N[start : start + BLOCK])
-            yield start, self.table.take(places)
+            places = self.places_N[start : start + BLOCK]
+            owner = np.searchsorted(starts, places, side="right") - 1
+            parts = []
+            for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(owner)) + 1):
+                number = int(owner[run[0]])
+                parts.append(batches[number].take(pa.array(places[run] - starts[number])))
+            yield start, pa.Table.from_batches(parts, self.table.schema)
 
     def lengths(self, name: str) -> np.ndarray:
         """Return the tokens of each row in a column of ids, 0 if a row has none: (N,)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -218,6 +219,13 @@ def _encode(
         )
     columns = {name: row.get(name) for name in rules.optional}
     columns |= {name: _column(row, name, example.place) for name in rules.columns}
+    try:
+        json.dumps(columns)
+    except TypeError as error:
+        raise DataError(
+            f"{example.place}: a column that the teacher reads is not text, a number or a list: "
+            f"{error}. Convert it, or drop the row."
+        ) from None
     ids = _ids(example, tokenizer, rules)
     seen = None
     if rules.context is not None:

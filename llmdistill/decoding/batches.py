@@ -66,5 +66,7 @@ def tokens_that_fit(model: PreTrainedModel) -> int | None:
 def _free_bytes(device: torch.device) -> float:
     """Return the free bytes of a device, for this process."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        # What PyTorch has reserved and does not use counts as used there.
+        own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + own)
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -78,7 +78,12 @@ def build_student(
 
 
 def export_dtype(section: recipe.StudentRecipe, *, trained_in_bfloat16: bool) -> torch.dtype | None:
-    """Return the dtype in which a student is exported; None is that in which it is trained."""
+    """Return the dtype in which a student is exported; None is that in which it is trained.
+
+    An adapter that is saved alone keeps its own.
+    """
+    if section.peft is not None and section.peft.save == "adapter":
+        return None
     if section.export_dtype != "auto":
         return DTYPES[section.export_dtype]
     if trained_in_bfloat16:
@@ -101,4 +106,9 @@ def rounded(
     if weights <= {used} and exported in (None, used):
         return model
     made = copy.deepcopy(model)
-    return made.to(exported or used).to(used)
+    # What is saved is rounded.  The other buffers, such as the frequencies of rotary positions, are
+    # computed anew in float32 when a model is loaded.
+    for saved in made.state_dict(keep_vars=True).values():
+        if saved.is_floating_point() and not hasattr(saved, "__tensor_flatten__"):
+            saved.data = saved.data.to(exported or used).to(used)
+    return made

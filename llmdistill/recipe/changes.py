@@ -14,6 +14,10 @@ from llmdistill.recipe.schema import Recipe
 # Keys by their dotted names.  A name that ends with * stands for all keys that start with it.
 MAY_CHANGE = (
     *("output", "evaluate.max_new_tokens", "evaluate.answer_pattern", "generate*"),
+    # They change what is computed through rounding alone.
+    *("rollout.batch_size", "rollout.rollout.batch_size", "rollout.other.batch_size"),
+    *("rollout.student.batch_size", "rollout.student.rollout.batch_size"),
+    *("teacher.attn_implementation", "student.attn_implementation", "student.export_dtype"),
     # A hash of the rows tells whether these lead to the same tokens.
     *("data.train*", "data.chat_template_kwargs*", "data.format", "data.on_bad_row"),
     *("training.max_steps", "training.num_train_epochs", "training.save_*", "training.logging_*"),

@@ -30,6 +30,11 @@ logger = logging.getLogger("llmdistill")
 
 SCHEMA = pa.schema([("key", pa.uint64()), ("ids", pa.list_(pa.int32()))])
 ABOUT = "about.json"  # what the responses of a folder depend on, for a reader
+# Attributes of teachers that decide what they write: where a model is and how it is asked, and
+# which row goes to which teacher or has which images.
+SETTINGS = (
+    *("url", "model", "chat_template_kwargs", "extra_body", "place", "seen", "template_options"),
+)
 SEEN_NUMBERS = 64  # numbers of each weight that tell two models apart
 
 
@@ -99,7 +104,7 @@ class KeptResponses:
     def _take_file(self, path: Path) -> None:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().cast(SCHEMA)
-        except (pa.ArrowException, OSError) as error:
+        except pa.ArrowException as error:
             raise CheckpointError(
                 f"{path} is damaged: {error}. Delete it; its responses are then written again."
             ) from error
@@ -125,9 +130,9 @@ def response_key(row_id: int, sample: int, prompt_ids: Sequence[int]) -> int:
 
 
 def identity(teacher: Any) -> str:
-    """Return a digest that tells this writer from others, by its class and its models.
+    """Return a digest that tells this writer from others, by its class, models and settings.
 
-    Of each weight a few numbers are read.  A model on a server counts by its name.
+    Of each weight a few numbers are read.
     """
     digest = xxhash.xxh3_64()
     for part in _identifying(teacher):
@@ -137,6 +142,8 @@ def identity(teacher: Any) -> str:
 
 def _identifying(value: Any) -> Iterator[bytes]:
     if isinstance(value, nn.Module):
+        if hasattr(value, "config"):
+            yield str(value.config).encode("utf-8", "surrogatepass")
         for name, weight in value.named_parameters():
             yield f"{name} {tuple(weight.shape)}".encode()
             yield _some_numbers(weight)
@@ -147,14 +154,13 @@ def _identifying(value: Any) -> Iterator[bytes]:
         for one in value:
             yield from _identifying(one)
     elif hasattr(value, "judge") or hasattr(value, "write"):
-        yield f"{type(value).__name__} {_server_model(value)}".encode()
+        settings = {name: vars(value).get(name) for name in SETTINGS if name in vars(value)}
+        if isinstance(settings.get("model"), nn.Module):
+            settings.pop("model")
+        ends = sorted(getattr(value, "ends", ()))
+        yield f"{type(value).__name__} {settings} {ends}".encode("utf-8", "surrogatepass")
         for one in vars(value).values():
             yield from _identifying(one)
-
-
-def _server_model(teacher: Any) -> str:
-    model = getattr(teacher, "model", "")
-    return model if isinstance(model, str) else ""
 
 
 def _some_numbers(weight: Tensor) -> bytes:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from llmdistill.batch import Prompts
@@ -95,7 +96,11 @@ def write_ahead(trainer: AheadTrainer, folder: Path, *, show_progress: bool) -> 
     if not isinstance(trainer.rollout, WritesAhead) or changes(teacher):
         return
     trainer.rollout.keep_in(folder, teacher, trainer.args.seed)
-    if not isinstance(rows, PromptDataset) or not isinstance(teacher, Writes):
+    # Without a seeded sampler the order of the rows is not known, so each step writes its own.
+    is_known = (
+        isinstance(rows, PromptDataset) and trainer.args.accelerator_config.use_seedable_sampler
+    )
+    if not is_known or not isinstance(teacher, Writes):
         return
     missing = {one: _missing(one, rows, used) for one, used in _used(trainer, rows).items()}
     # No rank may write before all have looked, or they would share different work.
@@ -192,8 +197,12 @@ def _write(
     """Write this rank's share of the responses, the longest prompts first."""
     args, teacher = trainer.args, trainer.teacher
     size = most_rows(rollout.batch_size, teacher)
+    # Ranks see different free memory, and must make the same batches of the same work.
+    rooms = [one for one in gather_object([room(teacher)]) if one is not None]
     batches = list(
-        by_tokens(jobs.length_B.tolist(), rollout.max_new_tokens, size, tokens=room(teacher))
+        by_tokens(
+            jobs.length_B.tolist(), rollout.max_new_tokens, size, tokens=min(rooms, default=None)
+        )
     )[::-1]  # a lack of memory shows at once, and the last batches of the ranks end together
     own = batches[args.process_index :: args.world_size]
     bar = tqdm(

@@ -103,7 +103,13 @@ def check_batch(args: TrainingArguments, distillation: Distillation) -> None:
 
 
 def check_arguments(args: TrainingArguments, distillation: Distillation) -> None:
-    """Raise TrainingError if activation checkpointing or the batch size cannot work as set."""
+    """Raise TrainingError if batches or activation checkpointing cannot work as set."""
+    if args.accelerator_config.split_batches:
+        raise TrainingError(
+            "training.accelerator_config: split_batches would deal out the rows in another way "
+            "than the loss counts them. Remove it, and set per_device_train_batch_size to the rows "
+            "of one rank."
+        )
     check_checkpointing(args, distillation)
     check_batch(args, distillation)
 

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from llmdistill.data import encoding
+from llmdistill.data import encoding, table
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.content import content_of, dataset_content
 from llmdistill.data.encoding import cache_folder, encode_in_memory, encode_source
@@ -115,6 +116,8 @@ def key(tokenizer, rules=None, content="a") -> str:
 def test_the_key_is_of_all_that_the_rows_depend_on(tokenizer):
     other = toy.tokenizer()
     assert key(other) == key(tokenizer)
+    renamed = toy.tokenizer()
+    renamed.bos_token = "<|im_end|>"  # a template may write it
     other.add_tokens(["<extra>"])
     dated = toy.tokenizer()
     dated.chat_template += "{# #}"
@@ -123,7 +126,7 @@ def test_the_key_is_of_all_that_the_rows_depend_on(tokenizer):
         Rules(max_prompt_tokens=9), Rules(columns=("a",)), Rules(context="{prompt}"),
         Rules(others=(other,)), Rules(others=(dated,)),
     ]  # fmt: skip
-    keys = [key(one) for one in (tokenizer, other, dated)]
+    keys = [key(one) for one in (tokenizer, other, dated, renamed)]
     keys += [key(tokenizer, one) for one in rules]
     keys.append(key(tokenizer, content="b"))
     assert len(set(keys)) == len(keys)
@@ -254,9 +257,47 @@ def test_a_digest_is_of_every_part_of_a_row(changed):
     assert Rows.of([ROWS[0], changed]).digest() != Rows.of(ROWS[:2]).digest()
 
 
-def test_a_column_that_is_no_text_is_named():
-    with pytest.raises(DataError, match="row 3: a column that the teacher reads is not text"):
-        Rows.of([Row(3, [1], None, {"image": object()})])
+@pytest.mark.parametrize("content", [None, "rows"])
+def test_a_column_that_is_no_text_is_a_malformed_row(tokenizer, content):
+    rows = source([{"prompt": "a", "image": object()}, {"prompt": "b", "image": "b.png"}])
+    with pytest.raises(DataError, match=r"1 of 2 rows[\s\S]*x:0: a column that the teacher reads"):
+        encode_source(rows, content, tokenizer, Rules(columns=("image",)))
+    skipping = Rules(columns=("image",), skip_bad=True)
+    assert encode_source(rows, content, tokenizer, skipping).counts.bad == 1
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_damaged_rows_are_encoded_again(tokenizer, caplog, damage):
+    rows = source(toy.rows(5))
+    first = list(Rows(encode_source(rows, "rows", tokenizer, Rules()).table))
+    (path,) = cache_folder().glob("*/rows.arrow")
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "truncate":
+        path.write_bytes(data[:99])
+    again = encode_source(rows, "rows", tokenizer, Rules())
+    assert list(Rows(again.table)) == first
+    assert "is damaged, so its rows are encoded again" in caplog.text
+
+
+def test_without_a_cache_rows_are_encoded_in_memory(tokenizer, caplog, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "file"))
+    found = encode_source(source(toy.rows(5)), "rows", tokenizer, Rules())
+    assert found.counts.kept == 5
+    assert "encoded rows are not kept" in caplog.text
+
+
+def test_blocks_are_taken_without_copies_of_the_table(monkeypatch):
+    """Also out of order, over many batches; `Table.take` would copy whole columns each time."""
+    monkeypatch.setattr(table, "BLOCK", 4)
+    many = [Row(i, [i] * (1 + i % 3), [i] if i % 2 else None) for i in range(50)]
+    rows = Rows.of(many)
+    assert len(rows.table.to_batches()) > 5
+    order = np.random.default_rng(0).permutation(50)
+    assert list(rows.take(order)) == [many[i] for i in order]
+    assert list(rows.take(np.repeat(np.arange(50), 2))) == [one for one in many for _ in range(2)]
+    assert rows.take(np.arange(7, 31)).digest() == Rows.of(many[7:31]).digest()
 
 
 def test_a_row_takes_little_memory(tokenizer, tmp_path):

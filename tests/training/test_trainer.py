@@ -707,3 +707,9 @@ def test_writes_under_bf16_autocast(tmp_path, by):
     assert all(entry["loss"] > 0 for entry in made.state.log_history if "loss" in entry)
     assert made.model.student.dtype == torch.float32
     assert teacher.model.dtype == torch.bfloat16
+
+
+def test_batches_that_accelerate_would_split_are_refused(tmp_path):
+    options = {"accelerator_config": {"split_batches": True}}
+    with pytest.raises(TrainingError, match="split_batches would deal out the rows in another way"):
+        trainer(tmp_path, **options)
