@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmdistill import recipe as recipes
 from llmdistill.batch import Prompts
+from llmdistill.data import encoding
 from llmdistill.data.build import load_student_tokenizer
 from llmdistill.decoding.sample import sample
 from llmdistill.errors import CheckpointError, RecipeError, VocabularyError
@@ -158,6 +160,9 @@ def test_a_run_that_is_resumed_on_another_day_says_that_its_rows_differ(
             return datetime.datetime(2031, 5, 4)
 
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    monkeypatch.setattr(
+        encoding, "datetime", SimpleNamespace(date=SimpleNamespace(today=Tomorrow.now))
+    )
     with pytest.raises(CheckpointError, match=r"other tokens than on .*date_string"):
         distill(recipes.build(given), resume=True)
 
@@ -168,6 +173,6 @@ def test_a_student_without_a_row_for_each_token_is_refused_before_it_is_measured
     toy.model(rows=200).save_pretrained(tmp_path / "s")
     given["student"]["tokenizer"] = "teacher"
     given["data"]["hold_back"] = 2
-    monkeypatch.setattr("llmdistill.run.Evaluation", None)
+    monkeypatch.setattr("llmdistill.measuring.Evaluation", None)
     with pytest.raises(VocabularyError, match="but the heads have 200 rows"):
         distill(recipes.build(given))

@@ -31,7 +31,7 @@ ALL = RECIPES + GENERATING
 FIGURES = {
     "kl_teacher_text", "kl_own_text", "top1_agreement", "draft_acceptance", "rouge_l_teacher",
     "rouge_l_references", "exact_match", "perplexity", "repeated_4grams", "num_parameters", "num_bytes",
-    "tokens_per_second",
+    "tokens_per_second", "dtype",
 }  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def test_the_base_under_an_adapter_teaches(pair, data):
     recipe = {
         "output": f"{data}/run",
         "teacher": {"kind": "adapter_off"},
-        "student": {"model": student, "peft": {"r": 4}},
+        "student": {"model": student, "peft": {"r": 4}, "export_dtype": "float32"},
         "data": {"train": f"{data}/train.jsonl", "eval": f"{data}/heldout.jsonl"},
         "objectives": [{"kind": "response"}, {"kind": "cross_entropy"}],
         "training": TRAINING | {"max_steps": 3, "learning_rate": 0.01},
@@ -253,7 +253,7 @@ def test_the_student_loads_in_plain_transformers(pair, data):
             {
                 "output": str(folder),
                 "teacher": {"model": teacher},
-                "student": {"model": student},
+                "student": {"model": student, "export_dtype": "float32"},
                 "data": {"train": f"{data}/train.jsonl"},
                 "training": {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "use_cpu": True,
                              "dataloader_pin_memory": False},
