@@ -4,8 +4,8 @@
 
 `--encoded` rows of about 500 tokens are written as JSON lines, encoded by all cores into an empty
 cache, and read from it again.  Their table is then copied until it has `--rows` rows, because the
-encoder takes the same time for each row.  A process of its own opens that table, makes a trainer of
-toys with it, and makes one step.
+encoder takes the same time for each row.  A process of its own opens that table, hashes it as a run
+does, makes a trainer of toys with it, and makes one step.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def one_step(path: Path) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llmdistill import DistillTrainer, FixedRollout, ResponseObjective
-    from llmdistill.data.collate import PromptDataset
+    from llmdistill.data.collate import PromptDataset, fingerprint
     from llmdistill.data.table import Rows
     from llmdistill.models.load import load_tokenizer
     from llmdistill.teachers.local import LocalTeacher
@@ -141,6 +141,7 @@ def one_step(path: Path) -> dict[str, float]:
     before, start = own_mib(), time.perf_counter()
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     rows = PromptDataset(Rows(table, row_ids_N=np.arange(len(table))))
+    fingerprint(rows)  # a run compares it with that of its first start
     args = arguments(path.parent / "run", per_device_train_batch_size=2)
     trainer = DistillTrainer(
         student=student, teacher=LocalTeacher(teacher, tokenizer), rollout=FixedRollout(),
