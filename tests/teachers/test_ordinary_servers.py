@@ -317,7 +317,9 @@ def test_ranks_share_the_requests_that_may_run(tmp_path):
     with scripted(answer) as server:
         given = recipe(server, tmp_path, {"concurrency": 5})
         (tmp_path / "r.yaml").write_text(json.dumps(given.model_dump(mode="json")))
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        # Without --standalone, two tests at a time would use one port.
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2"]
         command += ["-m", "llmdistill", "generate", str(tmp_path / "r.yaml")]
         subprocess.run(command, check=True, capture_output=True)
     assert 4 <= most[0] <= 5
