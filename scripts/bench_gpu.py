@@ -1,4 +1,6 @@
-"""One GPU in at most 8 minutes: the loss, a training step, and writing, beside TRL and `generate`.
+"""Measures one GPU in at most 8 minutes, in comparison with TRL and `generate`.
+
+The parts are the loss, a training step, and writing.
 
     python scripts/bench_gpu.py [--out gpu.md] [--parts loss step writing] [--minutes 8]
     python scripts/bench_gpu.py --tiny
@@ -6,7 +8,7 @@
 N = positions, H = hidden size, V = vocabulary.  The shapes are those of a SmolLM2-1.7B teacher and
 a SmolLM2-360M student, with random weights made from configurations, so nothing is downloaded.
 Products are in bfloat16; the trained student has float32 weights under autocast.  TRL's trainers
-run beside ours if TRL is installed.
+are measured too if TRL is installed.
 
 Utilisation (MFU) counts the products with weights alone, twice their number for each token and pass
 and twice that again for gradients, and divides by the device's peak for bfloat16: the maker's if it
@@ -32,7 +34,7 @@ import datasets
 import torch
 from bench_step import tokenizer
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -90,15 +92,10 @@ class Bench:
 
     def model(self, name: str, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
         """Build "teacher" or "student" with random weights on the device."""
-        layers, hidden, neurons, heads, shared = getattr(self.size, name)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=neurons,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=shared,
-            tie_word_embeddings=True, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
-            pad_token_id=0,
-        )  # fmt: skip
-        torch.manual_seed(layers)
+        shape = getattr(self.size, name)
+        torch.manual_seed(shape[0])
         with torch.device(self.size.device):
+            config = benchmark.llama_config(shape, VOCABULARY)
             made = LlamaForCausalLM(config).to(dtype or self.size.dtype).eval()
         made.generation_config.eos_token_id, made.generation_config.pad_token_id = 2, 0
         return made

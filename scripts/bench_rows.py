@@ -4,8 +4,8 @@
 
 `--encoded` rows of about 500 tokens are written as JSON lines, encoded by all cores into an empty
 cache, and read from it again.  Their table is then copied until it has `--rows` rows, because the
-encoder takes the same time for each row.  A process of its own opens that table, hashes it as a run
-does, makes a trainer of toys with it, and makes one step.
+encoder takes the same time for each row.  A new process opens that table, hashes it as a run does,
+makes a trainer of toys with it, and makes one step.
 """
 
 from __future__ import annotations

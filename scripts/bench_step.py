@@ -26,7 +26,7 @@ import datasets
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -58,15 +58,9 @@ ROWS, BATCH, NEW_TOKENS, BETA = 64, 4, 128, 0.5
 
 def model(name: str) -> LlamaForCausalLM:
     """Build "teacher" or "student" with random weights, in the shape for this device."""
-    layers, hidden, neurons, heads, shared = SHAPES[f"{'gpu' if CUDA else 'cpu'} {name}"]
-    torch.manual_seed(layers)  # differs between teacher and student
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=neurons,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=shared,
-        tie_word_embeddings=True, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0,
-    )  # fmt: skip
-    made = LlamaForCausalLM(config)
+    shape = SHAPES[f"{'gpu' if CUDA else 'cpu'} {name}"]
+    torch.manual_seed(shape[0])  # differs between teacher and student
+    made = LlamaForCausalLM(benchmark.llama_config(shape, VOCABULARY))
     # `generate` needs both ids, which a checkpoint would provide.
     made.generation_config.eos_token_id, made.generation_config.pad_token_id = 2, 0
     return made.to("cuda", torch.bfloat16 if name == "teacher" else torch.float32) if CUDA else made

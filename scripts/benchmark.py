@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig
 
 PACKAGES = ("torch", "transformers", "trl", "liger-kernel")
 
@@ -31,6 +32,20 @@ def in_turn(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(some) for name, some in seconds.items()}
+
+
+def llama_config(shape: Sequence[int], vocab_size: int) -> LlamaConfig:
+    """Return the configuration of a model with tied embeddings.
+
+    `shape` is its layers, hidden size, neurons, heads, and heads of keys and values.
+    """
+    layers, hidden, neurons, heads, shared = shape
+    return LlamaConfig(
+        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=neurons,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=shared,
+        tie_word_embeddings=True, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
 
 
 def reset_peak() -> None:

@@ -263,7 +263,7 @@ def _by_processes(
 
 def _submit(pool: ProcessPoolExecutor, chunk: list[tuple[str, Any]]) -> Future[_Chunk]:
     with warnings.catch_warnings():
-        # Python 3.12 warns of forks beside threads; these processes only encode text.
+        # Python 3.12 warns if a process with threads forks; these forks only encode text.
         warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
         return pool.submit(_in_worker, chunk)
 

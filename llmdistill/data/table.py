@@ -105,7 +105,7 @@ def _to_row(values: dict[str, Any], row_id: int) -> Row:
 
 
 class Rows(Sequence[Row]):
-    """Some rows of a table, in an order of their own.
+    """Some rows of a table, in any order.
 
     Args:
         table: A table of SCHEMA.

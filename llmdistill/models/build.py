@@ -106,8 +106,8 @@ def rounded(
     if weights <= {used} and exported in (None, used):
         return model
     made = copy.deepcopy(model)
-    # What is saved is rounded.  The other buffers, such as the frequencies of rotary positions, are
-    # computed anew in float32 when a model is loaded.
+    # What is saved is rounded.  Loading a model computes the other buffers, such as the frequencies
+    # of rotary positions, in float32.
     for saved in made.state_dict(keep_vars=True).values():
         if saved.is_floating_point() and not hasattr(saved, "__tensor_flatten__"):
             saved.data = saved.data.to(exported or used).to(used)

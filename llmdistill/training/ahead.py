@@ -127,7 +127,7 @@ def _used(trainer: AheadTrainer, rows: PromptDataset) -> dict[Any, dict[int, np.
 def _steps(trainer: AheadTrainer) -> Iterator[tuple[Progress, list[int]]]:
     """Yield the progress of each step of the run, and the places of its rows on all ranks."""
     args = trainer.args
-    loader = trainer.get_train_dataloader()  # of its own: the one of the training is not touched
+    loader = trainer.get_train_dataloader()  # a second one, which training does not use
     epochs, per_epoch, *_, num_steps = trainer.set_initial_training_values(args, loader)
     batches = loader.batch_sampler
     batches = getattr(batches, "batch_sampler", batches)  # those of all ranks, in turn

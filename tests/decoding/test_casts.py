@@ -35,7 +35,7 @@ class Casts(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def unpacked(monkeypatch):
-    """Packed layers have copies of their own, on CPUs alone."""
+    """Only CPUs pack layers, and a packed layer holds a copy already."""
     monkeypatch.setattr(
         "llmdistill.decoding.session.packed", lambda *args: contextlib.nullcontext()
     )

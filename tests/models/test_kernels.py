@@ -97,7 +97,7 @@ def test_load_model_refuses_before_it_reads_the_weights(pair):
 
 
 def test_a_class_that_does_not_support_it_is_named(tmp_path):
-    """GPT-Neo has attention of its own, without sdpa."""
+    """GPT-Neo implements its own attention and has no sdpa."""
     family("GPTNeo", attention_types=[[["global"], 2]], num_layers=2).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="GPTNeoForCausalLM does not support") as refused:
         load(str(tmp_path), "sdpa")
