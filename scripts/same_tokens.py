@@ -1,4 +1,4 @@
-"""Check on real models that interleaved answers depend on neither block size nor batch.
+"""Check on real models that responses depend on neither block size nor batch.
 
     python scripts/same_tokens.py --student runs/quickstart/student [--write PATH]
 
@@ -6,8 +6,8 @@ In float64 the answers are exactly the same, and a test of the suite checks that
 below, rounding depends on the shape of a forward pass, so a token can change if two scores nearly
 tie.  The rest of that row then differs, too.  The embedded teacher and its student write answers of
 64 tokens at temperature 1 with top-25 acceptance.  Each setting is compared with block size 1 and
-all rows in one batch.  The last line compares greedy writing with top-1 acceptance with the
-teacher's own greedy answers.
+all rows in one batch, and the teacher alone with all its rows in one batch.  The last line compares
+greedy writing with top-1 acceptance with the teacher's own greedy answers.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from llmdistill.protocols import Progress
 from llmdistill.training.step import Distillation
 
 SIZES: tuple[Any, ...] = (2, 3, 5, 8, "auto")
+BATCHES = (1, 4)
 AT = Progress(step=0, epoch=0, seed=0)
 
 
@@ -58,6 +59,13 @@ def rows(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     first = interleaved(1, options.rows)  # the reference: one token per block
     found = [(f"block size {size}", interleaved(size, options.rows), first) for size in SIZES]
     found.append(("block size 5, batches of 4", interleaved(5, 4), first))
+
+    def alone(batch: int) -> list[list[int]]:
+        rollout = SampledRollout("teacher", sampling=Sampling(), max_new_tokens=NEW)
+        return answers(rollout, batch)
+
+    together = alone(options.rows)
+    found += [(f"the teacher alone, batches of {n}", alone(n), together) for n in BATCHES]
     greedy = Sampling(temperature=0.0)
     # Greedy top-1 acceptance keeps a drafted token only if the teacher would write it, too.
     own = answers(SampledRollout("teacher", sampling=greedy, max_new_tokens=NEW), options.rows)
