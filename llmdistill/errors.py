@@ -8,7 +8,8 @@
     ├── TrainingError    (RuntimeError)  a training step is impossible
     │   └── NonFiniteLossError           a loss or a gradient is NaN or infinite
     ├── TeacherError     (RuntimeError)  a remote teacher gives no usable reply
-    └── CheckpointError  (RuntimeError)  a run folder or a checkpoint cannot be used
+    ├── CheckpointError  (RuntimeError)  a run folder or a checkpoint cannot be used
+    └── StoppedError     (RuntimeError)  a signal ended the run, which has saved a checkpoint
 
 Each message says what is wrong, where, what value was got, and what to do.  Each class also derives
 from the built-in exception in brackets, for callers that do not know this package.
@@ -49,3 +50,7 @@ class TeacherError(LlmDistillError, RuntimeError):
 
 class CheckpointError(LlmDistillError, RuntimeError):
     """A run folder or a checkpoint cannot be used."""
+
+
+class StoppedError(LlmDistillError, RuntimeError):
+    """SIGTERM ended training after a step, and a checkpoint was saved."""

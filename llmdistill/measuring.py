@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmdistill")
 
+FIGURES = "evaluation.json"
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -54,6 +56,15 @@ class Result:
     folder: Path
     evaluation: Mapping[str, Figures] = field(default_factory=dict)
     answers: list[Answers] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> Result:
+        """Return the figures of a run that is finished, without its responses."""
+        file = folder / FIGURES
+        if not file.is_file():
+            return cls(folder)
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return cls(folder, {name: Figures(**values) for name, values in found.items()})
 
     @property
     def student(self) -> Path:
@@ -147,7 +158,7 @@ class Measuring:
         figures |= evaluation.teacher_figures()
         if PartialState().is_main_process:
             text = json.dumps({name: asdict(value) for name, value in figures.items()}, indent=2)
-            (self.folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+            (self.folder / FIGURES).write_text(text + "\n", encoding="utf-8")
         prompts = last_messages(evaluation.teacher.tokenizer, evaluation.prompts.ids())
         texts = (evaluation.reference.texts, self._before.responses, after.responses)
         answers = [Answers(*row) for row in zip(prompts, *texts, strict=True)]

@@ -36,7 +36,7 @@ from llmdistill.data.collate import (
     sample_text,
 )
 from llmdistill.data.context import require_context
-from llmdistill.errors import CheckpointError, RecipeError
+from llmdistill.errors import RecipeError
 from llmdistill.generate import generate
 from llmdistill.measuring import Answers as Answers
 from llmdistill.measuring import Result, measuring_of
@@ -49,12 +49,13 @@ from llmdistill.protocols import Exports, Teacher
 from llmdistill.publish.card import model_card
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts.build import build_rollout
-from llmdistill.run_folder import Start, starts_of
+from llmdistill.starts import AUTO, Start, starts_of
 from llmdistill.teachers.build import Parts, build_teacher, load_teacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.available import require_available
 from llmdistill.training.guards import require_a_batch, require_steps
 from llmdistill.training.progress import MetricsFile, OldRun, ProgressBar
+from llmdistill.training.seal import MANIFEST
 from llmdistill.training.trainer import DistillTrainer
 
 if TYPE_CHECKING:
@@ -68,7 +69,11 @@ CARVE_ROWS = 48  # rows of training text on which the influence of layers is mea
 
 
 def distill(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, show_progress: bool = True
+    recipe: Recipe,
+    *,
+    resume: str | Path = AUTO,
+    overwrite: bool = False,
+    show_progress: bool = True,
 ) -> Result:
     """Run a recipe: load, measure, train, measure, export.
 
@@ -76,41 +81,38 @@ def distill(
 
     Args:
         recipe: A recipe from `load_recipe`.
-        resume: Continue from the newest checkpoint in the run folder.
+        resume: "auto" goes on with the run in the run folder, if there is one, from its newest
+            whole checkpoint.  A path names another checkpoint of it.  "never" refuses a folder
+            that has a run.
         overwrite: Replace the run in the run folder.  Data and models are loaded first.  The old
             run is deleted when the new one has a checkpoint or a student.
         show_progress: Show a progress bar of the training steps on stderr.
 
     Raises:
-        CheckpointError: A run folder is not empty, and neither `resume` nor `overwrite` is set.
+        CheckpointError: A run folder has something else than this run, the run was started with
+            another recipe, or its checkpoints are damaged.
+        StoppedError: SIGTERM ended the run, and a checkpoint was saved.
     """
     stages = recipe.stages
     told = [*stages[:-1], recipe]  # the record and the card of the last run are of the whole
-    starts = starts_of([Path(stage.output) for stage in stages], Start(resume, overwrite))
+    starts = starts_of(told, resume=resume, overwrite=overwrite)
     PartialState().wait_for_everyone()  # no rank may write before all have looked
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
-            for stage, start in zip(stages, starts, strict=True):
-                start.check(Path(stage.output))
-    for stage, start in zip(told, starts, strict=True):
-        if start.runs and start.resume:
-            recipes.require_same(Path(stage.output) / run_folder.RECORD, stage)
-    result = Result(Path(recipe.output))
+    result = None
     for number, (stage, start) in enumerate(zip(stages, starts, strict=True), start=1):
-        if not (start.runs or number == len(stages)):
-            logger.info("run %d of %d is finished: %s", number, len(stages), stage.output)
+        if not start.runs:
+            logger.info("this run is finished: %s", stage.output)
             continue
         if len(stages) > 1:
             logger.info("run %d of %d: %s", number, len(stages), stage.output)
         result = _run(stage, told[number - 1], start, show_progress=show_progress)
-    return result
+    return result or Result.read(Path(recipe.output))
 
 
 def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> Result:
     """Do one run of a recipe.  `told` is the recipe that its record and its card show."""
     recipe, folder = stage, Path(stage.output)
-    checkpoint = _newest_checkpoint(folder) if start.resume else None
-    arguments = training_arguments(recipe, folder, resume=checkpoint is not None)
+    has_checkpoint = start.resume and any(folder.glob(f"checkpoints/*/{MANIFEST}"))
+    arguments = training_arguments(recipe, folder, resume=has_checkpoint)
     require_available(arguments)
     tokenizer = load_student_tokenizer(recipe)
     if recipe.generate is not None:
@@ -134,12 +136,14 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     states = any(one.teacher_needs - {"distribution"} for one in recipe.objectives)
     held_out = (measuring.teacher_text(), None if states else against)
     trainer = build_trainer(recipe, arguments, teacher, student, tokenizer, train, *held_out)
+    # Before anything is written: if the checkpoint is of another run, the folder stays as it is.
+    checkpoint = trainer.find_checkpoint(start.checkpoint or True) if start.resume else None
     _begin(told, folder, rows, overwrite=start.overwrite)
     measuring.keep()
     for callback in _callbacks(recipe, folder, show_progress=show_progress):
         trainer.add_callback(callback)
     logger.info("training on responses of %s", recipe.rollout.who_writes)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     require_steps(trainer)
     trainer.export_student(folder / "student")
     if PartialState().is_main_process and isinstance(teacher, Exports):
@@ -307,17 +311,3 @@ def _callbacks(recipe: Recipe, folder: Path, *, show_progress: bool) -> list[Tra
     if recipe.evaluate.patience is not None:
         callbacks.append(EarlyStoppingCallback(recipe.evaluate.patience))
     return callbacks
-
-
-def _newest_checkpoint(folder: Path) -> str | None:
-    """Return the checkpoint to resume from, or None for a run that only has responses so far."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    checkpoints = folder / "checkpoints"
-    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if newest is None and not any((folder / RESPONSES).glob("*/*.arrow")):
-        raise CheckpointError(
-            f"{checkpoints} has no checkpoint to resume from; pass overwrite to start again"
-            f"{run_folder.hint(folder)}"
-        )
-    return newest

@@ -17,7 +17,6 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from llmdistill.errors import CheckpointError
 
@@ -31,39 +30,6 @@ GOES_ON = ("checkpoints/checkpoint-*", "responses/*/*.arrow")  # what a run can 
 DAY = "%d %b %Y"
 
 logger = logging.getLogger("llmdistill")
-
-
-class Start(NamedTuple):
-    """How a run begins; `runs` is False for one that is finished and need not be repeated."""
-
-    resume: bool
-    overwrite: bool
-    runs: bool = True
-
-    def check(self, folder: Path) -> None:
-        """Raise CheckpointError if the folder of the run cannot be used in this way."""
-        if self.runs:
-            check(folder, resume=self.resume, overwrite=self.overwrite)
-
-
-def starts_of(folders: Sequence[Path], asked: Start) -> list[Start]:
-    """Return how each of several runs begins, if their recipe is started in the way `asked`.
-
-    A run that follows one that is not finished has nothing to resume: what its folder holds belongs
-    to an earlier start, and is replaced.
-    """
-    if not asked.resume or len(folders) == 1:
-        return [asked] * len(folders)
-    starts: list[Start] = []
-    for folder in folders:
-        follows = all(not one.runs for one in starts)
-        if follows and (folder / "student" / "README.md").is_file():  # written last
-            starts.append(Start(True, False, runs=False))
-        elif follows and any(one for name in GOES_ON for one in folder.glob(name)):
-            starts.append(asked)
-        else:
-            starts.append(Start(False, overwrite=is_used(folder)))
-    return starts
 
 
 def is_used(folder: Path, *, record: str = RECORD) -> bool:
@@ -162,12 +128,6 @@ def require_same_rows(folder: Path, rows: str) -> None:
             f"today's date and reads `date_string`, set data.chat_template_kwargs: {{date_string: "
             f"{day}}}."
         )
-
-
-def hint(folder: Path) -> str:
-    """Return the end of a message that says where the old folder is; "" if there is none."""
-    old = old_folder(folder)
-    return f". The earlier content is kept in {old}." if old.is_dir() else ""
 
 
 def old_folder(folder: Path) -> Path:

@@ -164,7 +164,7 @@ def test_a_run_that_is_resumed_on_another_day_says_that_its_rows_differ(
         encoding, "datetime", SimpleNamespace(date=SimpleNamespace(today=Tomorrow.now))
     )
     with pytest.raises(CheckpointError, match=r"other tokens than on .*date_string"):
-        distill(recipes.build(given), resume=True)
+        distill(recipes.build(given))
 
 
 def test_a_student_without_a_row_for_each_token_is_refused_before_it_is_measured(

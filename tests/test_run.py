@@ -103,7 +103,9 @@ def test_the_old_run_is_deleted_at_the_first_checkpoint(given, tmp_path, monkeyp
     assert seen == [True, True, False, False, False]  # it is saved after step 2
 
 
-def test_a_resume_after_a_killed_overwrite_says_where_the_old_run_is(given, tmp_path, monkeypatch):
+def test_after_a_killed_overwrite_the_run_starts_again_and_keeps_the_old_one(
+    given, tmp_path, monkeypatch
+):
     run(given)
 
     def dies(self, *args, **kwargs):
@@ -113,8 +115,10 @@ def test_a_resume_after_a_killed_overwrite_says_where_the_old_run_is(given, tmp_
         patch.setattr(DistillTrainer, "compute_loss", dies)
         with pytest.raises(RuntimeError, match="killed"):
             run(given, overwrite=True)
-    with pytest.raises(CheckpointError, match="The earlier content is kept in .*run.old"):
-        run(given, resume=True)
+    assert (tmp_path / "run.old" / "student").is_dir()
+    run(given)
+    assert (tmp_path / "run" / "student").is_dir()
+    assert not (tmp_path / "run.old").exists()
 
 
 def test_a_start_that_failed_is_no_run_in_the_way(given, tmp_path):
@@ -127,9 +131,10 @@ def test_a_used_folder_is_refused_before_anything_is_loaded(given, tmp_path):
     run(given)
     wrong = given | {"data": {"train": "rwos.jsonl"}}
     with pytest.raises(CheckpointError, match="is not empty. Pass resume"):
-        run(wrong)
+        run(wrong, resume="never")
+    given["training"]["max_steps"] = 6  # or it would be finished
     with pytest.raises(DataError, match="rwos.jsonl"):
-        run(wrong, resume=True)
+        run(given | {"data": {"train": "rwos.jsonl"}})
 
 
 @pytest.mark.parametrize(
@@ -152,7 +157,7 @@ def test_a_resume_with_another_recipe_names_the_difference(given, tmp_path, chan
         k: v | change[k] if k in change and isinstance(v, dict) else v for k, v in given.items()
     }
     with pytest.raises(CheckpointError) as caught:
-        run({**change, **wrong}, resume=True)
+        run({**change, **wrong})
     assert f"'{key}' was " in str(caught.value)
     assert files(tmp_path / "run") == before
 
@@ -166,7 +171,7 @@ def test_a_resume_may_change_how_long_it_runs_and_what_it_logs(given, tmp_path):
     given["data"]["chat_template_kwargs"] = {"date_string": "1 Jan 2026"}  # it changes no row here
     given["data"]["train"] = str(tmp_path / "more/../rows.jsonl")
     (tmp_path / "more").mkdir()
-    run(given, resume=True)
+    run(given)
     assert read_jsonl(tmp_path / "run/metrics.jsonl")[-1]["step"] == 7
 
 
@@ -185,7 +190,7 @@ def test_the_metrics_hold_each_step_once(given, tmp_path):
     run(given)
     shutil.rmtree(tmp_path / "run/checkpoints/checkpoint-5")
     given["training"]["max_steps"] = 6
-    run(given, resume=True)
+    run(given)
     steps = [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
 
@@ -200,7 +205,7 @@ def test_a_resume_with_other_rows_is_refused(given, tmp_path):
     before = files(tmp_path / "run")
     given["training"]["max_steps"] = 7
     with pytest.raises(CheckpointError, match=r"rendered as other tokens .*date_string"):
-        run(given, resume=True)
+        run(given)
     assert files(tmp_path / "run") == before
 
 
@@ -211,7 +216,7 @@ def test_a_finished_run_is_exported_again_and_not_trained(given, tmp_path):
     metrics = read_jsonl(tmp_path / "run/metrics.jsonl")
     names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     (tmp_path / "run/student/model.safetensors").unlink()  # as after a disk that was full
-    run(given, resume=True)
+    run(given)
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == student
     assert read_jsonl(tmp_path / "run/metrics.jsonl") == metrics
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == names
@@ -230,12 +235,12 @@ def test_a_resumed_run_keeps_what_was_measured_before_training(given, tmp_path, 
     monkeypatch.setattr(Evaluation, "measure", Evaluation.measure)  # restored afterwards
     measured = spy(Evaluation, "measure")
     longer = given | {"training": given["training"] | {"max_steps": 6}}
-    result = run(longer, resume=True)
+    result = run(longer)
     assert len(measured) == 1  # after training
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["before"] == before
     assert [one.before for one in result.answers]
     # Other figures are asked for, so the first student is measured again.
-    run(longer | {"evaluate": {"max_new_tokens": 5}}, resume=True)
+    run(longer | {"evaluate": {"max_new_tokens": 5}})
     assert len(measured) == 3
 
 
@@ -314,6 +319,6 @@ def test_a_run_killed_before_its_first_step_is_measured_at_its_start(given, tmp_
         patched.setattr("transformers.Trainer.train", killed)
         with pytest.raises(KeyboardInterrupt):
             run(given)
-    run(given | {"rollout": given["rollout"] | {"batch_size": 2}}, resume=True)
+    run(given | {"rollout": given["rollout"] | {"batch_size": 2}})
     losses = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if "eval_loss" in line]
     assert losses[0]["step"] == 0

@@ -104,7 +104,7 @@ def test_a_resumed_chain_repeats_no_run_that_is_finished(parts, pair, tmp_path):
     shutil.rmtree(tmp_path / "chain")
     shutil.rmtree(tmp_path / "chain.assistant2" / "student")
     shutil.rmtree(tmp_path / "chain.assistant2" / "checkpoints" / "checkpoint-2")
-    distill(recipe, resume=True, show_progress=False)
+    distill(recipe, show_progress=False)
     assert first.stat().st_mtime_ns == stamp
     assert torch.equal(exported(tmp_path / "chain"), expected)
 
@@ -121,7 +121,7 @@ def test_what_an_older_start_left_is_not_taken_for_a_finished_run(parts, pair, t
     shutil.rmtree(first / "student")
     shutil.rmtree(first / "checkpoints" / "checkpoint-2")
     recipe = recipes.build({"output": str(tmp_path / "chain")} | faster | {"teacher": teacher})
-    distill(recipe, resume=True, show_progress=False)
+    distill(recipe, show_progress=False)
     assert torch.equal(exported(tmp_path / "chain"), expected)
 
 

@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so that `llmdistill --help` answers at on
 from __future__ import annotations
 
 import re
+import signal
 import sys
 
 import typer
@@ -17,7 +18,7 @@ from llmdistill.cli.evaluate import evaluate
 from llmdistill.cli.generate import generate
 from llmdistill.cli.recipes import recipes
 from llmdistill.cli.train import train
-from llmdistill.errors import LlmDistillError, TrainingError
+from llmdistill.errors import LlmDistillError, StoppedError, TrainingError
 
 app = typer.Typer(
     name="llmdistill",
@@ -35,13 +36,16 @@ OPTION = re.compile(r"\b(pass|without) (resume|overwrite|push)\b", flags=re.IGNO
 
 
 def main() -> None:
-    """Run a command.  Exits with 2 after an error that the user can fix, with 1 after a failed run.
+    """Run a command, and print errors of llmdistill without a traceback.
 
-    Errors of llmdistill are printed without a traceback.
+    Exits with 2 after an error that the user can fix, with 1 after a failed run, and with 143 after
+    SIGTERM, as a shell reports it.
     """
     try:
         app()
     except LlmDistillError as error:
         message = OPTION.sub(r"\1 --\2", str(error))
         print(f"{type(error).__name__}: {message}", file=sys.stderr)
+        if isinstance(error, StoppedError):
+            sys.exit(128 + signal.SIGTERM)
         sys.exit(1 if isinstance(error, TrainingError) else 2)

@@ -21,8 +21,14 @@ def train(
         typer.Argument(help="Keys to change and their values: training.max_steps=50 output=runs/a"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
-    ] = False,
+        str,
+        typer.Option(
+            "--resume",
+            metavar="auto|PATH|never",
+            help="Go on with the run in the run folder from its newest whole checkpoint (auto), or "
+            "from the checkpoint PATH; or refuse a folder that has a run (never).",
+        ),
+    ] = "auto",
     overwrite: Annotated[
         bool,
         typer.Option(

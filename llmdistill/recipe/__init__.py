@@ -7,7 +7,7 @@ The kinds of each section have a module: `teachers`, `rollouts`, `objectives`, `
 """
 
 from llmdistill.recipe.base import Strict
-from llmdistill.recipe.changes import require_same
+from llmdistill.recipe.changes import require_same, same_results
 from llmdistill.recipe.generation import GenerationRecipe
 from llmdistill.recipe.objectives import ObjectiveRecipe
 from llmdistill.recipe.reading import (
@@ -58,4 +58,5 @@ __all__ = [
     "load_generation",
     "parse_yaml",
     "require_same",
+    "same_results",
 ]

@@ -28,6 +28,11 @@ MAY_CHANGE = (
     *("training.gradient_checkpointing*", "training.torch_compile*", "training.project"),
     *("training.trackio_*", "training.skip_memory_metrics"),
 )
+# What may change and leads to other results of a run.
+RESULTS = (
+    *("training.max_steps", "training.num_train_epochs", "evaluate.max_new_tokens"),
+    *("evaluate.answer_pattern", "student.export_dtype"),
+)
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 DEFAULT_BATCH = (8, 1)  # of TrainingArguments
 
@@ -46,6 +51,14 @@ def require_same(record: Path, now: Recipe) -> None:
             "resume, or choose another output. Only how long the run is, what it logs, saves and "
             "pushes, and what it takes in memory can change."
         )
+
+
+def same_results(record: Path, now: Recipe) -> bool:
+    """Whether a run that is finished would be as long, and measured and exported in the same way,
+    as a recipe that is otherwise the same asks now.
+    """
+    ours, theirs = (dict(_flat(one.model_dump(), "")) for one in (load_recipe(record), now))
+    return all(ours.get(key) == theirs.get(key) for key in RESULTS)
 
 
 def changed_keys(before: Recipe, now: Recipe) -> list[str]:

@@ -129,13 +129,13 @@ def response_key(row_id: int, sample: int, prompt_ids: Sequence[int]) -> int:
     return xxhash.xxh3_64_intdigest(array("q", [row_id, sample, *prompt_ids]).tobytes())
 
 
-def identity(teacher: Any) -> str:
-    """Return a digest that tells this writer from others, by its class, models and settings.
+def identity(writer: Any) -> str:
+    """Return a digest that tells a teacher from others, by its class, models and settings.
 
-    Of each weight a few numbers are read.
+    Of each weight a few numbers are read.  `writer` can also be a model or a list of weights.
     """
     digest = xxhash.xxh3_64()
-    for part in _identifying(teacher):
+    for part in _identifying(writer):
         digest.update(part)
     return digest.hexdigest()
 
@@ -147,6 +147,8 @@ def _identifying(value: Any) -> Iterator[bytes]:
         for name, weight in value.named_parameters():
             yield f"{name} {tuple(weight.shape)}".encode()
             yield _some_numbers(weight)
+    elif isinstance(value, Tensor):
+        yield _some_numbers(value)
     elif isinstance(value, Mapping):
         for one in value.values():
             yield from _identifying(one)

@@ -15,11 +15,11 @@ from torch.nn import Module, Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from llmdistill.errors import TrainingError
-from llmdistill.training.saving import StudentTrainer
+from llmdistill.training.resuming import ResumingTrainer
 
 
-class GroupedTrainer(StudentTrainer):
-    """StudentTrainer with optimizer groups and gradient clipping for each owner."""
+class GroupedTrainer(ResumingTrainer):
+    """ResumingTrainer with optimizer groups and gradient clipping for each owner."""
 
     optimizer: torch.optim.Optimizer | None
 

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn import Module
 
 from llmdistill.data.collate import EncodedRows, PromptDataset
 from llmdistill.errors import NonFiniteLossError, RecipeError, TrainingError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import TrainingArguments
 
     from llmdistill.training.trainer import DistillTrainer
@@ -68,26 +69,50 @@ class EndWatch:
             )
 
 
-def stop_if_not_finite(
-    accelerator: Accelerator, loss: Tensor, grad_norm: Tensor | float, step: int
-) -> None:
-    """Raise NonFiniteLossError on all ranks if the loss or gradient norm of one is not finite.
+def check_step(trainer: DistillTrainer, loss: Tensor, grad_norm: Tensor | float) -> bool:
+    """Return whether a rank was asked to stop after this step.
 
-    Call it on every rank before the optimizer's update, so that the weights stay those of the last
-    good step.
+    Raises NonFiniteLossError on all ranks if the loss or gradient norm of one is not finite.  Call
+    it on every rank before the optimizer's update, so that the weights stay those of the last good
+    step.
     """
+    accelerator = trainer.accelerator
     # The flags are gathered because a rank that stopped alone would leave the others waiting.
-    norm = torch.as_tensor(grad_norm, device=loss.device)
-    finite_R2 = accelerator.gather(torch.stack([torch.isfinite(loss), torch.isfinite(norm)])[None])
-    if bool(finite_R2.all()):
-        return
+    norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=loss.device)
+    asked = torch.tensor(trainer.stop_on_signal.asked, device=loss.device)
+    flags = torch.stack([torch.isfinite(loss), torch.isfinite(norm), asked])
+    flags_R3 = accelerator.gather(flags[None]).cpu()
+    if not bool(flags_R3[:, :2].all()):
+        raise _not_finite(trainer, flags_R3, f"loss {float(loss):.4g}, gradient norm {norm:.4g}")
+    return bool(flags_R3[:, 2].any())
+
+
+def _not_finite(trainer: DistillTrainer, flags_R3: Tensor, here: str) -> NonFiniteLossError:
+    """Return the error, with the ranks, the objectives and the models that it came from."""
     # The ranks have averaged their gradients by now, so a bad gradient shows on all of them.  A bad
     # loss still shows which rank it came from.
-    bad_R = ~finite_R2[:, 0] if not finite_R2[:, 0].all() else ~finite_R2[:, 1]
-    ranks = bad_R.nonzero()[:, 0].tolist()
-    here = f"loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}"
-    raise NonFiniteLossError(
-        f"step {step}, rank {', '.join(map(str, ranks))}: the loss or its gradient is not finite "
-        f"({here} on rank {accelerator.process_index}). The weights were not updated. Lower "
-        "training.learning_rate, check the rows of this step, or resume from the last checkpoint."
+    bad_R = ~flags_R3[:, 0] if not flags_R3[:, 0].all() else ~flags_R3[:, 1]
+    ranks = ", ".join(map(str, bad_R.nonzero()[:, 0].tolist()))
+    found = gather_object([[*trainer.not_finite_terms(), *_spoilt(trainer)]])
+    names = ", ".join(dict.fromkeys(name for names in found for name in names))
+    return NonFiniteLossError(
+        f"step {trainer.state.global_step}, rank {ranks}: the loss or its gradient is not finite "
+        f"({here} on rank {trainer.accelerator.process_index}). "
+        f"{f'It comes from {names}. ' if names else ''}The weights were not updated. "
+        "Lower training.learning_rate, check the rows of this step, or resume from the last "
+        "checkpoint."
     )
+
+
+def _spoilt(trainer: DistillTrainer) -> list[str]:
+    """Return which of the two models has a weight that is NaN or infinite."""
+    models = {"student": trainer.model.student, "teacher": getattr(trainer.teacher, "model", None)}
+    return [
+        f"weights of the {name} that are not finite"
+        for name, model in models.items()
+        if isinstance(model, Module) and not all(map(_is_finite, model.parameters()))
+    ]
+
+
+def _is_finite(weight: Tensor) -> bool:
+    return weight.is_meta or bool(torch.isfinite(weight).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -87,9 +88,10 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A run that died after its last checkpoint makes the steps after it once more.
-        if state.is_world_process_zero and state.global_step and self.path.is_file():
+        if state.is_world_process_zero and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= state.global_step]
+            last = state.global_step or -1  # a run that starts again makes all of them once more
+            kept = [line for line in lines if _step_of(line) <= last]
             self.path.write_text("".join(kept), encoding="utf-8")
 
     def on_log(
@@ -98,6 +100,14 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line; infinity if a kill has cut it off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
 
 
 class OldRun(TrainerCallback):

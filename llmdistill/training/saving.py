@@ -6,21 +6,15 @@ writes them.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers import Trainer
 
-from llmdistill.errors import CheckpointError
 from llmdistill.protocols import Rollout
 from llmdistill.training import checkpoint
 from llmdistill.training.step import Distillation
-
-logger = logging.getLogger("llmdistill")
 
 
 class StudentTrainer(Trainer):
@@ -34,61 +28,6 @@ class StudentTrainer(Trainer):
     model_card: str | None
     merge_adapter: bool
     export_dtype: torch.dtype | None
-
-    # ---- resuming ----
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train, or only load the student if the run that is resumed is finished.
-
-        Trainer checks whether a run is over only after a step, so it would train a finished run
-        one step further.  If `load_best_model_at_end` is set, the best student is loaded.  Raises
-        CheckpointError for a finished run under FSDP or DeepSpeed.
-        """
-        newest = resume_from_checkpoint is True
-        found = get_last_checkpoint(self.args.output_dir) if newest else resume_from_checkpoint
-        folder = str(found or "")
-        if not folder or not self._is_finished(Path(folder)):
-            self._before_training()
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise CheckpointError(
-                f"{folder} is the end of a finished run, and with FSDP or DeepSpeed a student can "
-                "be loaded only for further training. Raise training.max_steps, or use the "
-                "student that the run exported."
-            )
-        self._load_from_checkpoint(folder)
-        self.state = TrainerState.load_from_json(_state_file(folder))
-        logger.warning(
-            "the run is already finished at step %d, so nothing was trained", self.state.global_step
-        )
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-            self._load_best_model()
-        return TrainOutput(self.state.global_step, 0.0, {})
-
-    def _before_training(self) -> None:
-        """Do what must be done before the first step.  All ranks call it."""
-
-    def _is_finished(self, folder: Path) -> bool:
-        """Whether the checkpoint's run has made all its steps or stopped early.
-
-        A run that a signal or another callback stopped is not finished.
-        """
-        if not Path(_state_file(folder)).is_file():
-            return False
-        state = TrainerState.load_from_json(_state_file(folder))
-        # The steps are counted again, because the resumed run may have been given more of them.
-        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return state.global_step >= max_steps or self._has_lost_patience(state)
-
-    def _has_lost_patience(self, state: TrainerState) -> bool:
-        """Whether early stopping with the present patience would have stopped this run."""
-        saved = state.stateful_callbacks.get("EarlyStoppingCallback", {})
-        counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
-        return any(
-            counter >= callback.early_stopping_patience
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, EarlyStoppingCallback)
-        )
 
     # ---- checkpoints: the student apart from the rest ----
 
@@ -223,10 +162,6 @@ class StudentTrainer(Trainer):
             ignore_patterns=checkpoint.TRAINING_ONLY,
             **options,
         )
-
-
-def _state_file(folder: str | Path) -> str:
-    return str(Path(folder) / TRAINER_STATE_NAME)
 
 
 def _export_folder(trainer: StudentTrainer) -> Path:

@@ -41,6 +41,11 @@ class Tally:
             totals, divisors = self._terms.get(name, (0.0, 0.0))
             self._terms[name] = (totals + total, divisors + divisor)
 
+    def not_finite(self) -> list[str]:
+        """Return the terms whose sum on this rank is NaN or infinite."""
+        totals = {name: torch.as_tensor(total) for name, (total, _) in self._terms.items()}
+        return [name for name, total in totals.items() if not total.isfinite()]
+
     def term_means(self, accelerator: Accelerator) -> dict[str, float]:
         """Return each term's mean since the last call, over all ranks; then forget the sums."""
         totals = over_ranks(accelerator, {name: total for name, (total, _) in self._terms.items()})

@@ -34,10 +34,11 @@ from llmdistill.protocols import Follows, Progress, Rollout, Teacher
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.training.ahead import AheadTrainer
 from llmdistill.training.arguments import forced, settle
-from llmdistill.training.guards import EndWatch, stop_if_not_finite
+from llmdistill.training.guards import EndWatch, check_step
 from llmdistill.training.order import order
 from llmdistill.training.progress import AfterStep
 from llmdistill.training.step import Distillation
+from llmdistill.training.stopping import StopOnSignal
 from llmdistill.training.tally import Tally
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ class DistillTrainer(AheadTrainer):
         student.config.use_cache = use_cache
         if isinstance(teacher, Follows):
             self.add_callback(AfterStep(teacher))
+        self.stop_on_signal = StopOnSignal()
+        self.add_callback(self.stop_on_signal)
         settle(self)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -228,9 +231,13 @@ class DistillTrainer(AheadTrainer):
         loss = torch.as_tensor(self._step_loss, device=self.args.device)
         # The scaler of float16 expects overflows: it skips such a step and lowers its scale.
         checked = norm if self.accelerator.scaler is None else 0.0
-        stop_if_not_finite(self.accelerator, loss, checked, self.state.global_step)
+        self.stop_on_signal.agreed = check_step(self, loss, checked)
         self._step_loss = 0.0
         return norm
+
+    def not_finite_terms(self) -> list[str]:
+        """Return the terms of the loss that were not finite since the last line of the log."""
+        return [f"the objective '{name}'" for name in self._tally.not_finite()]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` with who wrote and each term's mean since the last line, over all ranks."""

@@ -276,7 +276,7 @@ def whole_run(folder: Path) -> None:
     distill(recipes.build(given), show_progress=False)
     assert dist.get_world_size() == 2
     given["training"]["max_steps"] = 3
-    distill(recipes.build(given), resume=True, show_progress=False)
+    distill(recipes.build(given), show_progress=False)
 
 
 def streamed(folder: Path) -> None:

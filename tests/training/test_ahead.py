@@ -228,7 +228,7 @@ def test_nothing_is_lost_if_it_is_killed_while_the_teacher_writes(tmp_path):
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     before = {path: path.read_bytes() for path in tmp_path.glob("run/responses/*/*.arrow")}
     assert len(before) == 4
-    distill(recipe, resume=True, show_progress=False)
+    distill(recipe, show_progress=False)
     after = {path: path.read_bytes() for path in tmp_path.glob("run/responses/*/*.arrow")}
     assert {path: after[path] for path in before} == before
     assert len(after) == 6  # 12 rows, two at a time
