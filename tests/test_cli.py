@@ -163,13 +163,24 @@ def test_check_prints_tokens_that_look_like_markup(recipe, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_folder_is_not_reused_without_being_asked_to(recipe, monkeypatch, capsys, tmp_path):
+def test_a_run_folder_is_not_reused_by_another_run(recipe, monkeypatch, capsys, tmp_path):
     """R10."""
     assert run(monkeypatch, "train", str(recipe), "training.max_steps=2") == 0
-    assert run(monkeypatch, "train", str(recipe)) == 2
-    assert "--resume" in capsys.readouterr().err
+    assert run(monkeypatch, "train", str(recipe), "--resume", "never") == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert run(monkeypatch, "train", str(recipe), "training.max_steps=2", "seed=5") == 2
+    assert "'seed' was " in capsys.readouterr().err
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert run(monkeypatch, "train", str(recipe), "training.max_steps=3", "--resume") == 0
+    assert run(monkeypatch, "train", str(recipe), "training.max_steps=2") == 0  # nothing to do
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+    first = str(tmp_path / "run/checkpoints/checkpoint-2")
+    more = ("training.max_steps=3", "--resume", first)
+    assert run(monkeypatch, "train", str(recipe), *more, "--overwrite") == 2
+    assert "Choose one" in capsys.readouterr().err
+    elsewhere = ("training.max_steps=3", "--resume", str(tmp_path / "checkpoint-2"))
+    assert run(monkeypatch, "train", str(recipe), *elsewhere) == 2
+    assert "in the folder of no run of this recipe" in capsys.readouterr().err
+    assert run(monkeypatch, "train", str(recipe), *more) == 0
     more = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert more.startswith(metrics)
     assert '"step": 3' in more
@@ -186,9 +197,10 @@ def test_overwrite_leaves_other_folders_alone(recipe, monkeypatch, capsys, tmp_p
     assert (tmp_path / "mine" / "thesis.txt").is_file()
 
 
-def test_resume_without_a_checkpoint_says_so(recipe, monkeypatch, capsys, tmp_path):
-    assert run(monkeypatch, "train", str(recipe), "--resume") == 2
-    assert "has no run" in capsys.readouterr().err
+def test_a_checkpoint_of_no_run_is_refused(recipe, monkeypatch, capsys, tmp_path):
+    place = str(tmp_path / "run" / "checkpoints" / "checkpoint-1")
+    assert run(monkeypatch, "train", str(recipe), "--resume", place) == 2
+    assert "in the folder of no run of this recipe" in capsys.readouterr().err
 
 
 def test_check_shows_the_verdicts_and_marks_what_is_trained(recipe, monkeypatch, capsys, tmp_path):

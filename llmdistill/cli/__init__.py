@@ -5,6 +5,7 @@ Heavy imports are inside the commands, so that `llmdistill --help` answers at on
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -31,6 +32,10 @@ for command in (train, generate, evaluate, carve, check, env):
     app.command()(command)
 app.add_typer(recipes, name="recipes")
 
+# On a CPU, oneDNN keeps a kernel for each shape that it has met, up to 1,024 of them, which took 2 GB
+# in the quickstart.  With 64 a step is as fast.
+KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 # Errors of the library say "pass resume", which is also right in Python.  Here it is a flag.
 OPTION = re.compile(r"\b(pass|without) (resume|overwrite|push)\b", flags=re.IGNORECASE)
 
@@ -41,6 +46,7 @@ def main() -> None:
     Exits with 2 after an error that the user can fix, with 1 after a failed run, and with 143 after
     SIGTERM, as a shell reports it.
     """
+    os.environ.setdefault(*KERNELS)  # read when torch first multiplies
     try:
         app()
     except LlmDistillError as error:

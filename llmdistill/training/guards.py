@@ -93,7 +93,8 @@ def _not_finite(trainer: DistillTrainer, flags_R3: Tensor, here: str) -> NonFini
     # loss still shows which rank it came from.
     bad_R = ~flags_R3[:, 0] if not flags_R3[:, 0].all() else ~flags_R3[:, 1]
     ranks = ", ".join(map(str, bad_R.nonzero()[:, 0].tolist()))
-    found = gather_object([[*trainer.not_finite_terms(), *_spoilt(trainer)]])
+    terms = [f"the objective '{name}'" for name in trainer._tally.not_finite()]
+    found = gather_object([[*terms, *_spoilt(trainer)]])
     names = ", ".join(dict.fromkeys(name for names in found for name in names))
     return NonFiniteLossError(
         f"step {trainer.state.global_step}, rank {ranks}: the loss or its gradient is not finite "

@@ -235,10 +235,6 @@ class DistillTrainer(AheadTrainer):
         self._step_loss = 0.0
         return norm
 
-    def not_finite_terms(self) -> list[str]:
-        """Return the terms of the loss that were not finite since the last line of the log."""
-        return [f"the objective '{name}'" for name in self._tally.not_finite()]
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` with who wrote and each term's mean since the last line, over all ranks."""
         if "loss" in logs:  # a line about training, not about an evaluation
