@@ -6,7 +6,8 @@
     │   └── VocabularyError              teacher and student do not share one vocabulary
     ├── DataError        (ValueError)    a data file or row cannot be used
     ├── TrainingError    (RuntimeError)  a training step is impossible
-    │   └── NonFiniteLossError           a loss or a gradient is NaN or infinite
+    │   ├── NonFiniteLossError           a loss or a gradient is NaN or infinite
+    │   └── OutOfMemoryError             the memory does not suffice for a step
     ├── TeacherError     (RuntimeError)  a remote teacher gives no usable reply
     ├── CheckpointError  (RuntimeError)  a run folder or a checkpoint cannot be used
     └── StoppedError     (RuntimeError)  a signal ended the run, which has saved a checkpoint
@@ -42,6 +43,10 @@ class TrainingError(LlmDistillError, RuntimeError):
 
 class NonFiniteLossError(TrainingError):
     """A loss or a gradient norm is NaN or infinite.  The weights were not updated."""
+
+
+class OutOfMemoryError(TrainingError):
+    """The memory of a device does not suffice for a step.  The message says what to lower."""
 
 
 class TeacherError(LlmDistillError, RuntimeError):

@@ -176,8 +176,9 @@ def test_every_override_of_trainer_is_in_the_table():
 def test_what_the_table_of_overrides_names_exists():
     tests = {
         node.name
-        for name in ("test_trainer.py", "test_resume.py")
-        for node in ast.parse((TESTS / "training" / name).read_text(encoding="utf-8")).body
+        for folder in ("training", "faults", "distributed")
+        for file in (TESTS / folder).glob("test_*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef)
     }
     for method, (_, test, function) in overrides().items():

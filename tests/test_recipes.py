@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 GENERATING = sorted(ROOT.glob("recipes/generate/*.yaml"))
 ALL = RECIPES + GENERATING
+LAUNCHING = sorted(ROOT.glob("recipes/accelerate/*.yaml"))
 FIGURES = {
     "kl_teacher_text", "kl_own_text", "top1_agreement", "draft_acceptance", "rouge_l_teacher",
     "rouge_l_references", "exact_match", "perplexity", "repeated_4grams", "num_parameters", "num_bytes",
@@ -47,7 +48,16 @@ def test_recipes_of_both_kinds_are_found_and_listed_for_readers():
     assert RECIPES
     assert GENERATING
     assert [path.stem for path in ALL if f"`{path.stem}`" not in readme] == []
-    assert sorted(ROOT.glob("recipes/**/*.yaml")) == sorted(ALL)
+    assert sorted(ROOT.glob("recipes/**/*.yaml")) == sorted(ALL + LAUNCHING)
+
+
+@pytest.mark.parametrize("path", LAUNCHING, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8
+    assert f"`recipes/accelerate/{path.name}`" in (ROOT / "docs/several_gpus.md").read_text()
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)

@@ -32,8 +32,8 @@ for command in (train, generate, evaluate, carve, check, env):
     app.command()(command)
 app.add_typer(recipes, name="recipes")
 
-# On a CPU, oneDNN keeps a kernel for each shape that it has met, up to 1,024 of them, which took 2 GB
-# in the quickstart.  With 64 a step is as fast.
+# On a CPU, oneDNN keeps a kernel for each shape that it has met, up to 1,024 of them, which took
+# more than 1 GB in the quickstart.  With 64 a step is as fast.
 KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 # Errors of the library say "pass resume", which is also right in Python.  Here it is a flag.

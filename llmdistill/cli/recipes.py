@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+LAUNCHING = "accelerate"  # the folder of the launcher's configurations, which are no recipes
 COMMANDS = {"train": "Train a student", "generate": "Generate a dataset"}
 
 recipes = typer.Typer(
@@ -62,7 +63,8 @@ def _shipped() -> dict[str, Path]:
     package = Path(__file__).parents[1]
     folders = (package / "recipes", package.parent / "recipes")
     folder = next(folder for folder in folders if folder.is_dir())
-    return {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
+    found = sorted(folder.rglob("*.yaml"))
+    return {path.stem: path for path in found if path.parent.name != LAUNCHING}
 
 
 def _about(path: Path) -> str:

@@ -199,11 +199,15 @@ class PromptStream(IterableDataset):
     ) -> None:
         self.read, self.tokenizer, self.rules = rows, tokenizer, rules
         self.counts = RowCounts()
-        self._rank, self._ranks, self._batch_size = 0, 1, 1
+        self._rank, self._ranks, self._batch_size, self._drop_last = 0, 1, 1, False
 
-    def deal_out(self, rank: int, ranks: int, batch_size: int) -> None:
-        """Give this rank its rows only, in batches of this size."""
+    def deal_out(self, rank: int, ranks: int, batch_size: int, *, drop_last: bool = True) -> None:
+        """Give this rank its rows only, in batches of this size.
+
+        On several ranks the last batch of a pass is always left out if it is not full.
+        """
         self._rank, self._ranks, self._batch_size = rank, ranks, batch_size
+        self._drop_last = drop_last or ranks > 1
 
     def __iter__(self) -> Iterator[Row]:
         self.counts = RowCounts()  # of this pass alone
@@ -211,7 +215,7 @@ class PromptStream(IterableDataset):
         encoder = Encoder(self.tokenizer, self.rules)
         share = (self._rank, self._ranks)
         own = encoder.rows(self.read(), self.counts, on_bad, share)
-        if self._ranks == 1:
+        if not self._drop_last:
             yield from own
         # Accelerate takes this rank's part of the batches of all ranks, so that every part is ours.
         # The last batch is left out if it is not full, as part of a batch would not be ours.

@@ -23,6 +23,7 @@ from llmdistill.decoding.session import ready_to_write
 from llmdistill.decoding.transfer import send
 from llmdistill.distributions import Dense
 from llmdistill.models.heads import split, unwrap_adapters
+from llmdistill.models.sharding import has_sharded_weights
 from llmdistill.models.vocabulary import end_ids, num_tokens
 from llmdistill.sampling import Draw, PenalisedSampling, Sampling, Writer
 
@@ -118,6 +119,8 @@ def sample(
             **(inputs or {}),
             generation_config=_greedy(max_new_tokens, ends, pad_id),
             logits_processor=[sampler],
+            # A rank that is done goes on until the last one is.
+            synced_gpus=has_sharded_weights(model),
             stopping_criteria=[HoldsText(tokenizer, ids_BP.shape[1], stop)] if stop else None,
         )
     responses = [_until_end(row, ends) for row in output_BT[:, ids_BP.shape[1] :].tolist()]

@@ -24,6 +24,7 @@ from transformers.utils.chat_template_utils import (
 )
 
 from llmdistill.errors import DataError
+from llmdistill.models.limits import RENDERING, time_limit
 from llmdistill.models.thinking import TAGS, THINKING, thinking_block
 
 if TYPE_CHECKING:
@@ -155,13 +156,14 @@ class ChatTemplate:
         options.pop("tools", None)
         control = self._control_tokens(bool(tools))
         shown = [self._marked_message(message, control) for message in messages]
-        return self.tokenizer.apply_chat_template(
-            shown,
-            tools=mark_control_tokens(list(tools), control) or None,
-            tokenize=False,
-            add_generation_prompt=opens,
-            **mark_control_tokens(options, control),
-        )
+        with time_limit(RENDERING):
+            return self.tokenizer.apply_chat_template(
+                shown,
+                tools=mark_control_tokens(list(tools), control) or None,
+                tokenize=False,
+                add_generation_prompt=opens,
+                **mark_control_tokens(options, control),
+            )
 
     def _marked_message(
         self, message: Mapping[str, Any], control: re.Pattern[str]

@@ -170,6 +170,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def not_finite_weights(model: nn.Module) -> list[str]:
+    """Return the names of the weights that have a NaN or an infinity."""
+    named = model.named_parameters()
+    return [name for name, p in named if not (p.is_meta or bool(torch.isfinite(p).all()))]
+
+
 @torch.no_grad()
 def check_split(model: nn.Module) -> None:
     """Raise ModelError unless backbone and head reproduce the model's own logits on a few tokens.
@@ -183,6 +189,11 @@ def check_split(model: nn.Module) -> None:
         backbone, head = split(model)
         found = head(backbone(input_ids=ids_BT, use_cache=False).last_hidden_state)
     if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
+        if spoilt := not_finite_weights(model):
+            raise ModelError(
+                f"{type(unwrap_adapters(model)).__name__} has weights that are not finite: "
+                f"{', '.join(spoilt[:3])}. Load another copy of the model."
+            )
         gap = float((found.float() - expected.float()).abs().max())
         raise ModelError(
             f"{type(unwrap_adapters(model)).__name__}: head(backbone(x)) differs from the model's "

@@ -53,6 +53,7 @@ DTYPES = {
 }
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OWN_PADDING = "own_padding"  # attribute of a tokenizer whose padding token was replaced
 
 
 def load_model(
@@ -239,6 +240,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         setattr(tokenizer, MODEL_ROWS, rows)
     known = tokenizer.pad_token_id is not None and tokenizer.pad_token_id < num_tokens(tokenizer)
     if not known:
+        setattr(tokenizer, OWN_PADDING, tokenizer.pad_token)
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.name_or_path = name
     return tokenizer

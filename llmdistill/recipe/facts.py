@@ -40,6 +40,9 @@ OWNED = {
 # Fields that transformers would accept, and that would silently do nothing in our loss.
 REFUSED = {
     "label_smoothing_factor": "`objectives` defines the loss, and no objective smooths labels",
+    "include_num_input_tokens_seen": "rows have no input ids before they are written, so it would "
+    "count 0; the log has predicted_tokens",
+    "include_for_metrics": "metrics are those of `llmdistill evaluate`, not a function of inputs",
     "use_liger_kernel": "it speeds up a loss on full logits, which llmdistill never computes",
 }
 MORE_THAN_ZERO = ("learning_rate", "num_train_epochs")

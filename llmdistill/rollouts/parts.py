@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.batches import by_tokens, rows_at_once, tokens_that_fit
+from llmdistill.models.sharding import has_sharded_weights
 from llmdistill.sampling import Draw
 
 if TYPE_CHECKING:
@@ -74,9 +74,7 @@ def room(writer: Any) -> int | None:
     must then write in the same number of parts.
     """
     model = _model_of(writer)
-    if model is None or any(
-        isinstance(one, DTensor) or hasattr(one, "ds_id") for one in model.parameters()
-    ):
+    if model is None or has_sharded_weights(model):
         return None
     return tokens_that_fit(model)
 

@@ -4,87 +4,47 @@ P = rows of the dataset, B = rows of a batch.
 
 Written in training, they would be written a few at a time, with as many rows as a step has.  Before
 the first step they are written in batches that are large and of similar length, and every rank
-writes its share.  The rows of a stream are not known before they are read, so a stream is read some
-steps ahead.
+writes its share.  The rows of a stream are not known before they are read: see `streams.py`.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from llmdistill.batch import Prompts
-from llmdistill.data.collate import PromptDataset, PromptStream, collate
+from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.decoding.batches import by_tokens
-from llmdistill.protocols import Progress, Teacher, Writes, WritesAhead, changes
+from llmdistill.protocols import Progress, Writes, WritesAhead, changes
 from llmdistill.rollouts.parts import most_rows, room
-from llmdistill.training.groups import GroupedTrainer
 from llmdistill.training.progress import ProgressBar
+from llmdistill.training.streams import StreamTrainer
 
-STREAM_BATCHES = 4  # a stream is read ahead by this many batches of the largest size
 
-
-class AheadTrainer(GroupedTrainer):
+class AheadTrainer(StreamTrainer):
     """Trainer whose teacher writes ahead, if its rollout has responses that never change.
 
     `responses_folder` is where they are kept, and `seconds_ahead` the time that writing took before
     the first step.
     """
 
-    teacher: Teacher
     responses_folder: Path
     seconds_ahead: float
-    _stream_ahead: StreamAhead | None = None
-    _ended: Any = None  # the pass over a stream that is over
 
     def _before_training(self) -> None:
         """Deal out the rows of a stream, and let the teacher write the responses of all steps."""
-        if isinstance(self.train_dataset, PromptStream):
-            args = self.args
-            self.train_dataset.deal_out(args.process_index, args.world_size, args.train_batch_size)
+        super()._before_training()
         show = any(isinstance(one, ProgressBar) for one in self.callback_handler.callbacks)
         start = time.perf_counter()
         write_ahead(self, self.responses_folder, show_progress=show or not self.args.disable_tqdm)
         self.seconds_ahead = time.perf_counter() - start
-
-    def _next_batches(
-        self, batches: Iterator[Prompts], number: int, progress: Progress
-    ) -> list[Prompts]:
-        """Return the next batches.  The teacher may write the responses of a stream ahead."""
-        if not isinstance(self.train_dataset, PromptStream):
-            return list(itertools.islice(batches, number))
-        if self._ended is batches:
-            return []
-        if isinstance(self.rollout, WritesAhead) and not changes(self.teacher):
-            self._stream_ahead = self._stream_ahead or StreamAhead()
-            found = self._stream_ahead.next(self, batches, number, progress)
-        else:
-            found = list(itertools.islice(batches, number))
-        return self._if_all_have(found, number, batches)
-
-    def _if_all_have(self, found: list[Prompts], number: int, stream: Any) -> list[Prompts]:
-        """Return a window of a stream if all ranks have one; the pass is over if one has none.
-
-        Ranks drop different rows, so that one of them reaches the end first.
-        """
-        if self.args.world_size == 1:
-            return found
-        have = torch.tensor(int(len(found) == number), device=self.args.device)
-        if int(self.accelerator.reduce(have, reduction="sum")) == self.args.world_size:
-            return found
-        self._ended = stream
-        return []
 
 
 def write_ahead(trainer: AheadTrainer, folder: Path, *, show_progress: bool) -> None:
@@ -218,50 +178,3 @@ def _write(
             samples = jobs.sample_B[batch].tolist()
             rollout.write_missing(prompts, samples, teacher, args.seed)
             bar.update(len(batch))
-
-
-class StreamAhead:
-    """Reads a stream some steps ahead, and lets the teacher write their responses together."""
-
-    def __init__(self) -> None:
-        self._windows: deque[list[Prompts]] = deque()
-        self._source: Any = None
-
-    def next(
-        self, trainer: AheadTrainer, batches: Iterator[Prompts], number: int, progress: Progress
-    ) -> list[Prompts]:
-        """Return the next `number` batches, whose responses have been written."""
-        if self._source is not batches:  # another pass over the stream
-            self._windows.clear()
-            self._source = batches
-        if not self._windows:
-            self._read(trainer, batches, number, progress)
-        return self._windows.popleft() if self._windows else []
-
-    def _read(
-        self, trainer: AheadTrainer, batches: Iterator[Prompts], number: int, progress: Progress
-    ) -> None:
-        teacher, rollout = trainer.teacher, trainer.rollout
-        assert isinstance(rollout, WritesAhead)
-        rows = STREAM_BATCHES * most_rows("auto", teacher)
-        together: dict[Any, list[tuple[Prompts, int]]] = {}
-        for step in range(progress.step, progress.num_steps):
-            window = _take(batches, number)
-            if not window:
-                break
-            self._windows.append(window)
-            planned = rollout.planned(replace(progress, step=step))
-            if planned is not None:
-                prompts = Prompts.join(window, pad_id=0)
-                together.setdefault(planned.rollout, []).append((prompts, planned.sample))
-            if sum(len(part) for one in self._windows for part in one) >= rows:
-                break
-        for one, parts in together.items():
-            prompts = Prompts.join([part for part, _ in parts], pad_id=0)
-            samples = [sample for part, sample in parts for _ in range(len(part))]
-            one.write_missing(prompts, samples, teacher, trainer.args.seed)
-
-
-def _take(batches: Iterator[Prompts], number: int) -> list[Prompts]:
-    found: Sequence[Prompts | None] = [next(batches, None) for _ in range(number)]
-    return [one for one in found if one is not None]

@@ -14,6 +14,7 @@ from llmdistill.models.taps import STATES, Need, layers_seen_inside
 from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Exports, Rollout, Teacher, steps_both_models
 from llmdistill.teachers.reflexive import ReflexiveTeacher
+from llmdistill.training.launched import require_all_processes
 from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ logger = logging.getLogger("llmdistill")
 
 def settle(trainer: DistillTrainer) -> None:
     """Check what can be checked once Accelerate is set up, and set up the models as `args` asks."""
+    require_all_processes()
     requested = bool(trainer.args.fsdp)
     check_sharding(
         trainer.rollout, trainer.teacher, sharded=is_sharded(trainer), requested=requested
@@ -110,6 +112,13 @@ def check_arguments(args: TrainingArguments, distillation: Distillation) -> None
             "than the loss counts them. Remove it, and set per_device_train_batch_size to the rows "
             "of one rank."
         )
+    if not args.accelerator_config.even_batches:
+        raise TrainingError(
+            "training.accelerator_config: without even_batches a rank that runs out of rows would "
+            "leave the others waiting. Remove it; rows that fill up a batch have no loss."
+        )
+    if args.fp16 and args.device.type == "cpu":
+        raise TrainingError("training.fp16 does nothing on a CPU. Use bf16, or remove it.")
     check_checkpointing(args, distillation)
     check_batch(args, distillation)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -11,7 +13,7 @@ from llmdistill.training.trainer import DistillTrainer
 
 
 def require_available(args: TrainingArguments) -> None:
-    """Raise RecipeError if a tracker, an optimizer or the Hub cannot be used.
+    """Raise RecipeError if a tracker, an optimizer, a way of sharding or the Hub cannot be used.
 
     The repository on the Hub is created, as Trainer would do after the measurements.
     """
@@ -23,6 +25,7 @@ def require_available(args: TrainingArguments) -> None:
                 "the key."
             )
     _require_optimizer(args)
+    _require_sharding(args)
     if args.push_to_hub:
         _require_hub(args)
 
@@ -36,6 +39,25 @@ def _require_optimizer(args: TrainingArguments) -> None:
         needs_model = args.optim_target_modules is not None or "lomo" in name
         if not needs_model or isinstance(error, ImportError) or "install" in str(error):
             raise RecipeError(f"training.optim: {name} cannot be used: {error}") from error
+
+
+def _require_sharding(args: TrainingArguments) -> None:
+    """Refuse the ways of sharding in which no module has a whole weight."""
+    zero = getattr(args.deepspeed_plugin, "zero_stage", None)
+    if zero == 3:
+        raise RecipeError(
+            "training.deepspeed: ZeRO-3 splits each weight, and the loss and the writing need a "
+            "whole head. Use ZeRO-2, or FSDP2 (fsdp_version: 2)."
+        )
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    version = (args.fsdp_plugin_args or {}).get("fsdp_version")
+    if by_launcher and not args.fsdp:
+        version = int(os.environ.get("FSDP_VERSION", "1"))
+    if version == 1:
+        raise RecipeError(
+            "FSDP1 hides the weights of the student from its own writing. Set fsdp_version: 2 in "
+            "the configuration of accelerate, or version: 2 in training.fsdp_config."
+        )
 
 
 class _Pushing:

@@ -4,6 +4,8 @@
     objectives.safetensors                          parameters of objectives (projectors), if any
     teacher.safetensors                             weights of a teacher that changes, if any
     rollout.json, or rollout_0.json ...             state of each rank's rollout, if it has any
+    stream.json                                     place in a stream, if the rows are one
+    manifest.json                                   the seal (`seal.py`)
 
 Trainer adds the optimizer, the scheduler, the random state and its own state.  This package writes
 no pickle, and no file contains a token or a key.
@@ -23,11 +25,12 @@ from torch import Tensor
 from llmdistill.errors import CheckpointError
 from llmdistill.models.adapters import merged_state
 from llmdistill.models.heads import unwrap_adapters
+from llmdistill.models.load import OWN_PADDING
 from llmdistill.protocols import Follows, Rollout, Stateful, Teacher
 from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STUDENT_PREFIX = "student."
 # Trained parts of `Distillation` other than the student, and the file of each.
@@ -43,6 +46,8 @@ TRAINING_ONLY = [
     "trainer_state*",
     *PARTS.values(),
     "rollout*.json",
+    "stream.json",
+    "manifest.json",
 ]
 
 
@@ -53,7 +58,7 @@ def save_student(
 
     `state` is the state of the whole module if a wrapper has gathered it; None reads the student.
     """
-    students = None if state is None else _under(state, STUDENT_PREFIX)
+    students = None if state is None else _once_each(distillation.student, state)
     # Nothing changes the number of tokens, so an adapter needs no copy of the embeddings.  PEFT
     # would ask the Hub for the base model to find that out.
     is_adapter = hasattr(distillation.student, "peft_config")
@@ -61,7 +66,7 @@ def save_student(
     distillation.student.save_pretrained(folder, state_dict=students, **options)
     if is_adapter:  # PEFT saves none, and the base model's may list other end tokens
         unwrap_adapters(distillation.student).generation_config.save_pretrained(folder)
-    distillation.tokenizer.save_pretrained(folder)
+    _save_tokenizer(distillation.tokenizer, folder)
 
 
 def export(
@@ -82,7 +87,7 @@ def export(
     is_adapter = hasattr(model, "peft_config")
     if is_adapter and not merged:
         return save_student(distillation, folder, state)
-    weights = _under(state, STUDENT_PREFIX)
+    weights = _once_each(distillation.student, state)
     if model is not distillation.student:
         weights = model.state_dict()
     elif is_adapter:
@@ -95,7 +100,7 @@ def export(
         config = copy.deepcopy(model.config)
         config.dtype = dtype
         config.save_pretrained(folder)
-    distillation.tokenizer.save_pretrained(folder)
+    _save_tokenizer(distillation.tokenizer, folder)
 
 
 def save_parts(
@@ -110,6 +115,29 @@ def save_parts(
         tensors = _under({k: v for k, v in state.items() if k not in frozen}, f"{part}.")
         if tensors:
             safetensors.torch.save_file(_once(tensors), folder / file)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer with the padding token that its files had.
+
+    Whoever masks padding by its id would otherwise mask the end token, too.
+    """
+    ours = tokenizer.pad_token
+    tokenizer.pad_token = getattr(tokenizer, OWN_PADDING, ours)
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.pad_token = ours
+
+
+def _once_each(student: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the student's weights of the whole module's state, each tied one under one name.
+
+    What DeepSpeed gathers are copies, which `save_pretrained` would not know to be tied.
+    """
+    weights = _under(state, STUDENT_PREFIX)
+    tied = getattr(student, "all_tied_weights_keys", {})
+    return {name: one for name, one in weights.items() if tied.get(name) not in weights}
 
 
 def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

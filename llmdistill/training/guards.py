@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -16,6 +16,7 @@ from torch.nn import Module
 
 from llmdistill.data.collate import EncodedRows, PromptDataset
 from llmdistill.errors import NonFiniteLossError, RecipeError, TrainingError
+from llmdistill.models.heads import not_finite_weights
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llmdistill")
 
-MANY = 0.5  # share of unfinished responses from which a run warns
+MANY = 0.5  # share of useless responses from which a run warns
 
 
 def require_a_batch(rows: EncodedRows, args: TrainingArguments) -> None:
@@ -50,23 +51,29 @@ def require_steps(trainer: DistillTrainer) -> None:
         )
 
 
-class EndWatch:
-    """Warns once if many of the written responses have no end token."""
+class RolloutWatch:
+    """Warns once about each way in which most of the written responses are of no use."""
+
+    MESSAGES: ClassVar[dict[str, str]] = {
+        "unfinished": "of the written responses have no end token, because the limit of new tokens "
+        "cut them off. A student learns from them not to stop. Raise max_new_tokens of the "
+        "rollout, if the models do end their responses.",
+        "empty": "of the written responses are empty. Look at the chat template and the end tokens "
+        "with `llmdistill check`.",
+        "repeated_4grams": "of the 4-grams in written responses are repeated, so the student "
+        "learns on loops. Raise the temperature of the rollout's sampling, or let the teacher "
+        "write more of the steps.",
+    }
 
     def __init__(self) -> None:
-        self.has_warned = False
+        self._left = dict(self.MESSAGES)
 
     def __call__(self, logs: Mapping[str, float]) -> None:
-        """Look at the figure `unfinished` of a line of the log."""
-        share = logs.get("unfinished", 0.0)
-        if share > MANY and not self.has_warned:
-            self.has_warned = True
-            logger.warning(
-                "%.0f%% of the written responses have no end token, because the limit of new "
-                "tokens cut them off. A student learns from them not to stop. Raise "
-                "max_new_tokens of the rollout, if the models do end their responses.",
-                100 * share,
-            )
+        """Look at the figures of a line of the log."""
+        for name, message in list(self._left.items()):
+            if (share := logs.get(name, 0.0)) > MANY:
+                del self._left[name]
+                logger.warning("%.0f%% %s", 100 * share, message)
 
 
 def check_step(trainer: DistillTrainer, loss: Tensor, grad_norm: Tensor | float) -> bool:
@@ -111,9 +118,5 @@ def _spoilt(trainer: DistillTrainer) -> list[str]:
     return [
         f"weights of the {name} that are not finite"
         for name, model in models.items()
-        if isinstance(model, Module) and not all(map(_is_finite, model.parameters()))
+        if isinstance(model, Module) and not_finite_weights(model)
     ]
-
-
-def _is_finite(weight: Tensor) -> bool:
-    return weight.is_meta or bool(torch.isfinite(weight).all())

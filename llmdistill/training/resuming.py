@@ -34,9 +34,13 @@ logger = logging.getLogger("llmdistill")
 class ResumingTrainer(StudentTrainer):
     """StudentTrainer that seals its checkpoints, and resumes only from a sealed one of this run."""
 
-    stop_on_signal: StopOnSignal
     _depends_on: dict[str, Any] | None = None
     _found: Path | None = None  # what `find_checkpoint` has found
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stop_on_signal = StopOnSignal()
+        self.add_callback(self.stop_on_signal)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train, or only load the student if the run that is resumed is finished.

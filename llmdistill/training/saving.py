@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import Trainer
 
 from llmdistill.protocols import Rollout
@@ -28,6 +29,15 @@ class StudentTrainer(Trainer):
     model_card: str | None
     merge_adapter: bool
     export_dtype: torch.dtype | None
+
+    # ---- sharding ----
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        """Let FSDP2 gather weights for the student's writing, as it does for a forward pass."""
+        prepared = super()._prepare_for_training(*args)
+        if isinstance(self.model, FSDPModule):
+            register_fsdp_forward_method(self.model, "write")
+        return prepared
 
     # ---- checkpoints: the student apart from the rest ----
 

@@ -1,6 +1,6 @@
 """Figures of a log line about the steps since the line before: sums on each rank, then over all.
 
-B = sequences, N = predicted tokens, Q = quarters of a response.
+B = sequences, N = predicted tokens, M = runs of four predicted tokens, Q = quarters of a response.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch import Tensor
 from llmdistill.batch import Sequences
 from llmdistill.sampling import Writer
 
+HASH = 6_364_136_223_846_793_005  # the multiplier of Knuth's MMIX generator
 QUARTERS = ("q1", "q2", "q3", "q4")
 SUMS = (
     *("tokens", "by_teacher", "seconds", "written", "accepted", "teacher_passes"),
-    *("responses", "unfinished"),
+    *("responses", "unfinished", "empty", "grams", "repeated"),
     *(f"{part}_{quarter}" for quarter in QUARTERS for part in ("all", "replaced")),
 )
 
@@ -64,9 +65,11 @@ class Tally:
         last_B = (count_B.cumsum(0) - 1)[count_B > 0]
         written_B = writer_N[last_B] != Writer.DATA
         found["responses"] = written_B.sum()
-        found["unfinished"] = (
-            written_B & ~torch.isin(sequences.targets_N[last_B], self._ends)
-        ).sum()
+        ends_B = torch.isin(sequences.targets_N[last_B], self._ends)
+        found["unfinished"] = (written_B & ~ends_B).sum()
+        found["empty"] = (written_B & ends_B & (count_B[count_B > 0] == 1)).sum()
+        if bool(written_B.any()):
+            found["grams"], found["repeated"] = _repeated(sequences)
         # Both models have written these now.  Other rollouts may return responses that they kept,
         # so a speed would be meaningless.
         if sequences.teacher_passes_B is not None:
@@ -83,7 +86,9 @@ class Tally:
         """Return the figures since the last call, over all ranks; then forget the sums.
 
         `acceptance`, `teacher_token_share` and `replaced_q1` to `replaced_q4` are shares from 0 to
-        1, and so is `unfinished`, of the responses of a model that have no end token.
+        1, and so are `unfinished` and `empty`, of the responses that a model wrote: those without
+        an end token, and those with nothing else.  `repeated_4grams` is the share of their 4-grams
+        that came earlier in the same response.
         `written_per_second` is in tokens per second of all ranks together.
         """
         sums, means = over_ranks(accelerator, self._sums), self.term_means(accelerator)
@@ -94,6 +99,8 @@ class Tally:
             figures |= means
         if sums["responses"]:
             figures["unfinished"] = sums["unfinished"] / sums["responses"]
+            figures["empty"] = sums["empty"] / sums["responses"]
+            figures["repeated_4grams"] = sums["repeated"] / max(sums["grams"], 1)
         if sums["written"]:
             # Ranks write at the same time, so the time that has passed is their mean.
             seconds = sums["seconds"] / accelerator.num_processes
@@ -104,6 +111,20 @@ class Tally:
             for q in QUARTERS:
                 figures[f"replaced_{q}"] = sums[f"replaced_{q}"] / max(sums[f"all_{q}"], 1)
         return figures
+
+
+def _repeated(sequences: Sequences) -> tuple[int, int]:
+    """Count the 4-grams of tokens in all responses, and those that came earlier in their own."""
+    count_B = sequences.num_predicted
+    row_N = torch.arange(len(count_B)).repeat_interleave(count_B)
+    if len(row_N) < 4:
+        return 0, 0
+    within_M = row_N[:-3] == row_N[3:]
+    key_M = row_N[:-3]
+    for token_M in sequences.targets_N.unfold(0, 4, 1).T:
+        key_M = key_M * HASH + token_M  # int64 wraps around; equal keys of others are very rare
+    key_M = key_M[within_M]
+    return len(key_M), len(key_M) - len(key_M.unique())
 
 
 def _by_quarter(sequences: Sequences) -> list[list[int]]:

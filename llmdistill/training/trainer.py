@@ -34,11 +34,11 @@ from llmdistill.protocols import Follows, Progress, Rollout, Teacher
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.training.ahead import AheadTrainer
 from llmdistill.training.arguments import forced, settle
-from llmdistill.training.guards import EndWatch, check_step
+from llmdistill.training.guards import RolloutWatch, check_step
+from llmdistill.training.memory import advice_on_training, advice_on_writing
 from llmdistill.training.order import order
 from llmdistill.training.progress import AfterStep
 from llmdistill.training.step import Distillation
-from llmdistill.training.stopping import StopOnSignal
 from llmdistill.training.tally import Tally
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class DistillTrainer(AheadTrainer):
         self.responses_folder = responses_folder or Path(args.output_dir) / "responses"
         self._step_loss: Tensor | float = 0.0
         known = (unwrap_adapters(student), processing_class, getattr(teacher, "ends", ()))
-        self._tally, self._watch_ends = Tally(list_end_ids(*known)), EndWatch()
+        self._tally, self._watch = Tally(list_end_ids(*known)), RolloutWatch()
         use_cache = student.config.use_cache
         # The seed gives projectors the same weights on all ranks; the caller's generator stays.
         with torch.random.fork_rng(devices=[]):
@@ -129,8 +129,6 @@ class DistillTrainer(AheadTrainer):
         student.config.use_cache = use_cache
         if isinstance(teacher, Follows):
             self.add_callback(AfterStep(teacher))
-        self.stop_on_signal = StopOnSignal()
-        self.add_callback(self.stop_on_signal)
         settle(self)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -149,11 +147,11 @@ class DistillTrainer(AheadTrainer):
         The responses of the whole window are written together.  Rows of similar length then share
         a micro-batch, which leaves the sum of the loss as it is and saves padding.
         """
-        progress = _progress(self)
-        if not (parts := self._next_batches(epoch_iterator, num_batches, progress)):
+        parts, progress = self._next_batches(epoch_iterator, num_batches, _progress(self))
+        if not parts:
             return [], None
         prompts, start = Prompts.join(parts, pad_id=0), time.perf_counter()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), advice_on_writing(prompts):
             sequences = self.rollout.write(prompts, self.model, self.teacher, progress)
         seconds, rest = time.perf_counter() - start, _real_rows(self.train_dataset, self.args)
         # Filler rows lose their loss before they are counted, so they are in no divisor or figure.
@@ -168,7 +166,10 @@ class DistillTrainer(AheadTrainer):
         inputs = [{"sequences": sequences.select(some), "scales": scales_K} for some in rows]
         return inputs, sequences.num_predicted.sum()
 
-    # ---- what is matched ----
+    def training_step(self, model: Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        """Make one micro-batch's forward and backward pass, with advice if memory runs out."""
+        with advice_on_training(inputs["sequences"], self.args):
+            return super().training_step(model, inputs, *args)
 
     def compute_loss(
         self,
@@ -240,7 +241,7 @@ class DistillTrainer(AheadTrainer):
         if "loss" in logs:  # a line about training, not about an evaluation
             logs.update(self._tally.figures(self.accelerator))
             logs.update(_scheduled_weights(self))
-            self._watch_ends(logs)
+            self._watch(logs)
             if self.model.trained_teacher is not None:
                 self.model.trained_teacher.watch(logs)
         super().log(logs, start_time)

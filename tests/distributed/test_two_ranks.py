@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from llmdistill import recipe as recipes
+from llmdistill.errors import CheckpointError
 from llmdistill.generate import generate
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.run import distill
 from tests import toy
-from tests.distributed.worker import SEAMS, every_entry, measured_run
+from tests.distributed.worker import SEAMS, every_entry, going_on, measured_run
 from tests.support.files import read_jsonl, write_jsonl
 from tests.support.machine import with_python_path
 from tests.support.recipes import build_generation
@@ -175,6 +176,30 @@ def test_inner_states_of_a_sharded_student(tmp_path):
     """D7: `worker.py` asserts it."""
     two_ranks("sharded", tmp_path)
     two_ranks("sharded_alone", tmp_path)
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on_with_the_same_steps(tmp_path):
+    """F15: an on-policy run, with as many rows in a step; with fewer it is refused."""
+    two_ranks("three_steps", tmp_path)
+    saved = str(tmp_path / "run" / "checkpoint-3")
+    with pytest.raises(CheckpointError, match=r"rows in a step \(4 then, 2 now\)"):
+        trainer(
+            tmp_path / "fewer", **going_on(), per_device_train_batch_size=2, max_steps=6
+        ).train(resume_from_checkpoint=saved)
+    runs = []
+    for name, resume in (("resumed", saved), ("straight", None)):
+        run = trainer(tmp_path / name, **going_on(), per_device_train_batch_size=4, max_steps=6)
+        run.train(resume_from_checkpoint=resume)
+        assert run.state.global_step == 6
+        runs.append(weights(run.model.student))
+    torch.testing.assert_close(*runs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_sharded_student_writes_as_a_plain_one(tmp_path):
+    """F8."""
+    two_ranks("sharded_writing", tmp_path)
 
 
 def test_a_run_that_measures_before_its_first_step(tmp_path):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from llmdistill import recipe as recipes
+from llmdistill.batch import Prompts
 from llmdistill.data import validate
 from llmdistill.data.collate import PromptStream
 from llmdistill.data.validate import Rules
@@ -30,6 +31,7 @@ from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.run import distill
+from llmdistill.sampling import Draw, Sampling
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.step import Distillation
 from tests import toy
@@ -231,6 +233,34 @@ def sharded(folder: Path) -> None:
     assert module.objectives[1].projectors[0].weight.grad.full_tensor().abs().max() > 0
 
 
+def sharded_writing(folder: Path) -> None:
+    """F8: with FSDP2 ranks write the tokens of the plain student, also if one has much more to do."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh("cpu", (2,))
+    teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
+    module = Distillation(toy.model(), teacher, [ResponseObjective()], toy.tokenizer())
+    number = (2, 5)[dist.get_rank()]
+    rows = [list(range(5, 8 + place)) for place in range(number)]
+    prompts = Prompts.pack(rows, range(number), pad_id=0)
+    sampling, draw = Sampling(), Draw(dist.get_rank())
+    lengths = (3, 12)[dist.get_rank()]
+
+    def written() -> list[list[int]]:
+        made = module.write(prompts, sampling, max_new_tokens=lengths, draw=draw)
+        return made.responses()
+
+    plain = written()
+    for layer in decoder_layers(module.student):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(module, "write")
+    for _ in range(2):
+        assert written() == plain
+        module(toy.sequences(4, seed=dist.get_rank())).loss.backward()  # and it trains in between
+
+
 def sharded_alone(folder: Path) -> None:
     """D7: each objective on states alone, with FSDP2 and bfloat16 parameters, trains the student."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -279,6 +309,16 @@ def whole_run(folder: Path) -> None:
     distill(recipes.build(given), show_progress=False)
 
 
+def three_steps(folder: Path) -> None:
+    """A run on two ranks that another number of ranks goes on with."""
+    trainer(folder / "run", **going_on(), per_device_train_batch_size=2, max_steps=3).train()
+
+
+def going_on() -> dict:
+    rollout = SampledRollout("student", max_new_tokens=4)
+    return {"rows": dataset(16), "rollout": rollout, "save_strategy": "steps", "save_steps": 1}
+
+
 def streamed(folder: Path) -> None:
     """Each rank encodes its own rows of a stream; a pass ends when one of them has no batch left."""
     rows = toy.rows(13)
@@ -299,7 +339,8 @@ def streamed(folder: Path) -> None:
     trained = [row for one in written for row in one.row_ids_B.tolist()]
     # Rank 1 has the rows 1, 7, 9 and 11, so that a pass has two steps.
     assert trained == [[0, 2, 4, 6, 0, 2, 4, 6], [1, 7, 9, 11, 1, 7, 9, 11]][rank], trained
-    assert len(encoded) <= 2 * [7, 4][rank], "a row of the other rank was encoded"
+    # All rows once for the fingerprint of the run, which reads the first rows of a stream.
+    assert len(encoded) <= len(rows) + 2 * [7, 4][rank], "a row of the other rank was encoded"
     assert made.state.global_step == 4
 
 
@@ -354,9 +395,11 @@ CASES = {
         seams,
         hidden_alone,
         sharded,
+        sharded_writing,
         sharded_alone,
         conformance,
         whole_run,
+        three_steps,
         measured,
         streamed,
     )

@@ -92,6 +92,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_is_used(
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(straight, tmp_path):
+    """R5."""
     shutil.copytree(straight[0], tmp_path / "run")
     for step in range(1, STEPS + 1):
         flip(tmp_path / "run" / f"checkpoint-{step}" / "optimizer.pt")
@@ -162,6 +163,7 @@ def test_what_the_run_depends_on_is_compared(straight, tmp_path, change, said):
 
 
 def test_another_teacher_is_noticed(straight, tmp_path):
+    """R9."""
     from llmdistill.teachers.local import LocalTeacher
 
     shutil.copytree(straight[0], tmp_path / "run")

@@ -48,7 +48,8 @@ def made(folder, rollout="fixed", **options):
         "rows": toy.rows(10),
         "student": toy.model(attention_dropout=0.3),
     }
-    return trainer(folder, rollout=ROLLOUTS[rollout](), **defaults | options)
+    rollout = options.pop("rollout_object", None) or ROLLOUTS[rollout]()
+    return trainer(folder, rollout=rollout, **defaults | options)
 
 
 def losses(trainer):
@@ -163,26 +164,62 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
 
 
-def test_a_stream_resumes_where_it_was(tmp_path):
+class Seen(SampledRollout):
+    """Records the pass and the rows of each step."""
+
+    def __init__(self) -> None:
+        super().__init__("student", max_new_tokens=3)
+        self.seen = []
+
+    def write(self, prompts, student, teacher, progress):
+        self.seen.append((progress.epoch, prompts.row_ids_B.tolist()))
+        return super().write(prompts, student, teacher, progress)
+
+
+def streamed(folder, *, accumulation=1, **options):
     """10 rows come in batches of 4 in order; the last two rows of each pass are left out."""
-    seen = []
+    stream = PromptStream(
+        lambda: ((f"x:{i}", row) for i, row in enumerate(toy.rows(10))), toy.tokenizer(), Rules()
+    )
+    seen = Seen()
+    options = {"max_steps": 7, "dataloader_drop_last": True} | options
+    run = made(
+        folder, rows=stream, rollout_object=seen, gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=4 // accumulation, **options,
+    )  # fmt: skip
+    return run, seen.seen
 
-    def rows():
-        for place, row in enumerate(toy.rows(10)):
-            seen.append(place)
-            yield f"x:{place}", row
 
-    def streamed(folder):
-        stream = PromptStream(rows, toy.tokenizer(), Rules())
-        return made(folder, rows=stream, dataloader_drop_last=True)
+FIRST, SECOND = [0, 1, 2, 3], [4, 5, 6, 7]
 
-    straight = streamed(tmp_path / "straight")
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stream_resumes_at_the_right_row_of_the_right_pass(tmp_path, accumulation):
+    """F7: in the second pass, at the end of a pass, and with other draws in each pass."""
+    straight, seen = streamed(tmp_path / "straight", accumulation=accumulation)
     straight.train()
-    assert seen[:20] == [*range(10), *range(10)]
-    resumed = streamed(tmp_path / "resumed")
+    passes = [(number, rows) for number in range(4) for rows in (FIRST, SECOND)]
+    assert seen == passes[:7]
+    for step in (1, 2, 3, 4):
+        resumed, rest = streamed(tmp_path / f"from-{step}", accumulation=accumulation)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{step}"))
+        assert rest == passes[step:7]
+        assert torch.equal(weights(resumed.model.student), weights(straight.model.student))
+        assert losses(resumed) == losses(straight)
+
+
+def test_a_stream_resumes_with_smaller_batches_of_the_same_step(tmp_path):
+    straight, _ = streamed(tmp_path / "straight")
+    straight.train()
+    resumed, rest = streamed(tmp_path / "resumed", accumulation=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
-    assert torch.equal(weights(resumed.model.student), weights(straight.model.student))
-    assert losses(resumed) == losses(straight)
+    assert rest == [(1, SECOND), (2, FIRST), (2, SECOND), (3, FIRST)]
+
+
+def test_the_last_rows_of_a_stream_are_trained_if_nothing_is_dropped(tmp_path):
+    run, seen = streamed(tmp_path, dataloader_drop_last=False, max_steps=4)
+    run.train()
+    assert seen == [(0, FIRST), (0, SECOND), (0, [8, 9]), (1, FIRST)]
 
 
 # ---- a run that is over ----

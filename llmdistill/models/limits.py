@@ -1,0 +1,35 @@
+"""A limit of time for code that comes from a model's repository: chat templates."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+RENDERING = 20.0  # seconds in which a template must have written a conversation
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError if the block takes longer.
+
+    It has an effect in the main thread of a process, and on systems with an alarm.  Another alarm
+    that is set goes on afterwards.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def late(_number: int, _frame: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} seconds")
+
+    handler = signal.signal(signal.SIGALRM, late)
+    before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *before)
+        signal.signal(signal.SIGALRM, handler)

@@ -1,0 +1,34 @@
+"""Compares the number of processes with the one that the launcher was asked for."""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import PartialState
+
+from llmdistill.errors import TrainingError
+
+# Variables by which launchers tell a process that it has others.
+LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def require_all_processes() -> None:
+    """Raise TrainingError if the launcher was asked for more processes than there are.
+
+    `accelerate launch --cpu --num_processes 2` starts one process only.  It tells that process
+    where the others would meet, but not how many there are.
+    """
+    found = PartialState().num_processes
+    asked = max(int(os.environ.get(name) or 1) for name in LAUNCHERS)
+    if asked > found:
+        raise TrainingError(
+            f"the launcher started {asked} processes, but this one trains in a group of {found}. "
+            "Use accelerate launch or torchrun, and start nothing distributed before."
+        )
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if found == 1 and by_accelerate and asked == 1 and "MASTER_PORT" in os.environ:
+        raise TrainingError(
+            "accelerate launch was asked for several processes and started one, as it does on a "
+            "CPU. Use `torchrun --nproc-per-node N -m llmdistill train RECIPE`, or ask for one "
+            "process (and unset MASTER_PORT, if you have set it)."
+        )
