@@ -170,6 +170,8 @@ def _begin(recipe: Recipe, folder: Path, rows: str, *, overwrite: bool) -> None:
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             run_folder.claim(folder, overwrite=overwrite, results=RESULTS)
+            # Until the run has ended again, its student counts as one that is not finished.
+            (folder / "student" / "README.md").unlink(missing_ok=True)
             record = folder / run_folder.RECORD
             record.write_text(recipes.dump(recipe), encoding="utf-8")
             run_folder.record_rows(folder, rows)

@@ -68,14 +68,16 @@ def check(
         raise CheckpointError(f"{folder} has no {noun} to resume. Start one without resume.")
     if not is_used(folder, record=record) or resume:
         return
-    if not overwrite:
-        raise CheckpointError(
-            f"{folder} is not empty. Pass resume to continue it, pass overwrite to replace it, "
-            "or choose another folder (output=...)."
-        )
     if not holds_one:
         raise CheckpointError(
-            f"{folder} has files but no {noun}, so it is not overwritten. Move the files."
+            f"{folder} has files but no {noun}, so it is neither used nor overwritten. Move the "
+            "files, or choose another folder (output=...)."
+        )
+    if not overwrite:
+        go_on = "Pass resume to continue it" if noun == "dataset" else "Set resume=auto to go on"
+        raise CheckpointError(
+            f"{folder} is not empty. {go_on}, pass overwrite to replace it, or choose another "
+            "folder (output=...)."
         )
     _require_no_backup(folder)
 

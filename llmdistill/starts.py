@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from llmdistill import recipe as recipes
 from llmdistill import run_folder
-from llmdistill.errors import CheckpointError
+from llmdistill.errors import CheckpointError, RecipeError
 from llmdistill.recipe import Recipe
 
 AUTO, NEVER = "auto", "never"
@@ -47,13 +47,22 @@ def starts_of(
     starts = _planned(stages, resume, overwrite=overwrite)
     for stage, start in zip(stages, starts, strict=True):
         start.check(stage)
-    if not starts[-1].runs and asks_for_more(stages[-1]):
-        starts[-1] = starts[-1]._replace(runs=True)
+    for place, (stage, start) in enumerate(zip(stages, starts, strict=True), start=1):
+        if start.runs or not asks_for_more(stage):
+            continue
+        if place < len(stages):
+            raise CheckpointError(
+                f"the run in {stage.output} is finished, and others learn from it, so it cannot go "
+                "on as the recipe asks now. Pass overwrite to start all of them again."
+            )
+        starts[-1] = start._replace(runs=True)
     return starts
 
 
 def _planned(stages: Sequence[Recipe], resume: str | Path, *, overwrite: bool) -> list[Start]:
     """Return how each run would begin if its folder allows it."""
+    if isinstance(resume, bool):
+        raise RecipeError(f"resume: {resume} is neither 'auto', nor 'never', nor a checkpoint's path")
     named = None if resume in (AUTO, NEVER) else Path(resume)
     if overwrite and named is not None:
         raise CheckpointError(
@@ -89,7 +98,7 @@ def asks_for_more(stage: Recipe) -> bool:
     same = recipes.same_results(folder / run_folder.RECORD, stage)
     if same and not stage.training.get("push_to_hub"):
         return False
-    if not any(folder.glob("checkpoints/checkpoint-*")):
+    if not any(folder.glob("checkpoints/checkpoint-*/manifest.json")):
         raise CheckpointError(
             f"the run in {folder} is finished, and it has no checkpoint to go on from. Pass "
             "overwrite to start again, or choose another folder (output=...)."

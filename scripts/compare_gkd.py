@@ -1,10 +1,10 @@
-"""Losses of the same distillation by TRL's GKDTrainer and by llmdistill, step by step.
+"""Losses of the same distillation by TRL's GKD and GOLD trainers and by llmdistill, step by step.
 
     python scripts/compare_gkd.py                                  one process
     torchrun --nproc_per_node 2 scripts/compare_gkd.py             two
     python scripts/compare_gkd.py --write docs/correctness.md      both, as the table of that file
 
-Both use the same toy pair, rows, divergence (JSD, beta 0.5), dataset answers and plain SGD.  Every
+All use the same toy pair, rows, divergence (JSD, beta 0.5), dataset answers and plain SGD.  Every
 step uses all rows, so their order does not matter.  Without --write the script prints one line of
 JSON.
 """
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
 from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
 from llmdistill import DistillTrainer, FixedRollout, LocalTeacher, ResponseObjective
 from tests import toy
@@ -77,13 +78,13 @@ def ours(folder: str, world: int) -> list[float]:
     return Losses(trainer)
 
 
-def theirs(folder: str, world: int) -> list[float]:
+def theirs(folder: str, world: int, trainer_class: type, config_class: type) -> list[float]:
     names = ("use_cpu", "report_to", "disable_tqdm", "save_strategy", "optim", "lr_scheduler_type")
     base = arguments(folder, **settings(world))
-    trainer = GKDTrainer(
+    trainer = trainer_class(
         model=toy.model(rows=toy.NUM_TOKENS),
         teacher_model=toy.teacher_model(rows=toy.NUM_TOKENS),
-        args=GKDConfig(
+        args=config_class(
             output_dir=folder,
             lmbda=0.0,  # never on-policy
             beta=0.5,
@@ -116,7 +117,12 @@ def settings(world: int) -> dict:
 def compare() -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as folder:
-        found = {"ranks": world, "ours": ours(folder, world), "trl": theirs(folder, world)}
+        found = {
+            "ranks": world,
+            "llmdistill": ours(folder, world),
+            "TRL GKD": theirs(folder, world, GKDTrainer, GKDConfig),
+            "TRL GOLD": theirs(folder, world, GOLDTrainer, GOLDConfig),
+        }
     if world > 1:  # a launcher that failed would leave one process, and the table would be wrong
         assert torch.distributed.get_world_size() == world
     if int(os.environ.get("RANK", "0")) == 0:
@@ -127,15 +133,14 @@ def write(path: Path) -> None:
     """Write the table between the two marks of a Markdown file."""
     one, two = run([sys.executable]), run(["torchrun", "--nproc_per_node", "2"])
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "trl"))
-    lines = [
-        "| step | llmdistill, 1 rank | TRL GKD, 1 rank | llmdistill, 2 ranks | TRL GKD, 2 ranks |",
-        "|---|---|---|---|---|",
-    ]
-    columns = (one["ours"], one["trl"], two["ours"], two["trl"])
+    names = [name for name in one if name != "ranks"]
+    columns = [found[name] for found in (one, two) for name in names]
+    header = [f"{name}, {ranks}" for ranks in ("1 rank", "2 ranks") for name in names]
+    lines = ["| step | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
     for step in (0, 1, 2, 4, 9, STEPS - 1):
         lines.append(f"| {step + 1} | " + " | ".join(f"{c[step]:.6f}" for c in columns) + " |")
     gaps = [
-        max(abs(a - b) for a, b in zip(one["ours"], other, strict=True)) for other in columns[1:]
+        max(abs(a - b) for a, b in zip(columns[0], other, strict=True)) for other in columns[1:]
     ]
     lines += [
         "",

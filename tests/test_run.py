@@ -130,7 +130,7 @@ def test_a_start_that_failed_is_no_run_in_the_way(given, tmp_path):
 def test_a_used_folder_is_refused_before_anything_is_loaded(given, tmp_path):
     run(given)
     wrong = given | {"data": {"train": "rwos.jsonl"}}
-    with pytest.raises(CheckpointError, match="is not empty. Pass resume"):
+    with pytest.raises(CheckpointError, match="is not empty. Set resume=auto"):
         run(wrong, resume="never")
     given["training"]["max_steps"] = 6  # or it would be finished
     with pytest.raises(DataError, match="rwos.jsonl"):
@@ -220,6 +220,40 @@ def test_a_finished_run_is_exported_again_and_not_trained(given, tmp_path):
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == student
     assert read_jsonl(tmp_path / "run/metrics.jsonl") == metrics
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == names
+
+
+def test_a_longer_run_that_was_killed_is_not_taken_for_a_finished_one(given, tmp_path, monkeypatch):
+    run(given)
+    given["training"]["max_steps"] = 8
+
+    def dies(self, *args, **kwargs):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "compute_loss", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(given)
+    run(given)
+    assert read_jsonl(tmp_path / "run/metrics.jsonl")[-1]["step"] == 8
+
+
+def test_a_finished_run_with_other_data_is_another_run(given, tmp_path):
+    run(given)
+    write_jsonl(tmp_path / "others.jsonl", toy.rows(12, seed=9))
+    given["data"] = given["data"] | {"train": str(tmp_path / "others.jsonl")}
+    with pytest.raises(CheckpointError, match="rendered as other tokens"):
+        run(given)
+
+
+def test_a_finished_run_without_checkpoints_is_not_started_again(given, tmp_path):
+    given["training"]["save_strategy"] = "no"
+    run(given)
+    student = (tmp_path / "run/student/model.safetensors").read_bytes()
+    assert run(given).student == tmp_path / "run" / "student"
+    given["training"]["max_steps"] = 8
+    with pytest.raises(CheckpointError, match="is finished, and it has no checkpoint to go on from"):
+        run(given)
+    assert (tmp_path / "run/student/model.safetensors").read_bytes() == student
 
 
 def measuring(given):

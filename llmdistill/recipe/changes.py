@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ MAY_CHANGE = (
 )
 # What may change and leads to other results of a run.
 RESULTS = (
-    *("training.max_steps", "training.num_train_epochs", "evaluate.max_new_tokens"),
-    *("evaluate.answer_pattern", "student.export_dtype"),
+    *("training.max_steps", "training.num_train_epochs", "evaluate.max_new_tokens", "generate*"),
+    *("evaluate.answer_pattern", "student.export_dtype", "data.train*", "data.format"),
+    *("data.chat_template_kwargs*", "data.on_bad_row"),
 )
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 DEFAULT_BATCH = (8, 1)  # of TrainingArguments
@@ -54,11 +55,10 @@ def require_same(record: Path, now: Recipe) -> None:
 
 
 def same_results(record: Path, now: Recipe) -> bool:
-    """Whether a run that is finished would be as long, and measured and exported in the same way,
-    as a recipe that is otherwise the same asks now.
-    """
+    """Whether a finished run has what a recipe asks for that differs in nothing that is refused."""
     ours, theirs = (dict(_flat(one.model_dump(), "")) for one in (load_recipe(record), now))
-    return all(ours.get(key) == theirs.get(key) for key in RESULTS)
+    asked = [key for key in {*ours, *theirs} if _is_among(key, RESULTS)]
+    return all(_same(ours.get(key), theirs.get(key)) for key in asked)
 
 
 def changed_keys(before: Recipe, now: Recipe) -> list[str]:
@@ -74,7 +74,7 @@ def changed_keys(before: Recipe, now: Recipe) -> list[str]:
     found = []
     for key in dict.fromkeys([*ours, *theirs]):
         is_batch = key.removeprefix("training.") in BATCH and sizes[0] == sizes[1]
-        if not (_same(ours.get(key), theirs.get(key)) or is_batch or _may_change(key)):
+        if not (_same(ours.get(key), theirs.get(key)) or is_batch or _is_among(key, MAY_CHANGE)):
             found.append(f"'{key}' was {ours.get(key)!r} and is {theirs.get(key)!r} now")
     return found
 
@@ -93,10 +93,8 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _may_change(key: str) -> bool:
-    return any(
-        key.startswith(name[:-1]) if name.endswith("*") else key == name for name in MAY_CHANGE
-    )
+def _is_among(key: str, names: Sequence[str]) -> bool:
+    return any(key.startswith(name[:-1]) if name.endswith("*") else key == name for name in names)
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:

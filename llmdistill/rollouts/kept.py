@@ -143,7 +143,9 @@ def identity(writer: Any) -> str:
 def _identifying(value: Any) -> Iterator[bytes]:
     if isinstance(value, nn.Module):
         if hasattr(value, "config"):
-            yield str(value.config).encode("utf-8", "surrogatepass")
+            known = str(value.config).splitlines()
+            lines = [line for line in known if '"transformers_version"' not in line]
+            yield "\n".join(lines).encode("utf-8", "surrogatepass")
         for name, weight in value.named_parameters():
             yield f"{name} {tuple(weight.shape)}".encode()
             yield _some_numbers(weight)

@@ -112,7 +112,7 @@ def check_arguments(args: TrainingArguments, distillation: Distillation) -> None
             "than the loss counts them. Remove it, and set per_device_train_batch_size to the rows "
             "of one rank."
         )
-    if not args.accelerator_config.even_batches:
+    if args.world_size > 1 and not args.accelerator_config.even_batches:
         raise TrainingError(
             "training.accelerator_config: without even_batches a rank that runs out of rows would "
             "leave the others waiting. Remove it; rows that fill up a batch have no loss."

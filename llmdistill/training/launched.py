@@ -25,8 +25,8 @@ def require_all_processes() -> None:
             f"the launcher started {asked} processes, but this one trains in a group of {found}. "
             "Use accelerate launch or torchrun, and start nothing distributed before."
         )
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if found == 1 and by_accelerate and asked == 1 and "MASTER_PORT" in os.environ:
+    told = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT", "WORLD_SIZE"} & os.environ.keys()
+    if found == 1 and told == {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"}:
         raise TrainingError(
             "accelerate launch was asked for several processes and started one, as it does on a "
             "CPU. Use `torchrun --nproc-per-node N -m llmdistill train RECIPE`, or ask for one "

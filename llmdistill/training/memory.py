@@ -1,6 +1,6 @@
 """What to do if the memory does not suffice, in numbers.
 
-B = sequences, P = prompt tokens, T = tokens.
+B = sequences, T = tokens.
 """
 
 from __future__ import annotations
@@ -11,24 +11,8 @@ from collections.abc import Iterator
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainingArguments
 
-from llmdistill.batch import Prompts, Sequences
+from llmdistill.batch import Sequences
 from llmdistill.errors import OutOfMemoryError
-
-
-@contextlib.contextmanager
-def advice_on_writing(prompts: Prompts) -> Iterator[None]:
-    """Raise OutOfMemoryError with advice if the memory does not suffice to write responses."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        rows, width = prompts.input_ids_BP.shape
-        raise OutOfMemoryError(
-            f"{error} This was while responses to {rows} prompts of up to {width} tokens were "
-            f"written. Set rollout.batch_size to {max(rows // 2, 1)} or less, which changes "
-            "nothing else, or lower rollout.max_new_tokens."
-        ) from error
 
 
 @contextlib.contextmanager
@@ -41,10 +25,11 @@ def advice_on_training(sequences: Sequences, args: TrainingArguments) -> Iterato
             raise
         rows, width = sequences.input_ids_BT.shape
         size, windows = args.train_batch_size, args.gradient_accumulation_steps
+        parts = next((n for n in range(2, size + 1) if size % n == 0), 1)
         smaller = (
-            f"training.per_device_train_batch_size to {size // 2} and "
-            f"gradient_accumulation_steps to {2 * windows}, which leaves the step as it is"
-            if size > 1
+            f"training.per_device_train_batch_size to {size // parts} and "
+            f"gradient_accumulation_steps to {parts * windows}, which leaves the step as it is"
+            if parts > 1
             else "data.max_prompt_tokens or max_new_tokens lower"
         )
         raise OutOfMemoryError(

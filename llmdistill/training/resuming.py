@@ -16,11 +16,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from llmdistill.data.collate import PromptDataset, PromptStream, fingerprint
 from llmdistill.errors import CheckpointError, StoppedError
-from llmdistill.protocols import changes
+from llmdistill.protocols import Stateful, changes
 from llmdistill.rollouts.kept import identity
 from llmdistill.training import seal
 from llmdistill.training.saving import StudentTrainer
@@ -36,6 +36,7 @@ class ResumingTrainer(StudentTrainer):
 
     _depends_on: dict[str, Any] | None = None
     _found: Path | None = None  # what `find_checkpoint` has found
+    _saved_step: int | None = None  # the step of the last checkpoint of this process
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -56,13 +57,18 @@ class ResumingTrainer(StudentTrainer):
             StoppedError: The process got SIGTERM.  A checkpoint of the last step was saved.
         """
         folder = self.find_checkpoint(resume_from_checkpoint)
-        if folder is None or not self._is_finished(folder):
-            self._before_training()
+        if folder is not None and self._is_finished(folder):
+            return self._load_finished(folder)
+        self._before_training()
+        limit = self.args.save_total_limit
+        try:
             start = None if folder is None else str(folder)
             output = super().train(resume_from_checkpoint=start, **kwargs)
             self._raise_if_stopped()
-            return output
-        return self._load_finished(folder)
+        finally:
+            self.stop_on_signal.restore()
+            self.args.save_total_limit = limit  # `StopOnSignal` lifts it
+        return output
 
     def find_checkpoint(self, asked: str | Path | bool | None) -> Path | None:
         """Return the checkpoint to resume from, whole and of this run; None if there is none.
@@ -82,6 +88,8 @@ class ResumingTrainer(StudentTrainer):
 
     def _raise_if_stopped(self) -> None:
         if self.stop_on_signal.agreed and self.state.global_step < self.state.max_steps:
+            # With `save_strategy: best` Trainer saves only a best student.
+            self._save_checkpoint(self.model_wrapped, None)
             raise StoppedError(
                 f"SIGTERM ended the run after step {self.state.global_step}. Its checkpoint is in "
                 f"{self.args.output_dir}. Resume it to go on."
@@ -136,40 +144,47 @@ class ResumingTrainer(StudentTrainer):
 
         Raises CheckpointError if it cannot be written; what was written of it is deleted.
         """
+        step = self.state.global_step
+        if step == self._saved_step:  # at the end of an epoch, too
+            return
         parent = Path(self._get_output_dir(trial=trial))
-        folder = parent / f"checkpoint-{self.state.global_step}"
+        folder = parent / f"checkpoint-{step}"
         on_first_rank(lambda: shutil.rmtree(folder, ignore_errors=True))  # of a killed start
         try:
             with _left_to_us(self.args):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save and not self.args.save_only_model:
-                about = Sealed(self.state.global_step, self.args.world_size, self._depends_on or {})
+                about = Sealed(step, self.args.world_size, self._depends_on or {})
                 seal.seal(folder, about)
         except Exception as error:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise _cannot_save(folder, error) from error
+        self._saved_step = step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(parent), self.args.save_total_limit, best, use_mtime=True)
+            keep = [folder, *map(Path, filter(None, [self.state.best_model_checkpoint]))]
+            seal.keep_newest(parent, self.args.save_total_limit, keep)
 
 
 def depends_on(trainer: ResumingTrainer) -> dict[str, Any]:
     """Return what the next steps of a run depend on and what no checkpoint contains."""
     args, rows = trainer.args, trainer.train_dataset
     size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    known: dict[str, Any] = {"rows in a step": size}
+    known: dict[str, Any] = {"rows in a step": size, "seed": args.seed}
+    # Trainer would go on with the rate of the checkpoint and ignore another one.
+    known["learning rate"] = args.learning_rate
     if isinstance(rows, PromptDataset | PromptStream):
         known["the rows"] = fingerprint(rows)
     teacher, student = trainer.model.teacher, trainer.model.student
-    # The weights of a teacher that changes are in the checkpoint.
+    # A checkpoint contains what is trained of a teacher and of the student.
     if not changes(teacher) and getattr(teacher, "model", None) is not student:
         known["the teacher"] = identity(teacher)
-    if frozen := [p for p in student.parameters() if not p.requires_grad]:
-        known["the frozen weights of the student"] = identity(frozen)
+    for name, model in (("student", student), ("teacher", trainer.model.trained_teacher)):
+        if model is not None and (frozen := [p for p in model.parameters() if not p.requires_grad]):
+            known[f"the frozen weights of the {name}"] = identity(frozen)
     return known
 
 
@@ -181,6 +196,8 @@ def on_first_rank(work: Callable[[], T]) -> T:
             outcome[0] = work()
         except CheckpointError as error:
             outcome[1] = str(error)
+        except Exception as error:
+            outcome[1] = f"{type(error).__name__}: {error}"
     broadcast_object_list(outcome)
     result, message = outcome
     if message is not None:
@@ -190,12 +207,13 @@ def on_first_rank(work: Callable[[], T]) -> T:
 
 def _checkpoint_of(trainer: ResumingTrainer, asked: str | Path | bool) -> Path | None:
     """Return the whole checkpoint to resume from, or None if there is nothing to resume."""
-    now = trainer._depends_on or {}
+    checkpoints = Path(trainer.args.output_dir)
     if asked is not True:
         folder = Path(str(asked))
-        _require_same_run(folder, seal.require_sealed(folder), now)
+        sealed = seal.require_sealed(folder)
+        _require_same_run(trainer, folder, sealed)
+        _set_aside(checkpoints, folder, sealed.step)
         return folder
-    checkpoints = Path(trainer.args.output_dir)
     found = seal.newest(checkpoints)
     for reason in found.skipped:
         logger.warning("a checkpoint was skipped: %s", reason)
@@ -203,11 +221,29 @@ def _checkpoint_of(trainer: ResumingTrainer, asked: str | Path | bool) -> Path |
         logger.warning("%s has no whole checkpoint, so the run starts again", checkpoints)
         return None
     logger.info("resuming from %s", found.folder)
-    _require_same_run(found.folder, found.sealed, now)
+    _require_same_run(trainer, found.folder, found.sealed)
     return found.folder
 
 
-def _require_same_run(folder: Path, sealed: Sealed, now: dict[str, Any]) -> None:
+def _set_aside(checkpoints: Path, folder: Path, step: int) -> None:
+    """Rename the checkpoints after the one that is asked for, or a later resume would take them."""
+    if folder.resolve().parent != checkpoints.resolve():
+        return
+    for later in seal.numbered(checkpoints):
+        if int(later.name.removeprefix("checkpoint-")) > step:
+            aside = later.with_name(f"{later.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+            logger.warning("%s is kept as %s, and no resume will use it", later, aside.name)
+
+
+def _require_same_run(trainer: ResumingTrainer, folder: Path, sealed: Sealed) -> None:
+    now, world = trainer._depends_on or {}, trainer.args.world_size
+    if isinstance(trainer.rollout, Stateful) and world != sealed.world_size:
+        raise CheckpointError(
+            f"{folder} was saved by {sealed.world_size} processes, each of which keeps responses "
+            f"of its own (rollout.kind: replay), and there are {world} now. Use as many."
+        )
     names = seal.differences(sealed.depends_on, now)
     if names:
         told = [
@@ -235,8 +271,8 @@ def _cannot_save(folder: Path, error: Exception) -> CheckpointError:
     free = shutil.disk_usage(folder.parent).free / 1e9
     return CheckpointError(
         f"cannot write the checkpoint {folder}: {error}. {free:.1f} GB are free there now. The "
-        "checkpoints before it are whole. Free some space, or set training.save_total_limit, and "
-        "resume."
+        "checkpoints before it are whole. If the disk is full, free some space or set "
+        "training.save_total_limit; then resume."
     )
 
 

@@ -66,8 +66,8 @@ class StreamTrainer(GroupedTrainer):
             found = self._stream_ahead.next(self, batches, number, progress)
         else:
             found = list(itertools.islice(batches, number))
-        takes_part = self.args.world_size == 1 and not self.args.dataloader_drop_last
-        self._ended = not self._all_have(len(found) == number or takes_part)
+        # Trainer would take no step after a window with fewer batches.
+        self._ended = not self._all_have(len(found) == number)
         self._done += 0 if self._ended else len(found)
         return [] if self._ended else found, progress
 

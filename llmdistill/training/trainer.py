@@ -35,7 +35,7 @@ from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.training.ahead import AheadTrainer
 from llmdistill.training.arguments import forced, settle
 from llmdistill.training.guards import RolloutWatch, check_step
-from llmdistill.training.memory import advice_on_training, advice_on_writing
+from llmdistill.training.memory import advice_on_training
 from llmdistill.training.order import order
 from llmdistill.training.progress import AfterStep
 from llmdistill.training.step import Distillation
@@ -151,7 +151,7 @@ class DistillTrainer(AheadTrainer):
         if not parts:
             return [], None
         prompts, start = Prompts.join(parts, pad_id=0), time.perf_counter()
-        with self.accelerator.autocast(), advice_on_writing(prompts):
+        with self.accelerator.autocast():
             sequences = self.rollout.write(prompts, self.model, self.teacher, progress)
         seconds, rest = time.perf_counter() - start, _real_rows(self.train_dataset, self.args)
         # Filler rows lose their loss before they are counted, so they are in no divisor or figure.

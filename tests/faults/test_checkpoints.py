@@ -16,6 +16,7 @@ from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.training import checkpoint, seal
 from tests import toy
 from tests.support.objectives import Projected
+from tests.support.spies import spy
 from tests.training.helpers import trainer, weights
 
 STEPS = 4
@@ -47,9 +48,12 @@ def straight(tmp_path_factory):
     return folder, weights(run.model)
 
 
-def resumed(folder, newest=True, **options):
+def resumed(folder, newest=True, *, first=3, **options):
+    """Resume a run, whose first step must be `first`; return the weights at its end."""
     run = made(folder, **options)
+    steps = spy(run, "_save_checkpoint")
     run.train(resume_from_checkpoint=newest)
+    assert len(steps) == STEPS + 1 - first, "it did not start where it should"
     return weights(run.model)
 
 
@@ -140,10 +144,42 @@ def test_an_error_in_a_save_leaves_nothing_and_the_one_before_is_whole(
     assert [file.name for file in seal.numbered(tmp_path)] == [f"checkpoint-{STEPS}"]
 
 
-def test_a_checkpoint_without_the_optimizer_is_not_resumed(tmp_path):
+@pytest.mark.parametrize("newest", [True, "checkpoint-2"])
+def test_a_checkpoint_without_the_optimizer_is_not_resumed(tmp_path, newest):
+    """Nor is the run started again in its place."""
     made(tmp_path, save_only_model=True).train()
     with pytest.raises(CheckpointError, match="training.save_only_model"):
-        resumed(tmp_path, newest=str(tmp_path / "checkpoint-2"))
+        resumed(tmp_path, newest=newest if newest is True else str(tmp_path / newest))
+
+
+def test_later_checkpoints_are_set_aside_if_an_older_one_is_named(straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight[0], run)
+    resumed(run, newest=str(run / "checkpoint-2"))
+    assert sorted(path.name for path in run.glob("*.aside")) == [
+        "checkpoint-3.aside", "checkpoint-4.aside",
+    ]  # fmt: skip
+    assert [path.name for path in seal.numbered(run)] == [
+        f"checkpoint-{step}" for step in range(1, STEPS + 1)
+    ]
+
+
+def test_half_checkpoints_do_not_count_when_old_ones_are_deleted(straight, tmp_path):
+    for step in (1, 2):
+        shutil.copytree(straight[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    half = tmp_path / "checkpoint-9"
+    half.mkdir()
+    (half / "model.safetensors").touch()
+    seal.keep_newest(tmp_path, 1, [tmp_path / "checkpoint-2"])
+    assert [path.name for path in seal.numbered(tmp_path)] == ["checkpoint-2", "checkpoint-9"]
+
+
+def test_another_number_of_processes_cannot_share_a_buffer(straight, tmp_path):
+    shutil.copytree(straight[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    file = tmp_path / "checkpoint-2" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"world_size": 4}))
+    with pytest.raises(CheckpointError, match="saved by 4 processes.* there are 1 now"):
+        resumed(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +187,8 @@ def test_a_checkpoint_without_the_optimizer_is_not_resumed(tmp_path):
     [
         ({"rows": toy.rows(11)}, "the rows"),
         ({"per_device_train_batch_size": 2}, r"rows in a step \(4 then, 2 now\)"),
+        ({"learning_rate": 2e-2}, r"learning rate \(0.01 then, 0.02 now\)"),
+        ({"seed": 5}, r"seed \(42 then, 5 now\)"),
     ],
 )
 def test_what_the_run_depends_on_is_compared(straight, tmp_path, change, said):

@@ -87,8 +87,8 @@ def test_memory_that_ends_while_writing_gives_the_key_and_a_number(tmp_path):
     def write(*args, **kwargs):
         raise torch.OutOfMemoryError(NO_MEMORY)
 
-    run.rollout.write = write
-    with pytest.raises(OutOfMemoryError, match=r"4 prompts .*Set rollout.batch_size to 2 or less"):
+    run.model.write = write
+    with pytest.raises(OutOfMemoryError, match=r"4 prompts .*Set batch_size .* to 2 or less"):
         run.train()
 
 
@@ -96,6 +96,7 @@ def test_memory_that_ends_while_writing_gives_the_key_and_a_number(tmp_path):
     ("rows", "said"),
     [
         (4, "batch_size to 2 and gradient_accumulation_steps to 2"),
+        (3, "batch_size to 1 and gradient_accumulation_steps to 3"),
         (1, "data.max_prompt_tokens or max_new_tokens lower"),
     ],
 )
@@ -130,6 +131,7 @@ def test_other_errors_get_no_advice_about_memory(tmp_path):
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "started one"),
         ({"WORLD_SIZE": "2"}, "started 2 processes"),
         ({"ACCELERATE_MIXED_PRECISION": "no"}, None),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "1", "WORLD_SIZE": "1"}, None),
         ({"MASTER_PORT": "29500"}, None),
         ({"WORLD_SIZE": "1", "MASTER_PORT": "29500"}, None),
     ],

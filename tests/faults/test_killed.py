@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from itertools import pairwise
 
 import pytest
 import safetensors.torch
@@ -45,6 +47,8 @@ def test_a_run_that_is_killed_twenty_times_is_the_same_run(given, tmp_path):
     seen = kill_until_done(given, tmp_path / "log", kills=20, seed=0)
     assert len(seen) == 20
     assert len(set(seen)) > 5, seen
+    # A start that made all steps again would fall back by more than the one that was not saved.
+    assert all(later >= earlier - 1 for earlier, later in pairwise(seen)), seen
     ours, theirs = student(tmp_path / "run"), student(tmp_path / "straight")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     lines = [
@@ -55,7 +59,7 @@ def test_a_run_that_is_killed_twenty_times_is_the_same_run(given, tmp_path):
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(given, tmp_path):
+def test_sigterm_saves_and_the_same_command_goes_on(given, tmp_path, caplog):
     given["training"]["save_strategy"] = "no"  # a checkpoint is written although none is asked for
     process = start(given, tmp_path / "log")
     wait_for_steps(tmp_path / "run", 3, process)
@@ -67,7 +71,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(given, tmp_path):
     assert 3 <= step < 30
     assert f"SIGTERM ended the run after step {step}" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run" / "student").exists()
-    distill(recipes.build(given), show_progress=False)
+    with caplog.at_level(logging.INFO, logger="llmdistill"):
+        distill(recipes.build(given), show_progress=False)
+    assert f"resuming from {saved}" in caplog.text
     steps = [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in line]
     assert steps == list(range(1, 31))
     distill(recipes.build(given | {"output": str(tmp_path / "straight")}), show_progress=False)

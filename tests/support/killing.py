@@ -40,6 +40,7 @@ def kill_until_done(recipe: dict, log: Path, *, kills: int, seed: int) -> list[i
             wait_for_steps(folder, steps_of(folder) + draw.randint(0, 1), process)
             time.sleep(draw.uniform(0, 0.2))
         if process.exitcode is not None:
+            assert process.exitcode == 0, log.read_text()
             break  # it has ended before it could be killed
         os.kill(process.pid, signal.SIGKILL)
         process.join()
