@@ -62,7 +62,7 @@ def starts_of(
 def _planned(stages: Sequence[Recipe], resume: str | Path, *, overwrite: bool) -> list[Start]:
     """Return how each run would begin if its folder allows it."""
     if isinstance(resume, bool):
-        raise RecipeError(f"resume: {resume} is neither 'auto', nor 'never', nor a checkpoint's path")
+        raise RecipeError(f"resume: {resume} is not 'auto', 'never' or a checkpoint's path")
     named = None if resume in (AUTO, NEVER) else Path(resume)
     if overwrite and named is not None:
         raise CheckpointError(

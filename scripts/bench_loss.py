@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import subprocess
 import sys
@@ -143,8 +144,9 @@ PEERS: dict[str, Callable[[Inputs], object]] = {
     "ours": ours,
     "TRL GKD": trl_gkd,
     "TRL chunked": trl_chunked,
-    "Liger": liger,
 }
+if importlib.util.find_spec("liger_kernel") is not None:
+    PEERS["Liger"] = liger
 
 
 def jsd_rows(shapes: list[tuple[int, ...]], dtype: str, rounds: int) -> list[dict[str, object]]:

@@ -32,6 +32,7 @@ from llmdistill.data.sources import read
 from llmdistill.models.load import load_model, load_tokenizer
 from llmdistill.protocols import Progress
 from llmdistill.rollouts.acceptance import Mixture, TopK
+from llmdistill.rollouts.kept import KeptResponses
 from llmdistill.sampling import Writer
 from llmdistill.training.step import Distillation
 
@@ -90,7 +91,7 @@ class Bench:
         rollout = self.rollouts[name]
         # The teacher's answers are kept for later epochs, which would cost no time here.
         if isinstance(rollout, SampledRollout):
-            rollout.load_state_dict({"kept": []})
+            rollout.kept = KeptResponses()
         at = Progress(step=0, epoch=0, seed=number)
         return rollout.write(some, self.student, self.teacher, at)
 

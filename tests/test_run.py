@@ -150,7 +150,7 @@ def test_a_used_folder_is_refused_before_anything_is_loaded(given, tmp_path):
     ],
 )
 def test_a_resume_with_another_recipe_names_the_difference(given, tmp_path, change, key):
-    """Before anything on disk changes."""
+    """R9: before anything on disk changes."""
     run(given)
     before = files(tmp_path / "run")
     wrong = {
@@ -196,7 +196,7 @@ def test_the_metrics_hold_each_step_once(given, tmp_path):
 
 
 def test_a_resume_with_other_rows_is_refused(given, tmp_path):
-    """Also if it is the chat template that writes them differently, on another day."""
+    """R9: also if it is the chat template that writes them differently, on another day."""
     run(given)
     rows = read_jsonl(tmp_path / "rows.jsonl")
     write_jsonl(
@@ -251,7 +251,9 @@ def test_a_finished_run_without_checkpoints_is_not_started_again(given, tmp_path
     student = (tmp_path / "run/student/model.safetensors").read_bytes()
     assert run(given).student == tmp_path / "run" / "student"
     given["training"]["max_steps"] = 8
-    with pytest.raises(CheckpointError, match="is finished, and it has no checkpoint to go on from"):
+    with pytest.raises(
+        CheckpointError, match="is finished, and it has no checkpoint to go on from"
+    ):
         run(given)
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == student
 

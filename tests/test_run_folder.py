@@ -43,11 +43,11 @@ def start(folder, text="new", *, overwrite=True):
 @pytest.mark.parametrize(
     ("files", "options", "said"),
     [
-        (OLD, {}, "is not empty. Pass resume to continue it, pass overwrite to replace it"),
+        (OLD, {}, "is not empty. Set resume=auto to go on, pass overwrite to replace it"),
         (
             {"thesis.txt": "years"},
             {"overwrite": True},
-            "has files but no run, so it is not overwritten",
+            "has files but no run, so it is neither used nor overwritten",
         ),
         ({"thesis.txt": "years"}, {"resume": True}, "has no run to resume"),
         ({}, {"resume": True, "noun": "dataset"}, "has no dataset to resume"),

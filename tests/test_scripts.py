@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from tests import toy
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -100,3 +103,13 @@ def test_the_gpu_benchmark_needs_a_gpu():
     done = benchmark("bench_gpu.py")
     assert done.returncode == 2
     assert done.stderr.endswith("no GPU was found. Run it on one, or use --tiny.\n")
+
+
+@pytest.mark.slow
+def test_every_writer_of_the_benchmark_writes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench_rollouts = importlib.import_module("bench_rollouts")
+    parts = (toy.teacher_model(), toy.model(), toy.tokenizer(), bench_rollouts.TopK(25))
+    rows = bench_rollouts.Bench(*parts).rows(2, 1)
+    assert len(rows) == 9
+    assert all(float(row["tokens/s"]) > 0 for row in rows)

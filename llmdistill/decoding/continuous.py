@@ -20,6 +20,7 @@ from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.keyed import row_keys
 from llmdistill.errors import TrainingError
 from llmdistill.models.heads import eval_mode, unwrap_adapters
+from llmdistill.models.sharding import has_sharded_weights
 from llmdistill.models.vocabulary import end_ids, num_tokens
 from llmdistill.sampling import Draw, Sampling, Writer
 
@@ -45,8 +46,13 @@ def sample_continuously(
     """Return the prompts with the model's responses.
 
     A response ends before the first id that the tokenizer does not use.  Raises TrainingError if
-    some rows were not finished.
+    some rows were not finished, or the weights are sharded.
     """
+    if has_sharded_weights(model):
+        raise TrainingError(
+            "sampling.continuous does not work with sharded weights, because ranks would make "
+            "different numbers of forward passes. Remove it."
+        )
     longest = prompts.input_ids_BP.shape[1] + max_new_tokens
     seed = int(row_keys(draw, prompts.row_ids_B[:1], writer)[0]) % 2**31
     # `fork_rng`, because `generate_batch` seeds the global generator.

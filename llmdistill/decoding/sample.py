@@ -22,7 +22,6 @@ from llmdistill.decoding.keyed import perturb, row_keys
 from llmdistill.decoding.session import ready_to_write
 from llmdistill.decoding.transfer import send
 from llmdistill.distributions import Dense
-from llmdistill.errors import ModelError
 from llmdistill.models.heads import split, unwrap_adapters
 from llmdistill.models.sharding import has_sharded_weights
 from llmdistill.models.vocabulary import end_ids, num_tokens
@@ -101,11 +100,6 @@ def sample(
     inputs of the model, such as the pixels of images.
     """
     if sampling.continuous:
-        if has_sharded_weights(model):
-            raise ModelError(
-                "sampling.continuous does not work with sharded weights, because ranks would make "
-                "different numbers of forward passes. Remove it."
-            )
         options: Any = {"max_new_tokens": max_new_tokens, "draw": draw, "writer": writer}
         return sample_continuously(model, tokenizer, prompts, sampling, **options)
     device = next(model.parameters()).device

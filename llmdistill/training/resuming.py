@@ -88,8 +88,6 @@ class ResumingTrainer(StudentTrainer):
 
     def _raise_if_stopped(self) -> None:
         if self.stop_on_signal.agreed and self.state.global_step < self.state.max_steps:
-            # With `save_strategy: best` Trainer saves only a best student.
-            self._save_checkpoint(self.model_wrapped, None)
             raise StoppedError(
                 f"SIGTERM ended the run after step {self.state.global_step}. Its checkpoint is in "
                 f"{self.args.output_dir}. Resume it to go on."
@@ -138,6 +136,12 @@ class ResumingTrainer(StudentTrainer):
         )
 
     # ---- saving ----
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Save the last step before a stop, which `save_strategy: best` would not do."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.stop_on_signal.agreed:
+            self._save_checkpoint(self.model_wrapped, None)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, seal it, push its student, and only then delete older checkpoints.

@@ -184,9 +184,9 @@ def test_another_number_of_ranks_goes_on_with_the_same_steps(tmp_path):
     two_ranks("three_steps", tmp_path)
     saved = str(tmp_path / "run" / "checkpoint-3")
     with pytest.raises(CheckpointError, match=r"rows in a step \(4 then, 2 now\)"):
-        trainer(
-            tmp_path / "fewer", **going_on(), per_device_train_batch_size=2, max_steps=6
-        ).train(resume_from_checkpoint=saved)
+        trainer(tmp_path / "fewer", **going_on(), per_device_train_batch_size=2, max_steps=6).train(
+            resume_from_checkpoint=saved
+        )
     runs = []
     for name, resume in (("resumed", saved), ("straight", None)):
         run = trainer(tmp_path / name, **going_on(), per_device_train_batch_size=4, max_steps=6)

@@ -26,7 +26,7 @@ def test_the_same_curve_as_trl_on_one_rank_and_our_own_on_two():
     one = curves()
     two = curves("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731")
     assert (one["ranks"], two["ranks"]) == (1, 2)
-    assert len(one["ours"]) == 20
-    assert one["ours"] == pytest.approx(one["trl"], abs=1e-4)
-    assert two["ours"] == pytest.approx(one["ours"], abs=1e-6)
-    assert one["ours"][0] - one["ours"][-1] > 0.03  # the student learned something
+    assert len(one["llmdistill"]) == 20
+    assert one["llmdistill"] == pytest.approx(one["TRL GKD"], abs=1e-4)
+    assert two["llmdistill"] == pytest.approx(one["llmdistill"], abs=1e-6)
+    assert one["llmdistill"][0] - one["llmdistill"][-1] > 0.03  # the student learned something
