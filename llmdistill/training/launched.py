@@ -15,8 +15,8 @@ LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_S
 def require_all_processes() -> None:
     """Raise TrainingError if the launcher was asked for more processes than there are.
 
-    `accelerate launch --cpu --num_processes 2` starts one process only.  It tells that process
-    where the others would meet, but not how many there are.
+    On a CPU, `accelerate launch` starts one process, however many it is asked for.  It tells that
+    process where the others would meet, but not how many there are.
     """
     found = PartialState().num_processes
     asked = max(int(os.environ.get(name) or 1) for name in LAUNCHERS)
@@ -29,6 +29,6 @@ def require_all_processes() -> None:
     if found == 1 and told == {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"}:
         raise TrainingError(
             "accelerate launch was asked for several processes and started one, as it does on a "
-            "CPU. Use `torchrun --nproc-per-node N -m llmdistill train RECIPE`, or ask for one "
-            "process (and unset MASTER_PORT, if you have set it)."
+            "CPU. Start them with torchrun, or ask for one process (and unset MASTER_PORT, if you "
+            "have set it)."
         )

@@ -53,7 +53,7 @@ class Desk:
             rows = toy.rows(9 - number, seed=number)
             # A column that a teacher reads, and the student does not.
             write_jsonl(folder / f"{name}.jsonl", [row | {"solution": "blue"} for row in rows])
-        for path in ROOT.glob("recipes/**/*.yaml"):
+        for path in (*ROOT.glob("recipes/*.yaml"), *ROOT.glob("recipes/generate/*.yaml")):
             given = recipes.parse_yaml(path.read_text(encoding="utf-8"), path.name)
             self.save(given, path.relative_to(ROOT).as_posix())
         for run in ("quickstart", "a", "b"):
