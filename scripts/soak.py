@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "on-policy": {"rollout": STUDENT},
     "interleaved": {"rollout": {"kind": "interleaved", "block_size": 3, "max_new_tokens": 6}},
     "replay": {"rollout": {"kind": "replay", "capacity": 8, "rollout": STUDENT}},
-    "trainable teacher": {"rollout": STUDENT, "teacher": {"kind": "online"}},
+    "trainable teacher": {"rollout": STUDENT, "teacher": {"kind": "online", "alpha": 1.0}},
 }
 
 
