@@ -81,7 +81,7 @@ def distill(
 
     Args:
         recipe: A recipe from `load_recipe`.
-        resume: "auto" goes on with the run in the run folder, if there is one, from its newest
+        resume: "auto" continues the run in the run folder, if there is one, from its newest
             whole checkpoint.  A path names another checkpoint of it.  "never" refuses a folder
             that has a run.
         overwrite: Replace the run in the run folder.  Data and models are loaded first.  The old

@@ -74,10 +74,10 @@ def check(
             "files, or choose another folder (output=...)."
         )
     if not overwrite:
-        go_on = "Pass resume to continue it" if noun == "dataset" else "Set resume=auto to go on"
+        how = "pass resume" if noun == "dataset" else "set resume=auto"
         raise CheckpointError(
-            f"{folder} is not empty. {go_on}, pass overwrite to replace it, or choose another "
-            "folder (output=...)."
+            f"{folder} is not empty. To continue it, {how}; to replace it, pass overwrite; or "
+            "choose another folder (output=...)."
         )
     _require_no_backup(folder)
 

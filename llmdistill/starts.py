@@ -40,9 +40,9 @@ def starts_of(
 ) -> list[Start]:
     """Return how each run of a recipe begins.
 
-    A run that follows one that goes on has nothing to resume: what its folder holds belongs to an
-    earlier start, and is replaced.  Raises CheckpointError if a folder cannot be used in this
-    way, or has a run with another recipe.
+    If an earlier run of the recipe is resumed, later ones have nothing to resume: what is in their
+    folders belongs to an earlier start, and is replaced.  Raises CheckpointError if a folder cannot
+    be used in this way, or has a run with another recipe.
     """
     starts = _planned(stages, resume, overwrite=overwrite)
     for stage, start in zip(stages, starts, strict=True):
@@ -52,8 +52,8 @@ def starts_of(
             continue
         if place < len(stages):
             raise CheckpointError(
-                f"the run in {stage.output} is finished, and others learn from it, so it cannot go "
-                "on as the recipe asks now. Pass overwrite to start all of them again."
+                f"the run in {stage.output} is finished, and others learn from it, so it cannot be "
+                "continued as the recipe asks now. Pass overwrite to start all of them again."
             )
         starts[-1] = start._replace(runs=True)
     return starts
@@ -66,7 +66,7 @@ def _planned(stages: Sequence[Recipe], resume: str | Path, *, overwrite: bool) -
     named = None if resume in (AUTO, NEVER) else Path(resume)
     if overwrite and named is not None:
         raise CheckpointError(
-            f"resume={named} goes on from a checkpoint and overwrite replaces the run. Choose one."
+            f"resume={named} continues the run and overwrite replaces it. Choose one."
         )
     if overwrite or resume == NEVER:
         return [Start(overwrite=overwrite)] * len(stages)
@@ -83,7 +83,7 @@ def _planned(stages: Sequence[Recipe], resume: str | Path, *, overwrite: bool) -
             starts.append(Start(resume=True, runs=not _has_results(folder)))
     if named is not None and not any(one.checkpoint for one in starts):
         raise CheckpointError(
-            f"{named} is in the folder of no run of this recipe that can go on: "
+            f"{named} is in the folder of no run of this recipe that can continue: "
             f"{', '.join(stage.output for stage in stages)}. Set output to the folder that it is in"
         )
     return starts

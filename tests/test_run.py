@@ -130,7 +130,7 @@ def test_a_start_that_failed_is_no_run_in_the_way(given, tmp_path):
 def test_a_used_folder_is_refused_before_anything_is_loaded(given, tmp_path):
     run(given)
     wrong = given | {"data": {"train": "rwos.jsonl"}}
-    with pytest.raises(CheckpointError, match="is not empty. Set resume=auto"):
+    with pytest.raises(CheckpointError, match="is not empty. To continue it, set resume=auto"):
         run(wrong, resume="never")
     given["training"]["max_steps"] = 6  # or it would be finished
     with pytest.raises(DataError, match="rwos.jsonl"):

@@ -43,7 +43,7 @@ def start(folder, text="new", *, overwrite=True):
 @pytest.mark.parametrize(
     ("files", "options", "said"),
     [
-        (OLD, {}, "is not empty. Set resume=auto to go on, pass overwrite to replace it"),
+        (OLD, {}, "is not empty. To continue it, set resume=auto; to replace it, pass overwrite"),
         (
             {"thesis.txt": "years"},
             {"overwrite": True},

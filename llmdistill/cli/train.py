@@ -25,7 +25,7 @@ def train(
         typer.Option(
             "--resume",
             metavar="auto|PATH|never",
-            help="Go on with the run in the run folder from its newest whole checkpoint (auto), or "
+            help="Continue the run in the run folder from its newest whole checkpoint (auto), or "
             "from the checkpoint PATH; or refuse a folder that has a run (never).",
         ),
     ] = "auto",

@@ -119,7 +119,7 @@ def sample(
             **(inputs or {}),
             generation_config=_greedy(max_new_tokens, ends, pad_id),
             logits_processor=[sampler],
-            # A rank that is done goes on until the last one is.
+            # A rank that is done makes passes until the last one is done.
             synced_gpus=has_sharded_weights(model),
             stopping_criteria=[HoldsText(tokenizer, ids_BP.shape[1], stop)] if stop else None,
         )

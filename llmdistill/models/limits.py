@@ -1,12 +1,16 @@
-"""A limit of time for code that comes from a model's repository: chat templates."""
+"""Limits: of time, for chat templates, which come from a model's repository; and of memory."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from accelerate.utils.memory import should_reduce_batch_size
+
+from llmdistill.errors import OutOfMemoryError
 
 RENDERING = 20.0  # seconds in which a template must have written a conversation
 
@@ -33,3 +37,14 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, *before)
         signal.signal(signal.SIGALRM, handler)
+
+
+@contextlib.contextmanager
+def advice_on_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """Raise OutOfMemoryError with advice if the memory of a device does not suffice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise OutOfMemoryError(f"{error} {advice()}") from error

@@ -5,18 +5,17 @@ B = rows, P = prompt tokens.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.batches import by_tokens, rows_at_once, tokens_that_fit
-from llmdistill.errors import OutOfMemoryError
+from llmdistill.models.limits import advice_on_memory
 from llmdistill.models.sharding import has_sharded_weights
 from llmdistill.sampling import Draw
 
@@ -56,12 +55,12 @@ def in_parts(
         )
     )
     if len(places) <= 1:
-        with _advice(prompts):
+        with advice_on_memory(functools.partial(_advice, prompts)):
             return write(prompts, draw)
     written = []
     for some in places:
         part = prompts.select(some, pad_id=0)
-        with _advice(part):
+        with advice_on_memory(functools.partial(_advice, part)):
             written.append(write(part, _part(draw, some)))
     order = torch.tensor([place for some in places for place in some]).argsort()
     return Sequences.join(written).select(order)
@@ -87,20 +86,14 @@ def room(writer: Any) -> int | None:
     return tokens_that_fit(model)
 
 
-@contextlib.contextmanager
-def _advice(prompts: Prompts) -> Iterator[None]:
-    """Raise OutOfMemoryError with advice if the memory does not suffice to write a part."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        rows, width = prompts.input_ids_BP.shape
-        raise OutOfMemoryError(
-            f"{error} This was while responses to {rows} prompts of up to {width} tokens were "
-            f"written together. Set batch_size of the rollout to {max(rows // 2, 1)} or less, "
-            "which changes nothing else, or lower its max_new_tokens."
-        ) from error
+def _advice(prompts: Prompts) -> str:
+    """Return what to do if the memory does not suffice to write a part."""
+    rows, width = prompts.input_ids_BP.shape
+    return (
+        f"This was while responses to {rows} prompts of up to {width} tokens were written "
+        f"together. Set batch_size of the rollout to {max(rows // 2, 1)} or less, which changes "
+        "nothing else, or lower its max_new_tokens."
+    )
 
 
 def _model_of(writer: Any) -> PreTrainedModel | None:

@@ -1,6 +1,6 @@
 """Guards against runs that learn nothing, that spoil their weights, or that never learn to stop.
 
-R = ranks.
+B = sequences, R = ranks, T = tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from llmdistill.models.heads import not_finite_weights
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from llmdistill.batch import Sequences
     from llmdistill.training.trainer import DistillTrainer
 
 logger = logging.getLogger("llmdistill")
@@ -120,3 +121,20 @@ def _spoilt(trainer: DistillTrainer) -> list[str]:
         for name, model in models.items()
         if isinstance(model, Module) and not_finite_weights(model)
     ]
+
+
+def smaller_batch(sequences: Sequences, args: TrainingArguments) -> str:
+    """Return what to do if the memory does not suffice for a micro-batch."""
+    rows, width = sequences.input_ids_BT.shape
+    size, windows = args.train_batch_size, args.gradient_accumulation_steps
+    parts = next((n for n in range(2, size + 1) if size % n == 0), 1)
+    smaller = (
+        f"training.per_device_train_batch_size to {size // parts} and "
+        f"gradient_accumulation_steps to {parts * windows}, which leaves the step as it is"
+        if parts > 1
+        else "data.max_prompt_tokens or max_new_tokens lower"
+    )
+    return (
+        f"This was in a micro-batch of {rows} rows of up to {width} tokens. Set {smaller}; or set "
+        "training.activation_checkpointing to true."
+    )

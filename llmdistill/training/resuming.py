@@ -178,7 +178,7 @@ def depends_on(trainer: ResumingTrainer) -> dict[str, Any]:
     args, rows = trainer.args, trainer.train_dataset
     size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     known: dict[str, Any] = {"rows in a step": size, "seed": args.seed}
-    # Trainer would go on with the rate of the checkpoint and ignore another one.
+    # Trainer would use the rate of the checkpoint and ignore another one.
     known["learning rate"] = args.learning_rate
     if isinstance(rows, PromptDataset | PromptStream):
         known["the rows"] = fingerprint(rows)
@@ -245,8 +245,8 @@ def _require_same_run(trainer: ResumingTrainer, folder: Path, sealed: Sealed) ->
     now, world = trainer._depends_on or {}, trainer.args.world_size
     if isinstance(trainer.rollout, Stateful) and world != sealed.world_size:
         raise CheckpointError(
-            f"{folder} was saved by {sealed.world_size} processes, each of which keeps responses "
-            f"of its own (rollout.kind: replay), and there are {world} now. Use as many."
+            f"{folder} was saved by {sealed.world_size} processes, and there are {world} now. Each "
+            "one keeps the responses that it wrote (rollout.kind: replay), so use as many."
         )
     names = seal.differences(sealed.depends_on, now)
     if names:

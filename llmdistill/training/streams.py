@@ -1,6 +1,6 @@
-"""Streams in training: which rows a rank reads, where a run stands in them, and reading ahead.
+"""Streams in training: the rows of each rank, the position of a run, and reading ahead.
 
-Trainer counts steps and not passes of a stream, so it cannot tell where a run stands.
+Trainer counts steps and not passes over a stream, so it does not know the position of a run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STREAM_BATCHES = 4  # a stream is read ahead by this many batches of the largest
 
 
 class StreamTrainer(GroupedTrainer):
-    """Trainer that knows where it stands in a stream."""
+    """Trainer that knows its position in a stream."""
 
     teacher: Teacher
     _stream_ahead: StreamAhead | None = None
@@ -81,7 +81,7 @@ class StreamTrainer(GroupedTrainer):
     # ---- checkpoints ----
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Write where the run stands in a stream, too."""
+        """Write the position in a stream, too."""
         super()._save_rng_state(output_dir)
         if isinstance(self.train_dataset, PromptStream) and self.args.should_save:
             rows = self._done * self.args.train_batch_size * self.args.world_size
@@ -91,7 +91,7 @@ class StreamTrainer(GroupedTrainer):
     def _init_training_state(
         self, max_steps: Any, per_epoch: Any, epochs: Any, checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
-        """Return the pass and the batches in it from which to go on.
+        """Return the pass to continue, and the batches of it that are done.
 
         Trainer takes the whole run for one pass over a stream.
         """

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,14 @@ from llmdistill.batch import Prompts
 from llmdistill.data.collate import EncodedRows, PromptDataset, collate
 from llmdistill.errors import RecipeError, TrainingError
 from llmdistill.models.heads import num_rows, unwrap_adapters
+from llmdistill.models.limits import advice_on_memory
 from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Follows, Progress, Rollout, Teacher
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.training.ahead import AheadTrainer
 from llmdistill.training.arguments import forced, settle
-from llmdistill.training.guards import RolloutWatch, check_step
-from llmdistill.training.memory import advice_on_training
+from llmdistill.training.guards import RolloutWatch, check_step, smaller_batch
 from llmdistill.training.order import order
 from llmdistill.training.progress import AfterStep
 from llmdistill.training.step import Distillation
@@ -168,7 +169,7 @@ class DistillTrainer(AheadTrainer):
 
     def training_step(self, model: Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Make one micro-batch's forward and backward pass, with advice if memory runs out."""
-        with advice_on_training(inputs["sequences"], self.args):
+        with advice_on_memory(partial(smaller_batch, inputs["sequences"], self.args)):
             return super().training_step(model, inputs, *args)
 
     def compute_loss(

@@ -310,7 +310,7 @@ def whole_run(folder: Path) -> None:
 
 
 def three_steps(folder: Path) -> None:
-    """A run on two ranks that another number of ranks goes on with."""
+    """A run on two ranks, to be continued by another number of ranks."""
     trainer(folder / "run", **going_on(), per_device_train_batch_size=2, max_steps=3).train()
 
 

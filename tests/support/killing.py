@@ -17,7 +17,7 @@ STOPPED = 128 + signal.SIGTERM
 
 
 def start(recipe: dict, log: Path) -> multiprocessing.Process:
-    """Start a run in a process of its own."""
+    """Start a run in a separate process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LOADED)
     process = context.Process(target=_run, args=(recipe, str(log)))
