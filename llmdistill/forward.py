@@ -33,12 +33,13 @@ def read(
     Returns:
         The final hidden states that predict the N tokens, the narrowed head, and the states.
     """
-    backbone, head = split(model)
     # A function that changes embeddings expects them as (B, T, H).
     padded = sequences.embedding_change is not None or not reads_without_padding(model)
     masks = _masks(sequences)
     with taps(model, needs) as found:
-        final = _final_states(backbone, sequences, padded=padded)
+        final = _final_states(split(model)[0], sequences, padded=padded)
+    # Only now: FSDP2 has a whole head once the last states have been computed.
+    head = split(model)[1]
     if not padded:
         real_BT = sequences.attention_mask_BT.bool()
         masks = {name: mask_BT[real_BT][None] for name, mask_BT in masks.items()}

@@ -202,15 +202,6 @@ class Stateful(Protocol):
         """Restore the state that `state_dict` returned."""
 
 
-def steps_both_models(rollout: Rollout) -> bool:
-    """Whether student and teacher run forward passes in turn while this rollout writes.
-
-    Such a rollout has an attribute `steps_both_models` that is True.  The number of passes then
-    differs between ranks, which a sharded student does not support.
-    """
-    return bool(getattr(rollout, "steps_both_models", False))
-
-
 def scores_anew(teacher: Teacher) -> bool:
     """Whether the signal of this teacher differs from what it read while it wrote.
 

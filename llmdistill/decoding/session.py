@@ -26,6 +26,7 @@ from llmdistill.decoding.packed import packed
 from llmdistill.decoding.transfer import send
 from llmdistill.errors import ModelError
 from llmdistill.models.heads import Head, eval_mode, split, unwrap_adapters
+from llmdistill.models.sharding import has_sharded_weights
 from llmdistill.models.vocabulary import end_ids, num_tokens
 
 if TYPE_CHECKING:
@@ -70,8 +71,12 @@ class Session:
         self._cache = DynamicCache(config=model.config.get_text_config())
         self._mask_BC = prompts.attention_mask_BP[:, :0]
         # The last prompt token is left out: a forward pass over it gives the first hidden state.
-        if prompts.input_ids_BP.shape[1] > 1:
-            self._read(prompts.input_ids_BP[:, :-1], prompts.attention_mask_BP[:, :-1])
+        ids_BP, mask_BP = prompts.input_ids_BP[:, :-1], prompts.attention_mask_BP[:, :-1]
+        if not ids_BP.shape[1] and has_sharded_weights(model):
+            # Other ranks make this pass, so this one reads a column that its mask hides.
+            ids_BP, mask_BP = prompts.input_ids_BP, torch.zeros_like(prompts.attention_mask_BP)
+        if ids_BP.shape[1]:
+            self._read(ids_BP, mask_BP)
 
     @property
     def length_B(self) -> Tensor:

@@ -1,8 +1,15 @@
-"""Finds out whether the weights of a model are spread over the ranks."""
+"""Models whose weights are spread over the ranks, which gather them for each forward pass."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 
@@ -12,3 +19,35 @@ def has_sharded_weights(model: nn.Module) -> bool:
     All ranks must then make the same number of forward passes.
     """
     return any(isinstance(one, DTensor) or hasattr(one, "ds_id") for one in model.parameters())
+
+
+def largest(number: int) -> int:
+    """Return the largest of the numbers that the ranks give; all of them must call it."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return number
+    highest = torch.tensor(number, device=state.device)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return int(highest)
+
+
+def whole(tensor: Any) -> Any:
+    """Return a tensor that is spread over the ranks as a plain one, and anything else as it is.
+
+    All ranks must call it.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def settle_precision(accelerator: Accelerator) -> None:
+    """Let FSDP2 compute as DDP under autocast does: sums, counts and gradients stay float32.
+
+    Accelerate's policy would round each input and output of the step to bfloat16, the loss and the
+    scale of the gradient among them, and add up the gradients of the ranks in bfloat16.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(
+            policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )

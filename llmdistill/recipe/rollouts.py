@@ -208,7 +208,7 @@ class ReplaceRecipe(WarpRecipe):
 class InterleavedRecipe(RolloutSection, TakesOptions):
     """Train on responses that both models write together (SKD): the student drafts tokens, and the
     teacher replaces those that it does not accept.  The options of the acceptance rule are keys of
-    this section, such as `top_k` for `accept: top_k`.  It does not work with FSDP or ZeRO-3.
+    this section, such as `top_k` for `accept: top_k`.
     """
 
     CHOICES: ClassVar[Mapping[str, Table]] = {"accept": ACCEPT}

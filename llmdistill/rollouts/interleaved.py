@@ -31,6 +31,7 @@ from llmdistill.decoding.keyed import draw_tokens, row_keys
 from llmdistill.decoding.session import Session
 from llmdistill.decoding.transfer import fetch, send, waits
 from llmdistill.errors import RecipeError
+from llmdistill.models.sharding import has_sharded_weights, largest
 from llmdistill.protocols import Progress, Steps, Student, Teacher
 from llmdistill.rollouts.acceptance import Accept, Block, TopK, acceptance
 from llmdistill.rollouts.draft_length import AutoBlock, Measured
@@ -65,9 +66,6 @@ class InterleavedRollout:
         RecipeError: If `top_k` is combined with another rule, if a sampling is continuous, or if a
             number is below 1.
     """
-
-    # Ranks run different numbers of passes, so FSDP and ZeRO-3 students are refused.
-    steps_both_models = True
 
     def __init__(
         self,
@@ -132,17 +130,22 @@ class InterleavedRollout:
     def _write(self, prompts: Prompts, student: Steps, teacher: Steps, draw: Draw) -> Sequences:
         with student.session(prompts) as drafter, teacher.session(prompts) as judge:
             pair = _Pair(self, prompts, drafter, judge, draw)
-            while len(pair.active):
-                # A cache that cannot remove tokens allows blocks of one token only: a refused
-                # token is not in the cache yet.
-                size = self._size(len(pair.active)) if pair.can_take_back else 1
+            while size := self._size(pair):
                 measured = pair.write_block(size)
-                if self.block_size == "auto":
+                if self.block_size == "auto" and measured.kept:
                     self._auto.learn(measured)
             return pair.responses.sequences(prompts, judge.head)
 
-    def _size(self, num_rows: int) -> int:
-        return self._auto.choose(num_rows) if self.block_size == "auto" else self.block_size
+    def _size(self, pair: _Pair) -> int:
+        """Return the number of tokens of the next block, or 0 if all responses have ended."""
+        # A cache that cannot remove tokens allows blocks of one token only: a refused token is not
+        # in the cache yet.
+        size = 1 if not pair.can_take_back else self.block_size
+        if size == "auto":
+            size = self._auto.choose(len(pair.active))
+        own = min(size, pair.room)
+        # Ranks that gather weights from each other make the same passes until all have ended.
+        return largest(own) if pair.in_step else own
 
 
 class _Pair:
@@ -158,6 +161,7 @@ class _Pair:
     ) -> None:
         self.rollout, self.drafter, self.judge = rollout, drafter, judge
         self.can_take_back = drafter.can_hold_holes and judge.can_hold_holes
+        self.in_step = any(has_sharded_weights(one.model) for one in (drafter, judge))
         self.active = ActiveRows.start(prompts, rollout.max_new_tokens)
         self.responses = Responses(len(prompts))
         self.rule = rollout.accept.start(len(prompts), rollout.max_new_tokens, judge.device)
@@ -165,13 +169,17 @@ class _Pair:
         self.ends = torch.tensor(sorted(drafter.ends | judge.ends))
         self.keys = {writer: row_keys(draw, prompts.row_ids_B, writer) for writer in Writer}
 
+    @property
+    def room(self) -> int:
+        """Tokens that still fit into the response with the most room; 0 if all have ended."""
+        return int(self.active.room_A.max()) if len(self.active) else 0
+
     def write_block(self, size: int) -> Measured:
         """Draft a block, score it, keep what is accepted, and return the measurements.
 
         The seconds are 0 if the block size is fixed.
         """
         now, num_rows = self.active, len(self.active)
-        size = min(size, int(now.room_A.max()))
         start = self._clock(self.drafter)
         draft_AG, student_AGV = self._draft(size)
         draft_end = self._clock(self.drafter)
@@ -275,6 +283,8 @@ class _Pair:
     def _go_on(self, size: int, after: ActiveRows) -> None:
         """Remove dropped tokens from both caches, and ended rows from the batch."""
         has_room_A = after.room_A > 0
+        if self.in_step and not has_room_A.any():
+            has_room_A[0] = True  # this row makes the passes that other ranks still need
         ended_n, going_n = (~has_room_A).nonzero()[:, 0], has_room_A.nonzero()[:, 0]
         # Each removal copies the caches, so ended rows wait until there are enough of them.
         if len(ended_n) < LEAVE * len(after):

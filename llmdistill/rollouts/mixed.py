@@ -19,7 +19,6 @@ from llmdistill.protocols import (
     Student,
     Teacher,
     WritesAhead,
-    steps_both_models,
 )
 from llmdistill.schedules import Schedule, value
 
@@ -36,7 +35,6 @@ class MixedRollout:
 
     def __init__(self, student: Rollout, other: Rollout, *, share: float | Schedule = 0.5) -> None:
         self.student, self.other, self.share = student, other, share
-        self.steps_both_models = steps_both_models(student) or steps_both_models(other)
 
     def write(
         self, prompts: Prompts, student: Student, teacher: Teacher, progress: Progress

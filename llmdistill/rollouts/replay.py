@@ -14,7 +14,7 @@ from collections import deque
 from typing import Any
 
 from llmdistill.batch import Prompts, Sequences
-from llmdistill.protocols import Progress, Rollout, Student, Teacher, steps_both_models
+from llmdistill.protocols import Progress, Rollout, Student, Teacher
 from llmdistill.sampling import Writer
 
 
@@ -33,7 +33,6 @@ class ReplayRollout:
 
     def __init__(self, rollout: Rollout, *, capacity: int = 1000) -> None:
         self.rollout, self.capacity = rollout, capacity
-        self.steps_both_models = steps_both_models(rollout)
         self._kept: deque[tuple[int, list[int], list[int]]] = deque(maxlen=capacity)
 
     def write(

@@ -12,9 +12,9 @@ from llmdistill.errors import TrainingError
 from llmdistill.models.layers import decoder_layers
 from llmdistill.models.taps import STATES, Need, layers_seen_inside
 from llmdistill.objectives.base import Objective
-from llmdistill.protocols import Exports, Rollout, Teacher, steps_both_models
+from llmdistill.protocols import Exports, Teacher
 from llmdistill.teachers.reflexive import ReflexiveTeacher
-from llmdistill.training.launched import require_all_processes
+from llmdistill.training.launched import asked_by_launcher, require_all_processes
 from llmdistill.training.step import Distillation
 
 if TYPE_CHECKING:
@@ -26,10 +26,8 @@ logger = logging.getLogger("llmdistill")
 def settle(trainer: DistillTrainer) -> None:
     """Check what can be checked once Accelerate is set up, and set up the models as `args` asks."""
     require_all_processes()
-    requested = bool(trainer.args.fsdp)
-    check_sharding(
-        trainer.rollout, trainer.teacher, sharded=is_sharded(trainer), requested=requested
-    )
+    requested = bool(trainer.args.fsdp) or asked_by_launcher()
+    check_sharding(trainer.teacher, sharded=is_sharded(trainer), requested=requested)
     check_arguments(trainer.args, trainer.model)
     trained = trainer.model.trained_teacher
     if trainer.args.activation_checkpointing and trained is not None:
@@ -129,17 +127,12 @@ def is_sharded(trainer: DistillTrainer) -> bool:
     return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
 
-def check_sharding(rollout: Rollout, teacher: Teacher, *, sharded: bool, requested: bool) -> None:
+def check_sharding(teacher: Teacher, *, sharded: bool, requested: bool) -> None:
     """Raise TrainingError if sharding was requested but not done, or cannot work.
 
-    `sharded` is whether Accelerate has sharded the model, `requested` whether `args.fsdp` is set.
+    `sharded` is whether Accelerate shards the model, `requested` whether `args.fsdp` or the
+    launcher asks for it.
     """
-    if sharded and steps_both_models(rollout):
-        raise TrainingError(
-            "interleaved rollouts do not work with FSDP or ZeRO-3: ranks run different numbers of "
-            "forward passes and would deadlock. Train with DDP or ZeRO-2, or use "
-            "rollout.kind: sampled."
-        )
     if sharded and isinstance(teacher, ReflexiveTeacher):
         raise TrainingError(
             "a ReflexiveTeacher gives the student other weights while it runs, which does not work "
@@ -153,8 +146,8 @@ def check_sharding(rollout: Rollout, teacher: Teacher, *, sharded: bool, request
     # On a CPU Accelerate accepts `fsdp` and trains with DDP without a warning.
     if requested and not sharded:
         raise TrainingError(
-            "training.fsdp is set, but Accelerate did not shard the model, because it shards only "
-            "on GPUs. Remove training.fsdp or launch on GPUs."
+            "FSDP is asked for, but Accelerate did not shard the model, because it shards only on "
+            "GPUs. Remove training.fsdp and use_fsdp of the launcher, or launch on GPUs."
         )
 
 

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from llmdistill.errors import RecipeError
+from llmdistill.training.launched import asked_by_launcher
 from llmdistill.training.trainer import DistillTrainer
 
 
@@ -49,9 +50,8 @@ def _require_sharding(args: TrainingArguments) -> None:
             "training.deepspeed: ZeRO-3 splits each weight, and the loss and the writing need a "
             "whole head. Use ZeRO-2, or FSDP2 (fsdp_version: 2)."
         )
-    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     version = (args.fsdp_plugin_args or {}).get("fsdp_version")
-    if by_launcher and not args.fsdp:
+    if asked_by_launcher() and not args.fsdp:
         version = int(os.environ.get("FSDP_VERSION", "1"))
     if version == 1:
         raise RecipeError(

@@ -58,14 +58,15 @@ def save_student(
 
     `state` is the state of the whole module if a wrapper has gathered it; None reads the student.
     """
-    students = None if state is None else _once_each(distillation.student, state)
+    student = distillation.student
+    weights = None if state is None else _once_each(student, _under(state, STUDENT_PREFIX))
     # Nothing changes the number of tokens, so an adapter needs no copy of the embeddings.  PEFT
     # would ask the Hub for the base model to find that out.
-    is_adapter = hasattr(distillation.student, "peft_config")
+    is_adapter = hasattr(student, "peft_config")
     options: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {}
-    distillation.student.save_pretrained(folder, state_dict=students, **options)
+    student.save_pretrained(folder, state_dict=weights, **options)
     if is_adapter:  # PEFT saves none, and the base model's may list other end tokens
-        unwrap_adapters(distillation.student).generation_config.save_pretrained(folder)
+        unwrap_adapters(student).generation_config.save_pretrained(folder)
     _save_tokenizer(distillation.tokenizer, folder)
 
 
@@ -87,12 +88,13 @@ def export(
     is_adapter = hasattr(model, "peft_config")
     if is_adapter and not merged:
         return save_student(distillation, folder, state)
-    weights = _once_each(distillation.student, state)
+    weights = _under(state, STUDENT_PREFIX)
     if model is not distillation.student:
         weights = model.state_dict()
     elif is_adapter:
         # `merged_state` leaves the student as it is, so training can continue after an export.
         weights, model = merged_state(model, weights), model.get_base_model()
+    weights = _once_each(model, weights)
     if dtype is not None:
         weights = _cast(weights, dtype)
     model.save_pretrained(folder, state_dict=weights)
@@ -130,13 +132,12 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         tokenizer.pad_token = ours
 
 
-def _once_each(student: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the student's weights of the whole module's state, each tied one under one name.
+def _once_each(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a model, each tied one under one name.
 
-    What DeepSpeed gathers are copies, which `save_pretrained` would not know to be tied.
+    What DeepSpeed and FSDP2 gather are copies, which `save_pretrained` would not know to be tied.
     """
-    weights = _under(state, STUDENT_PREFIX)
-    tied = getattr(student, "all_tied_weights_keys", {})
+    tied = getattr(model, "all_tied_weights_keys", {})
     return {name: one for name, one in weights.items() if tied.get(name) not in weights}
 
 
@@ -180,7 +181,7 @@ def load(distillation: Distillation, folder: Path) -> None:
     Raises CheckpointError if a file or a weight is missing, damaged or unexpected.
     """
     _load_student(distillation.student, folder)
-    _load_follower(distillation.teacher, folder)
+    load_follower(distillation.teacher, folder)
     frozen = _frozen_teacher(distillation)
     for part, file in PARTS.items():
         wanted = [k for k in distillation.state_dict() if k.startswith(f"{part}.")]
@@ -197,8 +198,11 @@ def load(distillation: Distillation, folder: Path) -> None:
         _refuse_unfit(folder / file, missing, unexpected)
 
 
-def _load_follower(teacher: Teacher, folder: Path) -> None:
-    """Load the weights of a teacher that follows the student, if it has any."""
+def load_follower(teacher: Teacher, folder: Path) -> None:
+    """Load the weights of a teacher that follows the student, if it has any.
+
+    Raises CheckpointError if they are missing or do not fit.
+    """
     if isinstance(teacher, Follows) and (wanted := teacher.state_dict()):
         found = _read_part(folder, TEACHER_FILE)
         missing, unexpected = sorted(wanted.keys() - found), sorted(found.keys() - wanted)

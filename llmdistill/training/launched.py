@@ -1,4 +1,4 @@
-"""Compares the number of processes with the one that the launcher was asked for."""
+"""Reads what the launcher was asked for, and compares the number of processes with it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from llmdistill.errors import TrainingError
 
 # Variables by which launchers tell a process that it has others.
 LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def asked_by_launcher() -> bool:
+    """Whether the launcher was asked to shard the model with FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def require_all_processes() -> None:

@@ -53,7 +53,7 @@ class ResumingTrainer(StudentTrainer):
 
         Raises:
             CheckpointError: The checkpoint, or each one of several, is damaged; it belongs to a run
-                with other rows, models or batches; or the run is finished, under FSDP or DeepSpeed.
+                with other rows, models or batches.
             StoppedError: The process got SIGTERM.  A checkpoint of the last step was saved.
         """
         folder = self.find_checkpoint(resume_from_checkpoint)
@@ -100,12 +100,6 @@ class ResumingTrainer(StudentTrainer):
 
         Trainer checks whether a run is over only after a step, so it would train one step more.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise CheckpointError(
-                f"{folder} is the end of a finished run, and with FSDP or DeepSpeed a student can "
-                "be loaded only for further training. Raise training.max_steps, or use the "
-                "student that the run exported."
-            )
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(_state_file(folder))
         logger.warning(

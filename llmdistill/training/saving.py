@@ -13,6 +13,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import Trainer
 
+from llmdistill.models.sharding import has_sharded_weights, settle_precision
 from llmdistill.protocols import Rollout
 from llmdistill.training import checkpoint
 from llmdistill.training.step import Distillation
@@ -34,12 +35,22 @@ class StudentTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any) -> Any:
         """Let FSDP2 gather weights for the student's writing, as it does for a forward pass."""
+        settle_precision(self.accelerator)
         prepared = super()._prepare_for_training(*args)
         if isinstance(self.model, FSDPModule):
-            register_fsdp_forward_method(self.model, "write")
+            register_fsdp_forward_method(self.model, "with_whole_weights")
         return prepared
 
     # ---- checkpoints: the student apart from the rest ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student and the other trained parts; every rank calls it.
+
+        Under FSDP2 Trainer would write them only with FULL_STATE_DICT.
+        """
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, self.accelerator.get_state_dict(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the student and the other trained parts as separate files.
@@ -60,26 +71,41 @@ class StudentTrainer(Trainer):
         super()._save_rng_state(output_dir)
         checkpoint.save_rollout(self.rollout, Path(output_dir), self._rank())
 
+    def _is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed has wrapped the model already, and has files of its own."""
+        wrapped = has_sharded_weights(self.model) or self.model_wrapped is not self.model
+        return wrapped and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def _rank(self) -> int | None:
         """Rank for file names; None if there is one process, as in Trainer's own names."""
         return self.args.process_index if self.args.world_size > 1 else None
 
+    def _init_training_state(
+        self, max_steps: Any, per_epoch: Any, epochs: Any, folder: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """Load what is no weight of the module: this rank's rollout, and a teacher that follows.
+
+        Trainer calls this method with and without sharding, unlike `_load_from_checkpoint`.
+        """
+        if folder is not None:
+            checkpoint.load_rollout(self.rollout, Path(folder), self._rank())
+            checkpoint.load_follower(self.model.teacher, Path(folder))
+        return super()._init_training_state(max_steps, per_epoch, epochs, folder, trial)
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        """Load a checkpoint's weights and the state of this rank's rollout.
+        """Load a checkpoint's weights.
 
         Trainer would load with strict=False, and nothing: no name in the file has a prefix.
         """
-        folder = Path(resume_from_checkpoint)
-        checkpoint.load_rollout(self.rollout, folder, self._rank())
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_sharded():
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        checkpoint.load(self.model, folder)
+        checkpoint.load(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights, for the reason given in `_load_from_checkpoint`."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_sharded():
             return super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         checkpoint.load(self.model, Path(self.state.best_model_checkpoint))

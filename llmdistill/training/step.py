@@ -4,6 +4,7 @@ N = predicted tokens, K = terms of the loss.  `Distillation` is the module that 
 contains everything that is trained: the student, the objectives, and a trainable teacher.
 Code outside reaches the wrapped student through three methods only: `forward` (score and compare
 one micro-batch), `write` (the student writes responses) and `session` (it writes token by token).
+The last two are called within `with_whole_weights`, because weights may be spread over the ranks.
 A frozen teacher is not part of the module, so it is not saved, moved or put in training mode.
 """
 
@@ -11,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("llmdistill")
+T = TypeVar("T")
 
 # Attributes that Trainer, Accelerate and PEFT look up on the model that they train.  The student's
 # values are returned.
@@ -163,7 +165,7 @@ class Distillation(nn.Module):
         return [p for p in self.trained_teacher.parameters() if p.requires_grad]
 
     @property
-    def _terms(self) -> list[Any]:
+    def terms(self) -> list[Any]:
         """Terms of the loss: the objectives, then the teacher if it trains along."""
         teacher = [] if self.trained_teacher is None else [self.trained_teacher]
         return [*self.objectives, *teacher]
@@ -173,7 +175,7 @@ class Distillation(nn.Module):
 
         Raises TrainingError if a term's divisor is not an integer.
         """
-        counts = [term.divisor(sequences) for term in self._terms]
+        counts = [term.divisor(sequences) for term in self.terms]
         for name, count in zip(self.term_names, counts, strict=True):
             if count.is_floating_point():
                 raise TrainingError(
@@ -184,14 +186,8 @@ class Distillation(nn.Module):
 
     def weights(self, progress: Progress) -> dict[str, float]:
         """Return each term's weight at this point of training."""
-        pairs = zip(self.term_names, self._terms, strict=True)
+        pairs = zip(self.term_names, self.terms, strict=True)
         return {name: value(term.weight, progress) for name, term in pairs}
-
-    @property
-    def scheduled(self) -> list[str]:
-        """Names of the terms whose weight is a schedule."""
-        pairs = zip(self.term_names, self._terms, strict=True)
-        return [name for name, term in pairs if callable(term.weight)]
 
     def scales(self, divisors_K: Tensor, progress: Progress) -> Tensor:
         """Return each term's weight divided by its divisor: (K,), on the device of `divisors_K`."""
@@ -229,6 +225,14 @@ class Distillation(nn.Module):
     def session(self, prompts: Prompts) -> AbstractContextManager[Session]:
         """Return a session in which the student writes token by token (interleaved rollouts)."""
         return session(self.student, self.tokenizer, prompts)
+
+    def with_whole_weights(self, work: Callable[[], T]) -> T:
+        """Do some work for which the student runs, such as writing, and return its result.
+
+        FSDP2 gathers weights for this method as it does for a forward pass.  It would move tensors
+        among the arguments to a GPU, so the work has none.
+        """
+        return work()
 
     @property
     def learning_rates(self) -> dict[str, float]:

@@ -25,11 +25,12 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from llmdistill.batch import Prompts
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.collate import EncodedRows, PromptDataset, collate
 from llmdistill.errors import RecipeError, TrainingError
 from llmdistill.models.heads import num_rows, unwrap_adapters
 from llmdistill.models.limits import advice_on_memory
+from llmdistill.models.sharding import whole
 from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Follows, Progress, Rollout, Teacher
@@ -152,8 +153,7 @@ class DistillTrainer(AheadTrainer):
         if not parts:
             return [], None
         prompts, start = Prompts.join(parts, pad_id=0), time.perf_counter()
-        with self.accelerator.autocast():
-            sequences = self.rollout.write(prompts, self.model, self.teacher, progress)
+        sequences = _written(self, prompts, progress)
         seconds, rest = time.perf_counter() - start, _real_rows(self.train_dataset, self.args)
         # Filler rows lose their loss before they are counted, so they are in no divisor or figure.
         sequences = sequences.without_loss(_filler_rows(self.accelerator, parts, rest))
@@ -184,7 +184,9 @@ class DistillTrainer(AheadTrainer):
         The scales already contain each term's weight, its divisor of the whole step and the number
         of ranks, so `num_items_in_batch` is not used.
         """
-        output = model(inputs["sequences"], inputs["scales"])
+        # DDP has autocast in its forward pass already; FSDP2 has it not.
+        with self.accelerator.autocast():
+            output = model(inputs["sequences"], inputs["scales"])
         self._step_loss = self._step_loss + output.loss.detach()
         self._tally.add_terms(output.terms)
         return (output.loss, output) if return_outputs else output.loss
@@ -229,7 +231,7 @@ class DistillTrainer(AheadTrainer):
         """
         for parameter in self.model.idle_parameters():
             parameter.grad = None  # a zero would still move it, by the optimizer's momentum
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         loss = torch.as_tensor(self._step_loss, device=self.args.device)
         # The scaler of float16 expects overflows: it skips such a step and lowers its scale.
         checked = norm if self.accelerator.scaler is None else 0.0
@@ -257,6 +259,13 @@ def _require_one_vocabulary(
             "the student's. Set its tokenizer."
         )
     require_same(teacher.tokenizer, tokenizer, None, num_rows(student))
+
+
+def _written(trainer: DistillTrainer, prompts: Prompts, progress: Progress) -> Sequences:
+    """Let the rollout write, under autocast and with weights that FSDP2 has gathered."""
+    write = partial(trainer.rollout.write, prompts, trainer.model, trainer.teacher, progress)
+    with trainer.accelerator.autocast():
+        return trainer.model.with_whole_weights(write)
 
 
 def _progress(trainer: DistillTrainer) -> Progress:
@@ -300,8 +309,8 @@ def _scheduled_weights(trainer: DistillTrainer) -> dict[str, float]:
     """Return the weights with a schedule, as they were in the step that was just made."""
     # Trainer has already counted that step when it logs.
     progress = replace(_progress(trainer), step=max(trainer.state.global_step - 1, 0))
-    weights = trainer.model.weights(progress)
-    return {f"weight_{name}": weights[name] for name in trainer.model.scheduled}
+    terms = zip(trainer.model.weights(progress).items(), trainer.model.terms, strict=True)
+    return {f"weight_{name}": weight for (name, weight), term in terms if callable(term.weight)}
 
 
 def _real_rows(rows: Any, args: TrainingArguments) -> int:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llmdistill import recipe as recipes
-from llmdistill.protocols import steps_both_models
 from llmdistill.rollouts.build import build_rollout
+from llmdistill.teachers.local import LocalTeacher
 from tests.conformance import entries
 from tests.support.spies import spy
 from tests.training.helpers import dataset, gradient, trainer, weights
@@ -30,12 +30,12 @@ def rollout(name):
 def test_its_section_says_what_it_does(tmp_path, name):
     """The section gives lengths, who steps, and whether the dataset's responses are needed."""
     asked, made = section(name), rollout(name)
-    assert steps_both_models(made) == asked.steps_both_models
     assert asked.who_writes
     shares = [share for _, share in asked.branches]
     assert sum(share or 0.0 for share in shares) == pytest.approx(1.0)
-    written = spy(made, "write")
+    written, sessions = spy(made, "write"), spy(LocalTeacher, "session")
     trainer(tmp_path, rollout=made, rows=dataset(8), max_steps=2).train()
+    assert bool(sessions) == asked.steps_both_models
     longest = max(int(sequences.num_predicted.max()) for sequences in written)
     if asked.takes_data:
         assert longest > entries.NEW_TOKENS

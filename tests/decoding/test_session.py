@@ -102,6 +102,17 @@ def test_one_token_prompts_start_from_an_empty_cache(exact):
     torch.testing.assert_close(session.extend(torch.tensor([[8], [9]]))[1], hidden(exact, [9]))
 
 
+def test_with_sharded_weights_one_token_prompts_make_the_pass_of_longer_ones(exact, monkeypatch):
+    """FSDP2: the other ranks wait for it."""
+    expected = start(exact, [[7], [9]]).extend(draft(2, rows=2))
+    monkeypatch.setattr("llmdistill.decoding.session.has_sharded_weights", lambda _: True)
+    passes = []
+    exact.model.register_forward_hook(lambda *_: passes.append(1))
+    found = start(exact, [[7], [9]]).extend(draft(2, rows=2))
+    assert len(passes) == 3
+    torch.testing.assert_close(found, expected)
+
+
 def test_going_on_after_keep_is_a_fresh_start_row_by_row(exact):
     """Three rounds of different lengths: holes on holes."""
     session = start(exact)

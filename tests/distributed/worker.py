@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from llmdistill import recipe as recipes
-from llmdistill.batch import Prompts
 from llmdistill.data import validate
 from llmdistill.data.collate import PromptStream
 from llmdistill.data.validate import Rules
@@ -19,23 +18,18 @@ from llmdistill.decoding import batches
 from llmdistill.errors import NonFiniteLossError
 from llmdistill.generate import generate
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
-from llmdistill.models.layers import decoder_layers
 from llmdistill.objectives.build import build_objectives
-from llmdistill.objectives.embed_distill import EmbedDistillObjective
 from llmdistill.objectives.features import HiddenObjective
-from llmdistill.objectives.minilm import MiniLMObjective
 from llmdistill.objectives.response import ResponseObjective
-from llmdistill.objectives.rtk import RtkObjective
 from llmdistill.rollouts.build import build_rollout
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.run import distill
-from llmdistill.sampling import Draw, Sampling
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.training.step import Distillation
 from tests import toy
 from tests.conformance import entries
+from tests.distributed import sharded
 from tests.support.spies import spy
 from tests.support.teachers import Learner, every_teacher, seam_objectives, trained
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
@@ -204,81 +198,6 @@ def hidden_alone(folder: Path) -> None:
     same_weights(folder, objectives=[HiddenObjective(layers=[(1, -1)])], **options)
 
 
-def sharded(folder: Path) -> None:
-    """D7: with FSDP2 on the CPU, inner states and their gradients equal the plain module's."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    def distillation():
-        teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
-        torch.manual_seed(0)
-        return Distillation(toy.model().train(), teacher, seam_objectives(), toy.tokenizer())
-
-    sequences = toy.sequences(6, seed=dist.get_rank())
-    plain, module = distillation(), distillation()
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in decoder_layers(module.student):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    register_fsdp_forward_method(module, "write")
-    for one in (plain, module):
-        one(sequences).loss.backward()
-    for (name, expected), (_, found) in zip(
-        plain.named_parameters(), module.named_parameters(), strict=True
-    ):
-        mean = expected.grad.clone()
-        dist.all_reduce(mean)
-        gradient = found.grad.full_tensor()
-        torch.testing.assert_close(gradient, mean / 2, rtol=1e-4, atol=1e-6, msg=name)
-    assert module.objectives[1].projectors[0].weight.grad.full_tensor().abs().max() > 0
-
-
-def sharded_writing(folder: Path) -> None:
-    """F8: with FSDP2 ranks write the tokens of the plain student, also if one has much more to do."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    mesh = init_device_mesh("cpu", (2,))
-    teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
-    module = Distillation(toy.model(), teacher, [ResponseObjective()], toy.tokenizer())
-    number = (2, 5)[dist.get_rank()]
-    rows = [list(range(5, 8 + place)) for place in range(number)]
-    prompts = Prompts.pack(rows, range(number), pad_id=0)
-    sampling, draw = Sampling(), Draw(dist.get_rank())
-    lengths = (3, 12)[dist.get_rank()]
-
-    def written() -> list[list[int]]:
-        made = module.write(prompts, sampling, max_new_tokens=lengths, draw=draw)
-        return made.responses()
-
-    plain = written()
-    for layer in decoder_layers(module.student):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    register_fsdp_forward_method(module, "write")
-    for _ in range(2):
-        assert written() == plain
-        module(toy.sequences(4, seed=dist.get_rank())).loss.backward()  # and it trains in between
-
-
-def sharded_alone(folder: Path) -> None:
-    """D7: each objective on states alone, with FSDP2 and bfloat16 parameters, trains the student."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh, half = init_device_mesh("cpu", (2,)), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    for made in (HiddenObjective, MiniLMObjective, RtkObjective, EmbedDistillObjective):
-        teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
-        module = Distillation(toy.model().train(), teacher, [made()], toy.tokenizer())
-        for layer in decoder_layers(module.student):
-            fully_shard(layer, mesh=mesh, mp_policy=half)
-        fully_shard(module, mesh=mesh, mp_policy=half)
-        module(toy.sequences(6, seed=dist.get_rank())).loss.backward()
-        first = decoder_layers(module.student)[0].mlp.up_proj.weight.grad.full_tensor()
-        assert first.abs().max() > 0, made.__name__
-        assert torch.isfinite(first).all(), made.__name__
-
-
 def conformance(folder: Path) -> None:
     """Every objective, rollout and teacher that a recipe can have."""
     for name, options in every_entry():
@@ -394,9 +313,7 @@ CASES = {
         bad_rank,
         seams,
         hidden_alone,
-        sharded,
-        sharded_writing,
-        sharded_alone,
+        *sharded.CASES,
         conformance,
         whole_run,
         three_steps,

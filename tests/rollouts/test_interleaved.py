@@ -18,6 +18,7 @@ from llmdistill.models.vocabulary import end_ids
 from llmdistill.objectives.divergences import forward_kl
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.protocols import Progress
+from llmdistill.rollouts import interleaved
 from llmdistill.rollouts.acceptance import Mixture, Switch, TopK, TopP
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
@@ -416,6 +417,21 @@ def test_rows_that_have_ended_leave_the_batch():
 
 
 # ---- ends and edges ----
+
+
+@pytest.mark.parametrize("size", [1, 3, "auto"])
+def test_a_rank_that_is_done_makes_the_passes_of_the_others(monkeypatch, size):
+    """With sharded weights the other ranks wait for them.  They change no response."""
+    pair = Pair(*ending(), toy.tokenizer())
+    alone = pair.write(block_size=size).responses()
+    passes = []
+    pair.teacher.model.model.register_forward_hook(lambda *_: passes.append(1))
+    # Another rank needs 40 blocks of 4 tokens, and this one at most ROOM blocks.
+    needed = [4] * 40 + [0]
+    monkeypatch.setattr(interleaved, "has_sharded_weights", lambda _: True)
+    monkeypatch.setattr(interleaved, "largest", lambda own: max(own, needed.pop(0)))
+    assert pair.write(block_size=size).responses() == alone
+    assert len(passes) == 1 + 40
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

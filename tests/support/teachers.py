@@ -11,6 +11,7 @@ from torch import nn
 
 from llmdistill.batch import Dense, LossSum, TeacherSignal
 from llmdistill.forward import read, teacher_signal
+from llmdistill.models.sharding import whole
 from llmdistill.models.taps import Need
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.chunked import chunked_sum
@@ -68,9 +69,12 @@ def seam_objectives() -> list[Objective]:
 
 
 def trained(trainer) -> torch.Tensor:
-    """Return everything that a trainer trains, including the teacher's part."""
+    """Return everything that a trainer trains, including the teacher's part.
+
+    All ranks must call it, because weights may be spread over them.
+    """
     return torch.cat(
-        [p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]
+        [whole(p.detach()).flatten() for p in trainer.model.parameters() if p.requires_grad]
     ).clone()
 
 

@@ -6,6 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from llmdistill.data.collate import PromptDataset
+from llmdistill.models.sharding import whole
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.sampling import Sampling
@@ -68,7 +69,7 @@ def dataset(number: int = 8, **options) -> PromptDataset:
 
 
 def weights(model) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+    return torch.cat([whole(p.detach()).flatten() for p in model.parameters()]).clone()
 
 
 def gradient(folder, **options) -> torch.Tensor:

@@ -19,7 +19,6 @@ from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
 from llmdistill.rollouts.interleaved import InterleavedRollout
-from llmdistill.rollouts.mixed import MixedRollout
 from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.sampling import Writer
@@ -605,21 +604,9 @@ def test_an_overflow_is_left_to_the_scaler_of_float16(tmp_path):
 
 
 def test_fsdp_that_would_silently_train_ddp_is_refused(tmp_path):
-    check_sharding(FixedRollout(), None, sharded=True, requested=True)
+    check_sharding(None, sharded=True, requested=True)
     with pytest.raises(TrainingError, match="did not shard"):
-        check_sharding(FixedRollout(), None, sharded=False, requested=True)
-
-
-@pytest.mark.parametrize("where", ["alone", "in a mixture", "replayed"])
-def test_a_sharded_student_does_not_write_interleaved(where):
-    rollout = InterleavedRollout(**INTERLEAVED)
-    if where == "in a mixture":
-        rollout = MixedRollout(rollout, FixedRollout())
-    elif where == "replayed":
-        rollout = ReplayRollout(rollout)
-    check_sharding(rollout, None, sharded=False, requested=False)
-    with pytest.raises(TrainingError, match="do not work with FSDP or ZeRO-3"):
-        check_sharding(rollout, None, sharded=True, requested=True)
+        check_sharding(None, sharded=False, requested=True)
 
 
 def test_the_forced_arguments(tmp_path):

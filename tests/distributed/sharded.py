@@ -1,0 +1,236 @@
+"""Cases of worker.py with FSDP2: by hand, and as Accelerate shards the model on GPUs.
+
+Accelerate shards only on GPUs.  `shard_on_cpus` makes this one decision for it, and everything else
+is as on a GPU: how it wraps the model, and what Trainer does with the result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from llmdistill.batch import Prompts
+from llmdistill.errors import TrainingError
+from llmdistill.models.layers import decoder_layers
+from llmdistill.models.sharding import has_sharded_weights
+from llmdistill.objectives.embed_distill import EmbedDistillObjective
+from llmdistill.objectives.features import HiddenObjective
+from llmdistill.objectives.minilm import MiniLMObjective
+from llmdistill.objectives.response import ResponseObjective
+from llmdistill.objectives.rtk import RtkObjective
+from llmdistill.rollouts.interleaved import InterleavedRollout
+from llmdistill.rollouts.replay import ReplayRollout
+from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.sampling import Draw, Sampling
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.training.step import Distillation
+from tests import toy
+from tests.support.teachers import seam_objectives, trained
+from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
+
+REFUSED = ("online", "resting", "mutual", "context", "average")  # teachers
+
+
+def sharded(folder: Path) -> None:
+    """D7: with FSDP2 on the CPU, inner states and their gradients equal the plain module's."""
+
+    def distillation():
+        teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
+        torch.manual_seed(0)
+        return Distillation(toy.model().train(), teacher, seam_objectives(), toy.tokenizer())
+
+    sequences = toy.sequences(6, seed=dist.get_rank())
+    plain, module = distillation(), distillation()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in decoder_layers(module.student):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for one in (plain, module):
+        one(sequences).loss.backward()
+    for (name, expected), (_, found) in zip(
+        plain.named_parameters(), module.named_parameters(), strict=True
+    ):
+        mean = expected.grad.clone()
+        dist.all_reduce(mean)
+        gradient = found.grad.full_tensor()
+        torch.testing.assert_close(gradient, mean / 2, rtol=1e-4, atol=1e-6, msg=name)
+    assert module.objectives[1].projectors[0].weight.grad.full_tensor().abs().max() > 0
+
+
+def sharded_writing(folder: Path) -> None:
+    """F8: with FSDP2 ranks write the tokens of the plain student, also if one has much more to do."""
+    mesh = init_device_mesh("cpu", (2,))
+    teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
+    module = Distillation(toy.model(), teacher, [ResponseObjective()], toy.tokenizer())
+    number = (2, 5)[dist.get_rank()]
+    rows = [list(range(5, 8 + place)) for place in range(number)]
+    prompts = Prompts.pack(rows, range(number), pad_id=0)
+    sampling, draw = Sampling(), Draw(dist.get_rank())
+    lengths = (3, 12)[dist.get_rank()]
+
+    def written() -> list[list[int]]:
+        made = module.with_whole_weights(
+            lambda: module.write(prompts, sampling, max_new_tokens=lengths, draw=draw)
+        )
+        return made.responses()
+
+    plain = written()
+    for layer in decoder_layers(module.student):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(module, "with_whole_weights")
+    for _ in range(2):
+        assert written() == plain
+        module(toy.sequences(4, seed=dist.get_rank())).loss.backward()  # and it trains in between
+
+
+def sharded_alone(folder: Path) -> None:
+    """D7: each objective on states alone, with FSDP2 and bfloat16 parameters, trains the student."""
+    mesh, half = init_device_mesh("cpu", (2,)), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for made in (HiddenObjective, MiniLMObjective, RtkObjective, EmbedDistillObjective):
+        teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
+        module = Distillation(toy.model().train(), teacher, [made()], toy.tokenizer())
+        for layer in decoder_layers(module.student):
+            fully_shard(layer, mesh=mesh, mp_policy=half)
+        fully_shard(module, mesh=mesh, mp_policy=half)
+        module(toy.sequences(6, seed=dist.get_rank())).loss.backward()
+        first = decoder_layers(module.student)[0].mlp.up_proj.weight.grad.full_tensor()
+        assert first.abs().max() > 0, made.__name__
+        assert torch.isfinite(first).all(), made.__name__
+
+
+# ---- as Accelerate does it ----
+
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "reshard_after_forward": True,
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_ram_efficient_loading": False,
+    },
+}
+
+
+def shard_on_cpus() -> None:
+    """Let Accelerate shard the models of this process, although there is no GPU."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **options):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def sharded_conformance(folder: Path) -> None:
+    """Every objective, rollout and teacher that a recipe can have, or its refusal."""
+    from tests.distributed.worker import every_entry
+
+    shard_on_cpus()
+    for name, options in every_entry():
+        rows = {"rows": dataset(7), "per_device_train_batch_size": 4}
+        if name.removeprefix("teacher-") in REFUSED:
+            with pytest.raises(TrainingError, match="does not work with FSDP"):
+                trainer(folder / "run", **rows, **FSDP2, **options())
+            continue
+        made = trainer(folder / "run", **rows, **FSDP2, **options())
+        made.train()
+        assert has_sharded_weights(made.model.student)
+        everything = trained(made)
+        if dist.get_rank() == 0:
+            torch.save(everything, folder / f"{name}.pt")
+
+
+def sharded_runs(folder: Path) -> None:
+    """A run under FSDP2 that measures, clips and saves, its resumes, and its exported student."""
+    shard_on_cpus()
+    for name, options in WHOLE_RUNS.items():
+        options = options() | FSDP2
+        if name == "sampled":  # the checkpoints of this one are spread over the ranks, too
+            config = FSDP2["fsdp_config"] | {"state_dict_type": "SHARDED_STATE_DICT"}
+            options |= {"fsdp_config": config}
+        for resumed in (None, "checkpoint-2", True):  # a straight run, part of it, the end of it
+            made = trainer(folder / name, **options, student=student_of(name))
+            start = folder / name / resumed if isinstance(resumed, str) else resumed
+            made.train(resume_from_checkpoint=start)
+            assert made.state.global_step == 4
+            made.export_student(folder / name / f"student-{resumed}")
+        if dist.get_rank() == 0:
+            losses = [line["eval_loss"] for line in made.state.log_history if "eval_loss" in line]
+            torch.save(torch.tensor(losses), folder / f"{name}-losses.pt")
+
+
+def student_of(name: str):
+    torch.manual_seed(0)
+    model = toy.model()
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+    return get_peft_model(model, config) if name == "lora" else model
+
+
+SAVING = {
+    "max_steps": 4,
+    "optim": "adamw_torch",
+    "learning_rate": 1e-2,
+    "max_grad_norm": 0.5,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "per_device_eval_batch_size": 2,
+    "per_device_train_batch_size": 4,
+}
+WHOLE_RUNS = {
+    name: lambda rollout=rollout: {
+        "rows": dataset(16),
+        "eval_dataset": dataset(5, seed=4),
+        **({"rollout": rollout()} if rollout else {}),
+        **SAVING,
+    }
+    for name, rollout in {
+        "fixed": None,
+        "lora": None,
+        "sampled": lambda: SampledRollout("student", max_new_tokens=4),
+        "replay": lambda: ReplayRollout(SampledRollout(max_new_tokens=4), capacity=4),
+        "interleaved": lambda: InterleavedRollout(**INTERLEAVED),
+    }.items()
+}
+
+
+def sharded_bfloat16(folder: Path) -> None:
+    """The loss and the scale of the gradient are not rounded, although the weights are."""
+    shard_on_cpus()
+    made = trainer(
+        folder / "run", rows=dataset(16), bf16=True, per_device_train_batch_size=4, **FSDP2
+    )
+    made.train()
+    policy = made.accelerator.state.fsdp_plugin.mixed_precision_policy
+    assert policy.param_dtype is torch.bfloat16
+    mine = weights(made.model.student)
+    if dist.get_rank() == 0:
+        torch.save(mine, folder / "weights.pt")
+        torch.save(torch.tensor(made.state.log_history[0]["loss"]), folder / "loss.pt")
+
+
+CASES = (
+    sharded,
+    sharded_writing,
+    sharded_alone,
+    sharded_conformance,
+    sharded_runs,
+    sharded_bfloat16,
+)
