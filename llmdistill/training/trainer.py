@@ -184,8 +184,7 @@ class DistillTrainer(AheadTrainer):
         The scales already contain each term's weight, its divisor of the whole step and the number
         of ranks, so `num_items_in_batch` is not used.
         """
-        # DDP has autocast in its forward pass already; FSDP2 has it not.
-        with self.accelerator.autocast():
+        with self.accelerator.autocast():  # DDP has it in its forward pass, but FSDP2 has not
             output = model(inputs["sequences"], inputs["scales"])
         self._step_loss = self._step_loss + output.loss.detach()
         self._tally.add_terms(output.terms)
@@ -199,7 +198,7 @@ class DistillTrainer(AheadTrainer):
         rest = self.accelerator.gradient_state.remainder
         filler_B = _filler_rows(self.accelerator, [inputs], rest)
         sequences = sequences.without_loss(filler_B).to(self.args.device)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.accelerator.autocast():
             output = model(sequences)
         self._eval_tally.add_terms(output.terms)
         return output.loss, None, None
