@@ -105,7 +105,8 @@ def _teacher(
         config = load_config(weights.model, revision=weights.revision)
         teacher = skeleton(config, sees_images=weights.sees_images)
         teacher = teacher.to(DTYPES[weights.dtype] or preferred_dtype(default_device()))
-        resident = 1 if weights.offload else None  # decoder layers on the device at a time
+        # Decoder layers on the device at a time.  The shares of processes are not known here.
+        resident = {"offloaded": 1, "spread": 0}.get(weights.placement)
         name = "teacher's weights" if len(section.models) == 1 else f"weights of teacher {place}"
         size = _dtype_bytes(weights.dtype)
         parts[name] = weight_bytes(teacher, size, weights.quantization, resident)

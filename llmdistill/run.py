@@ -43,6 +43,7 @@ from llmdistill.measuring import Result, measuring_of
 from llmdistill.models.build import build_student, export_dtype
 from llmdistill.models.heads import num_rows, unwrap_adapters
 from llmdistill.models.load import default_device, native_bfloat16
+from llmdistill.models.placement import is_whole
 from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.build import build_objectives
 from llmdistill.protocols import Exports, Teacher
@@ -233,8 +234,7 @@ def _student(recipe: Recipe, teacher: Teacher | None, parts: Parts) -> Any:
     if isinstance(teacher, LocalTeacher) and same:
         model = teacher.model
         wanted = getattr(torch, section.dtype) if section.dtype != "auto" else None
-        whole = not any(parameter.is_meta for parameter in model.parameters())  # not offloaded
-        if whole and model.dtype == wanted and not getattr(model, "is_quantized", False):
+        if is_whole(model) and model.dtype == wanted and not getattr(model, "is_quantized", False):
             base = model
     assert parts.sample is not None
     return build_student(

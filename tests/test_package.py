@@ -49,7 +49,7 @@ SIGNATURES = {
     "MixedRollout": "student other share",
     "Sampling": "temperature top_p top_k continuous",
     "distill": "recipe resume overwrite show_progress",
-    "load_model": "name revision dtype device quantization offload attn_implementation sees_images",
+    "load_model": "name revision dtype device quantization placement attn_implementation sees_images",
     "load_recipe": "path overrides",
 }
 

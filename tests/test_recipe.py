@@ -15,6 +15,7 @@ from llmdistill import recipe as recipes
 from llmdistill.errors import RecipeError
 from llmdistill.objectives.divergences import DIVERGENCES
 from llmdistill.recipe import facts, objectives, rollouts, teachers
+from llmdistill.recipe.generation import GenerationRecipe
 
 MINIMAL = {
     "output": "runs/a",
@@ -426,6 +427,46 @@ def test_sources_that_cannot_be_are_named(data, said):
 def test_a_stream_with_a_number_of_steps_is_fine():
     data = {"data": {"train": "a", "streaming": True}, "training": {"max_steps": 3}}
     assert recipes.build(MINIMAL | data).data.streaming
+
+
+SHARDED = {"model": "org/teacher", "placement": "sharded"}
+STREAMED = {"data": {"train": "a", "streaming": True}, "training": {"max_steps": 3}}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"teacher": {"kind": "route", "column": "c", "teachers": [SHARDED | {"name": "a"}]}},
+            "a teacher of kind route depends on rows, and ranks with different rows would wait",
+        ),
+        (
+            {"teacher": {"kind": "curriculum", "teachers": [SHARDED]}},
+            "a teacher of kind curriculum depends on rows",
+        ),
+        (
+            STREAMED | {"teacher": SHARDED, "rollout": {"kind": "sampled", "by": "teacher"}},
+            "the teacher writes the responses to a stream, and ranks",
+        ),
+        ({"teacher": SHARDED | {"kind": "online"}}, "Remove 'quantization', 'placement'"),
+        ({"teacher": {"model": "t", "offload": True}}, "It is now called 'placement'"),
+    ],
+)
+def test_a_placement_that_cannot_work_is_refused(given, said):
+    assert said in message(MINIMAL | given)
+
+
+def test_a_sharded_teacher_that_all_ranks_run_equally_often_is_fine():
+    assert recipes.build(MINIMAL | {"teacher": SHARDED}).teacher.placement == "sharded"
+    assert recipes.build(MINIMAL | STREAMED | {"teacher": SHARDED})
+    both = {"kind": "ensemble", "teachers": [SHARDED, SHARDED]}
+    assert recipes.build(MINIMAL | {"teacher": both, "rollout": {"kind": "fixed"}})
+
+
+def test_generation_shares_the_rows_and_refuses_a_sharded_teacher():
+    given = {"output": "a", "target": 2, "generator": {"kind": "answer", "prompts": "p.jsonl"}}
+    with pytest.raises(ValidationError, match="ask the teacher for different rows"):
+        GenerationRecipe.model_validate(given | {"teacher": SHARDED})
 
 
 # ---- schedules and replay ----

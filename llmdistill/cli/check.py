@@ -142,7 +142,7 @@ def _models(recipe: Recipe) -> None:
         console.print(f"{label:12} {text}", soft_wrap=True, markup=False, highlight=False)
 
     for place, one in enumerate(recipe.teacher.models):
-        kept = [one.dtype, one.quantization, "layers in CPU memory" if one.offload else None]
+        kept = [one.dtype, one.quantization, None if one.placement == "whole" else one.placement]
         form = ", ".join(part for part in kept if part)
         line("" if place else "teacher", f"{one.model} on {one.device or here} ({form})")
     if recipe.teacher.who:

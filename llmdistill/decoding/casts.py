@@ -22,7 +22,9 @@ def cast_once(model: nn.Module) -> Iterator[None]:
     when its own outermost context ends.
     """
     frozen = []
-    if any(torch.is_autocast_enabled(kind) for kind in {p.device.type for p in model.parameters()}):
+    # Offloaded weights are on no device, and have no copies that could be kept.
+    kinds = {p.device.type for p in model.parameters() if not p.is_meta}
+    if any(map(torch.is_autocast_enabled, kinds)):
         # Autocast copies float32 weights alone.  Quantised and sharded weights have other types.
         frozen = [
             parameter

@@ -26,6 +26,7 @@ from llmdistill.decoding.packed import packed
 from llmdistill.decoding.transfer import send
 from llmdistill.errors import ModelError
 from llmdistill.models.heads import Head, eval_mode, split, unwrap_adapters
+from llmdistill.models.placement import at_hand
 from llmdistill.models.sharding import has_sharded_weights
 from llmdistill.models.vocabulary import end_ids, num_tokens
 
@@ -207,6 +208,7 @@ def session(
 ) -> Iterator[Session]:
     """Open a Session of a model that is ready to write, and restore the model afterwards."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(at_hand(model))
         # Packed inside `within`, because its autocast decides the dtype that layers are packed for.
         with within():
             stack.enter_context(ready_to_write(model, len(prompts)))

@@ -33,6 +33,7 @@ from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
 from llmdistill.models.footprint import num_bytes
 from llmdistill.models.heads import eval_mode
 from llmdistill.models.load import default_device, preferred_dtype
+from llmdistill.models.sharding import has_sharded_weights
 from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import num_tokens
 from llmdistill.protocols import Teacher, Writes, plain
@@ -145,6 +146,8 @@ class Evaluation:
         # A teacher may train a student with other distributions than those of its model.
         teacher = plain(teacher)
         self.teacher = teacher
+        # Ranks that share the weights of the teacher make the same passes, on the same prompts.
+        self.alike = has_sharded_weights(_local_model(teacher))
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.seed = seed
@@ -246,7 +249,7 @@ class Evaluation:
         places = [place for some in self._own_batches() for place in some]
         ids = [ids for some in batches for ids in some.responses()]
         own = [one for _, one in sorted(zip(places, ids, strict=True))]
-        responses = of_all_rows(own, len(self.prompts))
+        responses = of_all_rows(own, len(self.prompts), alike=self.alike)
         return Written(batches, responses, self._decode(responses))
 
     def _speed(self, model: PreTrainedModel) -> float:
@@ -255,7 +258,7 @@ class Evaluation:
         No row ends early, so the speed does not depend on what the model writes.  Only the first
         rank is timed: processes on one machine would slow each other down.
         """
-        if not PartialState().is_main_process:
+        if not (PartialState().is_main_process or self.alike):
             return 0.0
         limit = room(model.config.get_text_config(), 0)
         timed = int(min(TIMED_TOKENS, limit // 2))
@@ -303,7 +306,7 @@ class Evaluation:
 
     def _own_batches(self) -> Iterator[list[int]]:
         """Yield the places of this rank's prompts, in batches of similar length."""
-        own = own_rows(len(self.prompts))
+        own = own_rows(len(self.prompts), alike=self.alike)
         lengths = self.prompts.attention_mask_BP.sum(1)[own].tolist()
         for batch in by_tokens(lengths, self.max_new_tokens, BATCH_SIZE):
             yield [own[place] for place in batch]

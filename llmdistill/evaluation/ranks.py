@@ -13,16 +13,18 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def own_rows(number: int) -> list[int]:
-    """Return the rows of this rank, of `number` rows."""
+def own_rows(number: int, *, alike: bool = False) -> list[int]:
+    """Return the rows of this rank, of `number` rows; all of them if the ranks work `alike`."""
     state = PartialState()
+    if alike:
+        return list(range(number))
     return list(range(state.process_index, number, state.num_processes))
 
 
-def of_all_rows(own: Sequence[T], number: int) -> list[T]:
+def of_all_rows(own: Sequence[T], number: int, *, alike: bool = False) -> list[T]:
     """Return what all ranks have for their rows, in the order of the rows."""
     state = PartialState()
-    if state.num_processes == 1:
+    if state.num_processes == 1 or alike:
         return list(own)
     # Rank r has rows r, r + n, r + 2n, ...
     parts = gather_object([list(own)])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmdistill.errors import ModelError
 from llmdistill.models.embedded import public_name
+from llmdistill.models.placement import is_whole
 
 logger = logging.getLogger("llmdistill")
 
@@ -98,13 +99,13 @@ def require_mergeable(student: PeftModel) -> None:
 
 
 def require_plain(model: PreTrainedModel) -> None:
-    """Raise ModelError if the weights cannot be trained: they are quantised or offloaded."""
-    offloaded = any(parameter.is_meta for parameter in model.parameters())
-    if offloaded or getattr(model, "is_quantized", False):
+    """Raise ModelError if the weights cannot be trained: they are quantised or not in one place."""
+    whole = is_whole(model)
+    if not whole or getattr(model, "is_quantized", False):
         raise ModelError(
             f"the weights of this {type(model).__name__} are "
-            f"{'offloaded' if offloaded else 'quantised'}, so a teacher made of it cannot be "
-            "trained. Load it without quantization and offload, or use a LocalTeacher."
+            f"{'quantised' if whole else 'not in one place'}, so a teacher made of it cannot be "
+            "trained. Load it without quantization and placement, or use a LocalTeacher."
         )
 
 

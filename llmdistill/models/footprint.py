@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from llmdistill.models import widths
 from llmdistill.models.carve import Plan, check_num_layers, evenly_spaced, keep_layers
@@ -60,7 +61,8 @@ def num_bytes(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
     total = 0
     for parameter in model.parameters():
         inner = [parameter]
-        if hasattr(parameter, "__tensor_flatten__"):  # torchao's are tensors made of tensors
+        # Those of torchao are tensors made of tensors.  Sharded ones count with all their shards.
+        if hasattr(parameter, "__tensor_flatten__") and not isinstance(parameter, DTensor):
             inner = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
         total += sum(tensor.numel() * tensor.element_size() for tensor in inner)
     return total

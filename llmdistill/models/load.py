@@ -28,7 +28,7 @@ from llmdistill.models.kernels import (
     attention_errors,
     require_attention,
 )
-from llmdistill.models.offload import offload_layers
+from llmdistill.models.placement import PLACEMENTS
 from llmdistill.models.quantization import quantization_config
 from llmdistill.models.text_part import text_part
 from llmdistill.models.vocabulary import MODEL_ROWS, num_tokens
@@ -63,7 +63,7 @@ def load_model(
     dtype: str = "auto",
     device: str | torch.device | None = None,
     quantization: str | None = None,
-    offload: bool = False,
+    placement: str = "whole",
     attn_implementation: str = AUTO,
     sees_images: bool = False,
 ) -> PreTrainedModel:
@@ -76,8 +76,8 @@ def load_model(
         dtype: `auto` means `preferred_dtype(device)`.
         device: None means the GPU of this process, or the CPU if there is none.
         quantization: A name in QUANTIZATIONS.
-        offload: Keep the decoder layers in the CPU's memory.  Each one visits the GPU for its
-            forward pass.
+        placement: Where the decoder layers are: a name in PLACEMENTS.  A model that is not whole
+            cannot be trained, and a parked one runs within `placement.at_hand` only.
         attn_implementation: What computes the attention: a name in IMPLEMENTATIONS, a kernel of the
             Hub, or a name that is registered with transformers.
         sees_images: Load the whole of a model that reads images and text, and not its text part.
@@ -91,13 +91,16 @@ def load_model(
     wanted = DTYPES[dtype] or preferred_dtype(device)
     require_attention(name, attn_implementation, device)
     options: Any = {"attn_implementation": attn_implementation, "sees_images": sees_images}
-    if not offload:
+    if placement == "whole":
         return _load(name, revision, wanted, device, quantization, **options)
-    if device.type == "cpu" or quantization is not None:
-        reason = "the device is the CPU" if device.type == "cpu" else "it is quantised"
-        raise ModelError(f"cannot offload '{name}': {reason}; leave `offload` out")
+    has_gpu = device.type != "cpu" or placement == "sharded"  # ranks on CPUs can share weights
+    if not has_gpu or quantization is not None or placement not in PLACEMENTS:
+        reason = "it is quantised" if has_gpu else "the device is the CPU"
+        if placement not in PLACEMENTS:
+            reason = f"placement '{placement}' is not one of {', '.join(PLACEMENTS)}"
+        raise ModelError(f"cannot load '{name}' in parts: {reason}. Leave placement out.")
     here = torch.device("cpu")
-    return offload_layers(_load(name, revision, wanted, here, None, **options), device)
+    return PLACEMENTS[placement](_load(name, revision, wanted, here, None, **options), device)
 
 
 def _load(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmdistill.errors import ModelError
 from llmdistill.models.layers import decoder_layers
+from llmdistill.models.placement import is_whole
 
 Limits = dict[nn.Module, dict[str, float]]  # of each weight matrix of a module, by its name
 
@@ -23,17 +24,19 @@ def thresholds(model: Any, share: float) -> Limits:
     """Return the size below which a weight of each matrix is among the smallest ones.
 
     `share` is the share of the smallest weights of each matrix, 0 to 1 (L1, unstructured).  Raises
-    ModelError for weights that are quantised or offloaded.
+    ModelError for weights that are quantised or not in one place.
     """
     found: Limits = {}
+    whole = is_whole(model)
     for module in decoder_layers(model).modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() < 2:
                 continue
-            if type(weight) is not nn.Parameter or weight.is_meta:
+            if type(weight) is not nn.Parameter or not whole:
                 raise ModelError(
                     f"{type(model).__name__}: the weights of a {type(module).__name__} are "
-                    "quantised or offloaded, so they cannot be pruned. Load the model without that."
+                    "quantised or not in one place, so they cannot be pruned. Load the model "
+                    "without that."
                 )
             number = round(share * weight.numel())
             sizes = weight.detach().abs().flatten().float()

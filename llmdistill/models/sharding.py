@@ -13,12 +13,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 
-def has_sharded_weights(model: nn.Module) -> bool:
+def has_sharded_weights(model: nn.Module | None) -> bool:
     """Whether a forward pass gathers weights from other ranks (FSDP2 or ZeRO-3).
 
-    All ranks must then make the same number of forward passes.
+    All ranks must then make the same number of forward passes.  None has no weights.
     """
-    return any(isinstance(one, DTensor) or hasattr(one, "ds_id") for one in model.parameters())
+    return model is not None and any(
+        isinstance(one, DTensor) or hasattr(one, "ds_id") for one in model.parameters()
+    )
 
 
 def largest(number: int) -> int:

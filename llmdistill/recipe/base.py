@@ -15,6 +15,7 @@ from llmdistill.recipe.tables import Table, one_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = one_of(Table("models/quantization.py", "QUANTIZATIONS"))
+Placement = one_of(Table("models/placement.py", "PLACEMENTS"))
 _IMPLEMENTATIONS = Table("models/kernels.py", "IMPLEMENTATIONS")
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def unfit_teacher(recipe: Recipe) -> str | None:
     """Return the first reason why the rest of a recipe does not fit its teacher, or None."""
-    checks = (_objectives, _writing, _rows, _reference, _tokenizer)
+    checks = (_objectives, _writing, _rows, _shares, _reference, _tokenizer)
     found = (check(recipe) for check in checks)
     return next((wrong for wrong in found if wrong), None) or recipe.teacher.misfit(recipe)
 
@@ -77,6 +77,23 @@ def _rows(recipe: Recipe) -> str | None:
         return (
             f"a teacher of kind {recipe.teacher.kind} looks up rows by their ids, which a stream "
             "does not keep. Set 'data.streaming: false'."
+        )
+    return None
+
+
+def _shares(recipe: Recipe) -> str | None:
+    """Find out whether all ranks run a sharded teacher equally often."""
+    if all(one.placement != "sharded" for one in recipe.teacher.models):
+        return None
+    unequal = None
+    if recipe.teacher.depends_on_rows:
+        unequal = f"a teacher of kind {recipe.teacher.kind} depends on rows, and"
+    elif recipe.data.streaming and recipe.rollout.teacher_writes:
+        unequal = "the teacher writes the responses to a stream, and"
+    if unequal is not None:
+        return (
+            f"{unequal} ranks with different rows would wait for each other with 'placement: "
+            "sharded'. Use another placement."
         )
     return None
 

@@ -169,6 +169,12 @@ class GenerationRecipe(Strict):
                 "the judge would not see the images of the prompts. Leave 'judge.teacher' out, or "
                 "set its kind to multimodal.",
             )
+        if any(getattr(one, "placement", "whole") == "sharded" for one in (self.teacher, judge)):
+            raise PydanticCustomError(
+                "sharded",
+                "the ranks ask the teacher for different rows, and would wait for each other with "
+                "'placement: sharded'. Use another placement.",
+            )
         if "quality" in asked and not self.generator.answers:
             raise PydanticCustomError(
                 "judge",

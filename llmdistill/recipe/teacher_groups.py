@@ -71,8 +71,8 @@ class SeveralTeachers(TeacherSection):
     """Base of the sections that load several frozen teachers."""
 
     teachers: list[LocalTeacherRecipe] = Field(min_length=1)
-    """Teachers with one vocabulary, each with the keys of kind `local`.  `offload` keeps the layers
-    of a teacher in CPU memory, so that only the teacher that runs needs memory of the GPU.
+    """Teachers with one vocabulary, each with the keys of kind `local`.  With `placement: parked`
+    only the teacher that runs has its layers on the GPU.
     """
     steps: ClassVar[bool] = False
 
@@ -153,6 +153,8 @@ class EnsembleTeacherRecipe(SeveralTeachers):
 class RouteTeacherRecipe(SeveralTeachers):
     """Several teachers, one of which teaches each row: the one that a column of the row names."""
 
+    depends_on_rows: ClassVar[bool] = True
+
     kind: Literal["route"] = "route"
     teachers: list[NamedTeacherRecipe] = Field(min_length=1)  # type: ignore[assignment]
     """Teachers with one vocabulary, each with a `name` and the keys of kind `local`.  A teacher
@@ -190,6 +192,8 @@ class CurriculumTeacherRecipe(SeveralTeachers):
     A row is as hard as its response is unlikely to the largest expert, which reads all rows before
     training.  The student is measured against the largest expert.
     """
+
+    depends_on_rows: ClassVar[bool] = True
 
     kind: Literal["curriculum"] = "curriculum"
     teachers: list[LocalTeacherRecipe] = Field(min_length=1)

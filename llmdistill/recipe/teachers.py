@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmdistill.recipe.base import AttnImplementation, Dtype, Quantization, Strict
+from llmdistill.recipe.base import AttnImplementation, Dtype, Placement, Quantization, Strict
 from llmdistill.recipe.tables import Table, defaults, needs, one_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Weights(NamedTuple):
     revision: str | None
     dtype: Dtype
     quantization: Quantization | None
-    offload: bool
+    placement: Placement
     device: str | None
     sees_images: bool = False
 
@@ -77,6 +77,8 @@ class TeacherSection(Strict):
 
     uses_student: ClassVar[bool] = False
     """Whether the teacher runs the student's own model."""
+    depends_on_rows: ClassVar[bool] = False
+    """Whether it depends on a row which of its models run."""
     several_runs: ClassVar[bool] = False
     """Whether the recipe consists of several runs, each with a teacher of another kind."""
 
@@ -143,6 +145,7 @@ class TeacherSection(Strict):
 class LocalTeacherRecipe(TeacherSection):
     """A teacher model on this machine."""
 
+    RENAMED: ClassVar = {"offload": "placement"}
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
     """Keys that a resumed `llmdistill generate` can change."""
     is_remote: ClassVar[bool] = False
@@ -169,10 +172,12 @@ class LocalTeacherRecipe(TeacherSection):
     """Quantise the weights on loading, to fit a larger teacher into memory.  `null` keeps them as
     they are.  It needs the extra `quantization`, and an unquantised model that is not an adapter.
     """
-    offload: bool = False
-    """Keep the decoder layers in CPU memory and copy each to the GPU for its own forward pass.
-    This fits a larger teacher onto the GPU, but is slower.  It cannot be combined with
-    `quantization`.
+    placement: Placement = "whole"
+    """Where the decoder layers are.  `whole`: on the device.  `sharded`: each process has a share
+    of each layer (FSDP2).  `spread`: on the other GPUs, for one process.  `parked`: in CPU memory
+    while the teacher does nothing.  `offloaded`: in CPU memory, and each one is copied to the GPU
+    for its own forward pass, which takes the least memory and the most time.  Only `whole` can be
+    combined with `quantization`.
     """
     attn_implementation: AttnImplementation = "auto"
     """What computes the attention: `eager`, `sdpa`, `flash_attention_2`, `flash_attention_3`,
@@ -186,7 +191,7 @@ class LocalTeacherRecipe(TeacherSection):
 
     @property
     def models(self) -> tuple[Weights, ...]:
-        kept = (self.dtype, self.quantization, self.offload, self.device)
+        kept = (self.dtype, self.quantization, self.placement, self.device)
         return (Weights(self.model, self.revision, *kept),)
 
     def source(self, student: StudentRecipe) -> tuple[str, str | None]:
@@ -198,6 +203,11 @@ class LocalTeacherRecipe(TeacherSection):
         return None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the weights are neither quantised nor in several places."""
+        return self.quantization is None and self.placement == "whole"
+
+    @property
     def tokenizer_source(self) -> tuple[str, str | None]:
         """Name and revision of the teacher's tokenizer."""
         return self.model, self.revision
@@ -206,7 +216,7 @@ class LocalTeacherRecipe(TeacherSection):
 class PrunedTeacherRecipe(LocalTeacherRecipe):
     """A teacher model on this machine whose logits are blended with those of the same model without
     its smallest weights (R2KD).  It takes two forward passes and no memory for a copy.  It cannot
-    be quantised or offloaded.
+    be quantised, and it is `whole`.
     """
 
     kind: Literal["pruned"] = "pruned"  # type: ignore[assignment]
@@ -222,11 +232,11 @@ class PrunedTeacherRecipe(LocalTeacherRecipe):
 
     @model_validator(mode="after")
     def _plain_weights(self) -> PrunedTeacherRecipe:
-        if self.quantization or self.offload:
+        if not self.is_plain:
             raise PydanticCustomError(
                 "pruned",
                 "a teacher of kind pruned needs plain weights. Remove 'quantization' and "
-                "'offload', or use a teacher of kind local.",
+                "'placement', or use a teacher of kind local.",
             )
         return self
 
@@ -234,8 +244,8 @@ class PrunedTeacherRecipe(LocalTeacherRecipe):
 class OnlineTeacherRecipe(LocalTeacherRecipe):
     """A teacher model on this machine that trains along (OKD).  An adapter in it learns from the
     same forward passes as the student: it moves towards the student, and the labels hold it back.
-    The student is measured against the teacher without the adapter.  The teacher can neither be
-    quantised nor offloaded.
+    The student is measured against the teacher without the adapter.  The teacher cannot
+    be quantised, and it is `whole`.
     """
 
     kind: Literal["online"] = "online"  # type: ignore[assignment]
@@ -278,11 +288,11 @@ class OnlineTeacherRecipe(LocalTeacherRecipe):
 
     @model_validator(mode="after")
     def _plain_weights(self) -> OnlineTeacherRecipe:
-        if self.quantization or self.offload or self.device:
+        if not self.is_plain or self.device:
             raise PydanticCustomError(
                 "online",
                 "a teacher of kind online is trained, which needs plain weights on the student's "
-                "device. Remove 'quantization', 'offload' and 'device', or use a teacher of kind "
+                "device. Remove 'quantization', 'placement' and 'device', or use a teacher of kind "
                 "local.",
             )
         return self
@@ -340,11 +350,11 @@ class MultimodalTeacherRecipe(LocalTeacherRecipe):
 
     @model_validator(mode="after")
     def _plain_weights(self) -> MultimodalTeacherRecipe:
-        if self.quantization or self.offload:
+        if not self.is_plain:
             raise PydanticCustomError(
                 "multimodal",
                 "a teacher of kind multimodal needs plain weights on one device. Remove "
-                "'quantization' and 'offload'.",
+                "'quantization' and 'placement'.",
             )
         return self
 

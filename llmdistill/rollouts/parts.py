@@ -16,7 +16,7 @@ from torch import nn
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.batches import by_tokens, rows_at_once, tokens_that_fit
 from llmdistill.models.limits import advice_on_memory
-from llmdistill.models.sharding import has_sharded_weights
+from llmdistill.models.sharding import has_sharded_weights, largest
 from llmdistill.sampling import Draw
 
 if TYPE_CHECKING:
@@ -54,16 +54,18 @@ def in_parts(
             tokens=min(rooms, default=None),
         )
     )
-    if len(places) <= 1:
+    number = most_of_all(len(places), *writers)
+    if number == 1:
         with advice_on_memory(functools.partial(_advice, prompts)):
             return write(prompts, draw)
     written = []
-    for some in places:
+    idle = [[0]] * (number - len(places))
+    for some in [*places, *idle]:
         part = prompts.select(some, pad_id=0)
         with advice_on_memory(functools.partial(_advice, part)):
             written.append(write(part, _part(draw, some)))
     order = torch.tensor([place for some in places for place in some]).argsort()
-    return Sequences.join(written).select(order)
+    return Sequences.join(written[: len(places)]).select(order)
 
 
 def most_rows(batch_size: int | Literal["auto"], writer: Any) -> int:
@@ -77,13 +79,19 @@ def most_rows(batch_size: int | Literal["auto"], writer: Any) -> int:
 def room(writer: Any) -> int | None:
     """Return the number of tokens whose cache fits into the free memory of a writer.
 
-    None is no limit: for a writer without a model here, and for sharded weights, because all ranks
-    must then write in the same number of parts.
+    None is no limit, for a writer without a model here.
     """
     model = _model_of(writer)
-    if model is None or has_sharded_weights(model):
-        return None
-    return tokens_that_fit(model)
+    return None if model is None else tokens_that_fit(model)
+
+
+def most_of_all(number: int, *writers: Any) -> int:
+    """Return the largest number of any rank if weights of a writer are sharded, or this one.
+
+    Ranks that gather weights from each other must write the same number of batches.
+    """
+    sharded = any(has_sharded_weights(_model_of(one)) for one in writers)
+    return largest(number) if sharded else number
 
 
 def _advice(prompts: Prompts) -> str:

@@ -25,7 +25,7 @@ from llmdistill.batch import Prompts, Sequences
 from llmdistill.errors import RecipeError
 from llmdistill.protocols import Planned, Progress, Student, Teacher, Writes, changes
 from llmdistill.rollouts.kept import KeptResponses, identity, response_key
-from llmdistill.rollouts.parts import in_parts
+from llmdistill.rollouts.parts import in_parts, most_of_all
 from llmdistill.sampling import Draw, Sampling, Writer
 
 
@@ -127,12 +127,14 @@ class SampledRollout:
         """
         keys_B = _keys(prompts, samples)
         places = self.kept.missing(keys_B).tolist()
-        if not places:
+        if most_of_all(len(places), teacher) == 0:
             return
-        some = tuple(samples[place] for place in places)
+        asked = places or [0]  # other ranks write, and this one makes the same passes
+        some = tuple(samples[place] for place in asked)
         draw = Draw(seed, sample=some if len(set(some)) > 1 else some[0])
-        written = self._write(_writing(teacher), prompts.select(places, pad_id=0), draw)
-        self.kept.add(keys_B[places], written.responses())
+        written = self._write(_writing(teacher), prompts.select(asked, pad_id=0), draw)
+        if places:
+            self.kept.add(keys_B[places], written.responses())
 
     def share(self, *, all_there: bool = False) -> None:
         """Read what other ranks have written.  All ranks must call it together.

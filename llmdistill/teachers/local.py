@@ -21,6 +21,7 @@ from llmdistill.forward import read
 from llmdistill.models.heads import check_split, num_rows
 from llmdistill.models.kernels import AUTO
 from llmdistill.models.load import load_model, load_tokenizer
+from llmdistill.models.placement import at_hand
 from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import end_ids, num_tokens
 from llmdistill.sampling import Draw, Sampling, Writer
@@ -58,7 +59,7 @@ class LocalTeacher:
         dtype: str = "auto",
         device: str | torch.device | None = None,
         quantization: str | None = None,
-        offload: bool = False,
+        placement: str = "whole",
         attn_implementation: str = AUTO,
     ) -> LocalTeacher:
         """Load a model and its tokenizer as a teacher.
@@ -71,15 +72,16 @@ class LocalTeacher:
             dtype=dtype,
             device=device,
             quantization=quantization,
-            offload=offload,
+            placement=placement,
             attn_implementation=attn_implementation,
         )
         return cls(model, load_tokenizer(name, revision=revision))
 
     def _take(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        # A family whose head works differently is found here, not by a wrong loss.
-        check_split(model)
         self.model, self.tokenizer = model, tokenizer
+        with at_hand(model):
+            # A family whose head works differently is found here, not by a wrong loss.
+            check_split(model)
         self.num_tokens = num_tokens(tokenizer)
         if self.num_tokens > num_rows(model):
             raise VocabularyError(
@@ -105,8 +107,11 @@ class LocalTeacher:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[PreTrainedModel]:
-        """Give the model in its own dtype; autocast is for the student and is off here."""
-        with torch.autocast(self.device.type, enabled=False):
+        """Give the model with all of its layers at hand, in its own dtype.
+
+        Autocast is for the student and is off here.
+        """
+        with at_hand(self.model), torch.autocast(self.device.type, enabled=False):
             yield self.model
 
     @torch.no_grad()

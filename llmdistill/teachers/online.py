@@ -69,7 +69,7 @@ class OnlineTeacher(TrainableTeacher):
         seed: Seed of the adapter's random factor.
 
     Raises:
-        ModelError: The weights are quantised or offloaded, or no layer has one of the names.
+        ModelError: The weights are quantised or not in one place, or no layer has one of the names.
     """
 
     provides = LocalTeacher.provides

@@ -24,14 +24,14 @@ class PrunedTeacher(LocalTeacher):
     it is.  No copy of the model is made.
 
     Args:
-        model: A causal LM of transformers, neither quantised nor offloaded.
+        model: A causal LM of transformers that is not quantised, and in one place.
         tokenizer: The tokenizer of the model, with the student's vocabulary.
         share: Share of the weights of each matrix in the decoder layers that count as 0, the
             smallest ones.
         pruned_weight: Factor on the logits without these weights, 0 to 1.
 
     Raises:
-        ModelError: The weights are quantised or offloaded.
+        ModelError: The weights are quantised or not in one place.
     """
 
     # What it has read while writing is the model as it is, which is only a part of the signal.

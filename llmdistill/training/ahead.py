@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.decoding.batches import by_tokens
 from llmdistill.protocols import Progress, Writes, WritesAhead, changes
-from llmdistill.rollouts.parts import most_rows, room
+from llmdistill.rollouts.parts import most_of_all, most_rows, room
 from llmdistill.training.progress import ProgressBar
 from llmdistill.training.streams import StreamTrainer
 
@@ -165,6 +165,7 @@ def _write(
         )
     )[::-1]  # a lack of memory shows at once, and the last batches of the ranks end together
     own = batches[args.process_index :: args.world_size]
+    own += (own or batches)[-1:] * (most_of_all(len(own), teacher) - len(own))
     bar = tqdm(
         total=sum(map(len, own)),
         desc="the teacher writes",

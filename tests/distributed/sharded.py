@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from llmdistill import recipe as recipes
 from llmdistill.batch import Prompts
 from llmdistill.errors import TrainingError
 from llmdistill.models.layers import decoder_layers
@@ -30,10 +31,12 @@ from llmdistill.objectives.rtk import RtkObjective
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
+from llmdistill.run import distill
 from llmdistill.sampling import Draw, Sampling
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.step import Distillation
 from tests import toy
+from tests.support.spies import spy
 from tests.support.teachers import seam_objectives, trained
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
 
@@ -226,8 +229,29 @@ def sharded_bfloat16(folder: Path) -> None:
         torch.save(torch.tensor(made.state.log_history[0]["loss"]), folder / "loss.pt")
 
 
+ROLLOUTS = {
+    "fixed": {"kind": "fixed"},
+    "seqkd": {"kind": "sampled", "by": "teacher", "max_new_tokens": 4, "batch_size": 2},
+    "interleaved": {"kind": "interleaved", "top_k": 120, "block_size": 3, "max_new_tokens": 4},
+}
+
+
+def sharded_teacher(folder: Path) -> None:
+    """Whole runs with a teacher whose layers are spread over the ranks, which have unequal work."""
+    from tests.distributed.worker import measured_run
+
+    loaded = spy(LocalTeacher, "load")
+    for name, rollout in ROLLOUTS.items():
+        given = measured_run(folder, f"{name}-two") | {"rollout": rollout}
+        given["teacher"]["placement"] = "sharded"
+        distill(recipes.build(given), show_progress=False)
+    assert len(loaded) == len(ROLLOUTS)
+    assert all(has_sharded_weights(teacher.model) for teacher in loaded)
+
+
 CASES = (
     sharded,
+    sharded_teacher,
     sharded_writing,
     sharded_alone,
     sharded_conformance,

@@ -20,7 +20,7 @@ from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.run import distill
 from tests import toy
-from tests.distributed.sharded import REFUSED, WHOLE_RUNS, student_of
+from tests.distributed.sharded import REFUSED, ROLLOUTS, WHOLE_RUNS, student_of
 from tests.distributed.worker import SEAMS, every_entry, going_on, measured_run
 from tests.support.files import read_jsonl, write_jsonl
 from tests.support.machine import with_python_path
@@ -249,6 +249,33 @@ def test_another_number_of_ranks_goes_on_with_the_same_steps(tmp_path):
 def test_a_sharded_student_writes_as_a_plain_one(tmp_path):
     """F8."""
     two_ranks("sharded_writing", tmp_path)
+
+
+def test_a_sharded_teacher_is_a_whole_one(tmp_path, monkeypatch):
+    """D7: it scores, writes ahead, writes with the student, and is measured against.
+
+    7 rows and 3 held-out prompts are unequal work for two ranks.
+    """
+    toy.save_pair(tmp_path / "pair")
+    write_jsonl(tmp_path / "rows.jsonl", toy.rows(10))
+    two_ranks("sharded_teacher", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, rollout in ROLLOUTS.items():
+        alone = measured_run(tmp_path, f"{name}-one") | {"rollout": rollout}
+        distill(recipes.build(alone), show_progress=False)
+        one, two = (
+            load_file(tmp_path / f"{name}-{number}" / "student" / "model.safetensors")
+            for number in ("one", "two")
+        )
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
+        one, two = (
+            json.loads((tmp_path / f"{name}-{number}" / "evaluation.json").read_text())
+            for number in ("one", "two")
+        )
+        for measured, figures in one.items():
+            for figure in ("kl_teacher_text", "kl_own_text", "rouge_l_teacher", "perplexity"):
+                known = pytest.approx(figures[figure], rel=1e-4, abs=1e-6)
+                assert two[measured][figure] == known, (name, measured, figure)
 
 
 def test_a_run_that_measures_before_its_first_step(tmp_path):

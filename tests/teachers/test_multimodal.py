@@ -242,7 +242,7 @@ def test_what_it_cannot_do_is_refused_when_the_recipe_is_read():
     for parts, wrong in (
         ({"rollout": {"kind": "interleaved"}}, "cannot write token by token"),
         ({"objectives": [{"kind": "hidden"}]}, "needs hidden from the teacher"),
-        ({"teacher": given | {"offload": True}}, "needs plain weights on one device"),
+        ({"teacher": given | {"placement": "parked"}}, "needs plain weights on one device"),
         ({"data": {"train": "x", "streaming": True}, "training": {"max_steps": 1}}, "streaming"),
     ):
         with pytest.raises(RecipeError, match=wrong):

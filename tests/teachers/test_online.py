@@ -297,12 +297,12 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
 
 
 def test_quantised_and_offloaded_teachers_and_wrong_layers_are_refused():
-    for key, value in (("offload", True), ("quantization", "torchao_int8")):
+    for key, value in (("placement", "offloaded"), ("quantization", "torchao_int8")):
         with pytest.raises(RecipeError, match="kind online is trained, which needs plain weights"):
             entries.recipe(teacher={"kind": "online", "model": "t", key: value})
     model = toy.teacher_model()
     model.model.layers[0].mlp.up_proj.to("meta")
-    with pytest.raises(ModelError, match="are offloaded, so a teacher made of it cannot be"):
+    with pytest.raises(ModelError, match="are not in one place, so a teacher made of it cannot"):
         online(model)
     with pytest.raises(ModelError, match=r"teacher\.targets: .*gate_proj"):
         online(targets=["c_attn"])

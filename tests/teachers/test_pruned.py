@@ -143,12 +143,12 @@ def prompts():
 
 
 def test_quantised_and_offloaded_weights_are_refused():
-    for key, value in (("offload", True), ("quantization", "torchao_int8")):
+    for key, value in (("placement", "offloaded"), ("quantization", "torchao_int8")):
         with pytest.raises(RecipeError, match="kind pruned needs plain weights"):
             entries.recipe(teacher={"kind": "pruned", "model": "t", key: value})
     model = toy.teacher_model()
     model.model.layers[0].mlp.up_proj.to("meta")
-    with pytest.raises(ModelError, match="Linear are quantised or offloaded"):
+    with pytest.raises(ModelError, match="Linear are quantised or not in one place"):
         thresholds(model, 0.1)
 
 
