@@ -1,4 +1,4 @@
-"""Every bash, yaml and python block of the README and the manual runs on toys, or says why not."""
+"""P2: every bash, yaml and python block of the README and the manual runs on toys, or says why not."""
 
 from __future__ import annotations
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,17 @@ from llmdistill.objectives.features import HiddenObjective
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.run import distill
+from llmdistill.training.seal import numbered, require_sealed
 from tests import toy
 from tests.distributed.sharded import REFUSED, ROLLOUTS, WHOLE_RUNS, student_of
-from tests.distributed.worker import SEAMS, every_entry, going_on, measured_run
+from tests.distributed.worker import (
+    FIVE_STEPS,
+    SEAMS,
+    WRITERS,
+    every_entry,
+    going_on,
+    measured_run,
+)
 from tests.support.files import read_jsonl, write_jsonl
 from tests.support.machine import with_python_path
 from tests.support.recipes import build_generation
@@ -32,16 +42,33 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def two_ranks(case: str, folder: Path) -> torch.Tensor | None:
-    """Run a case of worker.py on two ranks; return the tensor that it saved, if any."""
+def launched(case: str, folder: Path, stop_at: str | None = None) -> subprocess.CompletedProcess:
+    """Run a case of worker.py on two ranks.
+
+    If the file `stop_at` appears in its folder, the launcher gets SIGTERM.
+    """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
         "--rdzv-endpoint=localhost:0", "-m", "tests.distributed.worker", case, str(folder),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": with_python_path(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        if stop_at is not None:
+            while not (folder / stop_at).is_file() and process.poll() is None:
+                time.sleep(0.05)
+            process.terminate()
+        try:
+            printed, told = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, printed, told)
+
+
+def two_ranks(case: str, folder: Path) -> torch.Tensor | None:
+    """Run a case that succeeds; return the tensor that it saved, if any."""
+    done = launched(case, folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     left = folder / "weights.pt"
     return torch.load(left, weights_only=True) if left.is_file() else None
@@ -56,6 +83,17 @@ def one_rank(folder: Path, **options) -> torch.Tensor:
 def test_the_same_global_batch_gives_the_same_weights(tmp_path):
     expected = one_rank(tmp_path / "one", rows=dataset(16), per_device_train_batch_size=16)
     torch.testing.assert_close(two_ranks("fixed", tmp_path), expected, rtol=0, atol=1e-6)
+
+
+def test_how_a_step_is_divided_changes_nothing(tmp_path):
+    """D2: 1 rank x 8 rows, 2 x 4, and 2 x 2 in two micro-batches, for five steps of SGD."""
+    two_ranks("partitions", tmp_path)
+    for name, rollout in WRITERS.items():
+        options = FIVE_STEPS | {"rows": dataset(FIVE_STEPS["rows"]), "rollout": rollout()}
+        expected = one_rank(tmp_path / "one", per_device_train_batch_size=8, **options)
+        for rows in (4, 2):
+            found = torch.load(tmp_path / f"{name}-{rows}.pt", weights_only=True)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=f"{name} {rows}")
 
 
 def test_rows_that_even_out_the_ranks_weigh_nothing(tmp_path):
@@ -137,11 +175,57 @@ def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["gradients", "empty_rank", "bad_rank", "kept_answers", "streamed"]
+    "case",
+    [
+        "gradients",
+        "empty_rank",
+        "empty_rank_resumed",
+        "bad_rank",
+        "kept_answers",
+        "streamed",
+        "restored",
+    ],
 )
 def test_on_two_ranks(tmp_path, case):
-    """D3, D5, N6, S1: `worker.py` asserts these on both ranks."""
+    """D3, D5, N6, R1, R2, S1: `worker.py` and `failing.py` assert these on both ranks."""
     two_ranks(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["rank_fails", "rank_killed"])
+def test_a_rank_that_ends_ends_both_and_the_run_can_be_resumed(tmp_path, case):
+    """D6, R3."""
+    done = launched(case, tmp_path)
+    assert done.returncode != 0
+    said = "rank 1 cannot write" if case == "rank_fails" else "SIGKILL"
+    assert said in done.stdout + done.stderr
+    assert [folder.name for folder in numbered(tmp_path / "run")] == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    found = two_ranks("after_a_failure", tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    assert torch.equal(found, two_ranks("after_a_failure", tmp_path)), "it is not the straight run"
+
+
+def test_sigterm_of_the_launcher_saves_and_ends_all_ranks(tmp_path):
+    """R7, D6."""
+    done = launched("asked_to_stop", tmp_path, stop_at="step-3")
+    assert done.returncode != 0
+    [saved] = numbered(tmp_path / "run")
+    step = require_sealed(saved).step
+    assert step >= 4
+    assert f"SIGTERM ended the run after step {step}" in done.stderr
+
+
+def test_one_rank_writes_what_is_of_all(tmp_path):
+    """D6."""
+    two_ranks("one_writes", tmp_path)
+    own, other = (
+        {file.name for file in (tmp_path / f"of-{rank}").rglob("*") if file.is_file()}
+        for rank in (0, 1)
+    )
+    assert other == {"rng_state_1.pth", "rollout_1.json"}
+    assert {"model.safetensors", "optimizer.pt", "manifest.json", "rng_state_0.pth"} <= own
 
 
 def test_every_divisor_and_what_trains_along_is_the_same_on_two_ranks(tmp_path):

@@ -29,7 +29,7 @@ from llmdistill.run import distill
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 from tests.conformance import entries
-from tests.distributed import sharded
+from tests.distributed import failing, sharded
 from tests.support.spies import spy
 from tests.support.teachers import Learner, every_teacher, seam_objectives, trained
 from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
@@ -46,6 +46,30 @@ def same_weights(folder: Path, **options) -> list[dict]:
     if dist.get_rank() == 0:
         torch.save(mine, folder / "weights.pt")
     return made.state.log_history
+
+
+WRITERS = {
+    "fixed": FixedRollout,
+    "sampled": lambda: SampledRollout("student", max_new_tokens=6),
+    "interleaved": lambda: InterleavedRollout(**INTERLEAVED),
+}
+FIVE_STEPS = {"rows": 40, "max_steps": 5}
+
+
+def partitions(folder: Path) -> None:
+    """Five steps of 8 rows: 2 ranks with 4 rows, and with two micro-batches of 2 rows."""
+    for name, rollout in WRITERS.items():
+        for rows, windows in ((4, 1), (2, 2)):
+            made = trainer(
+                folder / "run",
+                rollout=rollout(),
+                per_device_train_batch_size=rows,
+                gradient_accumulation_steps=windows,
+                **FIVE_STEPS | {"rows": dataset(FIVE_STEPS["rows"])},
+            )
+            made.train()
+            if dist.get_rank() == 0:
+                torch.save(weights(made.model.student), folder / f"{name}-{rows}.pt")
 
 
 def fixed(folder: Path) -> None:
@@ -134,17 +158,6 @@ def gradients(folder: Path) -> None:
     dist.all_gather(everyone, seen[0])
     assert torch.equal(everyone[0], everyone[1])
     assert everyone[0].abs().max() > 1e-3
-
-
-def empty_rank(folder: Path) -> None:
-    """D5, N6: rank 1 has no predicted token; nothing hangs, and rank 0's rows give the gradient."""
-
-    class HalfEmpty(FixedRollout):
-        def write(self, prompts, *others):
-            whole = super().write(prompts, *others)
-            return whole.without_loss(torch.full((len(whole),), dist.get_rank() == 1))
-
-    same_weights(folder, rows=dataset(8), rollout=HalfEmpty(), per_device_train_batch_size=4)
 
 
 def evaluation(folder: Path) -> None:
@@ -308,11 +321,12 @@ CASES = {
         interleaved,
         generating,
         gradients,
-        empty_rank,
         evaluation,
         bad_rank,
         seams,
         hidden_alone,
+        partitions,
+        *failing.CASES,
         *sharded.CASES,
         conformance,
         whole_run,
