@@ -48,6 +48,11 @@ TRAINING_ONLY = [
     "rollout*.json",
     "stream.json",
     "manifest.json",
+    # Of FSDP and DeepSpeed.
+    "pytorch_model_fsdp*",
+    "global_step*",
+    "latest",
+    "zero_to_fp32.py",
 ]
 
 

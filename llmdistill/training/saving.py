@@ -127,7 +127,8 @@ class StudentTrainer(Trainer):
         """
         with self.model.exported_weights():
             # Gathering sharded weights is a collective call, so every rank has to make it.
-            state = self.accelerator.get_state_dict(self.model_wrapped)
+            wrapped, sharded = self.model_wrapped, self._is_sharded()
+            state = self.accelerator.get_state_dict(wrapped) if sharded else self.model.state_dict()
             if self.args.should_save:
                 merged, dtype = self.merge_adapter, self.export_dtype
                 checkpoint.export(self.model, Path(folder), state, merged=merged, dtype=dtype)

@@ -125,6 +125,19 @@ FSDP2 = {
 }
 
 
+# DeepSpeed supports CPUs, so nothing is changed for it.
+ZERO2 = {
+    "deepspeed": {
+        "zero_optimization": {"stage": 2},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+}
+
+
 def shard_on_cpus() -> None:
     """Let Accelerate shard the models of this process, although there is no GPU."""
     original = AcceleratorState.__init__
@@ -142,18 +155,26 @@ def shard_on_cpus() -> None:
 
 def sharded_conformance(folder: Path) -> None:
     """Every objective, rollout and teacher that a recipe can have, or its refusal."""
+    shard_on_cpus()
+    _conformance(folder, FSDP2)
+
+
+def zero_conformance(folder: Path) -> None:
+    _conformance(folder, ZERO2)
+
+
+def _conformance(folder: Path, scaling: dict) -> None:
     from tests.distributed.worker import every_entry
 
-    shard_on_cpus()
     for name, options in every_entry():
         rows = {"rows": dataset(7), "per_device_train_batch_size": 4}
-        if name.removeprefix("teacher-") in REFUSED:
+        if scaling is FSDP2 and name.removeprefix("teacher-") in REFUSED:
             with pytest.raises(TrainingError, match="does not work with FSDP"):
-                trainer(folder / "run", **rows, **FSDP2, **options())
+                trainer(folder / "run", **rows, **scaling, **options())
             continue
-        made = trainer(folder / "run", **rows, **FSDP2, **options())
+        made = trainer(folder / "run", **rows, **scaling, **options())
         made.train()
-        assert has_sharded_weights(made.model.student)
+        assert has_sharded_weights(made.model.student) == (scaling is FSDP2)
         everything = trained(made)
         if dist.get_rank() == 0:
             torch.save(everything, folder / f"{name}.pt")
@@ -162,9 +183,19 @@ def sharded_conformance(folder: Path) -> None:
 def sharded_runs(folder: Path) -> None:
     """A run under FSDP2 that measures, clips and saves, its resumes, and its exported student."""
     shard_on_cpus()
+    _runs(folder, FSDP2)
+
+
+def zero_runs(folder: Path) -> None:
+    _runs(folder, ZERO2)
+
+
+def _runs(folder: Path, scaling: dict) -> None:
     for name, options in WHOLE_RUNS.items():
-        options = options() | FSDP2
-        if name == "sampled":  # the checkpoints of this one are spread over the ranks, too
+        options = options() | scaling
+        if (
+            name == "sampled" and scaling is FSDP2
+        ):  # the checkpoints of this one are spread over the ranks, too
             config = FSDP2["fsdp_config"] | {"state_dict_type": "SHARDED_STATE_DICT"}
             options |= {"fsdp_config": config}
         for resumed in (None, "checkpoint-2", True):  # a straight run, part of it, the end of it
@@ -257,4 +288,6 @@ CASES = (
     sharded_conformance,
     sharded_runs,
     sharded_bfloat16,
+    zero_conformance,
+    zero_runs,
 )
