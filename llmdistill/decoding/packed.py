@@ -48,7 +48,8 @@ def packed(model: nn.Module, batch_size: int) -> Iterator[None]:
 
 def _is_plain(weight: Tensor) -> bool:
     """Whether a weight is on the CPU, and neither quantised nor sharded."""
-    return weight.device.type == "cpu" and type(weight) is nn.Parameter
+    plain = type(weight) is nn.Parameter and not hasattr(weight, "ds_id")
+    return weight.device.type == "cpu" and plain
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:

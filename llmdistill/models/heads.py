@@ -106,7 +106,9 @@ def split(model: Any) -> tuple[nn.Module, Head]:
         )
     # With an adapter on the head (PEFT's "base_layer"), its weight alone would not be the head.
     weight_VH = getattr(output, "weight", None)
-    if not isinstance(weight_VH, Tensor) or weight_VH.dim() != 2 or hasattr(output, "base_layer"):
+    # ZeRO-3 leaves an empty weight behind outside a forward pass, with its real shape.
+    shape = getattr(weight_VH, "ds_shape", getattr(weight_VH, "shape", ()))
+    if not isinstance(weight_VH, Tensor) or len(shape) != 2 or hasattr(output, "base_layer"):
         raise ModelError(
             f"the output layer of {type(inner).__name__} ({type(output).__name__}) is not a plain "
             "linear layer. Leave it unquantised and without an adapter (student.peft.targets)."

@@ -41,6 +41,15 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def register_head(distillation: nn.Module) -> None:
+    """Let ZeRO-3 gather the weight of the student's head, which is used outside its own module."""
+    weight = distillation.get_output_embeddings().weight
+    if hasattr(weight, "ds_id"):
+        from deepspeed.runtime.zero import register_external_parameter
+
+        register_external_parameter(distillation, weight)
+
+
 def settle_precision(accelerator: Accelerator) -> None:
     """Let FSDP2 compute as DDP under autocast does: sums, counts and gradients stay float32.
 

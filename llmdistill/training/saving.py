@@ -13,7 +13,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import Trainer
 
-from llmdistill.models.sharding import has_sharded_weights, settle_precision
+from llmdistill.models.sharding import has_sharded_weights, register_head, settle_precision
 from llmdistill.protocols import Rollout
 from llmdistill.training import checkpoint
 from llmdistill.training.step import Distillation
@@ -37,6 +37,7 @@ class StudentTrainer(Trainer):
         """Let FSDP2 gather weights for the student's writing, as it does for a forward pass."""
         settle_precision(self.accelerator)
         prepared = super()._prepare_for_training(*args)
+        register_head(self.model)
         if isinstance(self.model, FSDPModule):
             register_fsdp_forward_method(self.model, "with_whole_weights")
         return prepared

@@ -14,8 +14,7 @@ from tests import toy
 from tests.conformance import entries, golden
 from tests.support.objectives import LargestTensor, loss, prepared
 from tests.support.rollouts import Repadded
-from tests.support.teachers import trained
-from tests.training.helpers import dataset, gradient, trainer, weights
+from tests.training.helpers import dataset, gradient, trained, trainer, weights
 
 pytestmark = pytest.mark.slow
 

@@ -21,8 +21,8 @@ from llmdistill.training.step import Distillation
 from tests import toy
 from tests.conformance import entries, golden
 from tests.support import vision
-from tests.support.teachers import every_teacher, section_on_toys, trained
-from tests.training.helpers import dataset, trainer
+from tests.support.teachers import every_teacher, section_on_toys
+from tests.training.helpers import dataset, trained, trainer
 
 TEACHERS = entries.teachers()
 each = pytest.mark.parametrize("name", TEACHERS)

@@ -6,6 +6,8 @@ is as on a GPU: how it wraps the model, and what Trainer does with the result.
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -37,8 +39,8 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.step import Distillation
 from tests import toy
 from tests.support.spies import spy
-from tests.support.teachers import seam_objectives, trained
-from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
+from tests.support.teachers import seam_objectives
+from tests.training.helpers import INTERLEAVED, dataset, trained, trainer, weights
 
 REFUSED = ("online", "resting", "mutual", "context", "average")  # teachers
 
@@ -138,6 +140,31 @@ ZERO2 = {
 }
 
 
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,  # or toys would stay whole
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def launch_with_zero3(folder: Path) -> None:
+    """Set what `accelerate launch --config_file recipes/accelerate/zero3.yaml` would set."""
+    file = folder / f"zero3-{dist.get_rank()}.json"
+    file.write_text(json.dumps(ZERO3))
+    os.environ |= {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
+    }
+
+
 def shard_on_cpus() -> None:
     """Let Accelerate shard the models of this process, although there is no GPU."""
     original = AcceleratorState.__init__
@@ -163,18 +190,23 @@ def zero_conformance(folder: Path) -> None:
     _conformance(folder, ZERO2)
 
 
+def zero3_conformance(folder: Path) -> None:
+    launch_with_zero3(folder)
+    _conformance(folder, {})
+
+
 def _conformance(folder: Path, scaling: dict) -> None:
     from tests.distributed.worker import every_entry
 
     for name, options in every_entry():
         rows = {"rows": dataset(7), "per_device_train_batch_size": 4}
-        if scaling is FSDP2 and name.removeprefix("teacher-") in REFUSED:
+        if scaling is not ZERO2 and name.removeprefix("teacher-") in REFUSED:
             with pytest.raises(TrainingError, match="does not work with FSDP"):
                 trainer(folder / "run", **rows, **scaling, **options())
             continue
         made = trainer(folder / "run", **rows, **scaling, **options())
         made.train()
-        assert has_sharded_weights(made.model.student) == (scaling is FSDP2)
+        assert has_sharded_weights(made.model.student) == (scaling is not ZERO2)
         everything = trained(made)
         if dist.get_rank() == 0:
             torch.save(everything, folder / f"{name}.pt")
@@ -188,6 +220,11 @@ def sharded_runs(folder: Path) -> None:
 
 def zero_runs(folder: Path) -> None:
     _runs(folder, ZERO2)
+
+
+def zero3_runs(folder: Path) -> None:
+    launch_with_zero3(folder)
+    _runs(folder, {})
 
 
 def _runs(folder: Path, scaling: dict) -> None:
@@ -290,4 +327,6 @@ CASES = (
     sharded_bfloat16,
     zero_conformance,
     zero_runs,
+    zero3_conformance,
+    zero3_runs,
 )

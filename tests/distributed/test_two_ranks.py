@@ -36,8 +36,8 @@ from tests.distributed.worker import (
 from tests.support.files import read_jsonl, write_jsonl
 from tests.support.machine import with_python_path
 from tests.support.recipes import build_generation
-from tests.support.teachers import Learner, seam_objectives, trained
-from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
+from tests.support.teachers import Learner, seam_objectives
+from tests.training.helpers import INTERLEAVED, dataset, trained, trainer, weights
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -244,12 +244,16 @@ def test_hidden_states_alone_on_two_ranks(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["conformance", "sharded_conformance", "zero_conformance"])
+@pytest.mark.parametrize(
+    "case", ["conformance", "sharded_conformance", "zero_conformance", "zero3_conformance"]
+)
 def test_every_objective_rollout_and_teacher_is_the_same_on_two_ranks(tmp_path, alone, case):
     """D2, D5, D7: everything that a recipe can have; the eighth row is filler."""
     _require(case)
     two_ranks(case, tmp_path)
-    refused = {f"teacher-{name}" for name in REFUSED} if case.startswith("sharded") else set()
+    refused = (
+        {f"teacher-{name}" for name in REFUSED} if case.startswith(("sharded", "zero3")) else set()
+    )
     found = {file.stem for file in tmp_path.glob("*.pt")}
     assert found == alone.keys() - refused
     for name in found:
@@ -276,7 +280,7 @@ def _require(case: str) -> None:
         pytest.skip("needs DeepSpeed")
 
 
-@pytest.mark.parametrize("case", ["sharded_runs", "zero_runs"])
+@pytest.mark.parametrize("case", ["sharded_runs", "zero_runs", "zero3_runs"])
 def test_a_sharded_run_is_the_run_of_one_rank(tmp_path, case):
     """D7: it measures, clips, saves, is resumed, and exports its student."""
     _require(case)

@@ -31,8 +31,8 @@ from tests import toy
 from tests.conformance import entries
 from tests.distributed import failing, sharded
 from tests.support.spies import spy
-from tests.support.teachers import Learner, every_teacher, seam_objectives, trained
-from tests.training.helpers import INTERLEAVED, dataset, trainer, weights
+from tests.support.teachers import Learner, every_teacher, seam_objectives
+from tests.training.helpers import INTERLEAVED, dataset, trained, trainer, weights
 
 
 def same_weights(folder: Path, **options) -> list[dict]:

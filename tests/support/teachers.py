@@ -11,7 +11,6 @@ from torch import nn
 
 from llmdistill.batch import Dense, LossSum, TeacherSignal
 from llmdistill.forward import read, teacher_signal
-from llmdistill.models.sharding import whole
 from llmdistill.models.taps import Need
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.chunked import chunked_sum
@@ -66,16 +65,6 @@ def seam_objectives() -> list[Objective]:
         HiddenObjective(layers=[(2, 1)], weight=0.5),
         HiddenObjective("cosine", tokens="all", layers=[(1, -1)], weight=0.25),
     ]
-
-
-def trained(trainer) -> torch.Tensor:
-    """Return everything that a trainer trains, including the teacher's part.
-
-    All ranks must call it, because weights may be spread over them.
-    """
-    return torch.cat(
-        [whole(p.detach()).flatten() for p in trainer.model.parameters() if p.requires_grad]
-    ).clone()
 
 
 def local(seed: int = 1, hidden: int = 48) -> LocalTeacher:

@@ -69,7 +69,21 @@ def dataset(number: int = 8, **options) -> PromptDataset:
 
 
 def weights(model) -> torch.Tensor:
-    return torch.cat([whole(p.detach()).flatten() for p in model.parameters()]).clone()
+    """Return all weights of a model.  All ranks must call it: the weights may be spread over them."""
+    return torch.cat([_full(p) for p in model.parameters()])
+
+
+def trained(trainer) -> torch.Tensor:
+    """Return everything that a trainer trains, including the teacher's part, as `weights` does."""
+    return torch.cat([_full(p) for p in trainer.model.parameters() if p.requires_grad])
+
+
+def _full(parameter) -> torch.Tensor:
+    if not hasattr(parameter, "ds_id"):
+        return whole(parameter.detach()).flatten().clone()
+    from deepspeed.utils import safe_get_full_fp32_param  # ZeRO-3
+
+    return safe_get_full_fp32_param(parameter).detach().flatten().clone()
 
 
 def gradient(folder, **options) -> torch.Tensor:

@@ -33,8 +33,8 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.step import Distillation
 from tests import toy
 from tests.support.spies import spy
-from tests.support.teachers import Learner, trained
-from tests.training.helpers import dataset, gradient, trainer, weights
+from tests.support.teachers import Learner
+from tests.training.helpers import dataset, gradient, trained, trainer, weights
 
 # ---- divisors ----
 
