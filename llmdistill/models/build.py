@@ -17,6 +17,7 @@ from llmdistill.models.adapters import add_adapter, require_mergeable
 from llmdistill.models.carve import Plan, carve
 from llmdistill.models.embedded import EMBEDDED
 from llmdistill.models.load import DTYPES, load_config, load_model
+from llmdistill.models.sharding import loading_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ ROUNDS = (
 )
 
 
+@loading_whole()
 def build_student(
     section: recipe.StudentRecipe,
     *,

@@ -30,6 +30,7 @@ from llmdistill.models.kernels import (
 )
 from llmdistill.models.placement import PLACEMENTS
 from llmdistill.models.quantization import quantization_config
+from llmdistill.models.sharding import loading_whole
 from llmdistill.models.text_part import text_part
 from llmdistill.models.vocabulary import MODEL_ROWS, num_tokens
 
@@ -56,6 +57,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OWN_PADDING = "own_padding"  # attribute of a tokenizer whose padding token was replaced
 
 
+@loading_whole()
 def load_model(
     name: str,
     *,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +23,22 @@ def has_sharded_weights(model: nn.Module | None) -> bool:
     return model is not None and any(
         isinstance(one, DTensor) or hasattr(one, "ds_id") for one in model.parameters()
     )
+
+
+@contextlib.contextmanager
+def loading_whole() -> Iterator[None]:
+    """Let transformers load models whole inside the context, also under ZeRO-3.
+
+    It would otherwise load each model in parts, a frozen teacher, too.  Trainer spreads the student
+    later.
+    """
+    from transformers.integrations import deepspeed
+
+    config, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def largest(number: int) -> int:

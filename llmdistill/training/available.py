@@ -43,13 +43,16 @@ def _require_optimizer(args: TrainingArguments) -> None:
 
 
 def _require_sharding(args: TrainingArguments) -> None:
-    """Refuse the ways of sharding in which no module has a whole weight."""
-    zero = getattr(args.deepspeed_plugin, "zero_stage", None)
-    if zero == 3:
-        raise RecipeError(
-            "training.deepspeed: ZeRO-3 splits each weight, and the loss and the writing need a "
-            "whole head. Use ZeRO-2, or FSDP2 (fsdp_version: 2)."
-        )
+    """Refuse the ways of sharding in which models cannot be loaded, written with or saved."""
+    plugin = args.deepspeed_plugin
+    if getattr(plugin, "zero_stage", None) == 3:
+        options = plugin.deepspeed_config["zero_optimization"]
+        if not options.get("stage3_gather_16bit_weights_on_model_save"):
+            raise RecipeError(
+                "ZeRO-3 would save no student. Set zero3_save_16bit_model: true in the "
+                "configuration of accelerate, or stage3_gather_16bit_weights_on_model_save: true "
+                "in that of DeepSpeed."
+            )
     version = (args.fsdp_plugin_args or {}).get("fsdp_version")
     if asked_by_launcher() and not args.fsdp:
         version = int(os.environ.get("FSDP_VERSION", "1"))

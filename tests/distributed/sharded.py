@@ -317,6 +317,14 @@ def sharded_teacher(folder: Path) -> None:
     assert all(has_sharded_weights(teacher.model) for teacher in loaded)
 
 
+def zero3_measured(folder: Path) -> None:
+    """A whole recipe under ZeRO-3."""
+    from tests.distributed.worker import measured_run
+
+    launch_with_zero3(folder)
+    distill(recipes.build(measured_run(folder, "two")), show_progress=False)
+
+
 CASES = (
     sharded,
     sharded_teacher,
@@ -329,4 +337,5 @@ CASES = (
     zero_runs,
     zero3_conformance,
     zero3_runs,
+    zero3_measured,
 )

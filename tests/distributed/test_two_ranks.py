@@ -386,6 +386,24 @@ def test_a_run_that_measures_before_its_first_step(tmp_path):
     assert max(steps) == 3
 
 
+def test_a_recipe_runs_under_zero3(tmp_path, monkeypatch):
+    """D7: models are loaded whole, and the exported student is the one of one rank."""
+    _require("zero3")
+    toy.save_pair(tmp_path / "pair")
+    write_jsonl(tmp_path / "rows.jsonl", toy.rows(12))
+    two_ranks("zero3_measured", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    distill(recipes.build(measured_run(tmp_path, "one")), show_progress=False)
+    ours, theirs = (
+        load_file(tmp_path / name / "student" / "model.safetensors") for name in ("two", "one")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    ours, theirs = (
+        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("two", "one")
+    )
+    assert ours["after"]["perplexity"] == pytest.approx(theirs["after"]["perplexity"], rel=1e-4)
+
+
 def test_two_ranks_share_the_held_out_prompts_and_measure_the_same(tmp_path, monkeypatch):
     """Three prompts: one rank has two of them."""
     toy.save_pair(tmp_path / "pair")
