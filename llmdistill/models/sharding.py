@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -59,13 +60,12 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def register_head(distillation: nn.Module) -> None:
+def register_head(distillation: Any) -> None:
     """Let ZeRO-3 gather the weight of the student's head, which is used outside its own module."""
     weight = distillation.get_output_embeddings().weight
     if hasattr(weight, "ds_id"):
-        from deepspeed.runtime.zero import register_external_parameter
-
-        register_external_parameter(distillation, weight)
+        zero = importlib.import_module("deepspeed.runtime.zero")
+        zero.register_external_parameter(distillation, weight)
 
 
 def settle_precision(accelerator: Accelerator) -> None:
