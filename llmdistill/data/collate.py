@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +66,11 @@ class PromptDataset(Dataset):
         """
         if rows is None or isinstance(rows, PromptDataset | PromptStream):
             return rows
+        if isinstance(rows, Mapping):
+            raise DataError(
+                f"the dataset is a mapping with the keys {', '.join(map(str, rows))}. Pass one "
+                "dataset: a list of rows, each of which is a dict."
+            )
         rules = Rules(others=() if teacher is None else (teacher,))
         numbered = ((f"row {i}", row) for i, row in enumerate(rows))
         return cls.encode(numbered, tokenizer, rules, content=dataset_content(rows))

@@ -160,8 +160,9 @@ class Session:
         self._mask_BC = self._mask_BC.gather(1, order_BC)
         order_BC = send(order_BC, self.device)
         for layer in self._cache.layers:
-            layer.keys = _columns(layer.keys, order_BC)
-            layer.values = _columns(layer.values, order_BC)
+            here_BC = order_BC.to(layer.keys.device)  # layers may be on several GPUs
+            layer.keys = _columns(layer.keys, here_BC)
+            layer.values = _columns(layer.values, here_BC)
 
     def _holds(self, num_columns: int) -> bool:
         """Whether the model has put its tokens into the cache that it was given."""

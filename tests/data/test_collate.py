@@ -59,6 +59,12 @@ def test_rows_are_encoded_whatever_form_they_come_in(tokenizer):
         PromptDataset.of([{"prompt": "a"}, {"prompt": 1}], tokenizer)
 
 
+def test_several_datasets_by_name_are_not_taken_for_rows(tokenizer):
+    """Trainer would evaluate each of them."""
+    with pytest.raises(DataError, match="a mapping with the keys a, b. Pass one dataset"):
+        PromptDataset.of({"a": toy.rows(2), "b": toy.rows(2)}, tokenizer)
+
+
 def test_options_are_handed_on(tokenizer):
     rows = [("x:1", {"prompt": "a", "completion": "bcd"}), ("x:2", {"prompt": 3})]
     data = PromptDataset.encode(rows, tokenizer, Rules(skip_bad=True, max_response_tokens=2))

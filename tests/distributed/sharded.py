@@ -288,7 +288,17 @@ def sharded_bfloat16(folder: Path) -> None:
     made = trainer(
         folder / "run", rows=dataset(16), bf16=True, per_device_train_batch_size=4, **FSDP2
     )
-    made.train()
+    scales, losses = [], spy(made, "compute_loss")
+    forward = Distillation.forward
+
+    def watched(self, sequences, scales_K=None):
+        scales.append(scales_K)
+        return forward(self, sequences, scales_K)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distillation, "forward", watched)
+        made.train()
+    assert {one.dtype for one in (*scales, *losses)} == {torch.float32}
     policy = made.accelerator.state.fsdp_plugin.mixed_precision_policy
     assert policy.param_dtype is torch.bfloat16
     mine = weights(made.model.student)

@@ -315,7 +315,6 @@ def test_fsdp2_in_bfloat16_rounds_the_weights_alone(tmp_path):
     made.train()
     torch.testing.assert_close(found, weights(made.model.student), rtol=0, atol=1e-3)
     loss = torch.load(tmp_path / "loss.pt", weights_only=True)
-    assert loss != loss.bfloat16().float()
     assert float(loss) == pytest.approx(made.state.log_history[0]["loss"], rel=1e-2)
 
 
