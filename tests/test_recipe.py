@@ -449,6 +449,7 @@ STREAMED = {"data": {"train": "a", "streaming": True}, "training": {"max_steps":
             "the teacher writes the responses to a stream, and ranks",
         ),
         ({"teacher": SHARDED | {"kind": "online"}}, "Remove 'quantization', 'placement'"),
+        ({"teacher": SHARDED | {"device": "cuda:1"}}, "chooses the devices itself"),
         ({"teacher": {"model": "t", "offload": True}}, "It is now called 'placement'"),
     ],
 )

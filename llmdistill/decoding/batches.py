@@ -58,8 +58,9 @@ def tokens_that_fit(model: PreTrainedModel) -> int | None:
     inner: Any = unwrap_adapters(model)
     if not hasattr(inner.config.get_text_config(), "num_attention_heads"):
         return None
-    device = next(inner.parameters()).device
-    free = _free_bytes(device) * MEMORY_SHARE
+    # A model that is spread over GPUs has a part of the cache on each but the first.
+    devices = {parameter.device for parameter in inner.parameters() if not parameter.is_meta}
+    free = min(map(_free_bytes, devices)) * max(len(devices) - 1, 1) * MEMORY_SHARE
     return max(int(free / (cached_numbers(inner) * inner.dtype.itemsize)), 1)
 
 

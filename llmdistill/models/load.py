@@ -20,6 +20,7 @@ import torch
 
 from llmdistill.errors import ModelError
 from llmdistill.models.adapters import fit_tokens
+from llmdistill.models.digest import keep_digest
 from llmdistill.models.embedded import EMBEDDED as EMBEDDED
 from llmdistill.models.gguf import dequantize, without_bar
 from llmdistill.models.kernels import (
@@ -99,10 +100,11 @@ def load_model(
     if not has_gpu or quantization is not None or placement not in PLACEMENTS:
         reason = "it is quantised" if has_gpu else "the device is the CPU"
         if placement not in PLACEMENTS:
-            reason = f"placement '{placement}' is not one of {', '.join(PLACEMENTS)}"
-        raise ModelError(f"cannot load '{name}' in parts: {reason}. Leave placement out.")
-    here = torch.device("cpu")
-    return PLACEMENTS[placement](_load(name, revision, wanted, here, None, **options), device)
+            reason = f"it is not one of {', '.join(PLACEMENTS)}"
+        raise ModelError(f"cannot load '{name}' with placement '{placement}': {reason}. Remove it.")
+    model = _load(name, revision, wanted, torch.device("cpu"), None, **options)
+    keep_digest(model)
+    return PLACEMENTS[placement](model, device)
 
 
 def _load(

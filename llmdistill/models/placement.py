@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from llmdistill.errors import ModelError
 from llmdistill.models.heads import split
 from llmdistill.models.layers import decoder_layers, layers_replaced
-from llmdistill.models.sharding import has_sharded_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,17 +36,18 @@ def offload_layers(model: PreTrainedModel, device: torch.device) -> PreTrainedMo
 
 
 def park_layers(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Keep the decoder layers on the CPU, and copy them to the device for the time of a use.
+    """Keep the decoder layers on the CPU, and copy them to the device while the model is used.
 
-    A use is the inside of `at_hand`: all the tokens of a batch that is written, or one pass that
-    scores.  The device needs memory for all layers, but only then.
+    It lasts as long as a context `at_hand` is open: for all the tokens of a batch that is written,
+    or for one pass that scores.  The device needs memory for all layers, but only then.  The CPU
+    needs up to twice the memory of the weights, because pinned memory comes in powers of two.
     """
     _move_the_rest(model, device)
     layers = decoder_layers(model)
     if device.type == "cuda":  # copies from pinned memory are several times faster
         for tensor in _tensors(layers):
             tensor.data = tensor.data.pin_memory()
-    vars(model)["parked"] = _Parked(layers, device)
+    vars(model)["placed"] = _Parked(layers, device)
     return model
 
 
@@ -64,7 +64,8 @@ def spread_layers(
 
     if others is None:
         found = range(torch.accelerator.device_count())
-        others = [torch.device(device.type, place) for place in found if place != device.index]
+        own = device.index or 0
+        others = [torch.device(device.type, place) for place in found if place != own]
     if not others or PartialState().num_processes > 1:
         reason = "there is only one GPU" if not others else "several processes share the GPUs"
         raise ModelError(
@@ -102,7 +103,9 @@ def shard_layers(model: PreTrainedModel, device: torch.device) -> PreTrainedMode
     # one computes.
     inside = {id(parameter) for parameter in layers.parameters()}
     rest = {one for one in model.parameters() if id(one) not in inside}
-    fully_shard(split(model)[0], mesh=mesh, ignored_params=rest)
+    backbone = split(model)[0]
+    fully_shard(backbone, mesh=mesh, ignored_params=rest)
+    vars(model)["placed"] = _Sharded(backbone)
     return model
 
 
@@ -120,17 +123,18 @@ PLACEMENTS: dict[str, Place] = {
 def is_whole(model: nn.Module) -> bool:
     """Whether all weights of a model are on one device, and stay there."""
     devices = {parameter.device for parameter in model.parameters()}
-    return len(devices) == 1 and not has_sharded_weights(model) and not hasattr(model, "parked")
+    is_spread = any(hasattr(layer, "_hf_hook") for layer in model.modules())
+    return len(devices) == 1 and not is_spread and "placed" not in vars(model)
 
 
 @contextlib.contextmanager
 def at_hand(model: nn.Module) -> Iterator[None]:
-    """Keep parked layers on the device inside the context; other models need nothing.
+    """Make a model ready for its forward passes, and give back afterwards what they took.
 
-    Contexts can be nested.  The outermost one moves the layers.
+    Contexts can be nested.  The outermost one moves parked layers.
     """
-    parked = vars(model).get("parked")
-    with contextlib.nullcontext() if parked is None else parked.at_hand():
+    placed = vars(model).get("placed")
+    with contextlib.nullcontext() if placed is None else placed.at_hand():
         yield
 
 
@@ -156,6 +160,24 @@ class _Parked:
             for tensor, there in kept:
                 tensor.data = there
             self.in_use = False
+
+
+class _Sharded:
+    """A backbone whose layers FSDP2 gathers."""
+
+    def __init__(self, backbone: Any) -> None:
+        self.backbone, self.in_use = backbone, False
+
+    @contextlib.contextmanager
+    def at_hand(self) -> Iterator[None]:
+        outermost, self.in_use = not self.in_use, True
+        try:
+            yield
+        finally:
+            if outermost:
+                self.in_use = False
+                # FSDP2 keeps a list of all passes until a backward pass, which never comes here.
+                self.backbone.reset_iter_state()
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:

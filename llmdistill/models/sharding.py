@@ -69,10 +69,11 @@ def register_head(distillation: Any) -> None:
 
 
 def settle_precision(accelerator: Accelerator) -> None:
-    """Let FSDP2 compute as DDP under autocast does: sums, counts and gradients stay float32.
+    """Let FSDP2 keep losses, scales and the sums of gradients in float32.
 
-    Accelerate's policy would round each input and output of the step to bfloat16, the loss and the
-    scale of the gradient among them, and add up the gradients of the ranks in bfloat16.
+    Weights are gathered, and hidden states computed, in bfloat16.  Accelerate's policy would round
+    each input and output of the step, the loss and the scale of the gradient among them, and add up
+    the gradients of the ranks in bfloat16.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)

@@ -50,7 +50,7 @@ def reads_without_padding(model: Any) -> bool:
     if not takes_lengths(backbone) or not _takes_more(backbone):
         return False
     # NEFTune's hook scales its noise by the length of a row, which would be that of the batch.
-    if backbone.get_input_embeddings()._forward_hooks:
+    if hasattr(backbone.get_input_embeddings(), "neftune_noise_alpha"):
         return False
     tried = _TRIED.setdefault(backbone, {})
     name = backbone.config._attn_implementation

@@ -202,6 +202,16 @@ class LocalTeacherRecipe(TeacherSection):
         """Column of the rows with images that the teacher sees; None if it sees none."""
         return None
 
+    @model_validator(mode="after")
+    def _own_devices(self) -> Self:
+        if self.device and self.placement in ("sharded", "spread"):
+            raise PydanticCustomError(
+                "placement",
+                "'placement: {placement}' chooses the devices itself. Remove 'device'.",
+                {"placement": self.placement},
+            )
+        return self
+
     @property
     def is_plain(self) -> bool:
         """Whether the weights are neither quantised nor in several places."""

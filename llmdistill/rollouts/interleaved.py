@@ -186,7 +186,7 @@ class _Pair:
         read_AG = torch.cat([send(now.last_A1, draft_AG.device), draft_AG[:, :-1]], 1)
         hidden_AGH = self.judge.extend(read_AG, now.last_position_A)
         verified = self._judge(draft_AG, student_AGV, hidden_AGH)
-        # The only time that this block waits for a GPU.
+        # The only time that this block waits for a GPU, apart from other ranks.
         both = fetch(torch.cat([verified.tokens_AG, verified.accepted_A[:, None]], 1))
         tokens_AG, accepted_A = both[:, :size], both[:, size]
         count_A, ended_A = self._kept(tokens_AG, accepted_A)

@@ -25,6 +25,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from llmdistill.errors import CheckpointError
+from llmdistill.models.digest import digest_of, some_numbers
 
 logger = logging.getLogger("llmdistill")
 
@@ -35,7 +36,6 @@ ABOUT = "about.json"  # what the responses of a folder depend on, for a reader
 SETTINGS = (
     *("url", "model", "chat_template_kwargs", "extra_body", "place", "seen", "template_options"),
 )
-SEEN_NUMBERS = 64  # numbers of each weight that tell two models apart
 
 
 class KeptResponses:
@@ -142,15 +142,9 @@ def identity(writer: Any) -> str:
 
 def _identifying(value: Any) -> Iterator[bytes]:
     if isinstance(value, nn.Module):
-        if hasattr(value, "config"):
-            known = str(value.config).splitlines()
-            lines = [line for line in known if '"transformers_version"' not in line]
-            yield "\n".join(lines).encode("utf-8", "surrogatepass")
-        for name, weight in value.named_parameters():
-            yield f"{name} {tuple(weight.shape)}".encode()
-            yield _some_numbers(weight)
+        yield digest_of(value)
     elif isinstance(value, Tensor):
-        yield _some_numbers(value)
+        yield some_numbers(value)
     elif isinstance(value, Mapping):
         for one in value.values():
             yield from _identifying(one)
@@ -165,14 +159,6 @@ def _identifying(value: Any) -> Iterator[bytes]:
         yield f"{type(value).__name__} {settings} {ends}".encode("utf-8", "surrogatepass")
         for one in vars(value).values():
             yield from _identifying(one)
-
-
-def _some_numbers(weight: Tensor) -> bytes:
-    if type(weight.data) is not Tensor or weight.is_meta or not weight.numel():
-        return b""  # quantised or offloaded
-    flat = weight.detach().flatten()
-    step = max(len(flat) // SEEN_NUMBERS, 1)
-    return flat[::step][:SEEN_NUMBERS].float().cpu().numpy().tobytes()
 
 
 def _write_whole(path: Path, data: Any) -> None:

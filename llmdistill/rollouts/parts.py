@@ -5,6 +5,7 @@ B = rows, P = prompt tokens.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import nn
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.batches import by_tokens, rows_at_once, tokens_that_fit
 from llmdistill.models.limits import advice_on_memory
+from llmdistill.models.placement import at_hand
 from llmdistill.models.sharding import has_sharded_weights, largest
 from llmdistill.sampling import Draw
 
@@ -45,6 +47,20 @@ def in_parts(
         batch_size: The most rows of a part; "auto" is what the device writes well.
         writers: The models, each of which keeps a cache.
     """
+    with contextlib.ExitStack() as stack:
+        for model in filter(None, map(_model_of, writers)):
+            stack.enter_context(at_hand(model))  # once for all parts, and before memory is measured
+        return _in_parts(prompts, draw, write, new_tokens, batch_size, writers)
+
+
+def _in_parts(
+    prompts: Prompts,
+    draw: Draw,
+    write: Callable[[Prompts, Draw], Sequences],
+    new_tokens: int,
+    batch_size: int | Literal["auto"],
+    writers: tuple[Any, ...],
+) -> Sequences:
     rooms = [tokens for tokens in map(room, writers) if tokens is not None]
     places = list(
         by_tokens(
@@ -55,7 +71,7 @@ def in_parts(
         )
     )
     number = most_of_all(len(places), *writers)
-    if number == 1:
+    if number <= 1:
         with advice_on_memory(functools.partial(_advice, prompts)):
             return write(prompts, draw)
     written = []

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DynamoBackend
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainingArguments
 
 from llmdistill.errors import TrainingError
 from llmdistill.models.layers import decoder_layers
 from llmdistill.models.taps import STATES, Need, layers_seen_inside
 from llmdistill.objectives.base import Objective
-from llmdistill.protocols import Exports, Teacher
-from llmdistill.teachers.reflexive import ReflexiveTeacher
+from llmdistill.protocols import Exports
 from llmdistill.training.launched import asked_by_launcher, require_all_processes
 from llmdistill.training.step import Distillation
 
@@ -27,9 +27,15 @@ def settle(trainer: DistillTrainer) -> None:
     """Check what can be checked once Accelerate is set up, and set up the models as `args` asks."""
     require_all_processes()
     requested = bool(trainer.args.fsdp) or asked_by_launcher()
-    check_sharding(trainer.teacher, sharded=is_sharded(trainer), requested=requested)
-    check_arguments(trainer.args, trainer.model)
+    check_sharding(trainer.model, sharded=is_sharded(trainer), requested=requested)
+    _check_offload(trainer)
     trained = trainer.model.trained_teacher
+    if trainer.is_deepspeed_enabled and trained is not None and callable(trained.weight):
+        raise TrainingError(
+            "with DeepSpeed the teacher must learn in each step with the same weight, because the "
+            "optimizer would move it in the others, too. Train with DDP."
+        )
+    check_arguments(trainer.args, trainer.model)
     if trainer.args.activation_checkpointing and trained is not None:
         trained.enable_checkpointing()  # Trainer does it for the student
     compile_layers(trainer)
@@ -127,27 +133,43 @@ def is_sharded(trainer: DistillTrainer) -> bool:
     return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
 
-def check_sharding(teacher: Teacher, *, sharded: bool, requested: bool) -> None:
+def check_sharding(model: Distillation, *, sharded: bool, requested: bool) -> None:
     """Raise TrainingError if sharding was requested but not done, or cannot work.
 
     `sharded` is whether Accelerate shards the model, `requested` whether `args.fsdp` or the
     launcher asks for it.
     """
-    if sharded and isinstance(teacher, ReflexiveTeacher):
+    teacher = model.teacher
+    if sharded and getattr(teacher, "model", None) is model.student:
         raise TrainingError(
-            "a ReflexiveTeacher gives the student other weights while it runs, which does not work "
-            "with FSDP or ZeRO-3, because they are sharded. Train with DDP or ZeRO-2."
+            f"a {type(teacher).__name__} runs the student's own model, which does not work with "
+            "FSDP or ZeRO-3, because its weights are sharded. Train with DDP or ZeRO-2."
         )
     if sharded and isinstance(teacher, Exports):
         raise TrainingError(
             f"a {type(teacher).__name__} is written when training ends, which does not work with "
             "FSDP or ZeRO-3, because its weights are sharded. Train with DDP or ZeRO-2."
         )
+    if sharded and any(getattr(one, "export", None) is not None for one in model.objectives):
+        raise TrainingError(
+            "an objective exports a part of the student, which does not work with FSDP or ZeRO-3, "
+            "because its weights are sharded. Remove 'export', or train with DDP or ZeRO-2."
+        )
     # On a CPU Accelerate accepts `fsdp` and trains with DDP without a warning.
     if requested and not sharded:
         raise TrainingError(
             "FSDP is asked for, but Accelerate did not shard the model, because it shards only on "
             "GPUs. Remove training.fsdp and use_fsdp of the launcher, or launch on GPUs."
+        )
+
+
+def _check_offload(trainer: DistillTrainer) -> None:
+    """Raise TrainingError if FSDP keeps the weights on the CPU, where the student cannot write."""
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy):
+        raise TrainingError(
+            "FSDP keeps the student's weights on the CPU (fsdp_offload_params), from where it "
+            "cannot write. Set fsdp_offload_params: false."
         )
 
 

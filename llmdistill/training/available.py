@@ -58,8 +58,9 @@ def _require_sharding(args: TrainingArguments) -> None:
         version = int(os.environ.get("FSDP_VERSION", "1"))
     if version == 1:
         raise RecipeError(
-            "FSDP1 hides the weights of the student from its own writing. Set fsdp_version: 2 in "
-            "the configuration of accelerate, or version: 2 in training.fsdp_config."
+            "FSDP1 gathers weights only in `forward`, so the student could not write. Set "
+            "fsdp_version: 2 in the configuration of accelerate, or version: 2 in "
+            "training.fsdp_config."
         )
 
 

@@ -104,10 +104,13 @@ def _not_finite(trainer: DistillTrainer, flags_R3: Tensor, here: str) -> NonFini
     terms = [f"the objective '{name}'" for name in trainer._tally.not_finite()]
     found = gather_object([[*terms, *_spoilt(trainer)]])
     names = ", ".join(dict.fromkeys(name for names in found for name in names))
+    # DeepSpeed has made the update when the norm is known.
+    updated = bool(flags_R3[:, 0].all()) and trainer.is_deepspeed_enabled
     return NonFiniteLossError(
         f"step {trainer.state.global_step}, rank {ranks}: the loss or its gradient is not finite "
         f"({here} on rank {trainer.accelerator.process_index}). "
-        f"{f'It comes from {names}. ' if names else ''}The weights were not updated. "
+        f"{f'It comes from {names}. ' if names else ''}The weights were "
+        f"{'updated with it' if updated else 'not updated'}. "
         "Lower training.learning_rate, check the rows of this step, or resume from the last "
         "checkpoint."
     )

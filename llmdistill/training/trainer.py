@@ -40,7 +40,7 @@ from llmdistill.training.arguments import forced, settle
 from llmdistill.training.guards import RolloutWatch, check_step, smaller_batch
 from llmdistill.training.order import order
 from llmdistill.training.progress import AfterStep
-from llmdistill.training.step import Distillation
+from llmdistill.training.step import Distillation, StepOutput
 from llmdistill.training.tally import Tally
 
 if TYPE_CHECKING:
@@ -186,8 +186,7 @@ class DistillTrainer(AheadTrainer):
         """
         with self.accelerator.autocast():  # DDP has it in its forward pass, but FSDP2 has not
             output = model(inputs["sequences"], inputs["scales"])
-        self._step_loss = self._step_loss + output.loss.detach()
-        self._tally.add_terms(output.terms)
+        _count(self, output)
         return (output.loss, output) if return_outputs else output.loss
 
     def prediction_step(
@@ -265,6 +264,18 @@ def _written(trainer: DistillTrainer, prompts: Prompts, progress: Progress) -> S
     write = partial(trainer.rollout.write, prompts, trainer.model, trainer.teacher, progress)
     with trainer.accelerator.autocast():
         return trainer.model.with_whole_weights(write)
+
+
+def _count(trainer: DistillTrainer, output: StepOutput) -> None:
+    """Add a micro-batch to the log and to the loss of the step, which is checked before the update.
+
+    DeepSpeed makes the update within the backward pass, so with it each loss is checked before.
+    """
+    loss = output.loss.detach()
+    trainer._step_loss = trainer._step_loss + loss
+    trainer._tally.add_terms(output.terms)
+    if trainer.is_deepspeed_enabled:
+        check_step(trainer, loss, 0.0)
 
 
 def _progress(trainer: DistillTrainer) -> Progress:

@@ -200,8 +200,9 @@ def _conformance(folder: Path, scaling: dict) -> None:
 
     for name, options in every_entry():
         rows = {"rows": dataset(7), "per_device_train_batch_size": 4}
-        if scaling is not ZERO2 and name.removeprefix("teacher-") in REFUSED:
-            with pytest.raises(TrainingError, match="does not work with FSDP"):
+        teacher = name.removeprefix("teacher-")
+        if teacher == "resting" if scaling is ZERO2 else teacher in REFUSED:
+            with pytest.raises(TrainingError, match=r"does not work with FSDP|with DeepSpeed"):
                 trainer(folder / "run", **rows, **scaling, **options())
             continue
         made = trainer(folder / "run", **rows, **scaling, **options())
@@ -309,7 +310,7 @@ def sharded_bfloat16(folder: Path) -> None:
 
 ROLLOUTS = {
     "fixed": {"kind": "fixed"},
-    "seqkd": {"kind": "sampled", "by": "teacher", "max_new_tokens": 4, "batch_size": 2},
+    "seqkd": {"kind": "sampled", "by": "teacher", "max_new_tokens": 4, "batch_size": 3},
     "interleaved": {"kind": "interleaved", "top_k": 120, "block_size": 3, "max_new_tokens": 4},
 }
 
@@ -322,6 +323,7 @@ def sharded_teacher(folder: Path) -> None:
     for name, rollout in ROLLOUTS.items():
         given = measured_run(folder, f"{name}-two") | {"rollout": rollout}
         given["teacher"]["placement"] = "sharded"
+        given["training"]["max_steps"] = 2
         distill(recipes.build(given), show_progress=False)
     assert len(loaded) == len(ROLLOUTS)
     assert all(has_sharded_weights(teacher.model) for teacher in loaded)

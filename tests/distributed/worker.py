@@ -172,8 +172,12 @@ def evaluation(folder: Path) -> None:
         torch.save(torch.tensor([loss]), folder / "weights.pt")
 
 
-def bad_rank(folder: Path) -> None:
-    """S1: a NaN on rank 1 stops both ranks, and both name rank 1."""
+def zero_bad_rank(folder: Path) -> None:
+    bad_rank(folder, **sharded.ZERO2)
+
+
+def bad_rank(folder: Path, **scaling) -> None:
+    """S1: a NaN on rank 1 stops both ranks before the update, and both name rank 1."""
 
     class Bad(ResponseObjective):
         def forward(self, student, signal, sequences):
@@ -182,9 +186,9 @@ def bad_rank(folder: Path) -> None:
                 total * (torch.nan if dist.get_rank() == 1 else 1.0), count
             )
 
-    made = trainer(folder / "run", rows=dataset(16), objectives=[Bad()])
+    made = trainer(folder / "run", rows=dataset(16), objectives=[Bad()], **scaling)
     before = weights(made.model.student)
-    with pytest.raises(NonFiniteLossError, match="step 0, rank 1: "):
+    with pytest.raises(NonFiniteLossError, match="step 0, rank 1: .*not updated"):
         made.train()
     assert torch.equal(weights(made.model.student), before)
 
@@ -323,6 +327,7 @@ CASES = {
         gradients,
         evaluation,
         bad_rank,
+        zero_bad_rank,
         seams,
         hidden_alone,
         partitions,

@@ -8,6 +8,7 @@ import torch
 from llmdistill.batch import Prompts
 from llmdistill.errors import ModelError
 from llmdistill.models import placement
+from llmdistill.models.digest import digest_of, keep_digest
 from llmdistill.models.layers import decoder_layers
 from llmdistill.models.load import load_model
 from llmdistill.models.placement import (
@@ -20,6 +21,7 @@ from llmdistill.models.placement import (
 )
 from llmdistill.protocols import Need, Progress
 from llmdistill.rollouts.interleaved import InterleavedRollout
+from llmdistill.rollouts.kept import identity
 from llmdistill.sampling import Draw, Sampling
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.step import Distillation
@@ -84,6 +86,37 @@ def test_offloaded_layers_have_no_memory_between_passes():
     assert not is_whole(model)
 
 
+def test_each_use_of_a_parked_teacher_brings_its_layers(monkeypatch):
+    """The layers that are parked are spoilt here, and only their copies are right."""
+    expected, found = teacher(), teacher(PLACES["parked"])
+    right = {id(p): p.data.clone() for p in decoder_layers(found.model).parameters()}
+    by_place = {p.data_ptr(): right[id(p)] for p in decoder_layers(found.model).parameters()}
+    for parameter in decoder_layers(found.model).parameters():
+        parameter.data.fill_(torch.nan)
+    monkeypatch.setattr(
+        placement, "_copied", lambda tensor, _: by_place.get(tensor.data_ptr(), tensor).clone()
+    )
+    needs = frozenset({Need.DISTRIBUTION})
+    judged = [one.judge(toy.sequences(), needs).distribution.hidden_NH for one in (expected, found)]
+    assert torch.equal(*judged)
+    options = {"max_new_tokens": 6, "draw": Draw(0)}
+    written = [one.write(prompts(4), Sampling(), **options) for one in (expected, found)]
+    assert written[0].responses() == written[1].responses()
+
+
+def test_another_place_is_the_same_teacher(pair):
+    whole = identity(LocalTeacher.load(pair[0], dtype="float32", device="cpu"))
+    model = toy.teacher_model()
+    keep_digest(model)
+    moved = LocalTeacher(offload_layers(model, CPU), toy.tokenizer())
+    assert digest_of(moved.model) == digest_of(toy.teacher_model())
+    other = toy.teacher_model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.001)
+    assert digest_of(other) != digest_of(moved.model)
+    assert whole == identity(LocalTeacher.load(pair[0], dtype="float32", placement="sharded"))
+
+
 def test_parked_layers_are_on_the_device_while_they_are_in_use(monkeypatch):
     """There is one device here, so copies show where the weights are."""
     monkeypatch.setattr(placement, "_copied", lambda tensor, _: tensor.clone())
@@ -110,13 +143,13 @@ def test_parked_layers_are_on_the_device_while_they_are_in_use(monkeypatch):
 def test_a_session_keeps_parked_layers_at_hand():
     parked = teacher(PLACES["parked"])
     moved = []
-    kept = parked.model.parked.at_hand
+    kept = parked.model.placed.at_hand
 
     def at_hand_once():
-        moved.append(not parked.model.parked.in_use)
+        moved.append(not parked.model.placed.in_use)
         return kept()
 
-    parked.model.parked.at_hand = at_hand_once
+    parked.model.placed.at_hand = at_hand_once
     with parked.session(prompts(2)) as opened:
         opened.extend(torch.tensor([[5], [6]]))
         opened.extend(torch.tensor([[7], [8]]))
@@ -131,7 +164,7 @@ def test_on_the_cpu_there_is_no_other_place(pair, name):
 
 
 def test_wrong_placements_are_refused(pair):
-    with pytest.raises(ModelError, match="placement 'half' is not one of whole, sharded"):
+    with pytest.raises(ModelError, match="placement 'half': it is not one of whole, sharded"):
         load_model(pair[0], device="cpu", placement="half")
     with pytest.raises(ModelError, match="it is quantised"):
         load_model(pair[0], device="cpu", placement="sharded", quantization="torchao_int8")

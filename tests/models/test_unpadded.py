@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from llmdistill.forward import read
 from llmdistill.models.taps import Need
@@ -185,10 +186,14 @@ def test_a_convolution_across_sequences_stays_padded(calls):
 def test_noise_that_depends_on_the_length_of_a_row_stays_padded(calls):
     model = with_lengths(toy.model())
     assert reads_without_padding(model)
-    handle = model.get_input_embeddings().register_forward_hook(lambda *_: None)
-    assert not reads_without_padding(model)
-    handle.remove()
+    embeddings = model.get_input_embeddings()
+    other = embeddings.register_forward_hook(lambda *_: None)  # such as those of FSDP2
     assert reads_without_padding(model)
+    handle = activate_neftune(model, 5.0)
+    assert not reads_without_padding(model)
+    deactivate_neftune(model, handle)
+    assert reads_without_padding(model)
+    other.remove()
 
 
 def test_the_trial_runs_once_for_each_attention(calls, monkeypatch):

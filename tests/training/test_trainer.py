@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from llmdistill.batch import LossSum, Sequences
 from llmdistill.data.collate import collate
 from llmdistill.errors import NonFiniteLossError, TrainingError, VocabularyError
+from llmdistill.objectives.exits import ExitsObjective
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.rollouts.fixed import FixedRollout
@@ -604,9 +605,20 @@ def test_an_overflow_is_left_to_the_scaler_of_float16(tmp_path):
 
 
 def test_fsdp_that_would_silently_train_ddp_is_refused(tmp_path):
-    check_sharding(None, sharded=True, requested=True)
+    model = trainer(tmp_path).model
+    check_sharding(model, sharded=True, requested=True)
     with pytest.raises(TrainingError, match="did not shard"):
-        check_sharding(None, sharded=False, requested=True)
+        check_sharding(model, sharded=False, requested=True)
+
+
+def test_what_needs_a_whole_student_is_refused_if_it_is_sharded(tmp_path):
+    student = toy.model()
+    itself = trainer(tmp_path, student=student, teacher=LocalTeacher(student, toy.tokenizer()))
+    with pytest.raises(TrainingError, match="runs the student's own model"):
+        check_sharding(itself.model, sharded=True, requested=False)
+    exits = ExitsObjective(layers=[2], adaptor="norm", export=2)
+    with pytest.raises(TrainingError, match="exports a part of the student"):
+        check_sharding(trainer(tmp_path, objectives=[exits]).model, sharded=True, requested=False)
 
 
 def test_the_forced_arguments(tmp_path):
