@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmdistill.decoding.transfer import waits
+from llmdistill.models.hashing import mix64
 from llmdistill.sampling import Draw, Sampling, Writer
 
 BLOCK_ROWS = 4  # rows hashed at a time: three times faster on a CPU, because they fit its cache
@@ -25,7 +26,7 @@ def row_keys(draw: Draw, row_ids_B: Tensor, writer: Writer) -> Tensor:
     # The key is mixed after each part, so that swapped parts give different keys.
     keys_B = torch.full_like(row_ids_B, draw.seed)
     for part in (row_ids_B, draw.sample, draw.epoch, int(writer)):
-        keys_B = _mix64(keys_B ^ (_mix64(torch.as_tensor(part, device=keys_B.device) + 1)))
+        keys_B = mix64(keys_B ^ (mix64(torch.as_tensor(part, device=keys_B.device) + 1)))
     return keys_B
 
 
@@ -33,7 +34,7 @@ def gumbel(keys_B: Tensor, slot_B: Tensor | int, num_tokens: int) -> Tensor:
     """Return standard Gumbel noise for every token at a slot of each row: (B, V), float32."""
     if not isinstance(slot_B, Tensor):  # filled in on the device, so that nothing is copied there
         slot_B = torch.full_like(keys_B, slot_B)
-    slot_keys_B = _mix64(keys_B + _mix64(slot_B + 1))
+    slot_keys_B = mix64(keys_B + mix64(slot_B + 1))
     # Both halves of a slot's 64-bit key go into the 32-bit hash of each token.
     low_B1 = (slot_keys_B & 0xFFFFFFFF).to(torch.int32)[:, None]
     high_B1 = (slot_keys_B >> 32).to(torch.int32)[:, None]
@@ -144,14 +145,6 @@ def coin(keys_B: Tensor, slot_B: Tensor | int) -> Tensor:
     """Return a uniform number in (0, 1) for a slot of each row: (B,)."""
     # exp(-exp(-g)) recovers the uniform number from which the noise g was made.
     return gumbel(keys_B, slot_B, 1)[:, 0].neg().exp().neg().exp()
-
-
-def _mix64(x: Tensor) -> Tensor:
-    """Apply the finaliser of splitmix64 to int64 numbers, with wrap-around."""
-    # `>>` is arithmetic on int64; each mask removes the copies of the sign bit.
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
 def _mix32(x: Tensor, key: Tensor) -> Tensor:

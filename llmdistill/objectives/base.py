@@ -39,6 +39,9 @@ class Objective(nn.Module, abc.ABC):
     least_rows: int = 1
     """Rows of a batch over all ranks without which there is nothing to compare."""
 
+    advised_rows: int = 1
+    """Rows of a batch over all ranks below which the method has little to compare."""
+
     def __init__(
         self, *, weight: float | Schedule = 1.0, projector_learning_rate: float | None = None
     ) -> None:

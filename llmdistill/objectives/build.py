@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.ckd import CkdObjective
+from llmdistill.objectives.contrastive import CrdObjective, IcdObjective, RrdObjective
 from llmdistill.objectives.correlation import CorrelationObjective, DistObjective
 from llmdistill.objectives.embed_distill import EmbedDistillObjective
 from llmdistill.objectives.exits import ExitsObjective
@@ -19,6 +20,7 @@ from llmdistill.objectives.relations import (
 )
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.objectives.rtk import RtkObjective
+from llmdistill.recipe import contrasts
 from llmdistill.recipe import objectives as sections
 from llmdistill.schedules import Schedule, build_schedule
 
@@ -72,6 +74,9 @@ _BUILDERS: dict[type, Callable[..., Objective | list[Objective]]] = {
     sections.SimilarityRecipe: _plain(SimilarityObjective),
     sections.PktRecipe: _plain(PktObjective),
     sections.FlowRecipe: _flow,
+    contrasts.CrdRecipe: _plain(CrdObjective),
+    contrasts.IcdRecipe: _plain(IcdObjective),
+    contrasts.RrdRecipe: _plain(RrdObjective),
     sections.ExitsRecipe: _plain(ExitsObjective),
     sections.CkdRecipe: _plain(CkdObjective),
     sections.DistRecipe: _plain(DistObjective),

@@ -1,7 +1,7 @@
 """One vector for each response, and the samples of all ranks together.
 
 B = rows of this rank with a predicted token, S = samples of all ranks, N = predicted tokens.
-D = width, X = any further dimensions.
+D = width, T = tokens of a row, X = any further dimensions.
 
 An objective that compares samples gives the same gradient on several ranks as on one.  Each rank
 computes the mean over the samples of all ranks, with gradients for its own rows.  Summed over the
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmdistill.batch import Sequences
+from llmdistill.models.hashing import mix64
 from llmdistill.objectives.choices import choose
 from llmdistill.objectives.layer_maps import LAST_LAYERS, Layers
 from llmdistill.objectives.states import Compared, StateObjective, tokens_of_rows
@@ -48,6 +49,18 @@ def pooled(states_ND: Tensor, counts: Sequence[int], pool: Pool) -> Tensor:
     """Return one vector for each row, which has `counts` of the states: (B, D)."""
     rows = [pool(row_ND) for row_ND in states_ND.split(list(counts))]
     return torch.stack(rows) if rows else states_ND[:0]
+
+
+def prompt_keys(sequences: Sequences) -> Tensor:
+    """Return a key of the prompt of each row with a predicted token: (B,), int64.
+
+    Rows with the same prompt have the same key, whatever their response and their padding.
+    """
+    column_T = torch.arange(sequences.input_ids_BT.shape[1], device=sequences.input_ids_BT.device)
+    hashed_BT = mix64(sequences.input_ids_BT + 1 + (column_T << 32))
+    before_BT = sequences.response_mask_BT.cumsum(1) == 0
+    keys_B = (hashed_BT * (before_BT & sequences.attention_mask_BT.bool())).sum(1)
+    return mix64(keys_B)[sequences.num_predicted > 0]
 
 
 def gather(own_BX: Tensor) -> Tensor:
@@ -88,6 +101,17 @@ def sum_over_ranks(own: Tensor) -> Tensor:
     total = own.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def shared(parameter: Tensor) -> Tensor:
+    """Return a parameter that all ranks use for all samples, with this rank's part of its gradient.
+
+    Without it, the gradient would count once for each rank.
+    """
+    if not _gathers():
+        return parameter
+    part = parameter / dist.get_world_size()
+    return part + (parameter - part).detach()
 
 
 def share_of(mean_loss: Tensor, own: int | Tensor, everyone: int | Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from llmdistill.recipe.contrasts import CrdRecipe, IcdRecipe, RrdRecipe
 from llmdistill.recipe.objective_base import (
     POOLS,
     Layers,
@@ -362,6 +363,9 @@ ObjectiveRecipe = Annotated[
     | SimilarityRecipe
     | PktRecipe
     | FlowRecipe
+    | CrdRecipe
+    | IcdRecipe
+    | RrdRecipe
     | ExitsRecipe
     | CkdRecipe
     | DistRecipe

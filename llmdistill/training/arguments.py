@@ -98,6 +98,14 @@ def check_batch(args: TrainingArguments, distillation: Distillation) -> None:
         sizes["eval"] = args.eval_batch_size  # an evaluation compares the rows of one rank
     for objective in distillation.objectives:
         assert isinstance(objective, Objective)
+        if sizes["train"] < objective.advised_rows:
+            logger.warning(
+                "objective '%s' contrasts the rows of a batch with each other, and a batch has %d. "
+                "It should have %d or more: raise training.per_device_train_batch_size.",
+                objective.name,
+                sizes["train"],
+                objective.advised_rows,
+            )
         for phase, rows in sizes.items():
             if rows < objective.least_rows:
                 raise TrainingError(

@@ -20,6 +20,8 @@ REQUIRED: dict[str, Any] = {
     "teachers": [{"model": "t", "name": "a"}, {"model": "t", "name": "b"}],
     "peers": [{"model": "s"}, {"model": "s"}],
     "column": "input",
+    # A loss over more and more responses of a queue would rise while the student learns.
+    "queue_size": 8,
 }
 NEW_TOKENS = 5
 
@@ -39,7 +41,10 @@ def _variants(sections: dict[type, Any]) -> Iterator[dict[str, Any]]:
 
 
 def objectives() -> dict[str, dict[str, Any]]:
-    return {_label(one): one for one in _variants(OBJECTIVES)}
+    return {
+        _label({key: value for key, value in one.items() if key not in REQUIRED}): one
+        for one in _variants(OBJECTIVES)
+    }
 
 
 def main_objectives() -> dict[str, dict[str, Any]]:
@@ -47,7 +52,7 @@ def main_objectives() -> dict[str, dict[str, Any]]:
     return {
         name: one
         for name, one in objectives().items()
-        if one["kind"] == "response" or set(one) == {"kind"}
+        if one["kind"] == "response" or set(one) - REQUIRED.keys() == {"kind"}
     }
 
 

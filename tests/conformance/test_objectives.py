@@ -20,6 +20,9 @@ pytestmark = pytest.mark.slow
 
 OBJECTIVES = entries.objectives()
 each = pytest.mark.parametrize("name", OBJECTIVES)
+CONTRASTIVE = {
+    "-".join([kind, *pool]) for kind in ("crd", "icd", "rrd") for pool in ((), ("last",))
+}
 each_kind = pytest.mark.parametrize("name", entries.main_objectives())
 
 
@@ -139,6 +142,8 @@ def test_a_student_like_its_teacher_has_the_minimum(name):
 
     The attention of rtk compares different layers, so one layer of each model is compared here.
     """
+    if name in CONTRASTIVE:
+        pytest.skip("its projectors of equal models differ")
     teacher = LocalTeacher(toy.model(), toy.tokenizer())
     one_layer = {"num_layers": 1} if "num_layers" in type(section(name)).model_fields else {}
     student = toy.model()

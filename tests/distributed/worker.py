@@ -19,6 +19,7 @@ from llmdistill.errors import NonFiniteLossError
 from llmdistill.generate import generate
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
 from llmdistill.objectives.build import build_objectives
+from llmdistill.objectives.contrastive import CrdObjective, IcdObjective, RrdObjective
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.rollouts.build import build_rollout
@@ -99,7 +100,7 @@ def resumed(folder: Path) -> None:
 def kept_answers(folder: Path) -> None:
     """The teacher answers each of 8 prompts once; the ranks share the work and read all of it."""
     rollout = SampledRollout("teacher", max_new_tokens=4, batch_size=2)
-    # The ranks see different free memory, and share the work all the same.
+    # The ranks see different free memory, and share the work all the same.  It is the last case.
     batches._free_bytes = lambda _: 10.0**6 / (1 + dist.get_rank())
     made = trainer(
         folder / "run", rows=dataset(8), rollout=rollout, per_device_train_batch_size=2,
@@ -209,6 +210,39 @@ def seams(folder: Path) -> None:
         torch.save(trained(made), folder / "weights.pt")
 
 
+QUEUES = {"rows": 24, "max_steps": 3}
+
+
+def contrasts() -> list:
+    # Two batches of 8: the third one replaces the first.
+    return [IcdObjective(), CrdObjective(queue_size=16), RrdObjective(queue_size=16)]
+
+
+def queues(folder: Path) -> None:
+    """Three steps, so that the queues fill and wrap."""
+    options = QUEUES | {"rows": dataset(QUEUES["rows"]), "per_device_train_batch_size": 4}
+    made = trainer(folder / "run", objectives=contrasts(), **options)
+    made.train()
+    for name, value in made.model.named_buffers():
+        if "queue" in name:
+            both = [torch.empty_like(value) for _ in range(2)]
+            dist.all_gather(both, value)
+            assert torch.equal(*both), name
+    if dist.get_rank() == 0:
+        torch.save(trained(made), folder / "weights.pt")
+        torch.save(queues_by_prompt(made), folder / "queues.pt")
+
+
+def queues_by_prompt(made) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return each queue in the order of its keys: ranks sort their own rows by length."""
+    found = [one.queue for one in made.model.objectives if hasattr(one, "queue")]
+    orders = [queue.prompt_K.argsort() for queue in found]
+    return [
+        (queue.prompt_K[order], queue.vectors_PKE[:, order])
+        for queue, order in zip(found, orders, strict=True)
+    ]
+
+
 def hidden_alone(folder: Path) -> None:
     """Layers above the matched one get no gradient, and no rank waits for it."""
     options = {"rows": dataset(16), "per_device_train_batch_size": 4, "max_steps": 2}
@@ -314,21 +348,37 @@ def every_entry():
         yield name, lambda section=section: {"rollout": build_rollout(section)}
 
 
+def together(folder: Path) -> None:
+    """The cases that leave nothing for the test to compare, one after the other."""
+    for case in (
+        gradients,
+        bad_rank,
+        streamed,
+        failing.empty_rank,
+        failing.empty_rank_resumed,
+        failing.restored,
+        kept_answers,
+    ):
+        print(f"case {case.__name__}", flush=True)
+        (folder / case.__name__).mkdir()
+        case(folder / case.__name__)
+        dist.barrier()
+
+
 CASES = {
     case.__name__: case
     for case in (
         fixed,
         uneven,
         resumed,
-        kept_answers,
+        together,
         on_policy,
         interleaved,
         generating,
-        gradients,
         evaluation,
-        bad_rank,
         zero_bad_rank,
         seams,
+        queues,
         hidden_alone,
         partitions,
         *failing.CASES,
@@ -337,7 +387,6 @@ CASES = {
         whole_run,
         three_steps,
         measured,
-        streamed,
     )
 }
 

@@ -10,33 +10,17 @@ import pytest
 import torch
 
 from llmdistill.errors import CheckpointError
-from llmdistill.objectives.response import ResponseObjective
-from llmdistill.rollouts.replay import ReplayRollout
-from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.training import checkpoint, seal
 from tests import toy
-from tests.support.objectives import Projected
-from tests.support.spies import spy
-from tests.training.helpers import trainer, weights
+from tests.support.checkpoints import STEPS, made, resumed
+from tests.training.helpers import weights
 
-STEPS = 4
 # All that a run can have in a checkpoint: a projector, a rollout with a memory, AdamW, a schedule.
 FILES = (
     "config.json", "generation_config.json", "manifest.json", "model.safetensors",
     "objectives.safetensors", "optimizer.pt", "rng_state.pth", "rollout.json", "scheduler.pt",
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "trainer_state.json",
 )  # fmt: skip
-
-
-def made(folder, **options):
-    torch.manual_seed(7)
-    defaults = {
-        "rollout": ReplayRollout(SampledRollout("student", max_new_tokens=4), capacity=4),
-        "objectives": [ResponseObjective(), Projected()],
-        "optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "linear",
-        "max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "rows": toy.rows(10),
-    }  # fmt: skip
-    return trainer(folder, **defaults | options)
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +30,6 @@ def straight(tmp_path_factory):
     run = made(folder)
     run.train()
     return folder, weights(run.model)
-
-
-def resumed(folder, newest=True, *, first=3, **options):
-    """Resume a run, whose first step must be `first`; return the weights at its end."""
-    run = made(folder, **options)
-    steps = spy(run, "_save_checkpoint")
-    run.train(resume_from_checkpoint=newest)
-    assert len(steps) == STEPS + 1 - first, "it did not start where it should"
-    return weights(run.model)
 
 
 def cut(file):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from llmdistill.errors import CheckpointError
 from llmdistill.training import seal
 from tests import toy
-from tests.faults.test_checkpoints import STEPS, made, resumed
+from tests.support.checkpoints import STEPS, made, resumed
 from tests.support.files import write_jsonl
 from tests.training.helpers import weights
 
