@@ -194,7 +194,7 @@ class IcdObjective(ContrastiveObjective):
             projector_learning_rate=projector_learning_rate,
         )
         self.invariance = invariance
-        self.log_scale = nn.Parameter(torch.tensor(1.0))
+        self.log_scale = nn.Parameter(torch.ones(1))  # FSDP2 shards no scalars
 
     def contrast(
         self, place: int, student_SE: Tensor, teacher_SE: Tensor, prompt_S: Tensor

@@ -360,7 +360,7 @@ def together(folder: Path) -> None:
         kept_answers,
     ):
         print(f"case {case.__name__}", flush=True)
-        (folder / case.__name__).mkdir()
+        (folder / case.__name__).mkdir(exist_ok=True)
         case(folder / case.__name__)
         dist.barrier()
 
