@@ -1,7 +1,7 @@
 """Contrastive objectives: each response of the student against those of its teacher.
 
-B = rows of this rank, N = predicted tokens, S = samples (responses of all ranks), D = width of a state,
-E = width of the shared space, K = vectors in a queue.
+B = rows of this rank, N = predicted tokens, S = samples (responses of all ranks), D = width of a
+state, E = width of the shared space, K = vectors in a queue.
 
 A response is one vector of each model, pooled from its states.  Linear projectors bring both into
 one space of unit vectors.  Responses to the same prompt are never negatives of each other.
