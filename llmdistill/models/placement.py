@@ -99,8 +99,8 @@ def shard_layers(model: PreTrainedModel, device: torch.device) -> PreTrainedMode
     mesh, layers = init_device_mesh(device.type, (ranks,)), decoder_layers(model)
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    # The backbone has no sharded weights of its own.  As the root it gathers the next layer while
-    # one computes.
+    # With the backbone as the root, FSDP2 gathers the next layer while one computes.  The weights
+    # outside the layers stay whole.
     inside = {id(parameter) for parameter in layers.parameters()}
     rest = {one for one in model.parameters() if id(one) not in inside}
     backbone = split(model)[0]

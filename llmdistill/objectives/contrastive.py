@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from llmdistill.objectives.layer_maps import LAST_LAYERS, Layers
 from llmdistill.objectives.queues import Queue
 from llmdistill.objectives.samples import (
     Pool,
-    SampleObjective,
+    PooledObjective,
     gather,
     gather_together,
     pooled,
@@ -75,14 +75,14 @@ def relational(
     return -(target_SK * (student_SK / student_temperature).log_softmax(1)).sum(1).mean()
 
 
-class ContrastiveObjective(SampleObjective):
+class ContrastiveObjective(PooledObjective):
     """Base of objectives that contrast the responses of a batch, in a space of unit vectors.
 
     A subclass implements `contrast`.
 
     Args:
         width: Width E of the shared space.
-        pool, layers, weight: As in `SampleObjective`.
+        pool, layers, weight: As in `PooledObjective`.
         projector_learning_rate: Learning rate of the objective's own parameters.  None is that of
             the student.
     """
@@ -98,8 +98,13 @@ class ContrastiveObjective(SampleObjective):
         weight: float | Schedule = 1.0,
         projector_learning_rate: float | None = None,
     ) -> None:
-        super().__init__(pool=pool, layers=layers, weight=weight)
-        self.width, self.projector_learning_rate = width, projector_learning_rate
+        super().__init__(
+            pool=pool,
+            layers=layers,
+            weight=weight,
+            projector_learning_rate=projector_learning_rate,
+        )
+        self.width = width
         self.student_projectors, self.teacher_projectors = nn.ModuleList(), nn.ModuleList()
 
     def prepare(self, student: PreTrainedConfig, teacher: PreTrainedConfig | None) -> None:
@@ -117,7 +122,7 @@ class ContrastiveObjective(SampleObjective):
         """Return the mean loss of all ranks' samples, times this rank's samples."""
         counts = tokens_of_rows(sequences, self.tokens)
         own = [unit for place in range(len(states)) for unit in self._units(place, states, counts)]
-        # Projected before they are gathered: each rank has the gradients of its own samples.
+        # Projectors run before the samples are gathered: a rank computes gradients for its rows.
         parts = gather_together(own)
         prompt_S = gather(prompt_keys(sequences))
         # Parameters that a small batch does not use still get a gradient, for which DDP waits.
@@ -155,10 +160,6 @@ class ContrastiveObjective(SampleObjective):
     def remember(self, teacher_SE: Sequence[Tensor], prompt_S: Tensor) -> None:
         """Keep the teacher's vectors of a batch, one tensor for each pair of layers."""
 
-    def relate(self, student_SD: Tensor, teacher_SD: Tensor) -> Tensor:
-        """Return nothing: samples are contrasted instead."""
-        raise NotImplementedError
-
 
 class IcdObjective(ContrastiveObjective):
     """Invariant consistency distillation: find the teacher's response, and agree on the match.
@@ -170,7 +171,7 @@ class IcdObjective(ContrastiveObjective):
 
     Args:
         invariance: Factor on `disagreement`.  The default is that of the paper's code.
-        width, pool, layers, weight, projector_learning_rate: As in `ContrastiveObjective`.
+        options: The arguments of `ContrastiveObjective`.
     """
 
     name = "icd"
@@ -180,19 +181,9 @@ class IcdObjective(ContrastiveObjective):
         self,
         *,
         invariance: float = 0.5,
-        width: int = WIDTH,
-        pool: str | Pool = "mean",
-        layers: Layers = LAST_LAYERS,
-        weight: float | Schedule = 1.0,
-        projector_learning_rate: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            width=width,
-            pool=pool,
-            layers=layers,
-            weight=weight,
-            projector_learning_rate=projector_learning_rate,
-        )
+        super().__init__(**options)
         self.invariance = invariance
         self.log_scale = nn.Parameter(torch.ones(1))  # FSDP2 shards no scalars
 
@@ -216,26 +207,16 @@ class QueuedObjective(ContrastiveObjective):
 
     Args:
         queue_size: The most vectors of the teacher that are kept for each pair of layers.
-        width, pool, layers, weight, projector_learning_rate: As in `ContrastiveObjective`.
+        options: The arguments of `ContrastiveObjective`.
     """
 
     def __init__(
         self,
         *,
         queue_size: int = 4096,
-        width: int = WIDTH,
-        pool: str | Pool = "mean",
-        layers: Layers = LAST_LAYERS,
-        weight: float | Schedule = 1.0,
-        projector_learning_rate: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            width=width,
-            pool=pool,
-            layers=layers,
-            weight=weight,
-            projector_learning_rate=projector_learning_rate,
-        )
+        super().__init__(**options)
         self.queue_size = queue_size
 
     def prepare(self, student: PreTrainedConfig, teacher: PreTrainedConfig | None) -> None:
@@ -258,7 +239,7 @@ class CrdObjective(QueuedObjective):
 
     Args:
         temperature: Divisor of the similarities.  The default is that of the paper.
-        queue_size, width, pool, layers, weight, projector_learning_rate: As in `QueuedObjective`.
+        options: The arguments of `QueuedObjective`.
     """
 
     name = "crd"
@@ -267,21 +248,9 @@ class CrdObjective(QueuedObjective):
         self,
         *,
         temperature: float = 0.07,
-        queue_size: int = 4096,
-        width: int = WIDTH,
-        pool: str | Pool = "mean",
-        layers: Layers = LAST_LAYERS,
-        weight: float | Schedule = 1.0,
-        projector_learning_rate: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            queue_size=queue_size,
-            width=width,
-            pool=pool,
-            layers=layers,
-            weight=weight,
-            projector_learning_rate=projector_learning_rate,
-        )
+        super().__init__(**options)
         self.temperature = temperature
 
     def contrast(
@@ -307,7 +276,7 @@ class RrdObjective(QueuedObjective):
         student_temperature: Divisor of the student's similarities.
         teacher_temperature: Divisor of the teacher's, which is smaller, so that the target is
             sharper.  The defaults are those of the released training script.
-        queue_size, width, pool, layers, weight, projector_learning_rate: As in `QueuedObjective`.
+        options: The arguments of `QueuedObjective`.
     """
 
     name = "rrd"
@@ -318,21 +287,9 @@ class RrdObjective(QueuedObjective):
         *,
         student_temperature: float = 0.1,
         teacher_temperature: float = 0.02,
-        queue_size: int = 4096,
-        width: int = WIDTH,
-        pool: str | Pool = "mean",
-        layers: Layers = LAST_LAYERS,
-        weight: float | Schedule = 1.0,
-        projector_learning_rate: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            queue_size=queue_size,
-            width=width,
-            pool=pool,
-            layers=layers,
-            weight=weight,
-            projector_learning_rate=projector_learning_rate,
-        )
+        super().__init__(**options)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
 

@@ -125,17 +125,16 @@ def share_of(mean_loss: Tensor, own: int | Tensor, everyone: int | Tensor) -> Te
     return whole + (mean_loss * own - whole).detach()
 
 
-class SampleObjective(StateObjective):
-    """Base of objectives that compare responses with each other.
+class PooledObjective(StateObjective):
+    """Base of objectives for which a response is one vector, pooled from its predicted positions.
 
-    Each response is one vector, pooled from its predicted positions.  A subclass implements
-    `relate`.  Two responses to one prompt are samples like any others: their relation is that of
-    the teacher, and no two samples are taken to be unrelated.
+    A subclass implements `compare`.
 
     Args:
         pool: A name in `POOLS`, or a function of a response's states (N, D) that returns (D,).
         layers: As in `StateObjective`.
         weight: Factor on the objective's mean over responses: a number, or a schedule over the run.
+        projector_learning_rate: As in `StateObjective`.
     """
 
     compares_samples = True
@@ -147,13 +146,25 @@ class SampleObjective(StateObjective):
         pool: str | Pool = "mean",
         layers: Layers = LAST_LAYERS,
         weight: float | Schedule = 1.0,
+        projector_learning_rate: float | None = None,
     ) -> None:
-        super().__init__(layers=layers, weight=weight)
+        super().__init__(
+            layers=layers, weight=weight, projector_learning_rate=projector_learning_rate
+        )
         self.pool = choose("pool", pool, POOLS)
 
     def divisor(self, sequences: Sequences) -> Tensor:
         """Return the number of responses with a predicted token: ()."""
         return responses(sequences)
+
+
+class SampleObjective(PooledObjective):
+    """Base of objectives that compare the relations of responses to each other.
+
+    A subclass implements `relate`.  Two responses to one prompt are samples like any others: their
+    relation is that of the teacher, and no two samples are taken to be unrelated.  See
+    `PooledObjective` for the arguments.
+    """
 
     def compare(self, states: Sequence[Compared], sequences: Sequences) -> Tensor:
         """Return the mean relation loss of all ranks' samples, times this rank's samples."""

@@ -10,6 +10,8 @@ from llmdistill.recipe.objective_base import OnSamples, WithProjectors
 from llmdistill.recipe.tables import defaults
 
 _crd = defaults("objectives/contrastive.py", "CrdObjective")
+_contrastive = defaults("objectives/contrastive.py", "ContrastiveObjective")
+_queued = defaults("objectives/contrastive.py", "QueuedObjective")
 _icd = defaults("objectives/contrastive.py", "IcdObjective")
 _rrd = defaults("objectives/contrastive.py", "RrdObjective")
 
@@ -19,14 +21,14 @@ class ContrastiveRecipe(OnSamples, WithProjectors):
     into one space.
     """
 
-    width: int = Field(_icd.width, gt=0)
+    width: int = Field(_contrastive.width, gt=0)
     """Width of this space."""
 
 
 class QueuedRecipe(ContrastiveRecipe):
     """Base of the sections that compare with responses of earlier batches."""
 
-    queue_size: int = Field(_crd.queue_size, gt=0)
+    queue_size: int = Field(_queued.queue_size, gt=0)
     """Responses of the teacher that are kept for it, the newest ones of all ranks."""
 
 

@@ -19,7 +19,7 @@ LAYER_MAPS = Table("objectives/layer_maps.py", "LAYER_MAPS")
 POOLS = Table("objectives/samples.py", "POOLS")
 _objective = defaults("objectives/base.py", "Objective")
 _states = defaults("objectives/states.py", "StateObjective")
-_samples = defaults("objectives/samples.py", "SampleObjective")
+_samples = defaults("objectives/samples.py", "PooledObjective")
 
 Layers: Any = Annotated[
     Annotated[one_of(LAYER_MAPS), Tag("name")]

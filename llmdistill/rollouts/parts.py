@@ -50,38 +50,29 @@ def in_parts(
     with contextlib.ExitStack() as stack:
         for model in filter(None, map(_model_of, writers)):
             stack.enter_context(at_hand(model))  # once for all parts, and before memory is measured
-        return _in_parts(prompts, draw, write, new_tokens, batch_size, writers)
-
-
-def _in_parts(
-    prompts: Prompts,
-    draw: Draw,
-    write: Callable[[Prompts, Draw], Sequences],
-    new_tokens: int,
-    batch_size: int | Literal["auto"],
-    writers: tuple[Any, ...],
-) -> Sequences:
-    rooms = [tokens for tokens in map(room, writers) if tokens is not None]
-    places = list(
-        by_tokens(
-            prompts.attention_mask_BP.sum(1).tolist(),
-            new_tokens,
-            most_rows(batch_size, writers[0]),
-            tokens=min(rooms, default=None),
-        )
-    )
-    number = most_of_all(len(places), *writers)
-    if number <= 1:
-        with advice_on_memory(functools.partial(_advice, prompts)):
-            return write(prompts, draw)
-    written = []
-    idle = [[0]] * (number - len(places))
-    for some in [*places, *idle]:
-        part = prompts.select(some, pad_id=0)
-        with advice_on_memory(functools.partial(_advice, part)):
-            written.append(write(part, _part(draw, some)))
+        places = _places(prompts, new_tokens, batch_size, writers)
+        number = most_of_all(len(places), *writers)
+        if number <= 1:
+            with advice_on_memory(functools.partial(_advice, prompts)):
+                return write(prompts, draw)
+        written = []
+        idle = [[0]] * (number - len(places))  # parts that other ranks have and this one has not
+        for some in [*places, *idle]:
+            part = prompts.select(some, pad_id=0)
+            with advice_on_memory(functools.partial(_advice, part)):
+                written.append(write(part, _part(draw, some)))
     order = torch.tensor([place for some in places for place in some]).argsort()
     return Sequences.join(written[: len(places)]).select(order)
+
+
+def _places(
+    prompts: Prompts, new_tokens: int, batch_size: int | Literal["auto"], writers: tuple[Any, ...]
+) -> list[list[int]]:
+    """Return the places of the prompts of each part."""
+    rooms = [tokens for tokens in map(room, writers) if tokens is not None]
+    lengths = prompts.attention_mask_BP.sum(1).tolist()
+    rows = most_rows(batch_size, writers[0])
+    return list(by_tokens(lengths, new_tokens, rows, tokens=min(rooms, default=None)))
 
 
 def most_rows(batch_size: int | Literal["auto"], writer: Any) -> int:

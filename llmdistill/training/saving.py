@@ -73,7 +73,7 @@ class StudentTrainer(Trainer):
         checkpoint.save_rollout(self.rollout, Path(output_dir), self._rank())
 
     def _is_sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed has wrapped the model already, and has files of its own."""
+        """Whether FSDP or DeepSpeed has wrapped the model, so that it reads their files."""
         wrapped = has_sharded_weights(self.model) or self.model_wrapped is not self.model
         return wrapped and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 

@@ -113,7 +113,7 @@ def restored(folder: Path) -> None:
 
 
 def one_writes(folder: Path) -> None:
-    """D6: each rank has a folder of its own here, which shows who writes what."""
+    """D6: each rank writes into a different folder here, which shows who writes what."""
     rank = dist.get_rank()
     rollout = ReplayRollout(SampledRollout("student", max_new_tokens=4), capacity=4)
     made = trainer(

@@ -294,7 +294,7 @@ def test_a_sharded_run_is_the_run_of_one_rank(tmp_path, case):
         )
         for one in resumed:
             torch.testing.assert_close(one, straight, rtol=0, atol=0)
-        if name == "replay":  # each rank has a buffer of its own, so one rank replays other rows
+        if name == "replay":  # two ranks have two buffers, so they replay other rows than one
             continue
         folder = tmp_path / "one" / name
         batch = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 5}
