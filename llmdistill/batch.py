@@ -25,6 +25,8 @@ from llmdistill.models.heads import Head
 from llmdistill.models.taps import Need
 from llmdistill.sampling import Writer
 
+Embed = Callable[[Tensor], Tensor]  # a model's embeddings of token ids: (B, T) -> (B, T, H)
+
 
 class LossSum(NamedTuple):
     """A loss, summed over the tokens of one micro-batch.
@@ -125,8 +127,11 @@ class Sequences:
     """Log-probability with which each token was drawn, in nats, if the rollout keeps it."""
     teacher_passes_B: Tensor | None = None
     """Forward passes of the teacher that added tokens to each row, if the rollout counts them."""
-    embedding_change: Callable[[Tensor], Tensor] | None = None
-    """A function (B, T, H) -> (B, T, H) that student and teacher apply to their own embeddings."""
+    embedding_change: Callable[[Embed, Tensor], Tensor] | None = None
+    """A function of a model's `Embed` and the ids (B, T) that returns what it reads: (B, T, H).
+
+    Student and teacher each call it with their own embeddings.
+    """
     signal: TeacherSignal | None = None
     """The teacher's output for the predicted tokens, if it read them while they were written."""
 

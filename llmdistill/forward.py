@@ -79,8 +79,8 @@ def _final_states(backbone: Any, sequences: Sequences, *, padded: bool) -> Tenso
         return states_without_padding(backbone, ids_BT, mask_BT)
     inputs: dict[str, Tensor] = {"input_ids": ids_BT}
     if sequences.embedding_change is not None:
-        embedded_BTH = backbone.get_input_embeddings()(ids_BT)
-        inputs = {"inputs_embeds": sequences.embedding_change(embedded_BTH)}
+        embed = backbone.get_input_embeddings()
+        inputs = {"inputs_embeds": sequences.embedding_change(embed, ids_BT)}
     output = backbone(
         **inputs,
         attention_mask=mask_BT,

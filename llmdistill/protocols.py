@@ -90,6 +90,7 @@ class Teacher(Protocol):
     - `write` (`Writes`) and `ends`, the ids that end a response, if it can write.
     - `session` (`Steps`), if it can take part in interleaved rollouts.
     - `scores_anew`, which is True if its signal is not what it read while it wrote.
+    - `reads_changes`, which is True if it applies `embedding_change` of the sequences.
     - `plain`, the teacher to measure a student against, if it is another one.
     - `after_step`, `state_dict` and `load_state_dict`, if it changes with the student (`Follows`).
     - `train_sampler`, if it chooses the order of the rows (`Orders`).
@@ -208,6 +209,14 @@ def scores_anew(teacher: Teacher) -> bool:
     Such a teacher has an attribute `scores_anew` that is True, and its `judge` is always called.
     """
     return bool(getattr(teacher, "scores_anew", False))
+
+
+def reads_changes(teacher: Any) -> bool:
+    """Whether this teacher applies `Sequences.embedding_change` to its own embeddings.
+
+    Such a teacher has an attribute `reads_changes` that is True.
+    """
+    return bool(getattr(teacher, "reads_changes", False))
 
 
 def changes(teacher: Any) -> bool:

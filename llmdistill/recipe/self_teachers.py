@@ -33,6 +33,10 @@ class AdapterOffTeacherRecipe(TeacherSection):
         return needs("teachers/local.py", "LocalTeacher")
 
     @property
+    def reads_changes(self) -> bool:
+        return True
+
+    @property
     def who(self) -> str:
         return "the student's base model, with its adapter switched off"
 
@@ -87,6 +91,10 @@ class ReflexiveTeacherRecipe(TeacherSection):
             context=self.context,
             max_context_tokens=self.max_context_tokens,
         )
+
+    @property
+    def reads_changes(self) -> bool:
+        return self.context is None
 
     @property
     def copies(self) -> int:
@@ -168,6 +176,14 @@ class ChainTeacherRecipe(TeacherSection):
         return self.teacher.models
 
     @property
+    def reads_changes(self) -> bool:
+        return self.teacher.reads_changes
+
+    @property
+    def gives_gradients(self) -> bool:
+        return self.teacher.gives_gradients
+
+    @property
     def who(self) -> str:
         number = len(self.assistants)
         return f"through {number} assistant{'s' * (number != 1)} (TAKD)"
@@ -214,6 +230,14 @@ class BornAgainTeacherRecipe(TeacherSection):
     @property
     def provides(self) -> frozenset[str]:
         return needs("teachers/local.py", "LocalTeacher")
+
+    @property
+    def reads_changes(self) -> bool:
+        return True
+
+    @property
+    def gives_gradients(self) -> bool:
+        return True
 
     @property
     def who(self) -> str:

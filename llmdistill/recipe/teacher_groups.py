@@ -129,6 +129,10 @@ class EnsembleTeacherRecipe(SeveralTeachers):
         return self.mix == "sum"
 
     @property
+    def reads_changes(self) -> bool:
+        return all(one.reads_changes for one in self.teachers)
+
+    @property
     def who(self) -> str:
         return f"an ensemble ({self.mix}, weights by {self.weigh})"
 
@@ -256,6 +260,10 @@ class MutualTeacherRecipe(TeacherSection):
     @property
     def provides(self) -> frozenset[str]:
         return needs("teachers/mutual.py", "MutualTeacher")
+
+    @property
+    def reads_changes(self) -> bool:
+        return True
 
     @property
     def students(self) -> tuple[StudentRecipe, ...]:

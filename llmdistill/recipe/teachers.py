@@ -75,6 +75,16 @@ class TeacherSection(Strict):
         """Whether the teacher differs from its model in its distribution alone."""
         return False
 
+    @property
+    def reads_changes(self) -> bool:
+        """Whether the teacher can read changed embeddings of what the student reads."""
+        return False
+
+    @property
+    def gives_gradients(self) -> bool:
+        """Whether its distribution can be differentiated by what it reads."""
+        return False
+
     uses_student: ClassVar[bool] = False
     """Whether the teacher runs the student's own model."""
     depends_on_rows: ClassVar[bool] = False
@@ -216,6 +226,14 @@ class LocalTeacherRecipe(TeacherSection):
     def is_plain(self) -> bool:
         """Whether the weights are neither quantised nor in several places."""
         return self.quantization is None and self.placement == "whole"
+
+    @property
+    def reads_changes(self) -> bool:
+        return not self.sees_images
+
+    @property
+    def gives_gradients(self) -> bool:
+        return self.kind == "local" and self.is_plain
 
     @property
     def tokenizer_source(self) -> tuple[str, str | None]:

@@ -26,7 +26,7 @@ from llmdistill.models.taps import Need
 from llmdistill.models.vocabulary import VocabularyMatch, compare, num_tokens
 from llmdistill.objectives.choices import choose
 from llmdistill.objectives.labels import token_log_probs
-from llmdistill.protocols import Teacher
+from llmdistill.protocols import Teacher, reads_changes
 from llmdistill.recipe.teacher_groups import wrong_ensemble
 
 if TYPE_CHECKING:
@@ -113,6 +113,11 @@ class EnsembleTeacher:
     def ends(self) -> frozenset[int]:
         """The token ids that end a response of one of the teachers."""
         return all_ends(self.teachers)
+
+    @property
+    def reads_changes(self) -> bool:
+        """Whether all of the teachers apply changes of embeddings."""
+        return all(reads_changes(teacher) for teacher in self.teachers)
 
     @property
     def plain(self) -> Teacher:

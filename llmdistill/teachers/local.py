@@ -45,6 +45,7 @@ class LocalTeacher:
     """
 
     provides = frozenset({Need.DISTRIBUTION, Need.HIDDEN, Need.QUERIES, Need.KEYS, Need.VALUES})
+    reads_changes = True
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._take(model, tokenizer)

@@ -54,6 +54,7 @@ class MutualTeacher(TrainableTeacher):
     """
 
     provides = frozenset({Need.DISTRIBUTION})
+    reads_changes = True
 
     def __init__(
         self,

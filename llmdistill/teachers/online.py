@@ -73,6 +73,7 @@ class OnlineTeacher(TrainableTeacher):
     """
 
     provides = LocalTeacher.provides
+    reads_changes = True
 
     def __init__(
         self,

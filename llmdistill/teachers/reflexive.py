@@ -88,6 +88,11 @@ class ReflexiveTeacher(LocalTeacher):
         """Whether the teacher reads prompts that the student does not see."""
         return self.prompts is not None
 
+    @property
+    def reads_changes(self) -> bool:  # type: ignore[override]
+        """Whether the teacher reads what the student reads, so that both can read changes of it."""
+        return not self.reads_more
+
     @contextlib.contextmanager
     def in_use(self) -> Iterator[PreTrainedModel]:
         """Give the student's model in eval mode with the teacher's weights."""

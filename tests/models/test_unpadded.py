@@ -155,9 +155,9 @@ def test_changed_embeddings_stay_padded(calls):
     model = toy.model().double()
     shapes = []
 
-    def twice(embedded_BTH):
-        shapes.append(embedded_BTH.shape[:2])
-        return 2 * embedded_BTH
+    def twice(embed, ids_BT):
+        shapes.append(ids_BT.shape)
+        return 2 * embed(ids_BT)
 
     batch = replace(SEQUENCES, embedding_change=twice)
     expected = read(model, batch, toy.NUM_TOKENS)

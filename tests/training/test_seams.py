@@ -515,7 +515,7 @@ def test_changed_embeddings_are_judged_in_a_pass_of_their_own():
     seen = spy(teacher, "judge")
     kept = teacher_signal(teacher, written, toy.NUM_TOKENS, needs)
     assert seen == []
-    changed = replace(written, embedding_change=lambda embedded_BTH: 2 * embedded_BTH)
+    changed = replace(written, embedding_change=lambda embed, ids_BT: 2 * embed(ids_BT))
     other = teacher_signal(teacher, changed, toy.NUM_TOKENS, needs)
     assert len(seen) == 1
     assert not torch.allclose(other.distribution.hidden_NH, kept.distribution.hidden_NH)
