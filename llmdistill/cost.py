@@ -26,6 +26,7 @@ from llmdistill.models.footprint import (
 )
 from llmdistill.models.load import DTYPES, default_device, load_config, preferred_dtype
 from llmdistill.models.taps import Need, check_taps
+from llmdistill.objectives.augment import AugmentedObjective
 from llmdistill.objectives.build import build_objectives
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts.interleaved import LOGITS
@@ -146,6 +147,8 @@ def _add_objectives(
     configs = [model.config.get_text_config() for model in (student, teacher)]
     states, projectors = 0.0, 0
     objectives = build_objectives(recipe.objectives)
+    # The activations of each pass are kept until the backward pass.
+    parts["activations"] *= 1 + sum(isinstance(one, AugmentedObjective) for one in objectives)
     num_losses = sum(Need.DISTRIBUTION in one.student_needs for one in objectives)
     parts["copies of the head"] = head_bytes(student, load, num_losses) if num_losses else 0.0
     for objective in objectives:

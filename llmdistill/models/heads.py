@@ -209,6 +209,26 @@ def check_split(model: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
+def check_embeddings(model: nn.Module) -> None:
+    """Raise ModelError unless the model reads embeddings as it reads the ids that they belong to.
+
+    Some families look up more than the embeddings of an id.
+    """
+    ids_BT = torch.arange(1, 6, device=next(model.parameters()).device)[None]
+    with eval_mode(model):
+        backbone = split(model)[0]
+        expected = backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
+        embedded_BTH = backbone.get_input_embeddings()(ids_BT)  # type: ignore[operator]
+        found = backbone(inputs_embeds=embedded_BTH, use_cache=False).last_hidden_state
+    if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
+        raise ModelError(
+            f"{type(unwrap_adapters(model)).__name__} reads more of a token than its embedding, so "
+            "its inputs cannot be changed. Remove the objectives on changed inputs, or use a model "
+            "of another family."
+        )
+
+
 def _ignores_masks(model: nn.Module, backbone: nn.Module, ids_BT: Tensor) -> bool:
     """Whether padding in front of a text changes its states, and a mask does not change them."""
     padded_BT = torch.cat([torch.zeros_like(ids_BT[:, :3]), ids_BT], 1)

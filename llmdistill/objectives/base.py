@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from llmdistill.batch import LossSum as LossSum
 from llmdistill.batch import Sequences, StudentView, TeacherSignal
 from llmdistill.models.taps import Need as Need
 from llmdistill.objectives.weights import predicted_tokens
+from llmdistill.protocols import Progress
 from llmdistill.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -85,3 +86,20 @@ class Objective(nn.Module, abc.ABC):
                 no objective of the run needs anything from the teacher.
             sequences: The batch that both models read.
         """
+
+
+class Passes(Protocol):
+    """Further forward passes of both models within a training step, for `AugmentedObjective`."""
+
+    @property
+    def progress(self) -> Progress:
+        """The progress of training, from which all randomness follows."""
+
+    def student(self, sequences: Sequences, needs: frozenset[Need]) -> StudentView:
+        """Run the student on other sequences, or on other embeddings of them, with gradients."""
+
+    def teacher(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
+        """Run the teacher on them, without gradients."""
+
+    def teacher_with_gradients(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
+        """Run the teacher on them, with gradients to what `embedding_change` returns."""

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from llmdistill.objectives.augment import (
+    AdversarialObjective,
+    AugmentedObjective,
+    MixObjective,
+    TokenDropoutObjective,
+)
 from llmdistill.objectives.base import Objective
 from llmdistill.objectives.ckd import CkdObjective
 from llmdistill.objectives.contrastive import CrdObjective, IcdObjective, RrdObjective
@@ -20,7 +26,7 @@ from llmdistill.objectives.relations import (
 )
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
 from llmdistill.objectives.rtk import RtkObjective
-from llmdistill.recipe import contrasts
+from llmdistill.recipe import augments, contrasts
 from llmdistill.recipe import objectives as sections
 from llmdistill.schedules import Schedule, build_schedule
 
@@ -54,6 +60,18 @@ def _flow(section: sections.FlowRecipe, weight: float | Schedule) -> list[Object
     ]
 
 
+def _wrapping(objective: Callable[..., AugmentedObjective]) -> Callable[..., Objective]:
+    """Return a builder for an objective around the one of its section `of`."""
+
+    def build(section: augments.AugmentedRecipe, weight: float | Schedule) -> Objective:
+        (inner,) = build_objectives([section.of])
+        return objective(
+            inner, weight=weight, **section.model_dump(exclude={"kind", "weight", "of"})
+        )
+
+    return build
+
+
 def _plain(objective: Callable[..., Objective]) -> Callable[..., Objective]:
     """Return a builder for an objective whose parameters are the fields of its section."""
     return lambda section, weight: objective(
@@ -81,4 +99,7 @@ _BUILDERS: dict[type, Callable[..., Objective | list[Objective]]] = {
     sections.CkdRecipe: _plain(CkdObjective),
     sections.DistRecipe: _plain(DistObjective),
     sections.CorrelationRecipe: _plain(CorrelationObjective),
+    augments.MixRecipe: _wrapping(MixObjective),
+    augments.AdversarialRecipe: _wrapping(AdversarialObjective),
+    augments.TokenDropoutRecipe: _wrapping(TokenDropoutObjective),
 }

@@ -63,13 +63,19 @@ def prompt_keys(sequences: Sequences) -> Tensor:
     return mix64(keys_B)[sequences.num_predicted > 0]
 
 
+def gathers() -> bool:
+    """Whether this is a training step on several ranks."""
+    # In an evaluation one rank may have fewer batches than another, and would not answer.
+    return torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
+
+
 def gather(own_BX: Tensor) -> Tensor:
     """Return the samples of all ranks in the order of the ranks: (S, ...).
 
     Gradients reach this rank's samples only.  Ranks may have different numbers of samples.  Without
     gradients nothing is gathered: a held-out loss compares the samples of a rank's own batch.
     """
-    if not _gathers():
+    if not gathers():
         return own_BX
     counts = _lengths(own_BX)
     sent_SX = own_BX.new_zeros(max(counts), *own_BX.shape[1:])
@@ -89,14 +95,14 @@ def gather_together(own: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def gathered_from(own_BX: Tensor) -> int:
     """Return the place of this rank's first sample in the result of `gather`."""
-    if not _gathers():
+    if not gathers():
         return 0
     return sum(_lengths(own_BX)[: dist.get_rank()])
 
 
 def sum_over_ranks(own: Tensor) -> Tensor:
     """Return a tensor without gradients summed over all ranks; unchanged without gradients."""
-    if not _gathers():
+    if not gathers():
         return own
     total = own.detach().clone()
     dist.all_reduce(total)
@@ -108,7 +114,7 @@ def shared(parameter: Tensor) -> Tensor:
 
     Without it, the gradient would count once for each rank.
     """
-    if not _gathers():
+    if not gathers():
         return parameter
     part = parameter / dist.get_world_size()
     return part + (parameter - part).detach()
@@ -186,12 +192,6 @@ class SampleObjective(PooledObjective):
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of all numbers, which connects them to the loss even if they are empty: ()."""
     return torch.stack([one.sum() for one in tensors]).sum()
-
-
-def _gathers() -> bool:
-    """Whether this is a training step on several ranks."""
-    # In an evaluation one rank may have fewer batches than another, and would not answer.
-    return torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
 
 
 def _lengths(own_BX: Tensor) -> list[int]:

@@ -29,6 +29,18 @@ def _objectives(recipe: Recipe) -> str | None:
                 f"{', '.join(sorted(teacher.provides)) or 'nothing'}. Use another teacher, or "
                 "remove the objective."
             )
+        if one.changes_inputs and not teacher.reads_changes:
+            return (
+                f"objectives[{place}] of kind {one.kind} changes the embeddings that both models "
+                f"read, which a teacher of kind {teacher.kind} cannot apply with these keys. Use "
+                "another teacher, or remove the objective."
+            )
+        if one.needs_gradients and not teacher.gives_gradients:
+            return (
+                f"objectives[{place}] of kind {one.kind} needs gradients of the teacher, which "
+                f"only one of kind local without 'quantization' and 'placement' has. Set "
+                "'teacher_sees: clean', or change the teacher."
+            )
         if one.makes_the_student and recipe.student.peft is not None:
             return (
                 f"objectives[{place}] of kind {one.kind} exports a part of the student, which does "

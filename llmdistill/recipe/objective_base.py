@@ -53,6 +53,16 @@ class ObjectiveSection(Strict):
     """Whether the objective can be summed over several distributions for each token."""
 
     @property
+    def changes_inputs(self) -> bool:
+        """Whether the teacher must read changed embeddings."""
+        return False
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the teacher must be differentiated by what it reads."""
+        return False
+
+    @property
     def makes_the_student(self) -> bool:
         """Whether a part of the objective is exported as the student."""
         return False

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from llmdistill.errors import TrainingError
 from llmdistill.models.layers import decoder_layers
 from llmdistill.models.taps import STATES, Need, layers_seen_inside
+from llmdistill.objectives.augment import AugmentedObjective
 from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Exports
 from llmdistill.training.launched import asked_by_launcher, require_all_processes
@@ -106,10 +107,13 @@ def check_batch(args: TrainingArguments, distillation: Distillation) -> None:
                 sizes["train"],
                 objective.advised_rows,
             )
+        # A held-out loss on changed inputs is that of the wrapped objective on the unchanged ones.
+        held_out = objective.inner if isinstance(objective, AugmentedObjective) else objective
         for phase, rows in sizes.items():
-            if rows < objective.least_rows:
+            least = (objective if phase == "train" else held_out).least_rows
+            if rows < least:
                 raise TrainingError(
-                    f"objective '{objective.name}' compares at least {objective.least_rows} rows "
+                    f"objective '{objective.name}' compares at least {least} rows "
                     f"with each other, but a batch has {rows} (training.per_device_{phase}_"
                     f"batch_size on {args.world_size} processes). Raise it. Gradient accumulation "
                     "does not help, because each micro-batch is compared alone."
@@ -188,8 +192,16 @@ def check_checkpointing(args: TrainingArguments, distillation: Distillation) -> 
     the layer in that run has no gradient.  Hidden states between layers keep theirs.
     """
     options = args.activation_checkpointing_kwargs or {}
+    reentrant = args.activation_checkpointing and options.get("use_reentrant")
+    for one in distillation.objectives:
+        if reentrant and isinstance(one, AugmentedObjective) and one.differentiates_inputs:
+            raise TrainingError(
+                "training.activation_checkpointing_kwargs: with use_reentrant the gradient by the "
+                f"inputs, which objective '{one.name}' needs, cannot be computed. Remove "
+                "use_reentrant."
+            )
     inside = {need.kind for need in distillation.student_needs} & (STATES - {Need.HIDDEN})
-    if args.activation_checkpointing and options.get("use_reentrant") and inside:
+    if reentrant and inside:
         raise TrainingError(
             f"training.activation_checkpointing_kwargs: with use_reentrant the student's "
             f"{', '.join(sorted(map(str, inside)))} would have no gradient. Remove use_reentrant."

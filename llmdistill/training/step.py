@@ -27,11 +27,13 @@ from llmdistill.forward import read, teacher_signal
 from llmdistill.models.heads import check_split
 from llmdistill.models.taps import STATES, Need, check_taps
 from llmdistill.models.vocabulary import num_tokens
+from llmdistill.objectives.augment import AugmentedObjective
 from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Progress, Teacher, plain
 from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.schedules import value
 from llmdistill.teachers.base import TrainableTeacher
+from llmdistill.training.passes import ModelPasses, check_changes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,6 +101,7 @@ class Distillation(nn.Module):
             objective.prepare(student.config.get_text_config(), teacher_config)
             objective.start_from(student)
             _warn_about_rates(objective)
+        check_changes(objectives, student, teacher)
         self.student_needs = frozenset().union(*(one.student_needs for one in objectives))
         self.teacher_needs = frozenset().union(*(one.teacher_needs for one in objectives))
         if self.trained_teacher is not None:
@@ -119,12 +122,14 @@ class Distillation(nn.Module):
         """The run's teacher, frozen or trained."""
         return self._teacher[0]
 
-    def forward(self, sequences: Sequences, scales_K: Tensor | None = None) -> StepOutput:
+    def forward(
+        self, sequences: Sequences, scales_K: Tensor | None = None, progress: Progress = START
+    ) -> StepOutput:
         """Return one micro-batch's share of the step's loss.
 
         `scales_K` contains each term's weight divided by its divisor of the whole step, with the
         teacher's own term last.  Without it the micro-batch counts as the whole step, and weights
-        are those of the first step.
+        are those of the first step.  `progress` decides how inputs are changed.
         """
         divisors_K = self.divisors(sequences)
         if scales_K is None:
@@ -139,7 +144,13 @@ class Distillation(nn.Module):
         # Gradients do not cross: objectives train the student alone, and the teacher's own loss
         # trains the teacher alone.
         seen = None if signal is None else signal.detach()
-        sums: list[LossSum] = [one(student, seen, sequences) for one in self.objectives]
+        passes = ModelPasses(self.student, teacher, self.num_tokens, progress)
+        sums: list[LossSum] = [
+            one.changed(seen, sequences, passes)
+            if self.training and isinstance(one, AugmentedObjective)
+            else one(student, seen, sequences)
+            for one in self.objectives
+        ]
         if learns and trained is not None:
             sums.append(trained(student.detach(), signal, sequences))
         loss = torch.zeros((), device=scales_K.device)

@@ -164,7 +164,8 @@ class DistillTrainer(AheadTrainer):
         divisors_K = self.accelerator.reduce(self.model.divisors(sequences), reduction="sum")
         # DDP averages the ranks' gradients; the factor turns that average into the sum.
         scales_K = self.model.scales(divisors_K, progress) * self.accelerator.num_processes
-        inputs = [{"sequences": sequences.select(some), "scales": scales_K} for some in rows]
+        shared = {"scales": scales_K, "progress": progress}
+        inputs = [{"sequences": sequences.select(some)} | shared for some in rows]
         return inputs, sequences.num_predicted.sum()
 
     def training_step(self, model: Module, inputs: dict[str, Any], *args: Any) -> Tensor:
@@ -185,7 +186,7 @@ class DistillTrainer(AheadTrainer):
         of ranks, so `num_items_in_batch` is not used.
         """
         with self.accelerator.autocast():  # DDP has it in its forward pass, but FSDP2 has not
-            output = model(inputs["sequences"], inputs["scales"])
+            output = model(inputs["sequences"], inputs["scales"], inputs["progress"])
         _count(self, output)
         return (output.loss, output) if return_outputs else output.loss
 

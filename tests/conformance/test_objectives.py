@@ -144,6 +144,8 @@ def test_a_student_like_its_teacher_has_the_minimum(name):
     """
     if name in CONTRASTIVE:
         pytest.skip("its projectors of equal models differ")
+    if name == "adversarial":
+        pytest.skip("its models read different inputs")
     teacher = LocalTeacher(toy.model(), toy.tokenizer())
     one_layer = {"num_layers": 1} if "num_layers" in type(section(name)).model_fields else {}
     student = toy.model()

@@ -9,7 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 from llmdistill.batch import LossSum
 from llmdistill.forward import read, teacher_signal
+from llmdistill.objectives.augment import AugmentedObjective
 from llmdistill.objectives.base import Objective
+from llmdistill.protocols import Progress
 from tests import toy
 
 
@@ -56,9 +58,28 @@ def prepared(objective, student, teacher):
     return objective
 
 
-def loss(objective, student, teacher, sequences):
-    """Return the loss of a prepared objective on some sequences."""
+class BothModels:
+    """The passes of a training step, for an objective that makes further ones."""
+
+    def __init__(self, student, teacher, step=0, seed=0):
+        self.models = student, teacher
+        self.progress = Progress(step=step, epoch=0, seed=seed)
+
+    def student(self, sequences, needs):
+        return read(self.models[0], sequences, toy.NUM_TOKENS, needs)
+
+    def teacher(self, sequences, needs):
+        return teacher_signal(self.models[1], sequences, toy.NUM_TOKENS, needs)
+
+    def teacher_with_gradients(self, sequences, needs):
+        return self.models[1].score(sequences, needs)
+
+
+def loss(objective, student, teacher, sequences, **progress):
+    """Return the loss of a prepared objective on some sequences, in a training step."""
     signal = teacher_signal(teacher, sequences, toy.NUM_TOKENS, objective.teacher_needs)
+    if isinstance(objective, AugmentedObjective):
+        return objective.changed(signal, sequences, BothModels(student, teacher, **progress))
     view = read(student, sequences, toy.NUM_TOKENS, objective.student_needs)
     return objective(view, signal, sequences)
 
