@@ -167,6 +167,12 @@ def check_sharding(model: Distillation, *, sharded: bool, requested: bool) -> No
             "an objective exports a part of the student, which does not work with FSDP or ZeRO-3, "
             "because its weights are sharded. Remove 'export', or train with DDP or ZeRO-2."
         )
+    if sharded and any(getattr(one, "differentiates_inputs", False) for one in model.objectives):
+        raise TrainingError(
+            "an objective differentiates its inputs within the forward pass, which does not work "
+            "with FSDP or ZeRO-3, because a backward pass shards the weights again. Train with DDP "
+            "or ZeRO-2."
+        )
     # On a CPU Accelerate accepts `fsdp` and trains with DDP without a warning.
     if requested and not sharded:
         raise TrainingError(

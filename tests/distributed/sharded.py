@@ -38,7 +38,7 @@ from tests import toy
 from tests.support.spies import spy
 from tests.training.helpers import INTERLEAVED, dataset, trained, trainer, weights
 
-REFUSED = ("online", "resting", "mutual", "context", "average")  # teachers
+REFUSED = ("online", "resting", "mutual", "context", "average", "adversarial")  # kinds
 
 
 def sharded_alone(folder: Path) -> None:
@@ -145,8 +145,8 @@ def _conformance(folder: Path, scaling: dict) -> None:
         if name.startswith("response-"):
             continue  # divergences differ in what they make of the logits alone
         rows = {"rows": dataset(7), "per_device_train_batch_size": 4}
-        teacher = name.removeprefix("teacher-")
-        if teacher == "resting" if scaling is ZERO2 else teacher in REFUSED:
+        kind = name.removeprefix("teacher-")
+        if kind == "resting" if scaling is ZERO2 else kind in REFUSED:
             with pytest.raises(TrainingError, match=r"does not work with FSDP|with DeepSpeed"):
                 trainer(folder / "run", **rows, **scaling, **options())
             continue
