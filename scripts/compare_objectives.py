@@ -12,40 +12,21 @@ not made again.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import benchmark
 import torch
+from study import BATCH, FIGURES, HELD_OUT, KL, LAYERS, NEW_TOKENS, STEPS, Study, kept
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from transformers import TrainingArguments
-
-from llmdistill import DistillTrainer, FixedRollout, LocalTeacher
-from llmdistill import recipe as recipes
-from llmdistill.batch import Sequences, TeacherSignal
-from llmdistill.data.collate import PromptDataset, collate
-from llmdistill.data.sources import read
-from llmdistill.data.validate import Rules
-from llmdistill.evaluation.measure import Evaluation
 from llmdistill.forward import read as forward
-from llmdistill.models.build import build_student
-from llmdistill.models.load import native_bfloat16
 from llmdistill.models.taps import Need
-from llmdistill.objectives.build import build_objectives
 from llmdistill.objectives.layer_maps import carved
 
-NAME = "smollm2-135m-instruct"
-LAYERS, STEPS, BATCH, HELD_OUT, NEW_TOKENS = 10, 100, 4, 16, 32
-LONGEST_PROMPT, LONGEST_RESPONSE, LEARNING_RATE = 72, 40, 2e-4
-KL: dict[str, Any] = {"kind": "response"}
 SHOWN_LAYERS = (2, 4, 6, 8, 10)
 TERMS: dict[str, dict[str, Any]] = {
     "hidden (cosine)": {"kind": "hidden", "distance": "cosine", "layers": "carved"},
@@ -57,103 +38,17 @@ TERMS: dict[str, dict[str, Any]] = {
     "similarity": {"kind": "similarity"},
     "pkt": {"kind": "pkt"},
     "flow": {"kind": "flow", "layers": "carved"},
-    "icd": {"kind": "icd"},
-    "crd": {"kind": "crd", "queue_size": 512},
-    "rrd": {"kind": "rrd", "queue_size": 512},
     "ckd": {"kind": "ckd"},
     "correlation": {"kind": "correlation"},
     "dist": {"kind": "dist"},
 }
-FIGURES = ("kl_teacher_text", "kl_own_text", "top1_agreement", "rouge_l_teacher")
 
 
-class RememberingTeacher(LocalTeacher):
-    """A teacher that scores each batch once, with all states that any of the runs needs."""
-
-    def __init__(self, teacher: LocalTeacher, needs: frozenset[Need]) -> None:
-        super().__init__(teacher.model, teacher.tokenizer)
-        self.needs = needs
-        self.signals: dict[bytes, TeacherSignal] = {}
-
-    def judge(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
-        key = sequences.input_ids_BT.numpy().tobytes()
-        if key not in self.signals:
-            self.signals[key] = super().judge(sequences, self.needs | needs)
-        return self.signals[key]
-
-
-class Study:
-    """The pair, the rows and the measurements that all runs share."""
-
-    def __init__(self, data: Path) -> None:
-        self.teacher = LocalTeacher.load(NAME, dtype="auto")
-        tokenizer = self.teacher.tokenizer
-        limits = {"max_prompt_tokens": LONGEST_PROMPT, "max_response_tokens": LONGEST_RESPONSE}
-        files = (str(data / f"instructions_{name}.jsonl") for name in ("seed", "eval"))
-        self.train, held = (
-            PromptDataset.encode(read(file), tokenizer, Rules(**limits)) for file in files
-        )
-        rows = collate(self.train.rows[:48])
-        carve = recipes.CarveRecipe(layers=LAYERS, by="influence")
-        section = recipes.StudentRecipe(model=NAME, carve=carve)
-        sample = (rows.input_ids_BP, rows.attention_mask_BP)
-        self.student = build_student(section, base=None, sample=sample, device="cpu", seed=0)
-        self.evaluation = Evaluation(
-            self.teacher, collate(held.rows[:HELD_OUT]), max_new_tokens=NEW_TOKENS, seed=0
-        )
-        with tempfile.TemporaryDirectory() as folder:  # a trainer knows the layers of its terms
-            made = self.trainer(folder, [KL, *TERMS.values()])
-        self.teacher = RememberingTeacher(self.teacher, made.model.teacher_needs)
-
-    def trainer(self, folder: str, sections: list[dict[str, Any]]) -> DistillTrainer:
-        given = {"output": "-", "teacher": {"model": NAME}, "student": {"model": NAME}}
-        recipe = recipes.build(given | {"data": {"train": "-.jsonl"}, "objectives": sections})
-        arguments = TrainingArguments(
-            output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True,
-            save_strategy="no", max_steps=STEPS, learning_rate=LEARNING_RATE, warmup_steps=0.1,
-            lr_scheduler_type="cosine", per_device_train_batch_size=BATCH, logging_steps=25,
-            bf16=native_bfloat16(torch.device("cpu")), seed=0,
-        )  # fmt: skip
-        return DistillTrainer(
-            student=copy.deepcopy(self.student),
-            teacher=self.teacher,
-            rollout=FixedRollout(),
-            objectives=build_objectives(recipe.objectives),
-            args=arguments,
-            train_dataset=self.train,
-            processing_class=self.teacher.tokenizer,
-        )
-
-    def weighted(self, term: dict[str, Any]) -> dict[str, Any]:
-        """Return the term with the weight that halves its gradient against that of KL."""
-        with tempfile.TemporaryDirectory() as folder:
-            norms = []
-            for section in (KL, term):
-                trainer = self.trainer(folder, [section])
-                loader = iter(trainer.get_train_dataloader())
-                inputs, _ = trainer.get_batch_samples(loader, 1, torch.device("cpu"))
-                trainer.compute_loss(trainer.model, inputs[0]).backward()
-                found = [p.grad for p in trainer.model.student.parameters() if p.grad is not None]
-                norms.append(torch.stack([grad.norm() for grad in found]).norm().item())
-        weight = float(f"{0.5 * norms[0] / norms[1]:.2g}")
-        if term["kind"] != "flow":
-            return term | {"weight": weight}
-        # The inner weight begins at 10 times the last one, and fades.
-        inner = {"kind": "critical_period", "start": 10 * weight}
-        return term | {"weight": weight, "inner_weight": inner}
-
-    def run(self, sections: list[dict[str, Any]]) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = self.trainer(folder, sections)
-            trainer.train()
-            return self.measure(trainer.model.student) | {"log": trainer.state.log_history}
+class StudyOfLayers(Study):
+    """A study that also measures how close the layers of both models are."""
 
     def measure(self, student: Any) -> dict[str, Any]:
-        student.eval()
-        figures = self.evaluation.measure(student).figures
-        return {name: getattr(figures, name) for name in FIGURES} | {
-            "cosines": self.cosines(student)
-        }
+        return super().measure(student) | {"cosines": self.cosines(student)}
 
     @torch.no_grad()
     def cosines(self, student: Any) -> list[float]:
@@ -174,16 +69,6 @@ class Study:
         return torch.cat(totals, 1).mean(1).tolist()
 
 
-def kept(path: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return a result from the file, or make it and write it there."""
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    if name not in results:
-        print(f"running {name}", file=sys.stderr)
-        results[name] = make()
-        path.write_text(json.dumps(results, indent=1))
-    return results[name]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
@@ -192,9 +77,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    study = Study(options.data)
-    results = {"before": kept(options.results, "before", lambda: study.measure(study.student))}
-    results["KL"] = kept(options.results, "KL", lambda: study.run([KL]))
+    files = (options.data / f"instructions_{name}.jsonl" for name in ("seed", "eval"))
+    study = StudyOfLayers(*files, list(TERMS.values()))
+    results = {"before": kept(options.results, "before", study.measure, study.student)}
+    results["KL"] = kept(options.results, "KL", study.run, [KL])
     for name, term in TERMS.items():
 
         def make(term: dict[str, Any] = term) -> dict[str, Any]:
