@@ -7,7 +7,8 @@ tokens, of which 192 are predicted.  A step is the teacher's forward pass and th
 and backward pass, without an optimizer.  Each objective is measured without others, in a separate
 process, so hidden states and relations compute no logits.  Times are medians; memory is the peak of
 the process above what the loaded pair takes.  Forward KL runs first and last: the difference is the
-noise.
+noise.  Passes are forward passes.  Objectives on changed inputs are measured with the pass on the
+unchanged inputs, which they share with others.
 """
 
 from __future__ import annotations
@@ -54,10 +55,15 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "icd": {"kind": "icd"},
     "crd": {"kind": "crd", "queue_size": 512},
     "rrd": {"kind": "rrd", "queue_size": 512},
+    "mixkd": {"kind": "mixkd"},
+    "adversarial, 1 step": {"kind": "adversarial"},
+    "adversarial, 3 steps": {"kind": "adversarial", "steps": 3},
+    "token_dropout": {"kind": "token_dropout"},
     "ckd": {"kind": "ckd"},
     "dist": {"kind": "dist"},
     "correlation": {"kind": "correlation"},
     "correlation, pruned teacher": {"kind": "correlation"},
+    "its token_dropout, pruned teacher": {"kind": "token_dropout", "of": "correlation"},
     "forward_kl again": KL,
 }
 
@@ -73,7 +79,7 @@ def sequences(length: int) -> Sequences:
 
 
 def measure(name: str, rounds: int) -> dict[str, float]:
-    """Return the seconds of a step and its peak in MiB.  Call it in a new process."""
+    """Return the seconds of a step, its peak in MiB, and its passes.  Call it in a new process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = LocalTeacher.load(NAME, dtype="auto")
     if "pruned" in name:
@@ -91,7 +97,15 @@ def measure(name: str, rounds: int) -> dict[str, float]:
             loss = step(batch).loss
         loss.backward()
 
+    passes = {"student": 0, "teacher": 0}
+    for side, model in (("student", student), ("teacher", teacher.model)):
+
+        def count(*_: Any, side: str = side) -> None:
+            passes[side] += 1
+
+        model.base_model.register_forward_hook(count)
     run(sequences(16).to(device))  # loads libraries
+    counted = dict(passes)
     batch = sequences(PROMPT + RESPONSE).to(device)
     step.zero_grad(set_to_none=True)
     benchmark.reset_peak()
@@ -103,7 +117,8 @@ def measure(name: str, rounds: int) -> dict[str, float]:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds), "MiB": benchmark.peak_mib() - before}
+    used = {"seconds": statistics.median(seconds), "MiB": benchmark.peak_mib() - before}
+    return used | counted
 
 
 def main() -> None:
@@ -127,6 +142,7 @@ def main() -> None:
     rows = [
         {
             "objective": name,
+            "passes of student, teacher": f"{one['student']}, {one['teacher']}",
             "time / forward KL": one["seconds"] / kl["seconds"],
             "memory / forward KL": one["MiB"] / kl["MiB"],
             "seconds": one["seconds"],

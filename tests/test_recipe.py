@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from llmdistill import recipe as recipes
 from llmdistill.errors import RecipeError
 from llmdistill.objectives.divergences import DIVERGENCES
-from llmdistill.recipe import facts, objectives, rollouts, teachers
+from llmdistill.recipe import distributions, facts, rollouts, teachers
 from llmdistill.recipe.generation import GenerationRecipe
 
 MINIMAL = {
@@ -192,8 +192,8 @@ def test_a_student_has_no_number_of_samples():
 
 
 def test_divergences_read_from_source_are_the_real_table():
-    assert list(objectives.DIVERGENCES.entries) == list(DIVERGENCES)
-    assert list(objectives.DIVERGENCES.options("jsd")) == ["beta", "temperature"]
+    assert list(distributions.DIVERGENCES.entries) == list(DIVERGENCES)
+    assert list(distributions.DIVERGENCES.options("jsd")) == ["beta", "temperature"]
 
 
 def test_a_recipe_is_frozen():
@@ -646,9 +646,9 @@ def test_an_objective_that_the_teacher_cannot_serve_is_refused_when_it_is_read(m
 
 
 def test_a_temperature_goes_only_to_a_divergence_that_takes_one(monkeypatch):
-    assert objectives.ResponseRecipe(temperature=2.0).options() == {"temperature": 2.0}
-    monkeypatch.setattr(objectives.ResponseRecipe, "_takes_temperature", False)
-    assert objectives.ResponseRecipe().options() == {}
+    assert distributions.ResponseRecipe(temperature=2.0).options() == {"temperature": 2.0}
+    monkeypatch.setattr(distributions.ResponseRecipe, "_takes_temperature", False)
+    assert distributions.ResponseRecipe().options() == {}
     said = message(MINIMAL | {"objectives": [{"kind": "response", "temperature": 2.0}]})
     assert "divergence 'forward_kl' has no temperature" in said
 

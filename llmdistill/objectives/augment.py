@@ -1,8 +1,8 @@
 """Objectives on changed inputs: another objective, in further forward passes of both models.
 
-N = predicted tokens, n = those of one block, V = vocabulary.  The inputs are changed where both
-models agree on their meaning: in their embeddings (`changes.py`).  The term adds to the objectives
-on the unchanged inputs, which are listed apart.
+B = rows, N = predicted tokens, n = those of one block, H = hidden size, V = vocabulary.  The inputs
+are changed in the embeddings of both models (`changes.py`).  The term adds to the objectives on the
+unchanged inputs, which are listed apart.
 """
 
 from __future__ import annotations

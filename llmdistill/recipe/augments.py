@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmdistill.recipe.distributions import (
@@ -21,8 +21,12 @@ _dropout = defaults("objectives/augment.py", "TokenDropoutObjective")
 _adversarial = defaults("objectives/augment.py", "AdversarialObjective")
 
 Wrapped = Annotated[
-    ResponseRecipe | CkdRecipe | DistRecipe | CorrelationRecipe, Field(discriminator="kind")
+    Annotated[
+        ResponseRecipe | CkdRecipe | DistRecipe | CorrelationRecipe, Field(discriminator="kind")
+    ],
+    BeforeValidator(lambda given: {"kind": given} if isinstance(given, str) else given),
 ]
+"""The section of an objective, or its kind alone."""
 
 
 class AugmentedRecipe(ObjectiveSection):
@@ -32,7 +36,7 @@ class AugmentedRecipe(ObjectiveSection):
 
     of: Wrapped = ResponseRecipe()
     """The objective that compares the models: one of kind `response`, `ckd`, `dist` or
-    `correlation`, without a `weight`.
+    `correlation`, without a `weight`.  `of: dist` is short for `of: {kind: dist}`.
     """
 
     @property

@@ -59,7 +59,6 @@ class MultimodalTeacher:
 
     provides = frozenset({Need.DISTRIBUTION})
     scores_anew = True  # the head is narrowed to the student's ids
-    reads_changes = False  # it reads another prompt than the student
     reads_more = True
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from llmdistill.batch import Sequences, StudentView, TeacherSignal
+from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
 from llmdistill.errors import RecipeError
 from llmdistill.forward import read, teacher_signal
 from llmdistill.models.heads import check_embeddings
@@ -45,6 +45,19 @@ class ModelPasses(NamedTuple):
         """Run the teacher, with gradients to what it reads."""
         teacher: Any = self.judge  # `check_changes` has refused one without `score`
         return teacher.score(sequences, needs).narrow(self.num_tokens)
+
+
+def term_sum(
+    objective: nn.Module,
+    student: StudentView,
+    signal: TeacherSignal | None,
+    sequences: Sequences,
+    passes: ModelPasses | None,
+) -> LossSum:
+    """Return the sum of one term's losses; `passes` is None in an evaluation."""
+    if passes is not None and isinstance(objective, AugmentedObjective):
+        return objective.changed(signal, sequences, passes)
+    return objective(student, signal, sequences)
 
 
 def check_changes(

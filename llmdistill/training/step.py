@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llmdistill.batch import LossSum, Prompts, Sequences
+from llmdistill.batch import Prompts, Sequences
 from llmdistill.decoding.sample import sample
 from llmdistill.decoding.session import Session, session
 from llmdistill.errors import RecipeError, TrainingError
@@ -27,13 +27,12 @@ from llmdistill.forward import read, teacher_signal
 from llmdistill.models.heads import check_split
 from llmdistill.models.taps import STATES, Need, check_taps
 from llmdistill.models.vocabulary import num_tokens
-from llmdistill.objectives.augment import AugmentedObjective
 from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Progress, Teacher, plain
 from llmdistill.sampling import Draw, Sampling, Writer
 from llmdistill.schedules import value
 from llmdistill.teachers.base import TrainableTeacher
-from llmdistill.training.passes import ModelPasses, check_changes
+from llmdistill.training.passes import ModelPasses, check_changes, term_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,10 +110,7 @@ class Distillation(nn.Module):
         teacher_model = getattr(teacher, "model", None)
         if isinstance(teacher_model, nn.Module):  # any other teacher is checked when it scores
             check_taps(teacher_model, self.teacher_needs)
-        names = [objective.name for objective in objectives]
-        names += [TEACHER_TERM] * (self.trained_teacher is not None)
-        # Terms are columns of the log, so equal names get their position appended.
-        self.term_names = [f"{n}_{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
+        self.term_names = _term_names(objectives, self.trained_teacher)
         self.objective_names = self.term_names[: len(objectives)]
 
     @property
@@ -145,21 +141,16 @@ class Distillation(nn.Module):
         # trains the teacher alone.
         seen = None if signal is None else signal.detach()
         passes = ModelPasses(self.student, teacher, self.num_tokens, progress)
-        sums: list[LossSum] = [
-            one.changed(seen, sequences, passes)
-            if self.training and isinstance(one, AugmentedObjective)
-            else one(student, seen, sequences)
-            for one in self.objectives
-        ]
+        parts = (student, seen, sequences, passes if self.training else None)
+        sums = [term_sum(one, *parts) for one in self.objectives]
         if learns and trained is not None:
             sums.append(trained(student.detach(), signal, sequences))
         loss = torch.zeros((), device=scales_K.device)
         for scale, one in zip(scales_K, sums, strict=False):
             loss = loss + scale * one.total
-        if self.training and trained is not None and not learns:
-            # DDP waits for a gradient of every parameter; the trainer drops these zeros.
-            loss = loss + sum(0.0 * p.sum() for p in trained.parameters() if p.requires_grad)
         self._teacher_learns = learns
+        if self.training:  # DDP waits for a gradient of every parameter; the trainer drops zeros
+            loss = loss + sum(0.0 * parameter.sum() for parameter in self.idle_parameters())
         columns = zip(self.term_names, sums, divisors_K, strict=False)
         terms = {name: (one.total.detach(), count) for name, one, count in columns}
         if learns and trained is not None:
@@ -276,6 +267,14 @@ class Distillation(nn.Module):
         if name in FORWARDED_TO_STUDENT:
             return getattr(super().__getattr__("student"), name)
         return super().__getattr__(name)
+
+
+def _term_names(objectives: Sequence[Objective], trained: TrainableTeacher | None) -> list[str]:
+    """Return the names of the terms of the loss, which are columns of the log."""
+    names = [objective.name for objective in objectives]
+    names += [TEACHER_TERM] * (trained is not None)
+    # Equal names get their position appended.
+    return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _own_rates(distillation: Distillation) -> Iterator[tuple[str, float]]:

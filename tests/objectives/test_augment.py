@@ -416,6 +416,14 @@ def test_sections_that_do_not_fit(section, teacher, wrong):
         entries.recipe(teacher={"model": "t"} | teacher, objectives=[section])
 
 
+def test_a_kind_alone_names_the_wrapped_objective():
+    short, long = (
+        entries.recipe(objectives=[{"kind": "mixkd", "of": of}])
+        for of in ("dist", {"kind": "dist"})
+    )
+    assert short == long
+
+
 def test_objectives_that_cannot_be_wrapped():
     with pytest.raises(RecipeError, match="wraps an objective with weight 0.5"):
         MixObjective(ResponseObjective(weight=0.5))
