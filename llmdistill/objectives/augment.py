@@ -256,9 +256,9 @@ class AdversarialObjective(AugmentedObjective):
         start, moves = None, [1.0]
         if self.steps > 1:
             start, moves = random_start(sequences, passes.progress), [HALF] * self.steps
-        own = Perturbation(sequences, self.epsilon, start)
+        own = Perturbation(self.epsilon, start)
         seen = replace(sequences, embedding_change=own, signal=None)
-        its = Perturbation(sequences, self.epsilon, start)
+        its = Perturbation(self.epsilon, start)
         judged = replace(sequences, embedding_change=its, signal=None)
         for move in moves:
             view = passes.student(seen, self.student_needs)

@@ -166,22 +166,19 @@ class Perturbation:
     """A small change of the embeddings that one model reads, moved to where a loss is large.
 
     Each token's change is at most `epsilon` times as long as its embedding.  Padding is not
-    changed.  Call it as `Sequences.embedding_change`, then `climb` with the loss.
+    changed, because no loss depends on it.  Use it as `Sequences.embedding_change`, then `climb`
+    with the loss.
 
     Args:
-        sequences: The sequences that are read.
         epsilon: The longest change, as a share of the length of the embedding.
         start: A function of the shape (B, T, H) that returns where the change starts, in units of
             its longest length; None is 0.
     """
 
     def __init__(
-        self,
-        sequences: Sequences,
-        epsilon: float,
-        start: Callable[[tuple[int, ...]], Tensor] | None = None,
+        self, epsilon: float, start: Callable[[tuple[int, ...]], Tensor] | None = None
     ) -> None:
-        self.mask_BT, self.epsilon, self.start = sequences.attention_mask_BT, epsilon, start
+        self.epsilon, self.start = epsilon, start
         self.change_BTH: Tensor | None = None
 
     def __call__(self, embed: Embed, ids_BT: Tensor) -> Tensor:
@@ -191,8 +188,7 @@ class Perturbation:
         return embedded_BTH + self.change_BTH.to(embedded_BTH.dtype)
 
     def _begin(self, embedded_BTH: Tensor) -> Tensor:
-        lengths_BT1 = embedded_BTH.norm(dim=-1, keepdim=True)
-        self.longest_BT1 = self.epsilon * lengths_BT1 * self.mask_BT[..., None].to(lengths_BT1)
+        self.longest_BT1 = self.epsilon * embedded_BTH.norm(dim=-1, keepdim=True)
         begun_BTH = torch.zeros_like(embedded_BTH)
         if self.start is not None:
             begun_BTH = self.longest_BT1 * self.start(embedded_BTH.shape).to(begun_BTH)

@@ -188,7 +188,7 @@ def climbed(pair, steps=1, epsilon=0.05):
     student, teacher = pair
     sequences = toy.sequences(8)
     start = random_start(sequences, START) if steps > 1 else None
-    change = Perturbation(sequences, epsilon, start)
+    change = Perturbation(epsilon, start)
     seen = replace(sequences, embedding_change=change)
     before = loss(ResponseObjective(), student, teacher, sequences).total
     signal = teacher.judge(sequences, ResponseObjective.teacher_needs)
@@ -199,8 +199,21 @@ def climbed(pair, steps=1, epsilon=0.05):
     return sequences, change, before, ResponseObjective()(view, signal, seen).total
 
 
+def test_a_step_has_its_length_until_it_leaves_the_ball():
+    change = Perturbation(0.1)
+    table = torch.full((5, 4), 2.0)  # embeddings of length 4
+    read_BTH = change(lambda ids: table[ids], torch.tensor([[1, 2]]))
+    for expected in (0.2, 0.4, 0.4):
+        change.climb((3 * read_BTH[..., 0]).sum(), 0.5)
+        torch.testing.assert_close(change.change_BTH[0, :, 0], torch.full((2,), expected))
+        assert change.change_BTH[..., 1:].abs().max() == 0
+        read_BTH = change(lambda ids: table[ids], torch.tensor([[1, 2]]))
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_perturbation_stays_within_its_ball_and_off_the_padding(pair, steps):
+    with torch.no_grad():
+        pair[0].get_input_embeddings().weight[0] = 1.0  # the embedding at padding
     sequences, change, _, _ = climbed(pair, steps)
     lengths = pair[0].get_input_embeddings()(sequences.input_ids_BT).norm(dim=-1)
     found = change.change_BTH.norm(dim=-1)
@@ -235,7 +248,7 @@ def test_the_perturbation_has_no_gradient(pair):
     loss(AdversarialObjective(), student, teacher, sequences).total.backward()
     found = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
-    change = Perturbation(sequences, 0.05)
+    change = Perturbation(0.05)
     seen = replace(sequences, embedding_change=change)
     signal = teacher.judge(sequences, ResponseObjective.teacher_needs)
     change.climb(ResponseObjective()(read(student, seen, toy.NUM_TOKENS), signal, seen).total, 1.0)
