@@ -48,6 +48,9 @@ INPUTS: dict[str, Terms] = {
 }
 
 
+ON_FEW = ("KL", "KL + mixkd", "KL + adversarial")
+
+
 class Part(NamedTuple):
     """Runs that can be compared: the rows of a step, the rows of the dataset, and the terms."""
 
@@ -59,7 +62,7 @@ class Part(NamedTuple):
 PARTS = {
     "contrast": Part(8, 800, CONTRASTS),
     "inputs": Part(4, 400, INPUTS | ROBUST),
-    "few rows": Part(4, 200, INPUTS),
+    "few rows": Part(4, 200, {name: INPUTS[name] for name in ON_FEW}),
 }
 
 
