@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 
@@ -58,6 +58,15 @@ def whole(tensor: Any) -> Any:
     All ranks must call it.
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(module: nn.Module) -> None:
+    """Gather the weights outside the layers again, if a backward pass has let FSDP2 spread them.
+
+    FSDP2 does it at the end of each backward pass, also of one within a forward pass.
+    """
+    if isinstance(module, FSDPModule):
+        module.unshard()
 
 
 def register_head(distillation: Any) -> None:

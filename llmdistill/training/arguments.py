@@ -30,12 +30,9 @@ def settle(trainer: DistillTrainer) -> None:
     requested = bool(trainer.args.fsdp) or asked_by_launcher()
     check_sharding(trainer.model, sharded=is_sharded(trainer), requested=requested)
     _check_offload(trainer)
+    if trainer.is_deepspeed_enabled:
+        _check_deepspeed(trainer.model, sharded=is_sharded(trainer))
     trained = trainer.model.trained_teacher
-    if trainer.is_deepspeed_enabled and trained is not None and callable(trained.weight):
-        raise TrainingError(
-            "with DeepSpeed the teacher must learn in each step with the same weight, because the "
-            "optimizer would move it in the others, too. Train with DDP."
-        )
     check_arguments(trainer.args, trainer.model)
     if trainer.args.activation_checkpointing and trained is not None:
         trained.enable_checkpointing()  # Trainer does it for the student
@@ -167,18 +164,28 @@ def check_sharding(model: Distillation, *, sharded: bool, requested: bool) -> No
             "an objective exports a part of the student, which does not work with FSDP or ZeRO-3, "
             "because its weights are sharded. Remove 'export', or train with DDP or ZeRO-2."
         )
-    if sharded and any(getattr(one, "differentiates_inputs", False) for one in model.objectives):
-        raise TrainingError(
-            "an objective differentiates its inputs within the forward pass, which does not work "
-            "with FSDP or ZeRO-3, because a backward pass shards the weights again. Train with DDP "
-            "or ZeRO-2."
-        )
     # On a CPU Accelerate accepts `fsdp` and trains with DDP without a warning.
     if requested and not sharded:
         raise TrainingError(
             "FSDP is asked for, but Accelerate did not shard the model, because it shards only on "
             "GPUs. Remove training.fsdp and use_fsdp of the launcher, or launch on GPUs."
         )
+
+
+def _check_deepspeed(model: Distillation, *, sharded: bool) -> None:
+    """Raise TrainingError if a part of the loss does not work with DeepSpeed."""
+    trained = model.trained_teacher
+    if trained is not None and callable(trained.weight):
+        raise TrainingError(
+            "with DeepSpeed the teacher must learn in each step with the same weight, because the "
+            "optimizer would move it in the others, too. Train with DDP."
+        )
+    for one in model.objectives:
+        if sharded and isinstance(one, AugmentedObjective) and one.differentiates_inputs:
+            raise TrainingError(
+                f"objective '{one.name}' makes a backward pass within the forward pass, which does "
+                "not work with DeepSpeed's ZeRO-3. Train with DDP, ZeRO-2 or FSDP2."
+            )
 
 
 def _check_offload(trainer: DistillTrainer) -> None:

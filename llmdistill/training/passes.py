@@ -13,6 +13,7 @@ from llmdistill.errors import RecipeError
 from llmdistill.forward import read, teacher_signal
 from llmdistill.models.heads import check_embeddings
 from llmdistill.models.placement import at_hand
+from llmdistill.models.sharding import gather
 from llmdistill.models.taps import Need
 from llmdistill.objectives.augment import AugmentedObjective
 from llmdistill.objectives.base import Objective
@@ -25,26 +26,26 @@ if TYPE_CHECKING:
 class ModelPasses(NamedTuple):
     """Passes of a student and a teacher; see `objectives.base.Passes`."""
 
-    student_model: PreTrainedModel
+    distillation: Any  # a `training.step.Distillation`
     judge: Teacher
-    num_tokens: int
     progress: Progress
 
     def student(self, sequences: Sequences, needs: frozenset[Need]) -> StudentView:
         """Run the student, with gradients."""
-        return read(self.student_model, sequences, self.num_tokens, needs)
+        gather(self.distillation)
+        return read(self.distillation.student, sequences, self.distillation.num_tokens, needs)
 
     @torch.no_grad()
     def teacher(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
         """Run the teacher, without gradients."""
-        signal = teacher_signal(self.judge, sequences, self.num_tokens, needs)
+        signal = teacher_signal(self.judge, sequences, self.distillation.num_tokens, needs)
         assert signal is not None  # something is always needed
         return signal.detach()
 
     def teacher_with_gradients(self, sequences: Sequences, needs: frozenset[Need]) -> TeacherSignal:
         """Run the teacher, with gradients to what it reads."""
         teacher: Any = self.judge  # `check_changes` has refused one without `score`
-        return teacher.score(sequences, needs).narrow(self.num_tokens)
+        return teacher.score(sequences, needs).narrow(self.distillation.num_tokens)
 
 
 def term_sum(

@@ -140,7 +140,7 @@ class Distillation(nn.Module):
         # Gradients do not cross: objectives train the student alone, and the teacher's own loss
         # trains the teacher alone.
         seen = None if signal is None else signal.detach()
-        passes = ModelPasses(self.student, teacher, self.num_tokens, progress)
+        passes = ModelPasses(self, teacher, progress)
         parts = (student, seen, sequences, passes if self.training else None)
         sums = [term_sum(one, *parts) for one in self.objectives]
         if learns and trained is not None:

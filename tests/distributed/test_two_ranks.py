@@ -23,7 +23,7 @@ from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.run import distill
 from llmdistill.training.seal import numbered, require_sealed
 from tests import toy
-from tests.distributed.sharded import REFUSED, ROLLOUTS, WHOLE_RUNS, student_of
+from tests.distributed.sharded import REFUSED, REFUSED_BY_ZERO3, ROLLOUTS, WHOLE_RUNS, student_of
 from tests.distributed.worker import (
     FIVE_STEPS,
     QUEUES,
@@ -252,7 +252,11 @@ def test_every_objective_rollout_and_teacher_is_the_same_on_two_ranks(tmp_path, 
     """D2, D5, D7: everything that a recipe can have; the eighth row is filler."""
     _require(case)
     two_ranks(case, tmp_path)
-    names = {"conformance": (), "zero_conformance": ("resting",)}.get(case, REFUSED)
+    names = {
+        "conformance": (),
+        "zero_conformance": ("resting",),
+        "zero3_conformance": REFUSED_BY_ZERO3,
+    }.get(case, REFUSED)
     left_out = {name for name in alone if name.removeprefix("teacher-") in names}
     if case != "conformance":
         left_out |= {name for name in alone if name.startswith("response-")}

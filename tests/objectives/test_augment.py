@@ -9,6 +9,7 @@ import torch
 
 from llmdistill import recipe as recipes
 from llmdistill.batch import Sequences
+from llmdistill.cost import memory
 from llmdistill.errors import ModelError, RecipeError, TrainingError
 from llmdistill.forward import read
 from llmdistill.models.heads import check_embeddings
@@ -348,6 +349,20 @@ def test_forward_passes_of_a_step(tmp_path, objective, student, teacher):
     passes.clear(), judged.clear()
     made.evaluate()
     assert (len(passes), len(judged)) == (1, 1)  # a held-out loss is on unchanged inputs
+
+
+def test_check_counts_the_activations_of_each_pass(tmp_path):
+    teacher, student = toy.save_pair(tmp_path)
+
+    def activations(*kinds):
+        recipe = entries.recipe(
+            teacher={"model": teacher},
+            student={"model": student},
+            objectives=[{"kind": kind} for kind in kinds],
+        )
+        return memory(recipe, dataset(2))["activations"]
+
+    assert activations("response", "mixkd", "adversarial") == 3 * activations("response")
 
 
 def test_a_held_out_loss_is_that_of_the_wrapped_objective(tmp_path):
