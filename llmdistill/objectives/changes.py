@@ -45,12 +45,16 @@ def _generators(progress: Progress, sequences: Sequences) -> Iterator[tuple[int,
 def dropped(sequences: Sequences, rate: float, progress: Progress) -> Sequences:
     """Return the sequences with a change that sets the embeddings of some tokens to 0.
 
-    Each token of prompt and response is dropped with probability `rate`.  It is still predicted.
+    Each token of prompt and response but the first is dropped with probability `rate`.  It is still
+    predicted.  The first is kept, because a state that has read nothing is 0 in each layer, and the
+    gradient of its norms would overflow.
     """
     kept_BT = torch.ones(sequences.input_ids_BT.shape)
     mask_BT = sequences.attention_mask_BT.bool().cpu()
     for row, (length, generator) in enumerate(_generators(progress, sequences)):
-        kept_BT[row, mask_BT[row]] = (torch.rand(length, generator=generator) >= rate).float()
+        kept_T = (torch.rand(length, generator=generator) >= rate).float()
+        kept_T[:1] = 1.0
+        kept_BT[row, mask_BT[row]] = kept_T
 
     def change(embed: Embed, ids_BT: Tensor) -> Tensor:
         embedded_BTH = embed(ids_BT)

@@ -80,7 +80,9 @@ class TokenDropoutRecipe(AugmentedRecipe):
 
     kind: Literal["token_dropout"] = "token_dropout"
     rate: float = Field(_dropout.rate, ge=0, lt=1)
-    """Probability with which a token of prompt or response is hidden.  It is still predicted."""
+    """Probability with which a token of prompt or response is hidden.  It is still predicted.  The
+    first token of a row is never hidden.
+    """
     teacher_sees: Literal["clean", "changed"] = _dropout.teacher_sees
     """What the teacher reads: `changed` is the same as the student, `clean` the whole row, which
     takes no more pass of the teacher.
