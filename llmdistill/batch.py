@@ -180,7 +180,7 @@ class Sequences:
         for name in (item.name for item in fields(cls)):
             values = [getattr(part, name) for part in parts]
             if all(isinstance(value, Tensor) for value in values):
-                joined[name] = torch.cat([_widened(value, width) for value in values])
+                joined[name] = torch.cat([widened(value, width) for value in values])
         signals = [part.signal for part in parts if part.signal is not None]
         if len(signals) == len(parts):
             joined["signal"] = TeacherSignal.join(signals)
@@ -360,6 +360,6 @@ class TeacherSignal:
         return TeacherSignal(None if found is None else found.detach(), states)
 
 
-def _widened(rows: Tensor, width: int) -> Tensor:
+def widened(rows: Tensor, width: int) -> Tensor:
     """Return per-token rows padded on the right to a width; per-row values stay as they are."""
     return rows if rows.dim() == 1 else pad(rows, (0, width - rows.shape[1]))

@@ -17,6 +17,7 @@ from llmdistill.models.adapters import add_adapter
 from llmdistill.models.carve import Plan
 from llmdistill.models.footprint import (
     Load,
+    activation_bytes,
     cached_numbers,
     footprint,
     head_bytes,
@@ -148,7 +149,10 @@ def _add_objectives(
     states, projectors = 0.0, 0
     objectives = build_objectives(recipe.objectives)
     # The activations of each pass are kept until the backward pass.
-    parts["activations"] *= 1 + sum(isinstance(one, AugmentedObjective) for one in objectives)
+    augmented = [one for one in objectives if isinstance(one, AugmentedObjective)]
+    parts["activations"] *= 1 + len(augmented)
+    if any(one.needs_teacher_gradients for one in augmented):
+        parts["teacher's activations"] = activation_bytes(teacher, load)
     num_losses = sum(Need.DISTRIBUTION in one.student_needs for one in objectives)
     parts["copies of the head"] = head_bytes(student, load, num_losses) if num_losses else 0.0
     for objective in objectives:

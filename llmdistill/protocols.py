@@ -113,7 +113,8 @@ class Teacher(Protocol):
 
         The signal must contain everything that `needs` asks for.  It stays on the teacher's device;
         `sequences` may be on any device.  The method is called once for each micro-batch, unless
-        the sequences already have a signal that covers the needs.
+        the sequences already have a signal that covers the needs, and once more for each objective
+        on inputs that the teacher reads changed.
         """
 
 

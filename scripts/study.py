@@ -64,6 +64,7 @@ class Study:
         held: File of the held-out rows.
         sections: Objectives that the runs use; the teacher keeps what they need of a batch.
         batch: Rows of a step.
+        steps: Steps of a run.
         held_out: Number of held-out prompts.
     """
 

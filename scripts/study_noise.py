@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,8 +100,9 @@ class StudyOfNoise(Study):
         return self.held_out(student)
 
     def _trained(self, sections: list[dict[str, Any]], rows: PromptDataset, **options: Any) -> Any:
-        trainer = self.trainer("-", sections, seed=self.seed, train_dataset=rows, **options)
-        trainer.train()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self.trainer(folder, sections, seed=self.seed, train_dataset=rows, **options)
+            trainer.train()
         return trainer.model.student.eval()
 
     @torch.no_grad()

@@ -60,7 +60,7 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather(module: nn.Module) -> None:
+def unshard(module: nn.Module) -> None:
     """Gather the weights outside the layers again, if a backward pass has let FSDP2 spread them.
 
     FSDP2 does it at the end of each backward pass, also of one within a forward pass.

@@ -27,8 +27,10 @@ from llmdistill.objectives.changes import (
     shares,
 )
 from llmdistill.objectives.chunked import chunked_sum
+from llmdistill.objectives.contrastive import QueuedObjective
 from llmdistill.objectives.response import ResponseObjective
 from llmdistill.objectives.samples import sum_over_ranks
+from llmdistill.objectives.weights import predicted_tokens
 from llmdistill.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ class AugmentedObjective(Objective):
         weight: Factor on the objective's mean: a number, or a schedule over the run.
 
     Raises:
-        RecipeError: The wrapped objective has another weight, or needs nothing from the teacher.
+        RecipeError: The wrapped objective has another weight, needs nothing from the teacher,
+            changes its inputs itself or keeps a queue.
     """
 
     teacher_reads_changes: bool = True
@@ -71,6 +74,11 @@ class AugmentedObjective(Objective):
             raise RecipeError(
                 f"'{self.name}' compares both models on changed inputs, but '{self.inner.name}' "
                 "compares nothing with the teacher. Wrap another objective."
+            )
+        if isinstance(self.inner, AugmentedObjective | QueuedObjective):
+            raise RecipeError(
+                f"'{self.name}' cannot wrap '{self.inner.name}', which changes inputs itself or "
+                "keeps a queue. Wrap another objective."
             )
         self.projector_learning_rate = self.inner.projector_learning_rate
         self.reaches_the_head = self.inner.reaches_the_head
@@ -135,7 +143,9 @@ class MixObjective(AugmentedObjective):
     Each row is mixed with another one of similar length, with a share max(u, 1 - u),
     u ~ Beta(alpha, alpha).  The partner is one of the rows of the micro-batch on all ranks.  The
     loss is the mean over the tokens that one of the rows predicts, times the number of tokens of
-    the unchanged rows.  Liang et al. 2021 (MixKD, arXiv 2011.00593), the teacher-student mixup.
+    the unchanged rows.  So the end of a longer partner counts as much as other tokens, although its
+    embeddings have a small share.  Liang et al. 2021 (MixKD, arXiv 2011.00593), the mixup of
+    teacher and student.
 
     Args:
         of: As in `AugmentedObjective`.
@@ -161,7 +171,7 @@ class MixObjective(AugmentedObjective):
         mixture = mixed(sequences, partners_of(sequences, passes.progress), share_B)
         total, _ = self.compared(mixture, passes)
         plain, more = (sum_over_ranks(self.inner.divisor(one)) for one in (sequences, mixture))
-        return LossSum(total * plain / more.clamp_min(1), self.divisor(sequences))
+        return LossSum(total * plain / more.clamp_min(1), predicted_tokens(sequences))
 
     def shares(self, keys_B: Tensor) -> Tensor:
         """Return the share of each row in its mixture: (B,)."""
@@ -192,7 +202,8 @@ class TokenDropoutObjective(AugmentedObjective):
         weight: float | Schedule = 1.0,
     ) -> None:
         super().__init__(of, weight=weight)
-        self.rate, self.teacher_reads_changes = rate, teacher_sees == "changed"
+        self.rate, self.teacher_sees = rate, teacher_sees
+        self.teacher_reads_changes = teacher_sees == "changed"
 
     def changed(
         self, signal: TeacherSignal | None, sequences: Sequences, passes: Passes
@@ -239,7 +250,7 @@ class AdversarialObjective(AugmentedObjective):
         weight: float | Schedule = 1.0,
     ) -> None:
         super().__init__(of, weight=weight)
-        self.epsilon, self.steps = epsilon, steps
+        self.epsilon, self.steps, self.teacher_sees = epsilon, steps, teacher_sees
         self.teacher_reads_changes = self.needs_teacher_gradients = teacher_sees == "changed"
         if self.needs_teacher_gradients and not isinstance(self.inner, ResponseObjective):
             raise RecipeError(

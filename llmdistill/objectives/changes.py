@@ -14,13 +14,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
 
-from llmdistill.batch import Embed, Sequences
+from llmdistill.batch import Embed, Sequences, widened
 from llmdistill.models.hashing import mix64
 from llmdistill.objectives.samples import gather, gathered_from, gathers
 from llmdistill.protocols import Progress
-from llmdistill.sampling import Writer
 
 
 def change_keys(progress: Progress, row_ids_B: Tensor) -> Tensor:
@@ -32,11 +30,12 @@ def change_keys(progress: Progress, row_ids_B: Tensor) -> Tensor:
 
 
 def _generators(progress: Progress, sequences: Sequences) -> Iterator[tuple[int, torch.Generator]]:
-    """Yield each row's number of tokens, and a generator on the CPU."""
+    """Yield each row's number of tokens, and a generator on the device of the sequences."""
+    device = sequences.row_ids_B.device
     keys = change_keys(progress, sequences.row_ids_B).tolist()
     lengths = sequences.attention_mask_BT.sum(1).tolist()
     for key, length in zip(keys, lengths, strict=True):
-        yield length, torch.Generator().manual_seed(key)
+        yield length, torch.Generator(device).manual_seed(key)
 
 
 # ---- dropped tokens ----
@@ -49,10 +48,11 @@ def dropped(sequences: Sequences, rate: float, progress: Progress) -> Sequences:
     predicted.  The first is kept, because a state that has read nothing is 0 in each layer, and the
     gradient of its norms would overflow.
     """
-    kept_BT = torch.ones(sequences.input_ids_BT.shape)
-    mask_BT = sequences.attention_mask_BT.bool().cpu()
+    mask_BT = sequences.attention_mask_BT.bool()
+    kept_BT = torch.ones(mask_BT.shape, device=mask_BT.device)
     for row, (length, generator) in enumerate(_generators(progress, sequences)):
-        kept_T = (torch.rand(length, generator=generator) >= rate).float()
+        drawn_T = torch.rand(length, generator=generator, device=mask_BT.device)
+        kept_T = (drawn_T >= rate).float()
         kept_T[:1] = 1.0
         kept_BT[row, mask_BT[row]] = kept_T
 
@@ -70,14 +70,14 @@ def partners(lengths_S: Tensor, keys_S: Tensor) -> Tensor:
     """Return the partner of each row, of similar length: (S,).
 
     Two neighbours in the order of length are each other's partner.  Keys decide between equal
-    lengths.  The last row of an odd number is alone, and is its own partner.
+    lengths, and which row of an odd number is alone and its own partner.
     """
     by_key_S = keys_S.argsort()
-    order_S = by_key_S[lengths_S[by_key_S].argsort(stable=True)]
-    neighbour_S = torch.arange(len(order_S), device=order_S.device) ^ 1
-    neighbour_S = neighbour_S.clamp_max(len(order_S) - 1)
-    partner_S = torch.empty_like(order_S)
-    partner_S[order_S] = order_S[neighbour_S]
+    partner_S, paired = torch.arange(len(keys_S), device=keys_S.device), by_key_S
+    if len(keys_S) % 2:
+        paired = by_key_S[1:]
+    order = paired[lengths_S[paired].argsort(stable=True)]
+    partner_S[order] = order[torch.arange(len(order), device=order.device) ^ 1]
     return partner_S
 
 
@@ -95,72 +95,66 @@ def partners_of(sequences: Sequences, progress: Progress) -> Sequences:
 
     Rows without a predicted token are nobody's partner but their own.
     """
-    ids_ST, attention_ST, response_ST = (
-        gather(_as_wide(one_BT))
-        for one_BT in (
-            sequences.input_ids_BT,
-            sequences.attention_mask_BT,
-            sequences.response_mask_BT.long(),
-        )
+    width = torch.tensor(sequences.input_ids_BT.shape[1], device=sequences.row_ids_B.device)
+    if gathers():
+        dist.all_reduce(width, op=dist.ReduceOp.MAX)
+    parts = (
+        sequences.input_ids_BT,
+        sequences.attention_mask_BT,
+        sequences.response_mask_BT.long(),
+        sequences.writer_BT,
     )
+    all_ST4 = gather(torch.stack([widened(part, int(width)) for part in parts], dim=-1))
     rows_S = gather(sequences.row_ids_B)
     partner_S = torch.arange(len(rows_S), device=rows_S.device)
+    _, attention_ST, response_ST, _ = all_ST4.unbind(-1)
     real = response_ST[:, 1:].any(1).nonzero()[:, 0]
     keys_S = change_keys(progress, rows_S)
     partner_S[real] = real[partners(attention_ST[real].sum(1), keys_S[real])]
     start = gathered_from(sequences.row_ids_B)
     own_B = partner_S[start : start + len(sequences)]
-    writer_BT = torch.full_like(ids_ST[own_B], int(Writer.DATA))
-    parts = (ids_ST[own_B], attention_ST[own_B], response_ST[own_B].bool(), rows_S[own_B])
-    return Sequences(*parts, writer_BT)
+    ids_BT, attention_BT, response_BT, writer_BT = all_ST4[own_B].unbind(-1)
+    return Sequences(ids_BT, attention_BT, response_BT.bool(), rows_S[own_B], writer_BT)
 
 
 def mixed(sequences: Sequences, other: Sequences, share_B: Tensor) -> Sequences:
     """Return the mixture of each row with its partner.
 
-    Both models read share * own + (1 - share) * other, each with its own embeddings, where a token
-    that only one of the rows has counts alone.  A token is predicted if one of them predicts it.  A
-    partner without a share is left out.
+    Both models read share * own + (1 - share) * other, each with its own embeddings.  A row that
+    has ended adds 0.  A token is predicted if one of the rows predicts it, and its label is the
+    row's own if it can be.  A partner without a share is left out.
     """
     width = max(sequences.input_ids_BT.shape[1], other.input_ids_BT.shape[1])
-    ids_BT, other_ids_BT, writer_BT = (
-        _widened(one, width)
-        for one in (sequences.input_ids_BT, other.input_ids_BT, sequences.writer_BT)
-    )
     takes_part_B1 = (share_B < 1)[:, None]
-    own_BT, other_BT = (_widened(one.attention_mask_BT, width).bool() for one in (sequences, other))
-    other_BT = other_BT & takes_part_B1
-    own_response_BT, other_response_BT = (
-        _widened(one.response_mask_BT, width) for one in (sequences, other)
+    ids_BT, other_ids_BT = (widened(one.input_ids_BT, width) for one in (sequences, other))
+    reads_BT, other_reads_BT = (
+        widened(one.attention_mask_BT, width).bool() for one in (sequences, other)
+    )
+    predicts_BT, other_predicts_BT = (
+        widened(one.response_mask_BT, width) for one in (sequences, other)
+    )
+    other_reads_BT, other_predicts_BT = (
+        one_BT & takes_part_B1 for one_BT in (other_reads_BT, other_predicts_BT)
     )
 
-    def change(embed: Embed, own_ids_BT: Tensor) -> Tensor:
-        mine_BTH, their_BTH = embed(own_ids_BT), embed(other_ids_BT.to(own_ids_BT.device))
-        share_B11 = share_B[:, None, None].to(mine_BTH)
-        mine_BTH = mine_BTH * own_BT[..., None].to(mine_BTH)
-        their_BTH = their_BTH * other_BT[..., None].to(their_BTH)
-        return share_B11 * mine_BTH + (1 - share_B11) * their_BTH
+    def change(embed: Embed, labels_BT: Tensor) -> Tensor:
+        def part(taken_BT: Tensor, share_B: Tensor, reads_BT: Tensor) -> Tensor:
+            embedded_BTH = embed(taken_BT.to(labels_BT.device))
+            return embedded_BTH * (share_B[:, None] * reads_BT)[..., None].to(embedded_BTH)
 
+        own_BTH = part(ids_BT, share_B, reads_BT)
+        return own_BTH + part(other_ids_BT, 1 - share_B, other_reads_BT)
+
+    lends_BT = other_predicts_BT & ~predicts_BT
+    writer_BT, other_writer_BT = (widened(one.writer_BT, width) for one in (sequences, other))
     return Sequences(
-        ids_BT,
-        (own_BT | other_BT).long(),
-        own_response_BT | other_response_BT & takes_part_B1,
+        torch.where(lends_BT, other_ids_BT, ids_BT),
+        (reads_BT | other_reads_BT).long(),
+        predicts_BT | other_predicts_BT,
         sequences.row_ids_B,
-        writer_BT,
+        torch.where(lends_BT, other_writer_BT, writer_BT),
         embedding_change=change,
     )
-
-
-def _as_wide(own_BT: Tensor) -> Tensor:
-    """Return a tensor padded to the width of the widest rank."""
-    width = torch.tensor(own_BT.shape[1], device=own_BT.device)
-    if gathers():
-        dist.all_reduce(width, op=dist.ReduceOp.MAX)
-    return _widened(own_BT, int(width))
-
-
-def _widened(own_BT: Tensor, width: int) -> Tensor:
-    return pad(own_BT, (0, width - own_BT.shape[1]))
 
 
 # ---- perturbations ----
@@ -224,10 +218,10 @@ def random_start(sequences: Sequences, progress: Progress) -> Callable[[tuple[in
     """Return a function that draws a start of `Perturbation`, uniform in a cube within the ball."""
 
     def start(shape: tuple[int, ...]) -> Tensor:
-        begun_BTH, width = torch.zeros(shape), shape[-1]
-        mask_BT = sequences.attention_mask_BT.bool().cpu()
+        mask_BT, width = sequences.attention_mask_BT.bool(), shape[-1]
+        begun_BTH = torch.zeros(shape, device=mask_BT.device)
         for row, (length, generator) in enumerate(_generators(progress, sequences)):
-            drawn_TH = torch.rand(length, width, generator=generator)
+            drawn_TH = torch.rand(length, width, generator=generator, device=mask_BT.device)
             begun_BTH[row, mask_BT[row]] = (2 * drawn_TH - 1) / width**0.5
         return begun_BTH
 

@@ -76,16 +76,16 @@ class MixRecipe(AugmentedRecipe):
 
 
 class TokenDropoutRecipe(AugmentedRecipe):
-    """Compare both models on rows in which random tokens are hidden, in one more pass of each."""
+    """Compare both models on rows without some random tokens, in one more pass of each."""
 
     kind: Literal["token_dropout"] = "token_dropout"
     rate: float = Field(_dropout.rate, ge=0, lt=1)
-    """Probability with which a token of prompt or response is hidden.  It is still predicted.  The
-    first token of a row is never hidden.
+    """Probability with which a token of prompt or response is dropped.  It is still predicted.  The
+    first token of a row is never dropped.
     """
     teacher_sees: Literal["clean", "changed"] = _dropout.teacher_sees
     """What the teacher reads: `changed` is the same as the student, `clean` the whole row, which
-    takes no more pass of the teacher.
+    needs no further pass.
     """
 
     @property

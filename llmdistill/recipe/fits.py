@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llmdistill.recipe.objective_base import ObjectiveSection
     from llmdistill.recipe.schema import Recipe
 
 
@@ -32,14 +33,14 @@ def _objectives(recipe: Recipe) -> str | None:
         if one.changes_inputs and not teacher.reads_changes:
             return (
                 f"objectives[{place}] of kind {one.kind} changes the embeddings that both models "
-                f"read, which a teacher of kind {teacher.kind} cannot apply with these keys. Use "
-                "another teacher, or remove the objective."
+                f"read, which a teacher of kind {teacher.kind} cannot apply with these keys."
+                f"{_clean(one)} Use another teacher, or remove the objective."
             )
         if one.needs_gradients and not teacher.gives_gradients:
             return (
-                f"objectives[{place}] of kind {one.kind} needs gradients of the teacher, which "
-                f"only one of kind local without 'quantization' and 'placement' has. Set "
-                "'teacher_sees: clean', or change the teacher."
+                f"objectives[{place}] of kind {one.kind} needs gradients of the teacher, which one "
+                "of kind local without 'quantization' and 'placement' has. Set 'teacher_sees: "
+                "clean', or change the teacher."
             )
         if one.makes_the_student and recipe.student.peft is not None:
             return (
@@ -65,6 +66,11 @@ def _objectives(recipe: Recipe) -> str | None:
             "Add one that does, such as 'response', or use a teacher of kind local."
         )
     return None
+
+
+def _clean(section: ObjectiveSection) -> str:
+    """Return the advice to let the teacher read unchanged inputs, if there is a key for it."""
+    return " Set 'teacher_sees: clean'." if hasattr(section, "teacher_sees") else ""
 
 
 def _writing(recipe: Recipe) -> str | None:

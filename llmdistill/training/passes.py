@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,8 +12,8 @@ from llmdistill.batch import LossSum, Sequences, StudentView, TeacherSignal
 from llmdistill.errors import RecipeError
 from llmdistill.forward import read, teacher_signal
 from llmdistill.models.heads import check_embeddings
-from llmdistill.models.placement import at_hand
-from llmdistill.models.sharding import gather
+from llmdistill.models.placement import at_hand, is_whole
+from llmdistill.models.sharding import unshard
 from llmdistill.models.taps import Need
 from llmdistill.objectives.augment import AugmentedObjective
 from llmdistill.objectives.base import Objective
@@ -32,7 +32,7 @@ class ModelPasses(NamedTuple):
 
     def student(self, sequences: Sequences, needs: frozenset[Need]) -> StudentView:
         """Run the student, with gradients."""
-        gather(self.distillation)
+        unshard(self.distillation)
         return read(self.distillation.student, sequences, self.distillation.num_tokens, needs)
 
     @torch.no_grad()
@@ -73,24 +73,38 @@ def check_changes(
         _check_teacher(objective, teacher)
     if augmented:
         check_embeddings(student)
-    model = getattr(teacher, "model", None)
-    if isinstance(model, nn.Module) and any(one.teacher_reads_changes for one in augmented):
+    for model in _models(teacher) if any(one.teacher_reads_changes for one in augmented) else ():
         with at_hand(model):
             check_embeddings(model)
 
 
+def _models(teacher: Any) -> Iterator[nn.Module]:
+    """Yield the models of a teacher, and of the teachers and peers that it consists of."""
+    model = getattr(teacher, "model", None)
+    if isinstance(model, nn.Module):
+        yield model
+    yield from getattr(teacher, "peers", ())
+    for part in getattr(teacher, "teachers", ()):
+        yield from _models(part)
+
+
 def _check_teacher(objective: AugmentedObjective, teacher: Teacher) -> None:
     """Raise RecipeError if the teacher cannot read changed inputs as the objective needs it."""
+    hint = " Set teacher_sees='clean', or use" if hasattr(objective, "teacher_sees") else " Use"
     if objective.teacher_reads_changes and not reads_changes(teacher):
         raise RecipeError(
             f"objective '{objective.name}' changes the embeddings that both models read, which "
-            f"{type(teacher).__name__} cannot apply. Use another objective, or a teacher that "
-            "reads what the student reads, such as a LocalTeacher."
+            f"{type(teacher).__name__} cannot apply.{hint} a teacher that reads what the student "
+            "reads, such as a LocalTeacher."
         )
-    has_gradients = hasattr(teacher, "score") and not scores_anew(teacher)
-    if objective.needs_teacher_gradients and not has_gradients:
+    if objective.needs_teacher_gradients and not _gives_gradients(teacher):
         raise RecipeError(
             f"objective '{objective.name}' with teacher_sees='changed' needs gradients of the "
-            f"teacher, which {type(teacher).__name__} does not have. Set teacher_sees='clean', or "
-            "use a LocalTeacher."
+            f"teacher, which {type(teacher).__name__} does not have here.{hint} a LocalTeacher "
+            "whose model is in one place."
         )
+
+
+def _gives_gradients(teacher: Any) -> bool:
+    """Whether the teacher's signal can be differentiated by what its model reads."""
+    return hasattr(teacher, "score") and not scores_anew(teacher) and is_whole(teacher.model)

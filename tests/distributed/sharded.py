@@ -39,7 +39,7 @@ from tests.support.spies import spy
 from tests.training.helpers import INTERLEAVED, dataset, trained, trainer, weights
 
 REFUSED = ("online", "resting", "mutual", "context", "average")  # teachers
-REFUSED_BY_ZERO3 = (*REFUSED, "adversarial")
+REFUSED_BY_ZERO3 = (*REFUSED, "adversarial", "changes-together")
 
 
 def sharded_alone(folder: Path) -> None:

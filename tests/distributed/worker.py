@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from llmdistill.decoding import batches
 from llmdistill.errors import NonFiniteLossError
 from llmdistill.generate import generate
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
+from llmdistill.objectives.augment import AdversarialObjective, MixObjective
 from llmdistill.objectives.build import build_objectives
 from llmdistill.objectives.contrastive import CrdObjective, IcdObjective, RrdObjective
 from llmdistill.objectives.features import HiddenObjective
@@ -343,6 +345,8 @@ def every_entry():
     for name, one in entries.main_objectives().items():
         section = entries.recipe(objectives=[one]).objectives[0]
         yield name, lambda section=section: {"objectives": build_objectives([section])}
+    changes = [ResponseObjective, partial(AdversarialObjective, steps=2), MixObjective]
+    yield "changes-together", lambda: {"objectives": [one() for one in changes]}
     for name, one in entries.rollouts().items():
         section = entries.recipe(rollout=one).rollout
         yield name, lambda section=section: {"rollout": build_rollout(section)}

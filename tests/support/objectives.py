@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +14,7 @@ from llmdistill.forward import read, teacher_signal
 from llmdistill.objectives.augment import AugmentedObjective
 from llmdistill.objectives.base import Objective
 from llmdistill.protocols import Progress
+from llmdistill.training.passes import ModelPasses
 from tests import toy
 
 
@@ -58,28 +61,17 @@ def prepared(objective, student, teacher):
     return objective
 
 
-class BothModels:
-    """The passes of a training step, for an objective that makes further ones."""
-
-    def __init__(self, student, teacher, step=0, seed=0):
-        self.models = student, teacher
-        self.progress = Progress(step=step, epoch=0, seed=seed)
-
-    def student(self, sequences, needs):
-        return read(self.models[0], sequences, toy.NUM_TOKENS, needs)
-
-    def teacher(self, sequences, needs):
-        return teacher_signal(self.models[1], sequences, toy.NUM_TOKENS, needs)
-
-    def teacher_with_gradients(self, sequences, needs):
-        return self.models[1].score(sequences, needs)
+def passes(student, teacher, step=0, seed=0):
+    """Return the passes of a training step, for an objective that makes further ones."""
+    models = SimpleNamespace(student=student, num_tokens=toy.NUM_TOKENS)
+    return ModelPasses(models, teacher, Progress(step=step, epoch=0, seed=seed))
 
 
 def loss(objective, student, teacher, sequences, **progress):
     """Return the loss of a prepared objective on some sequences, in a training step."""
     signal = teacher_signal(teacher, sequences, toy.NUM_TOKENS, objective.teacher_needs)
     if isinstance(objective, AugmentedObjective):
-        return objective.changed(signal, sequences, BothModels(student, teacher, **progress))
+        return objective.changed(signal, sequences, passes(student, teacher, **progress))
     view = read(student, sequences, toy.NUM_TOKENS, objective.student_needs)
     return objective(view, signal, sequences)
 
