@@ -3,7 +3,7 @@
     python scripts/compare_contrast.py DATA [--write docs/results/contrast.md]
 
 DATA is a folder with gsm8k_train.jsonl and gsm8k_test.jsonl.  Each term has the weight of its
-recipe, and runs with three seeds, which choose the order of the rows, the projectors and the
+recipe, and runs with several seeds, which choose the order of the rows, the projectors and the
 changes of inputs.  Terms on changed inputs run with as many rows as the budget allows, and with 200
 rows.  Runs that are done are kept in --results, and are not made again.
 """
@@ -18,11 +18,21 @@ from typing import Any, NamedTuple
 
 import benchmark
 import torch
-from study import FIGURES, KL, LAYERS, NEW_TOKENS, STEPS, Study, kept
+from study import (
+    FIGURES,
+    KL,
+    LAYERS,
+    LONGEST_PROMPT,
+    LONGEST_RESPONSE,
+    NEW_TOKENS,
+    STEPS,
+    Study,
+    kept,
+)
 
 from llmdistill.teachers.pruned import PrunedTeacher
 
-SEEDS, PROMPTS = (0, 1, 2), 24
+PROMPTS = 24
 Terms = list[dict[str, Any]]
 CORRELATION: dict[str, Any] = {"kind": "correlation"}
 LABELS: dict[str, Any] = {"kind": "cross_entropy"}
@@ -52,17 +62,19 @@ ON_FEW = ("KL", "KL + mixkd", "KL + adversarial")
 
 
 class Part(NamedTuple):
-    """Runs that can be compared: the rows of a step, the rows of the dataset, and the terms."""
+    """Runs that can be compared: rows of a step, rows of the dataset, terms and seeds."""
 
     batch: int
     rows: int
     terms: Mapping[str, Terms]
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 PARTS = {
     "contrast": Part(8, 800, CONTRASTS),
-    "inputs": Part(4, 400, INPUTS | ROBUST),
+    "inputs": Part(4, 400, INPUTS),
     "few rows": Part(4, 200, {name: INPUTS[name] for name in ON_FEW}),
+    "R2KD": Part(4, 400, ROBUST, seeds=(0,)),
 }
 
 
@@ -97,16 +109,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     study = StudyOfSeeds(options.data)
-    before = kept(options.results, "before", lambda: study.measure(study.student))
+    before = kept(options.results, "before", study.measure, study.student)
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for seed in SEEDS:
-        for title, part in PARTS.items():
+    for title, part in PARTS.items():
+        for seed in part.seeds:
             for name in part.terms:
-
-                def make(part: Part = part, name: str = name, seed: int = seed) -> dict[str, Any]:
-                    return study.seeded(part, name, seed)
-
-                result = kept(options.results, f"{title}: {name}, seed {seed}", make)
+                key = f"{title}: {name}, seed {seed}"
+                result = kept(options.results, key, study.seeded, part, name, seed)
                 found.setdefault(title, {}).setdefault(name, []).append(result)
     report(options.write, before, found)
 
@@ -116,17 +125,20 @@ def report(
 ) -> None:
     parts = [
         f"The embedded teacher and a copy with {LAYERS} of its 30 layers: {STEPS} steps on GSM8K "
-        f"with the dataset's responses. Figures are those of `llmdistill evaluate` on {PROMPTS} "
-        f"test questions, with {NEW_TOKENS} new tokens: the mean over the seeds {SEEDS}, and the "
-        "largest distance of a seed from it. Weights are those of the recipes. The steps are the "
-        "same in each run; terms on changed inputs make further passes in a step."
+        f"with the dataset's responses. Questions have at most {LONGEST_PROMPT} tokens, and "
+        f"responses are cut at {LONGEST_RESPONSE}. Figures are those of `llmdistill evaluate` on "
+        f"{PROMPTS} test questions, with {NEW_TOKENS} new tokens: the mean over the seeds, and the "
+        "largest distance of a seed from it. Weights are those of the recipes. The number of steps "
+        "is the same in each run; terms on changed inputs make further passes in a step."
     ]
     untrained = {"objectives": "before"} | {name: f"{before[name]:.3f}" for name in FIGURES}
     for title, named in found.items():
         part = PARTS[title]
         rows = [untrained, *({"objectives": name} | _spread(runs) for name, runs in named.items())]
+        seeds = ", ".join(map(str, part.seeds))
         parts += [
-            f"## {title.capitalize()}: {STEPS} steps of {part.batch} rows, {part.rows} different",
+            f"## {title[0].upper()}{title[1:]}",
+            f"{STEPS} steps of {part.batch} rows, {part.rows} different ones; seeds {seeds}.",
             benchmark.table(rows),
         ]
     benchmark.report(path, "Contrast and harder inputs beside KL", parts)
@@ -138,7 +150,9 @@ def _spread(runs: list[dict[str, Any]]) -> dict[str, str]:
     for name in FIGURES:
         values = [run[name] for run in runs]
         mean = statistics.mean(values)
-        found[name] = f"{mean:.3f} ± {max(abs(one - mean) for one in values):.3f}"
+        found[name] = f"{mean:.3f}"
+        if len(values) > 1:
+            found[name] += f" ± {max(abs(one - mean) for one in values):.3f}"
     return found
 
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import benchmark
 import torch
-from study import KL, LAYERS, Study, kept
+from study import KL, LAYERS, LONGEST_RESPONSE, Study, kept
 
 from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.data.sources import read
@@ -157,16 +157,20 @@ def report(
     parts = [
         f"The embedded teacher and a copy with {LAYERS} of its 30 layers: {STEPS} steps of {BATCH} "
         f"rows, {ROWS} different ones, half of them GSM8K and half the seed tasks of "
-        f"Self-Instruct. Figures are on the responses of {HELD_OUT} held-out rows of each task: "
+        f"Self-Instruct. Figures are on the responses of {HELD_OUT} held-out rows of each task, "
+        f"which are cut at {LONGEST_RESPONSE} tokens like those to train on: "
         "the loss in nats per token, and the share of tokens that are the student's first choice. "
         f"One seed ({options.seed}). Before training: {_words(before)}.",
         "## Responses that belong to other rows",
         "The student writes the responses itself with on-policy distillation, so wrong responses "
-        "in the dataset have no effect there: it is one run. `rise` is that of the loss.",
-        benchmark.table(_rows(noisy, [f"{share:.0%}" for share in SHARES], "replaced")),
+        "in the dataset have no effect there: it is one run. `rise` is that of the mean loss.",
+        benchmark.table(_rows(noisy, [f"{share:.0%}" for share in SHARES], "replaced", _loss)),
         "## Tasks out of balance",
-        "Rows of GSM8K for each row of the instructions, with the same number of rows in all.",
-        benchmark.table(_rows(uneven, [f"{ratio}:1" for ratio in RATIOS], "gsm8k : instructions")),
+        "Rows of GSM8K for each row of the instructions, with the same number of rows in all. "
+        "`rise` is that of the loss on the instructions.",
+        benchmark.table(
+            _rows(uneven, [f"{one}:1" for one in RATIOS], "gsm8k : instructions", _rare)
+        ),
     ]
     if options.write:
         picture = Path(options.write).with_suffix(".svg")
@@ -176,12 +180,15 @@ def report(
 
 
 def _rows(
-    found: dict[str, list[dict[str, Any]]], values: Sequence[str], title: str
+    found: dict[str, list[dict[str, Any]]],
+    values: Sequence[str],
+    title: str,
+    loss: Callable[[dict[str, Any]], float],
 ) -> list[dict[str, str]]:
     return [
         {"method": name, title: value}
         | {key: f"{run[key]:.3f}" for key in NUMBERS}
-        | {"rise": f"{_loss(run) / _loss(runs[0]) - 1:+.1%}"}
+        | {"rise": f"{loss(run) / loss(runs[0]) - 1:+.1%}"}
         for name, runs in found.items()
         for value, run in zip(values, runs, strict=True)
     ]
@@ -189,6 +196,10 @@ def _rows(
 
 def _loss(run: dict[str, Any]) -> float:
     return (run["loss_instructions"] + run["loss_gsm8k"]) / 2
+
+
+def _rare(run: dict[str, Any]) -> float:
+    return run["loss_instructions"]
 
 
 def _words(run: dict[str, Any]) -> str:
@@ -204,7 +215,7 @@ def plot(
     for name in METHODS:
         shares = [100 * share for share in SHARES]
         left.plot(shares, [_loss(run) for run in noisy[name]], "o-", label=name)
-        right.plot(RATIOS, [run["loss_instructions"] for run in uneven[name]], "o-", label=name)
+        right.plot(RATIOS, [_rare(run) for run in uneven[name]], "o-", label=name)
     left.set(xlabel="% of responses replaced", ylabel="nats per token", title="both tasks")
     right.set(xlabel="rows of GSM8K for each instruction", xscale="log", title="instructions")
     for axes in (left, right):
