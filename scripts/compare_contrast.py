@@ -44,6 +44,10 @@ ROBUST: dict[str, Terms] = {
         {"kind": "token_dropout", "of": CORRELATION},
     ],
 }
+DROPPED: dict[str, Terms] = {
+    "KL": [KL],
+    "KL + token_dropout": [KL, {"kind": "token_dropout"}],
+} | ROBUST
 CONTRASTS: dict[str, Terms] = {
     "KL": [KL],
     "KL + icd": [KL, {"kind": "icd"}],
@@ -54,11 +58,7 @@ INPUTS: dict[str, Terms] = {
     "KL": [KL],
     "KL + mixkd": [KL, {"kind": "mixkd"}],
     "KL + adversarial": [KL, {"kind": "adversarial", "weight": 0.5}],
-    "KL + token_dropout": [KL, {"kind": "token_dropout"}],
 }
-
-
-ON_FEW = ("KL", "KL + mixkd", "KL + adversarial")
 
 
 class Part(NamedTuple):
@@ -73,8 +73,8 @@ class Part(NamedTuple):
 PARTS = {
     "contrast": Part(8, 800, CONTRASTS),
     "inputs": Part(4, 400, INPUTS),
-    "few rows": Part(4, 200, {name: INPUTS[name] for name in ON_FEW}),
-    "R2KD": Part(4, 400, ROBUST, seeds=(0,)),
+    "few rows": Part(4, 200, INPUTS),
+    "dropped tokens": Part(4, 400, DROPPED, seeds=(0,)),
 }
 
 
@@ -114,7 +114,7 @@ def main() -> None:
     for title, part in PARTS.items():
         for seed in part.seeds:
             for name in part.terms:
-                key = f"{title}: {name}, seed {seed}"
+                key = f"{name}, {part.batch} of {part.rows} rows, seed {seed}"
                 result = kept(options.results, key, study.seeded, part, name, seed)
                 found.setdefault(title, {}).setdefault(name, []).append(result)
     report(options.write, before, found)
