@@ -237,9 +237,9 @@ def sharded_bfloat16(folder: Path) -> None:
     scales, losses = [], spy(made, "compute_loss")
     forward = Distillation.forward
 
-    def watched(self, sequences, scales_K=None):
+    def watched(self, sequences, scales_K, progress):
         scales.append(scales_K)
-        return forward(self, sequences, scales_K)
+        return forward(self, sequences, scales_K, progress)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Distillation, "forward", watched)
