@@ -86,12 +86,14 @@ class StudyOfSeeds(Study):
         named = [terms for part in PARTS.values() for terms in part.terms.values()]
         sections = [one for terms in named for one in terms]
         super().__init__(*files, sections, held_out=PROMPTS)
+        self.remembered: tuple[int, ...] = ()
         self.pruned = PrunedTeacher.of(self.teacher, share=0.1, pruned_weight=0.3)
 
     def seeded(self, part: Part, name: str, seed: int) -> dict[str, Any]:
         """Train a student on the terms of this name; return its figures."""
-        self.teacher.signals.clear()  # another seed has other batches
-        self.batch = part.batch
+        if self.remembered != (part.batch, part.rows, seed):  # others have other batches
+            self.teacher.signals.clear()
+        self.remembered, self.batch = (part.batch, part.rows, seed), part.batch
         return self.run(
             part.terms[name],
             seed=seed,
