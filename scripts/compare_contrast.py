@@ -107,13 +107,15 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--write", help="also write the page to this Markdown file")
     parser.add_argument("--results", type=Path, default=Path("compare_contrast.json"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     study = StudyOfSeeds(options.data)
     before = kept(options.results, "before", study.measure, study.student)
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for title, part in PARTS.items():
+    for title in options.parts:
+        part = PARTS[title]
         for seed in part.seeds:
             for name in part.terms:
                 key = f"{name}, {part.batch} of {part.rows} rows, seed {seed}"
