@@ -1,11 +1,11 @@
-"""Held-out figures after training with KL, and with KL and a contrast or a harder input.
+"""Held-out figures after training with KL, and with contrast or changed inputs in addition.
 
     python scripts/compare_contrast.py DATA [--write docs/results/contrast.md]
 
 DATA is a folder with gsm8k_train.jsonl and gsm8k_test.jsonl.  Each term has the weight of its
 recipe, and runs with several seeds, which choose the order of the rows, the projectors and the
-changes of inputs.  Terms on changed inputs run with as many rows as the budget allows, and with 200
-rows.  Runs that are done are kept in --results, and are not made again.
+changes of inputs.  Terms on changed inputs run with 400 different rows, and with 200 that are read
+twice.  Runs that are done are kept in --results, and are not made again.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def report(
             f"{STEPS} steps of {part.batch} rows, {part.rows} different ones; seeds {seeds}.",
             benchmark.table(rows),
         ]
-    benchmark.report(path, "Contrast and harder inputs beside KL", parts)
+    benchmark.report(path, "What contrast and changed inputs add to KL", parts)
 
 
 def _spread(runs: list[dict[str, Any]]) -> dict[str, str]:

@@ -185,7 +185,7 @@ class TokenDropoutObjective(AugmentedObjective):
 
     Args:
         of: As in `AugmentedObjective`.
-        rate: Probability with which a token is dropped.  The first of each row is kept.
+        rate: Share of the tokens that are dropped, on average.  The first of each row is kept.
         teacher_sees: "changed" lets the teacher read the same, in one more forward pass.  "clean"
             takes its distribution on the unchanged inputs.
         weight: Factor on the objective's mean: a number, or a schedule over the run.

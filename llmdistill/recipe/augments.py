@@ -80,8 +80,8 @@ class TokenDropoutRecipe(AugmentedRecipe):
 
     kind: Literal["token_dropout"] = "token_dropout"
     rate: float = Field(_dropout.rate, ge=0, lt=1)
-    """Probability with which a token of prompt or response is dropped.  It is still predicted.  The
-    first token of a row is never dropped.
+    """Share of the tokens of prompt and response that are dropped, on average.  They are still
+    predicted.  The first token of a row is never dropped.
     """
     teacher_sees: Literal["clean", "changed"] = _dropout.teacher_sees
     """What the teacher reads: `changed` is the same as the student, `clean` the whole row, which
