@@ -35,8 +35,8 @@ from llmdistill.instruct.requests import Reply, Request
 from llmdistill.instruct.responders import LocalResponder, RemoteResponder
 from llmdistill.instruct.task_sources import read_tasks
 from llmdistill.models.load import load_tokenizer, revision_of
-from llmdistill.publish.card import public_model
 from llmdistill.publish.data_card import Outcome, data_card
+from llmdistill.publish.names import public_model
 from llmdistill.recipe.generators import LionRecipe
 
 logger = logging.getLogger("llmdistill")

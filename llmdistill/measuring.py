@@ -20,29 +20,19 @@ from accelerate.utils import gather_object
 from llmdistill.data.collate import PromptDataset, collate
 from llmdistill.data.render import last_messages
 from llmdistill.evaluation.measure import Evaluation, Figures, Measurement
+from llmdistill.evaluation.results import Answers, read_results, write_results
 from llmdistill.models.build import rounded
 from llmdistill.models.load import load_model
 from llmdistill.protocols import Teacher
 from llmdistill.recipe import Recipe
-from llmdistill.run_folder import BEFORE
+from llmdistill.run_folder import BEFORE, POSITIONS, write_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger("llmdistill")
 
-FIGURES = "evaluation.json"
-
-
-@dataclass(frozen=True)
-class Answers:
-    """One held-out prompt with the responses of the teacher and of the student before and after."""
-
-    prompt: str
-    """The user's last message, without the template's control tokens."""
-    teacher: str
-    before: str
-    after: str
+LOOKED_AT = 4  # held-out responses whose positions are kept for the report
 
 
 @dataclass(frozen=True)
@@ -59,12 +49,8 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path) -> Result:
-        """Return the figures of a run that is finished, without its responses."""
-        file = folder / FIGURES
-        if not file.is_file():
-            return cls(folder)
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return cls(folder, {name: Figures(**values) for name, values in found.items()})
+        """Return the figures and the responses of a run that is finished."""
+        return cls(folder, *read_results(folder))
 
     @property
     def student(self) -> Path:
@@ -149,6 +135,12 @@ class Measuring:
         logger.info("measuring the student after training")
         used = str(self.evaluation.measured_dtype()).removeprefix("torch.")
         model = load_model(str(student), dtype=used, device=self.evaluation.device)
+        looked_at = self.evaluation.looked_at(model, LOOKED_AT)
+        if PartialState().is_main_process:
+            rows = [
+                {"prompt": prompt, "positions": [*map(asdict, row)]} for prompt, row in looked_at
+            ]
+            write_lines(self.folder / POSITIONS, rows)
         return self._written(self.evaluation, self.evaluation.measure(model, self.exported))
 
     def _written(self, evaluation: Evaluation, after: Measurement) -> Result:
@@ -156,10 +148,9 @@ class Measuring:
         assert self._before is not None
         figures = {"before": self._before.figures, "after": after.figures}
         figures |= evaluation.teacher_figures()
-        if PartialState().is_main_process:
-            text = json.dumps({name: asdict(value) for name, value in figures.items()}, indent=2)
-            (self.folder / FIGURES).write_text(text + "\n", encoding="utf-8")
         prompts = last_messages(evaluation.teacher.tokenizer, evaluation.prompts.ids())
         texts = (evaluation.reference.texts, self._before.responses, after.responses)
         answers = [Answers(*row) for row in zip(prompts, *texts, strict=True)]
+        if PartialState().is_main_process:
+            write_results(self.folder, figures, answers)
         return Result(self.folder, figures, answers)

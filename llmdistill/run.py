@@ -7,16 +7,22 @@ A run folder holds
     recipe.yaml       the recipe with all defaults written out
     rows.json         a hash of the rows, by which a resumed run knows that they are the same
     metrics.jsonl     the logged figures, one line per log
+    samples.jsonl     what the student answered during training, if the recipe asks for it
     responses/        what the teacher wrote before the first step, if it never changes
     checkpoints/      the states that a run can resume from
     student/          the student, its tokenizer and its model card
     before.json       what was measured before training
     evaluation.json   the figures of the student before and after training, and of the teacher
+    answers.jsonl     the responses of all three to the held-out prompts
+    positions.jsonl   where student and teacher differ within a few of the teacher's responses
+    run.json          the machine, the time and the number of rows and tokens
+    report.html       all of this to look at; plots/ has its charts as PNG
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,13 +38,14 @@ from llmdistill.data.build import load_data, load_student_tokenizer
 from llmdistill.data.collate import (
     EncodedRows,
     PromptDataset,
+    collate,
     fingerprint,
     sample_text,
 )
 from llmdistill.data.context import require_context
+from llmdistill.data.render import last_messages
 from llmdistill.errors import RecipeError
 from llmdistill.generate import generate
-from llmdistill.measuring import Answers as Answers
 from llmdistill.measuring import Result, measuring_of
 from llmdistill.models.build import build_student, export_dtype
 from llmdistill.models.heads import num_rows, unwrap_adapters
@@ -48,6 +55,8 @@ from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.build import build_objectives
 from llmdistill.protocols import Exports, Teacher
 from llmdistill.publish.card import model_card
+from llmdistill.publish.facts import Facts, facts_of
+from llmdistill.publish.report import PLOTS, write_report
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts.build import build_rollout
 from llmdistill.starts import AUTO, Start, starts_of
@@ -55,7 +64,7 @@ from llmdistill.teachers.build import Parts, build_teacher, load_teacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.available import require_available
 from llmdistill.training.guards import require_a_batch, require_steps
-from llmdistill.training.progress import MetricsFile, OldRun, ProgressBar
+from llmdistill.training.progress import MetricsFile, OldRun, ProgressBar, Samples
 from llmdistill.training.seal import MANIFEST
 from llmdistill.training.trainer import DistillTrainer
 
@@ -66,6 +75,7 @@ logger = logging.getLogger("llmdistill")
 
 RESPONSES = "responses"
 RESULTS = ("student", *run_folder.GOES_ON)  # a folder with one of these is worth keeping
+SAMPLED_ROWS = 3  # held-out prompts that the student answers during training
 CARVE_ROWS = 48  # rows of training text on which the influence of layers is measured
 
 
@@ -141,7 +151,7 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     checkpoint = trainer.find_checkpoint(start.checkpoint or True) if start.resume else None
     _begin(told, folder, rows, overwrite=start.overwrite)
     measuring.keep()
-    for callback in _callbacks(recipe, folder, show_progress=show_progress):
+    for callback in _callbacks(recipe, folder, held, tokenizer, show_progress=show_progress):
         trainer.add_callback(callback)
     logger.info("training on responses of %s", recipe.rollout.who_writes)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -152,6 +162,7 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     PartialState().wait_for_everyone()  # the student has been written
     result = measuring.after()
     if PartialState().is_main_process:
+        facts_of(recipe, folder, train, held, trainer.model.term_names).write(folder)
         _publish(told, trainer, result)
     PartialState().wait_for_everyone()
     if arguments.push_to_hub:
@@ -160,9 +171,23 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
 
 
 def _publish(recipe: Recipe, trainer: DistillTrainer, result: Result) -> None:
-    """Write the model card, and delete the run that this one replaces."""
+    """Write the report and the model card, and delete the run that this one replaces."""
     run_folder.discard_old(result.folder)
-    trainer.model_card = model_card(recipe, result.evaluation)
+    try:
+        plots = write_report([result.folder]).plots
+    except Exception as error:  # a finished run is worth more than its charts
+        plots = {}
+        logger.warning(
+            "the report could not be written: %s: %s. 'llmdistill report %s' tries it again.",
+            type(error).__name__, error, result.folder,
+        )  # fmt: skip
+    shown = result.student / PLOTS
+    for plot in plots:
+        shown.mkdir(exist_ok=True)
+        shutil.copyfile(plot, shown / plot.name)
+    facts = Facts.read(result.folder)
+    titles = {plot.name: title for plot, title in plots.items()}
+    trainer.model_card = model_card(recipe, result.evaluation, facts, titles)
     (result.student / "README.md").write_text(trainer.model_card, encoding="utf-8")
 
 
@@ -306,10 +331,24 @@ def build_trainer(
     return trainer
 
 
-def _callbacks(recipe: Recipe, folder: Path, *, show_progress: bool) -> list[TrainerCallback]:
-    callbacks = [MetricsFile(folder / "metrics.jsonl"), OldRun(folder)]
+def _callbacks(
+    recipe: Recipe,
+    folder: Path,
+    held: PromptDataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    show_progress: bool,
+) -> list[TrainerCallback]:
+    callbacks = [MetricsFile(folder / run_folder.METRICS), OldRun(folder)]
     if show_progress:
         callbacks.append(ProgressBar())
+    if recipe.evaluate.samples_every and held is not None:
+        prompts = collate(held.rows[:SAMPLED_ROWS])
+        sampled = Samples(
+            folder / run_folder.SAMPLES, prompts, last_messages(tokenizer, prompts.ids()),
+            every=recipe.evaluate.samples_every, max_new_tokens=recipe.evaluate.max_new_tokens,
+        )  # fmt: skip
+        callbacks.append(sampled)
     if recipe.evaluate.patience is not None:
         callbacks.append(EarlyStoppingCallback(recipe.evaluate.patience))
     return callbacks

@@ -11,12 +11,14 @@ steps can be repeated.  With several ranks, only one of them calls these functio
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llmdistill.errors import CheckpointError
 
@@ -26,10 +28,34 @@ ROWS = "rows.json"  # a hash of the encoded rows, and the day on which they were
 REPLACED = ".replaced"
 
 BEFORE = "before.json"  # what was measured before training
+FIGURES = "evaluation.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+ANSWERS = "answers.jsonl"
+POSITIONS = "positions.jsonl"
 GOES_ON = ("checkpoints/checkpoint-*", "responses/*/*.arrow")  # what a run can go on from
 DAY = "%d %b %Y"
 
 logger = logging.getLogger("llmdistill")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write each row as one line of JSON."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file with one JSON object per line; none if there is no file.
+
+    A last line that a kill has cut off is left out.
+    """
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def is_used(folder: Path, *, record: str = RECORD) -> bool:

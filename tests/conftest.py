@@ -31,6 +31,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_charts(request, monkeypatch) -> None:
+    """Charts take most of a second for each run, so only tests of charts draw them."""
+    if "charts" not in request.keywords:
+        monkeypatch.setattr("llmdistill.publish.report.png", lambda chart: b"")
+        monkeypatch.setattr("llmdistill.publish.report._library", lambda: "")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return toy.tokenizer()

@@ -28,8 +28,9 @@ from llmdistill.generate import generate
 from llmdistill.instruct.pipeline import TaskCounts
 from llmdistill.instruct.requests import Reply
 from llmdistill.instruct.task_sources import read_tasks
-from llmdistill.publish.card import public_dump
 from llmdistill.publish.data_card import Outcome, data_card
+from llmdistill.publish.licences import Licence
+from llmdistill.publish.names import public_dump
 from tests import toy
 
 pytestmark = pytest.mark.slow
@@ -325,7 +326,7 @@ def test_prompts_without_a_row_are_an_error(teacher, rows, tmp_path):
 def test_a_card_of_given_prompts_claims_neither_their_text_nor_their_licence(
     teacher, rows, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("llmdistill.publish.data_card.license_of", lambda name, **options: "mit")
+    monkeypatch.setattr("llmdistill.publish.data_card.read_licence", lambda name: Licence("mit"))
     for kind, terms in (("answer", "other"), ("magpie", "mit")):
         made = generate(recipe(teacher, rows, tmp_path / kind, kind))
         card = DatasetCard.load(made.folder / "README.md")
@@ -338,7 +339,7 @@ def test_a_card_holds_no_address_and_asks_the_hub_for_no_server(
     teacher, rows, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "llmdistill.publish.data_card.license_of", lambda name, **o: pytest.fail("asked")
+        "llmdistill.publish.data_card.read_licence", lambda name: pytest.fail("asked")
     )
     remote = {"kind": "remote", "model": "m", "url": "http://inside:1/v1", "license": "mit"}
     made = recipe(teacher, rows, tmp_path / "set", "evolve", teacher_of=remote)

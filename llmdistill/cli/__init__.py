@@ -18,6 +18,7 @@ from llmdistill.cli.env import env
 from llmdistill.cli.evaluate import evaluate
 from llmdistill.cli.generate import generate
 from llmdistill.cli.recipes import recipes
+from llmdistill.cli.report import report
 from llmdistill.cli.train import train
 from llmdistill.errors import LlmDistillError, StoppedError, TrainingError
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, generate, evaluate, carve, check, env):
+for command in (train, generate, evaluate, carve, check, report, env):
     app.command()(command)
 app.add_typer(recipes, name="recipes")
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from llmdistill.evaluation.measure import Figures
-    from llmdistill.run import Answers
+    from llmdistill.evaluation.results import Answers
 
 console = Console()
 

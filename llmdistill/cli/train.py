@@ -62,6 +62,7 @@ def _show(result: Result, recipe: Recipe, *, quiet: bool) -> None:
     from llmdistill.cli import show
     from llmdistill.evaluation.measure import remarks
     from llmdistill.publish.card import figures_table
+    from llmdistill.publish.report import REPORT
 
     if quiet:
         print(result.student)
@@ -73,7 +74,10 @@ def _show(result: Result, recipe: Recipe, *, quiet: bool) -> None:
         show.table(figures_table(result.evaluation), "Figures on the held-out rows")
         show.directions(result.evaluation["after"])
         show.remarks(remarks(result.evaluation))
-    files = {"student": "the model, its tokenizer and its model card"}
+    files = {}
+    if (result.folder / REPORT).is_file():
+        files[REPORT] = "everything below to look at, in a browser"
+    files["student"] = "the model, its tokenizer and its model card"
     if result.evaluation:
         files["evaluation.json"] = "the figures above"
     if (result.folder / "responses").is_dir():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmdistill.batch import Sequences
+from llmdistill.batch import Sequences, StudentView
 from llmdistill.distributions import Distribution
 from llmdistill.evaluation.ranks import summed
 from llmdistill.forward import read, teacher_signal
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DISTRIBUTION = frozenset({Need.DISTRIBUTION})
+# What is measured at each predicted token, in this order; `Agreement` says what each one is.
+MEASURES = ("kl", "top1_agreement", "draft_acceptance")
 
 
 @dataclass(frozen=True)
@@ -100,17 +102,34 @@ def per_token(student: PreTrainedModel, judged: Judged, num_tokens: int) -> Tens
     """
     device = next(student.parameters()).device
     seen = read(student, judged.sequences.to(device), num_tokens)
-    students, teachers = HeadLogits(seen.hidden_NH, seen.head), judged.distribution.serve()
-    step = block_rows(students.chunk_size, num_tokens, device)
-    figures = [torch.zeros(0, 3)]
-    for rows in _blocks(len(seen.hidden_NH), step):
-        student_nV, teacher_nV = log_probs(students[rows]), log_probs(teachers[rows].to(device))
+    return torch.cat([torch.zeros(0, 3), *closeness(seen, judged.distribution)])
+
+
+@torch.no_grad()
+def closeness(seen: StudentView, distribution: Distribution) -> Iterator[Tensor]:
+    """Yield, for a block of predicted tokens at a time, the figures of MEASURES: (n, 3), float32,
+    on the CPU.
+    """
+    for student_nV, teacher_nV in both_log_probs(seen, distribution):
         same_n = student_nV.argmax(-1) == teacher_nV.argmax(-1)
         # sum_V min(p, q) = 1 - |p - q|_1 / 2, for two distributions that each sum to 1.
         accepted_n = 1 - (student_nV.exp() - teacher_nV.exp()).abs().sum(-1) / 2
         columns = (kl(teacher_nV, student_nV), same_n, accepted_n)
-        figures.append(torch.stack([column.float() for column in columns], 1).cpu())
-    return torch.cat(figures)
+        yield torch.stack([column.float() for column in columns], 1).cpu()
+
+
+@torch.no_grad()
+def both_log_probs(
+    seen: StudentView, distribution: Distribution
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the log-probabilities of student and teacher, a block of predicted tokens at a time:
+    (n, V) each, on the student's device.
+    """
+    students, teachers = HeadLogits(seen.hidden_NH, seen.head), distribution.serve()
+    device = seen.head.weight_VH.device
+    step = block_rows(students.chunk_size, seen.head.num_tokens, device)
+    for rows in _blocks(len(seen.hidden_NH), step):
+        yield log_probs(students[rows]), log_probs(teachers[rows].to(device))
 
 
 @torch.no_grad()

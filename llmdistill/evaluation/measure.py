@@ -23,6 +23,7 @@ from torch import nn
 from llmdistill.batch import Prompts, Sequences
 from llmdistill.data.collate import PromptDataset
 from llmdistill.data.context import room
+from llmdistill.data.render import last_messages
 from llmdistill.data.table import Row
 from llmdistill.decoding.batches import by_tokens
 from llmdistill.decoding.sample import sample
@@ -30,6 +31,7 @@ from llmdistill.errors import DataError, RecipeError
 from llmdistill.evaluation.agreement import Judged, agreement, judge, perplexity
 from llmdistill.evaluation.ranks import from_first, of_all_rows, own_rows
 from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
+from llmdistill.evaluation.tokens import Position, positions
 from llmdistill.models.footprint import num_bytes
 from llmdistill.models.heads import eval_mode
 from llmdistill.models.load import default_device, preferred_dtype
@@ -201,6 +203,22 @@ class Evaluation:
         """Return the prompts with the teacher's greedy responses, for the held-out loss."""
         columns = (self.prompts.row_ids_B.tolist(), self.prompts.ids(), self.reference.responses)
         return PromptDataset([Row(*row) for row in zip(*columns, strict=True)])
+
+    def looked_at(self, model: PreTrainedModel, most: int) -> list[tuple[str, list[Position]]]:
+        """Return the first rank's first prompts with the positions of the teacher's answers.
+
+        Every rank must call it; the others get rows of their own.
+        """
+        if not self._judged:
+            return []
+        with eval_mode(model):
+            shared = num_tokens(self.teacher.tokenizer)
+            found = positions(model, self._judged[0], self.teacher.tokenizer, shared)
+        places = next(iter(self._own_batches()))
+        first = sorted(zip(places, found, strict=True), key=lambda pair: pair[0])[:most]
+        ids = self.prompts.ids()
+        prompts = last_messages(self.teacher.tokenizer, [ids[place] for place, _ in first])
+        return [(prompt, row) for prompt, (_, row) in zip(prompts, first, strict=True)]
 
     def measure(
         self, model: PreTrainedModel, exported_as: torch.dtype | None = None

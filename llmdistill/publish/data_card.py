@@ -9,18 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmdistill import recipe as recipes
-from llmdistill.data.sources import SEED_TASKS, hub_name
 from llmdistill.errors import CheckpointError
 from llmdistill.instruct.dataset import FORMER_SPLITS, SPLITS
 from llmdistill.instruct.records import read_whole_lines
-from llmdistill.publish.card import (
-    license_of,
-    made_with,
-    public_dump,
-    public_model,
-    public_part,
-    shown,
-)
+from llmdistill.publish.card import made_with
+from llmdistill.publish.licences import licence_of_data, read_licence
+from llmdistill.publish.names import public_dump, public_model, public_part, shown
 from llmdistill.recipe.generation import GenerationTeacher
 
 if TYPE_CHECKING:
@@ -42,7 +36,6 @@ and of the data that the teacher was shown, determine how it may be used."""
 # Columns that record where a row comes from.
 ABOUT = ("id", "variant", "generator", "teacher", "revision", "sampling", "seed", "prompt_hash")
 UNKNOWN = "licence not known"
-SEED_TASKS_LICENSE = "apache-2.0"  # that of this package
 
 
 @dataclass(frozen=True)
@@ -138,7 +131,7 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
     from huggingface_hub import DatasetCardData
 
     terms = _license(recipe.teacher)
-    found = {terms, *(_terms(one.source) for one in recipe.sources)}
+    found = {terms, *(_stated(one.source) for one in recipe.sources)}
     if recipe.judge and recipe.judge.teacher:
         found.add(_license(recipe.judge.teacher))
     if recipe.generator.kind == "python":  # nobody knows what its function shows the teacher
@@ -177,7 +170,15 @@ def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:
 def _license(teacher: GenerationTeacher) -> str | None:
     """Return a model's licence: as the recipe states it for a server, else as its card does."""
     # A server's name for a model may belong to another repository on the Hub.
-    return teacher.stated_license if teacher.is_remote else license_of(teacher.model)
+    if teacher.is_remote:
+        return teacher.stated_license
+    found = read_licence(teacher.model)
+    return None if found is None else found.id
+
+
+def _stated(source: str) -> str | None:
+    found = licence_of_data(source)
+    return None if found is None else found.id
 
 
 def _size(rows: int) -> str:
@@ -220,20 +221,11 @@ def _judge(recipe: recipes.GenerationRecipe) -> str:
 def _material(recipe: recipes.GenerationRecipe) -> str:
     """Return the sources that the teacher saw, with the licences that their cards state."""
     listed = [
-        f"`{shown(public_part(one.source))}` ({shown(_terms(one.source) or UNKNOWN)})"
+        f"`{shown(public_part(one.source))}` ({shown(_stated(one.source) or UNKNOWN)})"
         for one in recipe.sources
     ]
     own = recipe.generator.kind == "python"
     return ", ".join(listed) or ("a Python function" if own else "only the teacher's chat template")
-
-
-def _terms(source: str) -> str | None:
-    """Return the licence of a source: as the card of its folder or Hub dataset states it."""
-    if source == SEED_TASKS:
-        return SEED_TASKS_LICENSE
-    folder = Path(source).expanduser()
-    name = str(folder) if folder.is_dir() else hub_name(source)
-    return license_of(name, kind="dataset") if name else None
 
 
 def _rows(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:

@@ -14,6 +14,7 @@ from llmdistill.recipe.schema import Recipe
 # Keys by their dotted names.  A name that ends with * stands for all keys that start with it.
 MAY_CHANGE = (
     *("output", "evaluate.max_new_tokens", "evaluate.answer_pattern", "generate*"),
+    "evaluate.samples_every",
     # They change what is computed through rounding alone.
     *("rollout.batch_size", "rollout.rollout.batch_size", "rollout.other.batch_size"),
     *("rollout.student.batch_size", "rollout.student.rollout.batch_size"),

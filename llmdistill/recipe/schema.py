@@ -115,6 +115,10 @@ class EvaluateRecipe(Strict):
     """Number of optimizer steps between measurements of the held-out loss, which is taken on the
     teacher's answers.  `0` does not measure it during training.
     """
+    samples_every: int = Field(0, ge=0)
+    """Number of optimizer steps between sample responses: the student answers the first three
+    held-out prompts, in the log and in `samples.jsonl` of the run folder.  `0` writes none.
+    """
     against: Annotated[LocalTeacherRecipe | None, BeforeValidator(_by_name)] = None
     """Model that the student is measured against: a teacher of kind `local`, or its name alone.
     `null` is the teacher.  It is needed for a teacher that changes during the run.  Objectives on
@@ -186,6 +190,7 @@ class Recipe(Strict):
         follows = self.rollout.follows_the_loss or self.evaluate.patience is not None
         # `eval_on_start` is the one field of `training` that measures without `every_steps`.
         measures = self.evaluate.every_steps or self.training.get("eval_on_start")
+        measures = measures or self.evaluate.samples_every
         if measures and not (self.data.eval or self.data.hold_back):
             raise PydanticCustomError(
                 "held_out", "measuring during training needs 'data.eval' or 'data.hold_back'"

@@ -1,7 +1,9 @@
 """The mathematics of one step.
 
-N = predicted tokens, K = terms of the loss.  `Distillation` is the module that a trainer wraps.  It
-contains everything that is trained: the student, the objectives, and a trainable teacher.
+N = predicted tokens, n = those of one block, K = terms of the loss, M = MEASURES.
+
+`Distillation` is the module that a trainer wraps.  It contains everything that is trained: the
+student, the objectives, and a trainable teacher.
 Code outside reaches the wrapped student through three methods only: `forward` (score and compare
 one micro-batch), `write` (the student writes responses) and `session` (it writes token by token).
 The last two are called within `with_whole_weights`, because weights may be spread over the ranks.
@@ -19,10 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llmdistill.batch import Prompts, Sequences
+from llmdistill.batch import Prompts, Sequences, StudentView
 from llmdistill.decoding.sample import sample
 from llmdistill.decoding.session import Session, session
+from llmdistill.distributions import Distribution
 from llmdistill.errors import RecipeError, TrainingError
+from llmdistill.evaluation.agreement import MEASURES, closeness
 from llmdistill.forward import read, teacher_signal
 from llmdistill.models.heads import check_split
 from llmdistill.models.taps import STATES, Need, check_taps
@@ -60,7 +64,8 @@ class StepOutput(NamedTuple):
 
     `loss` is the weighted sum of all terms, each divided by its divisor of the whole step.
     `terms` maps each term to its unweighted sum over the micro-batch and to what the micro-batch
-    adds to the term's divisor; both are detached.
+    adds to the term's divisor; both are detached.  In an evaluation it also has MEASURES of
+    `evaluation/agreement.py`, if the objectives need the teacher's distributions.
     """
 
     loss: Tensor
@@ -155,7 +160,15 @@ class Distillation(nn.Module):
         terms = {name: (one.total.detach(), count) for name, one, count in columns}
         if learns and trained is not None:
             terms |= trained.figures
+        if not self.training and seen is not None and seen.distribution is not None:
+            terms |= _measures(student, seen.distribution)
         return StepOutput(loss, terms)
+
+    @property
+    def measured_names(self) -> tuple[str, ...]:
+        """Names of all `terms` of an evaluation."""
+        measures = MEASURES if Need.DISTRIBUTION in self.teacher_needs else ()
+        return (*self.objective_names, *measures)
 
     def idle_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the last step must not change.
@@ -275,6 +288,16 @@ def _term_names(objectives: Sequence[Objective], trained: TrainableTeacher | Non
     names += [TEACHER_TERM] * (trained is not None)
     # Equal names get their position appended.
     return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _measures(student: StudentView, distribution: Distribution) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return each of MEASURES as its sum over the predicted tokens, and their number."""
+    count = torch.tensor(len(student.hidden_NH))
+    sums_M = sum(
+        (figures_nM.double().sum(0) for figures_nM in closeness(student, distribution)),
+        start=torch.zeros(len(MEASURES), dtype=torch.float64),
+    )
+    return {name: (total, count) for name, total in zip(MEASURES, sums_M, strict=True)}
 
 
 def _own_rates(distillation: Distillation) -> Iterator[tuple[str, float]]:

@@ -18,7 +18,7 @@ from llmdistill.sampling import Writer
 HASH = 6_364_136_223_846_793_005  # the multiplier of Knuth's MMIX generator
 QUARTERS = ("q1", "q2", "q3", "q4")
 SUMS = (
-    *("tokens", "by_teacher", "seconds", "written", "accepted", "teacher_passes"),
+    *("tokens", "by_teacher", "by_student", "seconds", "written", "accepted", "teacher_passes"),
     *("responses", "unfinished", "empty", "grams", "repeated"),
     *(f"{part}_{quarter}" for quarter in QUARTERS for part in ("all", "replaced")),
 )
@@ -61,6 +61,7 @@ class Tally:
         found: dict[str, Any] = {
             "tokens": count_B.sum(),
             "by_teacher": (writer_N == Writer.TEACHER).sum(),
+            "by_student": (writer_N == Writer.STUDENT).sum(),
         }
         last_B = (count_B.cumsum(0) - 1)[count_B > 0]
         written_B = writer_N[last_B] != Writer.DATA
@@ -75,7 +76,7 @@ class Tally:
         if sequences.teacher_passes_B is not None:
             found["seconds"] = seconds
             found["written"] = count_B.sum()
-            found["accepted"] = (writer_N == Writer.STUDENT).sum()
+            found["accepted"] = found["by_student"]
             found["teacher_passes"] = sequences.teacher_passes_B[count_B > 0].sum()
             for quarter, counts in zip(QUARTERS, _by_quarter(sequences), strict=True):
                 found[f"all_{quarter}"], found[f"replaced_{quarter}"] = counts
@@ -85,9 +86,10 @@ class Tally:
     def figures(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the figures since the last call, over all ranks; then forget the sums.
 
-        `acceptance`, `teacher_token_share` and `replaced_q1` to `replaced_q4` are shares from 0 to
-        1, and so are `unfinished` and `empty`, of the responses that a model wrote: those without
-        an end token, and those with nothing else.  `repeated_4grams` is the share of their 4-grams
+        `teacher_token_share` and `student_token_share` are shares of the predicted tokens; the rest
+        comes from the dataset.  `acceptance` and `replaced_q1` to `replaced_q4` are shares, too.
+        `unfinished` and `empty` are shares of the responses that a model wrote: those without an
+        end token, and those with nothing else.  `repeated_4grams` is the share of their 4-grams
         that came earlier in the same response.
         `written_per_second` is in tokens per second of all ranks together.
         """
@@ -95,6 +97,8 @@ class Tally:
         self._sums = dict.fromkeys(SUMS, 0.0)
         tokens = sums["tokens"]
         figures = {"predicted_tokens": tokens}
+        for writer in ("teacher", "student"):
+            figures[f"{writer}_token_share"] = sums[f"by_{writer}"] / max(tokens, 1)
         if len(means) > 1:  # the loss already shows a single term
             figures |= means
         if sums["responses"]:
@@ -106,7 +110,6 @@ class Tally:
             seconds = sums["seconds"] / accelerator.num_processes
             figures["written_per_second"] = sums["written"] / seconds
             figures["acceptance"] = sums["accepted"] / sums["written"]
-            figures["teacher_token_share"] = sums["by_teacher"] / tokens
             figures["tokens_per_teacher_pass"] = sums["written"] / sums["teacher_passes"]
             for q in QUARTERS:
                 figures[f"replaced_{q}"] = sums[f"replaced_{q}"] / max(sums[f"all_{q}"], 1)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from llmdistill.batch import LossSum, Sequences
 from llmdistill.data.collate import collate
 from llmdistill.errors import NonFiniteLossError, TrainingError, VocabularyError
+from llmdistill.evaluation.agreement import agreement, judge
 from llmdistill.objectives.exits import ExitsObjective
 from llmdistill.objectives.features import HiddenObjective
 from llmdistill.objectives.response import CrossEntropyObjective, ResponseObjective
@@ -435,13 +436,19 @@ def test_logs_who_wrote_what(tmp_path):
         assert logs[f"replaced_q{quarter + 1}"] == pytest.approx(sum(part) / max(len(part), 1))
 
 
-def test_logs_no_writers_where_there_is_one(tmp_path):
+def test_logs_no_acceptance_where_no_model_drafts(tmp_path):
     made = trainer(tmp_path)
     made.train()
-    assert (
-        not {"acceptance", "teacher_token_share", "written_per_second"}
-        & made.state.log_history[0].keys()
-    )
+    logs = made.state.log_history[0]
+    assert not {"acceptance", "written_per_second"} & logs.keys()
+    assert logs["teacher_token_share"] == logs["student_token_share"] == 0  # all of the dataset
+
+
+def test_logs_the_share_of_tokens_that_the_student_wrote(tmp_path):
+    made = trainer(tmp_path, rollout=SampledRollout("student", max_new_tokens=4))
+    made.train()
+    logs = made.state.log_history[0]
+    assert (logs["student_token_share"], logs["teacher_token_share"]) == (1, 0)
 
 
 def test_logs_no_speed_of_what_was_kept(tmp_path):
@@ -457,6 +464,30 @@ def test_what_was_logged_is_not_logged_again(tmp_path):
     made.train()
     first, second, *_ = made.state.log_history
     assert abs(first["predicted_tokens"] - second["predicted_tokens"]) <= 10
+
+
+def test_an_evaluation_measures_kl_agreement_and_acceptance(tmp_path):
+    """Over all rows, in batches of unequal size, whatever the objective is."""
+    rows = dataset(5, seed=3)
+    made = trainer(
+        tmp_path, eval_dataset=rows, per_device_eval_batch_size=2,
+        objectives=[ResponseObjective(divergence="reverse_kl")],
+    )  # fmt: skip
+    found = made.evaluate()
+    batch = FixedRollout().write(collate(rows.rows), None, None, None)
+    judged = judge(made.teacher, [batch])
+    known = agreement(made.model.student, judged, toy.NUM_TOKENS)
+    assert found["eval_kl"] == pytest.approx(known.forward_kl, rel=1e-5)
+    assert found["eval_top1_agreement"] == pytest.approx(known.top1)
+    assert found["eval_draft_acceptance"] == pytest.approx(known.acceptance, rel=1e-5)
+    assert found["eval_kl"] != pytest.approx(found["eval_loss"], rel=1e-2)
+
+
+def test_an_evaluation_without_the_teachers_distributions_measures_none(tmp_path):
+    made = trainer(
+        tmp_path, eval_dataset=dataset(3), objectives=[HiddenObjective(layers=[(1, -1)])]
+    )
+    assert not [name for name in made.evaluate() if name in ("eval_kl", "eval_draft_acceptance")]
 
 
 def test_the_evaluation_loss_is_the_mean_over_tokens_not_over_batches(tmp_path):

@@ -1,0 +1,78 @@
+"""Names and text that may be shown to others: no local paths, no addresses, no markup."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from llmdistill import recipe as recipes
+from llmdistill.data.sources import hub_name
+from llmdistill.recipe import Recipe
+
+PATHS = (  # keys that hold a path
+    *("output", "source", "model", "tokenizer", "student", "folder", "image_folder"),
+)
+
+
+def public_part(name: str) -> str:
+    """Return a name that others can use, or the last part of a path on this machine.
+
+    A path can hold the names of people and machines.
+    """
+    is_local = (
+        *(name.startswith((".", "/", "~")), Path(name).exists(), "\\" in name),
+        *(name.count("/") > 1 and ":" not in name, hub_name(name) is None),
+    )
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if any(is_local) else name
+
+
+def public_model(name: str, *, is_remote: bool = True) -> str:
+    """Return the name of a model that others can use, or the last part of a path.
+
+    The names of a server can have many parts, but they can also be paths on its machine.
+    """
+    if not is_remote:
+        return public_part(name)
+    is_path = name.startswith((".", "/", "~")) or "\\" in name
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if is_path else name
+
+
+def public_dump(recipe: Recipe | recipes.GenerationRecipe) -> str:
+    """Return the recipe as YAML without local paths and without the address of a server."""
+
+    def public(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            kept = {name: one for name, one in value.items() if name not in ("url", "key_from")}
+            is_remote = kept.get("kind") == "remote"
+            # Options of a user's function can hold any path.
+            inside = key if key == "options" else ""
+            return {
+                name: public_model(one)
+                if is_remote and name == "model"
+                else public(one, inside or name)
+                for name, one in kept.items()
+            }
+        if isinstance(value, list):
+            return [public(one, key) for one in value]
+        if not isinstance(value, str):
+            return value
+        if key == "function" or (key == "options" and ("/" in value or "\\" in value)):
+            return re.split(r"[\\/]", value)[-1]
+        return public_part(value) if key in PATHS else value
+
+    return recipes.dump_data(public(recipes.as_data(recipe)))
+
+
+def shown(text: str) -> str:
+    """Return text from a recipe or another card as plain Markdown text.
+
+    It cannot contain HTML tags, end a table cell, or start or end a code span.
+    """
+    return html.escape(text, quote=False).replace("|", "\\|").replace("`", "'").replace("\n", " ")
+
+
+def fenced(text: str) -> str:
+    """Return text that cannot close the code block around it."""
+    return text.replace("```", "'''")
