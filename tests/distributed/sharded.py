@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,7 @@ def launch_with_zero3(folder: Path) -> None:
     }
 
 
+@cache
 def shard_on_cpus() -> None:
     """Let Accelerate shard the models of this process, although there is no GPU."""
     original = AcceleratorState.__init__
@@ -264,12 +266,13 @@ def sharded_teacher(folder: Path) -> None:
     """Whole runs with a teacher whose layers are spread over the ranks, which have unequal work."""
     from tests.distributed.worker import measured_run
 
-    loaded = spy(LocalTeacher, "load")
-    for name, rollout in ROLLOUTS.items():
-        given = measured_run(folder, f"{name}-two") | {"rollout": rollout}
-        given["teacher"]["placement"] = "sharded"
-        given["training"]["max_steps"] = 2
-        distill(recipes.build(given), show_progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        loaded = spy(LocalTeacher, "load", patch)
+        for name, rollout in ROLLOUTS.items():
+            given = measured_run(folder, f"{name}-two") | {"rollout": rollout}
+            given["teacher"]["placement"] = "sharded"
+            given["training"]["max_steps"] = 2
+            distill(recipes.build(given), show_progress=False)
     assert len(loaded) == len(ROLLOUTS)
     assert all(has_sharded_weights(teacher.model) for teacher in loaded)
 
@@ -282,12 +285,10 @@ def zero3_measured(folder: Path) -> None:
     distill(recipes.build(measured_run(folder, "two")), show_progress=False)
 
 
+_TOGETHER = (sharded_alone, sharded_conformance, sharded_runs, sharded_bfloat16)
+TOGETHER = tuple(case.__name__ for case in _TOGETHER)  # these share a launch
 CASES = (
-    sharded_teacher,
-    sharded_alone,
-    sharded_conformance,
-    sharded_runs,
-    sharded_bfloat16,
+    *_TOGETHER,
     zero_conformance,
     zero_runs,
     zero3_conformance,

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,8 +18,10 @@ from llmdistill.rollouts.sampled import SampledRollout
 from llmdistill.run import distill
 from llmdistill.training.seal import numbered, require_sealed
 from tests import toy
+from tests.distributed.launch import after, launched, two_ranks
 from tests.distributed.sharded import REFUSED, REFUSED_BY_ZERO3, ROLLOUTS, WHOLE_RUNS, student_of
 from tests.distributed.worker import (
+    DONE,
     FIVE_STEPS,
     QUEUES,
     SEAMS,
@@ -36,45 +33,17 @@ from tests.distributed.worker import (
     queues_by_prompt,
 )
 from tests.support.files import read_jsonl, write_jsonl
-from tests.support.machine import with_python_path
 from tests.support.recipes import build_generation
 from tests.support.teachers import Learner, seam_objectives
 from tests.training.helpers import INTERLEAVED, dataset, trained, trainer, weights
 
-pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
+# One test waits for the launch of all cases.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def launched(case: str, folder: Path, stop_at: str | None = None) -> subprocess.CompletedProcess:
-    """Run a case of worker.py on two ranks.
-
-    If the file `stop_at` appears in its folder, the launcher gets SIGTERM.
-    """
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", "-m", "tests.distributed.worker", case, str(folder),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": with_python_path(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-        if stop_at is not None:
-            while not (folder / stop_at).is_file() and process.poll() is None:
-                time.sleep(0.05)
-            process.terminate()
-        try:
-            printed, told = process.communicate(timeout=240)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, printed, told)
-
-
-def two_ranks(case: str, folder: Path) -> torch.Tensor | None:
-    """Run a case that succeeds; return the tensor that it saved, if any."""
-    done = launched(case, folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    left = folder / "weights.pt"
-    return torch.load(left, weights_only=True) if left.is_file() else None
+def left(folder: Path, name: str = "weights") -> torch.Tensor:
+    """Load what a case has saved."""
+    return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
 def one_rank(folder: Path, **options) -> torch.Tensor:
@@ -83,23 +52,25 @@ def one_rank(folder: Path, **options) -> torch.Tensor:
     return weights(made.model.student)
 
 
-def test_the_same_global_batch_gives_the_same_weights(tmp_path):
+@after("fixed")
+def test_the_same_global_batch_gives_the_same_weights(folder, tmp_path):
     expected = one_rank(tmp_path / "one", rows=dataset(16), per_device_train_batch_size=16)
-    torch.testing.assert_close(two_ranks("fixed", tmp_path), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(left(folder), expected, rtol=0, atol=1e-6)
 
 
-def test_how_a_step_is_divided_changes_nothing(tmp_path):
+@after("partitions")
+def test_how_a_step_is_divided_changes_nothing(folder, tmp_path):
     """D2: 1 rank x 8 rows, 2 x 4, and 2 x 2 in two micro-batches, for five steps of SGD."""
-    two_ranks("partitions", tmp_path)
     for name, rollout in WRITERS.items():
         options = FIVE_STEPS | {"rows": dataset(FIVE_STEPS["rows"]), "rollout": rollout()}
         expected = one_rank(tmp_path / "one", per_device_train_batch_size=8, **options)
         for rows in (4, 2):
-            found = torch.load(tmp_path / f"{name}-{rows}.pt", weights_only=True)
+            found = left(folder, f"{name}-{rows}")
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=f"{name} {rows}")
 
 
-def test_rows_that_even_out_the_ranks_weigh_nothing(tmp_path):
+@after("uneven", "resumed")
+def test_rows_that_even_out_the_ranks_weigh_nothing(folder, tmp_path):
     """10 rows on 2 ranks need filler rows; two epochs are trained."""
     expected = one_rank(
         tmp_path / "one",
@@ -108,11 +79,11 @@ def test_rows_that_even_out_the_ranks_weigh_nothing(tmp_path):
         max_steps=-1,
         num_train_epochs=2,
     )
-    torch.testing.assert_close(two_ranks("uneven", tmp_path), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(two_ranks("resumed", tmp_path), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(left(folder), expected, rtol=0, atol=1e-6)
 
 
-def test_on_policy_writes_the_same_on_two_ranks(tmp_path):
+@after("on_policy")
+def test_on_policy_writes_the_same_on_two_ranks(folder, tmp_path):
     expected = one_rank(
         tmp_path / "one",
         rows=dataset(16),
@@ -120,10 +91,11 @@ def test_on_policy_writes_the_same_on_two_ranks(tmp_path):
         per_device_train_batch_size=8,
         max_steps=2,
     )
-    torch.testing.assert_close(two_ranks("on_policy", tmp_path), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(left(folder), expected, rtol=0, atol=1e-6)
 
 
-def test_two_models_write_the_same_on_two_ranks(tmp_path):
+@after("interleaved")
+def test_two_models_write_the_same_on_two_ranks(folder, tmp_path):
     made = trainer(
         tmp_path / "one",
         rows=dataset(16),
@@ -132,9 +104,8 @@ def test_two_models_write_the_same_on_two_ranks(tmp_path):
         max_steps=2,
     )
     made.train()
-    found = two_ranks("interleaved", tmp_path)
-    torch.testing.assert_close(found, weights(made.model.student), rtol=0, atol=1e-6)
-    both = torch.load(tmp_path / "logs.pt", weights_only=True)
+    torch.testing.assert_close(left(folder), weights(made.model.student), rtol=0, atol=1e-6)
+    both = left(folder, "logs")
     assert len(both) == 2
     for ours, alone in zip(both, made.state.log_history, strict=False):
         for name in (
@@ -164,94 +135,99 @@ def test_two_ranks_make_the_same_data_set(tmp_path, pair, server, where):
         for folder in folders
     ]  # fmt: skip
     generate(made[0])
-    (tmp_path / "recipe.yaml").write_text(recipes.dump(made[1]))
-    two_ranks("generating", tmp_path)
+    place = tmp_path / "generating"
+    place.mkdir()
+    (place / "recipe.yaml").write_text(recipes.dump(made[1]))
+    two_ranks(place)
     for name in ("rows.jsonl", "calls.jsonl", "train.jsonl"):
         assert (folders[1] / name).read_bytes() == (folders[0] / name).read_bytes()
     assert not list(folders[1].glob("spoken-*"))
 
 
-def test_the_evaluation_loss_is_the_same_on_two_ranks(tmp_path):
+@after("evaluation")
+def test_the_evaluation_loss_is_the_same_on_two_ranks(folder, tmp_path):
     made = trainer(tmp_path / "one", eval_dataset=dataset(5, seed=4), per_device_eval_batch_size=5)
     expected = torch.tensor([made.evaluate()["eval_loss"]])
-    torch.testing.assert_close(two_ranks("evaluation", tmp_path), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(left(folder), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("case", ["together", "zero_bad_rank"])
-def test_on_two_ranks(tmp_path, case):
-    """D3, D5, N6, R1, R2, S1: `worker.py` and `failing.py` assert these on both ranks."""
-    _require(case)
-    two_ranks(case, tmp_path)
+@after(
+    "gradients",
+    "bad_rank",
+    "zero_bad_rank",
+    "streamed",
+    "empty_rank",
+    "empty_rank_resumed",
+    "restored",
+    "kept_answers",
+)
+def test_on_two_ranks(folder):
+    """D1, D3, D5, N6, R1, R2, S1: `worker.py` and `failing.py` assert these on both ranks."""
+    assert (folder / DONE).is_file()
 
 
-@pytest.mark.parametrize("case", ["rank_fails", "rank_killed"])
-def test_a_rank_that_ends_ends_both_and_the_run_can_be_resumed(tmp_path, case):
+def test_a_rank_that_ends_ends_both_and_the_run_can_be_resumed(tmp_path):
     """D6, R3."""
-    done = launched(case, tmp_path)
-    assert done.returncode != 0
-    said = "rank 1 cannot write" if case == "rank_fails" else "SIGKILL"
-    assert said in done.stdout + done.stderr
-    assert [folder.name for folder in numbered(tmp_path / "run")] == [
-        "checkpoint-1",
-        "checkpoint-2",
-    ]
-    two_ranks("after_a_failure", tmp_path)
+    for case, said in {"rank_fails": "rank 1 cannot write", "rank_killed": "SIGKILL"}.items():
+        done = launched(tmp_path / case)
+        assert done.returncode != 0
+        assert said in done.stdout + done.stderr
+        saved = [folder.name for folder in numbered(tmp_path / case / "run")]
+        assert saved == ["checkpoint-1", "checkpoint-2"], case
+    two_ranks(*(tmp_path / case / "after_a_failure" for case in ("rank_fails", "rank_killed")))
 
 
 def test_sigterm_of_the_launcher_saves_and_ends_all_ranks(tmp_path):
     """R7, D6."""
-    done = launched("asked_to_stop", tmp_path, stop_at="step-3")
+    done = launched(tmp_path / "asked_to_stop", stop_at="step-3")
     assert done.returncode != 0
-    [saved] = numbered(tmp_path / "run")
+    [saved] = numbered(tmp_path / "asked_to_stop" / "run")
     step = require_sealed(saved).step
     assert step >= 4
     assert f"SIGTERM ended the run after step {step}" in done.stderr
 
 
-def test_one_rank_writes_what_is_of_all(tmp_path):
+@after("one_writes")
+def test_one_rank_writes_what_is_of_all(folder):
     """D6."""
-    two_ranks("one_writes", tmp_path)
     own, other = (
-        {file.name for file in (tmp_path / f"of-{rank}").rglob("*") if file.is_file()}
+        {file.name for file in (folder / f"of-{rank}").rglob("*") if file.is_file()}
         for rank in (0, 1)
     )
     assert other == {"rng_state_1.pth", "rollout_1.json"}
     assert {"model.safetensors", "optimizer.pt", "manifest.json", "rng_state_0.pth"} <= own
 
 
-def test_every_divisor_and_what_trains_along_is_the_same_on_two_ranks(tmp_path):
+@after("seams")
+def test_every_divisor_and_what_trains_along_is_the_same_on_two_ranks(folder, tmp_path):
     options = SEAMS | {"rows": dataset(SEAMS["rows"]), "per_device_train_batch_size": 8}
     made = trainer(tmp_path / "one", teacher=Learner(), objectives=seam_objectives(), **options)
     made.train()
-    found = two_ranks("seams", tmp_path)
-    torch.testing.assert_close(found, trained(made), rtol=0, atol=1e-6)
+    torch.testing.assert_close(left(folder), trained(made), rtol=0, atol=1e-6)
 
 
-def test_queues_and_the_factor_are_the_same_on_two_ranks(tmp_path):
+@after("queues")
+def test_queues_and_the_factor_are_the_same_on_two_ranks(folder, tmp_path):
     """D2: ICD, CRD and RRD; the queues hold the samples of all ranks."""
     options = QUEUES | {"rows": dataset(QUEUES["rows"]), "per_device_train_batch_size": 8}
     made = trainer(tmp_path / "one", objectives=contrasts(), **options)
     made.train()
-    found = two_ranks("queues", tmp_path)
-    torch.testing.assert_close(found, trained(made), rtol=0, atol=1e-5)
-    both = torch.load(tmp_path / "queues.pt", weights_only=True)
+    torch.testing.assert_close(left(folder), trained(made), rtol=0, atol=1e-5)
+    both = left(folder, "queues")
     torch.testing.assert_close(both, queues_by_prompt(made), rtol=0, atol=1e-5)
 
 
-def test_hidden_states_alone_on_two_ranks(tmp_path):
+@after("hidden_alone")
+def test_hidden_states_alone_on_two_ranks(folder, tmp_path):
     options = {"rows": dataset(16), "per_device_train_batch_size": 8, "max_steps": 2}
     expected = one_rank(tmp_path / "one", objectives=[HiddenObjective(layers=[(1, -1)])], **options)
-    found = two_ranks("hidden_alone", tmp_path)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(left(folder), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "case", ["conformance", "sharded_conformance", "zero_conformance", "zero3_conformance"]
-)
-def test_every_objective_rollout_and_teacher_is_the_same_on_two_ranks(tmp_path, alone, case):
+@after("conformance", "sharded_conformance", "zero_conformance", "zero3_conformance")
+def test_every_objective_rollout_and_teacher_is_the_same_on_two_ranks(folder, alone):
     """D2, D5, D7: everything that a recipe can have; the eighth row is filler."""
-    _require(case)
-    two_ranks(case, tmp_path)
+    case = folder.name
     names = {
         "conformance": (),
         "zero_conformance": ("resting",),
@@ -260,11 +236,10 @@ def test_every_objective_rollout_and_teacher_is_the_same_on_two_ranks(tmp_path, 
     left_out = {name for name in alone if name.removeprefix("teacher-") in names}
     if case != "conformance":
         left_out |= {name for name in alone if name.startswith("response-")}
-    found = {file.stem for file in tmp_path.glob("*.pt")}
+    found = {file.stem for file in folder.glob("*.pt")}
     assert found == alone.keys() - left_out
     for name in found:
-        both = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        torch.testing.assert_close(both, alone[name], rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(left(folder, name), alone[name], rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -280,60 +255,50 @@ def alone(tmp_path_factory):
     return made
 
 
-def _require(case: str) -> None:
-    """DeepSpeed is no dependency of the tests: it changes how other libraries are imported."""
-    if case.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs DeepSpeed")
-
-
-@pytest.mark.parametrize("case", ["sharded_runs", "zero_runs", "zero3_runs"])
-def test_a_sharded_run_is_the_run_of_one_rank(tmp_path, case):
+@after("sharded_runs", "zero_runs", "zero3_runs")
+def test_a_sharded_run_is_the_run_of_one_rank(folder, tmp_path):
     """D7: it measures, clips, saves, is resumed, and exports its student."""
-    _require(case)
-    two_ranks(case, tmp_path)
     for name, options in WHOLE_RUNS.items():
         straight, *resumed = (
-            load_file(tmp_path / name / f"student-{start}" / "model.safetensors")
+            load_file(folder / name / f"student-{start}" / "model.safetensors")
             for start in (None, "checkpoint-2", True)
         )
         for one in resumed:
             torch.testing.assert_close(one, straight, rtol=0, atol=0)
         if name == "replay":  # two ranks have two buffers, so they replay other rows than one
             continue
-        folder = tmp_path / "one" / name
         batch = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 5}
-        made = trainer(folder, **options() | batch, student=student_of(name))
+        made = trainer(tmp_path / name, **options() | batch, student=student_of(name))
         made.train()
-        made.export_student(folder)
-        alone = load_file(folder / "model.safetensors")
+        made.export_student(tmp_path / name)
+        alone = load_file(tmp_path / name / "model.safetensors")
         # AdamW divides by small numbers: a rounding may change an update by some of the rate, 1e-2.
         torch.testing.assert_close(straight, alone, rtol=0, atol=2e-4)
         losses = [line["eval_loss"] for line in made.state.log_history if "eval_loss" in line]
-        both = torch.load(tmp_path / f"{name}-losses.pt", weights_only=True)
+        both = left(folder, f"{name}-losses")
         torch.testing.assert_close(both, torch.tensor(losses), rtol=1e-5, atol=0)
 
 
-def test_fsdp2_in_bfloat16_rounds_no_loss(tmp_path):
+@after("sharded_bfloat16")
+def test_fsdp2_in_bfloat16_rounds_no_loss(folder, tmp_path):
     """D7: losses, counts and sums of gradients stay float32."""
-    found = two_ranks("sharded_bfloat16", tmp_path)
     options = {"rows": dataset(16), "per_device_train_batch_size": 8, "bf16": True}
     made = trainer(tmp_path / "one", **options)
     made.train()
-    torch.testing.assert_close(found, weights(made.model.student), rtol=0, atol=1e-3)
-    loss = torch.load(tmp_path / "loss.pt", weights_only=True)
-    assert float(loss) == pytest.approx(made.state.log_history[0]["loss"], rel=1e-2)
+    torch.testing.assert_close(left(folder), weights(made.model.student), rtol=0, atol=1e-3)
+    assert float(left(folder, "loss")) == pytest.approx(made.state.log_history[0]["loss"], rel=1e-2)
 
 
-def test_each_objective_on_states_alone_trains_a_sharded_student(tmp_path):
+@after("sharded_alone")
+def test_each_objective_on_states_alone_trains_a_sharded_student(folder):
     """D7: `sharded.py` asserts it."""
-    two_ranks("sharded_alone", tmp_path)
+    assert (folder / DONE).is_file()
 
 
-@pytest.mark.slow
-def test_another_number_of_ranks_goes_on_with_the_same_steps(tmp_path):
+@after("three_steps")
+def test_another_number_of_ranks_goes_on_with_the_same_steps(folder, tmp_path):
     """F15: an on-policy run, with as many rows in a step; with fewer it is refused."""
-    two_ranks("three_steps", tmp_path)
-    saved = str(tmp_path / "run" / "checkpoint-3")
+    saved = str(folder / "run" / "checkpoint-3")
     with pytest.raises(CheckpointError, match=r"rows in a step \(4 then, 2 now\)"):
         trainer(tmp_path / "fewer", **going_on(), per_device_train_batch_size=2, max_steps=6).train(
             resume_from_checkpoint=saved
@@ -347,26 +312,24 @@ def test_another_number_of_ranks_goes_on_with_the_same_steps(tmp_path):
     torch.testing.assert_close(*runs, rtol=0, atol=1e-6)
 
 
-def test_a_sharded_teacher_is_a_whole_one(tmp_path, monkeypatch):
+@after("sharded_teacher")
+def test_a_sharded_teacher_is_a_whole_one(folder, tmp_path, monkeypatch):
     """D7: it scores, writes ahead, writes with the student, and is measured against.
 
     Two ranks have unequal work: three batches to write ahead, and 3 held-out prompts.
     """
-    toy.save_pair(tmp_path / "pair")
-    write_jsonl(tmp_path / "rows.jsonl", toy.rows(10))
-    two_ranks("sharded_teacher", tmp_path)
     monkeypatch.chdir(tmp_path)
     for name, rollout in ROLLOUTS.items():
-        alone = measured_run(tmp_path, f"{name}-one") | {"rollout": rollout}
+        alone = measured_run(folder, f"{name}-one") | {"rollout": rollout}
         alone["training"]["max_steps"] = 2
         distill(recipes.build(alone), show_progress=False)
         one, two = (
-            load_file(tmp_path / f"{name}-{number}" / "student" / "model.safetensors")
+            load_file(folder / f"{name}-{number}" / "student" / "model.safetensors")
             for number in ("one", "two")
         )
         torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
         one, two = (
-            json.loads((tmp_path / f"{name}-{number}" / "evaluation.json").read_text())
+            json.loads((folder / f"{name}-{number}" / "evaluation.json").read_text())
             for number in ("one", "two")
         )
         for measured, figures in one.items():
@@ -375,43 +338,36 @@ def test_a_sharded_teacher_is_a_whole_one(tmp_path, monkeypatch):
                 assert two[measured][figure] == known, (name, measured, figure)
 
 
-def test_a_run_that_measures_before_its_first_step(tmp_path):
+@after("whole_run")
+def test_a_run_that_measures_before_its_first_step(folder):
     """`eval_on_start` needs the held-out rows on all ranks."""
-    toy.save_pair(tmp_path / "pair")
-    write_jsonl(tmp_path / "rows.jsonl", toy.rows(12))
-    two_ranks("whole_run", tmp_path)
-    assert (tmp_path / "run/student/model.safetensors").is_file()
-    steps = [line.get("step") for line in read_jsonl(tmp_path / "run/metrics.jsonl")]
+    assert (folder / "run/student/model.safetensors").is_file()
+    steps = [line.get("step") for line in read_jsonl(folder / "run/metrics.jsonl")]
     assert max(steps) == 3
 
 
-def test_a_recipe_runs_under_zero3(tmp_path, monkeypatch):
+@after("zero3_measured")
+def test_a_recipe_runs_under_zero3(folder, tmp_path, monkeypatch):
     """D7: models are loaded whole, and the exported student is the one of one rank."""
-    _require("zero3")
-    toy.save_pair(tmp_path / "pair")
-    write_jsonl(tmp_path / "rows.jsonl", toy.rows(12))
-    two_ranks("zero3_measured", tmp_path)
     monkeypatch.chdir(tmp_path)
-    distill(recipes.build(measured_run(tmp_path, "one")), show_progress=False)
+    distill(recipes.build(measured_run(folder, "one")), show_progress=False)
     ours, theirs = (
-        load_file(tmp_path / name / "student" / "model.safetensors") for name in ("two", "one")
+        load_file(folder / name / "student" / "model.safetensors") for name in ("two", "one")
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     ours, theirs = (
-        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("two", "one")
+        json.loads((folder / name / "evaluation.json").read_text()) for name in ("two", "one")
     )
     assert ours["after"]["perplexity"] == pytest.approx(theirs["after"]["perplexity"], rel=1e-4)
 
 
-def test_two_ranks_share_the_held_out_prompts_and_measure_the_same(tmp_path, monkeypatch):
+@after("measured")
+def test_two_ranks_share_the_held_out_prompts_and_measure_the_same(folder, tmp_path, monkeypatch):
     """Three prompts: one rank has two of them."""
-    toy.save_pair(tmp_path / "pair")
-    write_jsonl(tmp_path / "rows.jsonl", toy.rows(12))
-    two_ranks("measured", tmp_path)
     monkeypatch.chdir(tmp_path)
-    distill(recipes.build(measured_run(tmp_path, "one")), show_progress=False)
+    distill(recipes.build(measured_run(folder, "one")), show_progress=False)
     ours, theirs = (
-        json.loads((tmp_path / name / "before.json").read_text()) for name in ("two", "one")
+        json.loads((folder / name / "before.json").read_text()) for name in ("two", "one")
     )
     assert ours["of"] == theirs["of"]
     assert ours["responses"] == theirs["responses"]
@@ -421,7 +377,7 @@ def test_two_ranks_share_the_held_out_prompts_and_measure_the_same(tmp_path, mon
         known = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
         assert ours["figures"][name] == known, name
     ours, theirs = (
-        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("two", "one")
+        json.loads((folder / name / "evaluation.json").read_text()) for name in ("two", "one")
     )
     assert ours["teacher"]["kl_own_text"] == pytest.approx(
         theirs["teacher"]["kl_own_text"], abs=1e-6

@@ -1,4 +1,8 @@
-"""The cases that ranks run: `torchrun ... -m tests.distributed.worker CASE FOLDER`."""
+"""The cases that ranks run: `torchrun ... -m tests.distributed.worker FOLDER...`.
+
+Each folder has the name of its case.  The cases run one after the other in the same process, so a
+case undoes what it replaces in classes and modules.
+"""
 
 from __future__ import annotations
 
@@ -102,14 +106,15 @@ def resumed(folder: Path) -> None:
 def kept_answers(folder: Path) -> None:
     """The teacher answers each of 8 prompts once; the ranks share the work and read all of it."""
     rollout = SampledRollout("teacher", max_new_tokens=4, batch_size=2)
-    # The ranks see different free memory, and share the work all the same.  It is the last case.
-    batches._free_bytes = lambda _: 10.0**6 / (1 + dist.get_rank())
     made = trainer(
         folder / "run", rows=dataset(8), rollout=rollout, per_device_train_batch_size=2,
         max_steps=-1, num_train_epochs=3,
     )  # fmt: skip
     written = spy(made.teacher, "write")
-    made.train()
+    with pytest.MonkeyPatch.context() as patch:
+        # The ranks see different free memory, and share the work all the same.
+        patch.setattr(batches, "_free_bytes", lambda _: 10.0**6 / (1 + dist.get_rank()))
+        made.train()
     counts = [torch.zeros(1) for _ in range(2)]
     dist.all_gather(counts, torch.tensor([float(sum(map(len, written)))]))
     assert [int(count) for count in counts] == [4, 4], counts
@@ -299,14 +304,15 @@ def streamed(folder: Path) -> None:
         lambda: ((f"x:{i}", row) for i, row in enumerate(rows)), toy.tokenizer(),
         Rules(skip_bad=True),
     )  # fmt: skip
-    encoded = spy(validate, "_encode")
     rollout = FixedRollout()
     written = spy(rollout, "write")
-    made = trainer(
-        folder / "run", rows=stream, rollout=rollout, per_device_train_batch_size=2, max_steps=4,
-        dataloader_drop_last=True,
-    )  # fmt: skip
-    made.train()
+    with pytest.MonkeyPatch.context() as patch:
+        encoded = spy(validate, "_encode", patch)
+        made = trainer(
+            folder / "run", rows=stream, rollout=rollout, per_device_train_batch_size=2, max_steps=4,
+            dataloader_drop_last=True,
+        )  # fmt: skip
+        made.train()
     rank = dist.get_rank()
     trained = [row for one in written for row in one.row_ids_B.tolist()]
     # Rank 1 has the rows 1, 7, 9 and 11, so that a pass has two steps.
@@ -332,8 +338,9 @@ def measured_run(folder: Path, name: str) -> dict:
 
 def measured(folder: Path) -> None:
     """Each rank writes with its own prompts only, and has the figures of all."""
-    writes = spy(LocalTeacher, "write")
-    result = distill(recipes.build(measured_run(folder, "two")), show_progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        writes = spy(LocalTeacher, "write", patch)
+        result = distill(recipes.build(measured_run(folder, "two")), show_progress=False)
     assert sum(map(len, writes)) == 2 - dist.get_rank()
     assert len(result.answers) == 3
     assert set(result.evaluation) == {"before", "after", "teacher"}
@@ -352,58 +359,39 @@ def every_entry():
         yield name, lambda section=section: {"rollout": build_rollout(section)}
 
 
-def together(folder: Path) -> None:
-    """The cases that leave nothing for the test to compare, one after the other."""
-    for case in (
-        gradients,
-        bad_rank,
-        streamed,
-        failing.empty_rank,
-        failing.empty_rank_resumed,
-        failing.restored,
-        kept_answers,
-    ):
-        print(f"case {case.__name__}", flush=True)
-        (folder / case.__name__).mkdir(exist_ok=True)
-        case(folder / case.__name__)
-        dist.barrier()
-
-
+_TOGETHER = (
+    fixed, uneven, resumed, gradients, bad_rank, streamed, failing.empty_rank,
+    failing.empty_rank_resumed, failing.restored, kept_answers, on_policy, interleaved, evaluation,
+    seams, queues, hidden_alone, partitions, failing.one_writes, conformance, whole_run,
+    three_steps, measured, sharded.sharded_teacher,
+)  # fmt: skip
+TOGETHER = tuple(case.__name__ for case in _TOGETHER)  # these share a launch
 CASES = {
     case.__name__: case
-    for case in (
-        fixed,
-        uneven,
-        resumed,
-        together,
-        on_policy,
-        interleaved,
-        generating,
-        evaluation,
-        zero_bad_rank,
-        seams,
-        queues,
-        hidden_alone,
-        partitions,
-        *failing.CASES,
-        *sharded.CASES,
-        conformance,
-        whole_run,
-        three_steps,
-        measured,
-    )
+    for case in (*_TOGETHER, generating, zero_bad_rank, *failing.CASES, *sharded.CASES)
 }
+DONE = "done"  # the file that a case leaves when it has ended well on both ranks
+
+
+def run(folder: Path) -> None:
+    """Run the case that has the name of a folder."""
+    if dist.get_rank() == 0:
+        print(f"case {folder.name}", file=sys.stderr, flush=True)
+    torch.manual_seed(0)
+    CASES[folder.name](folder)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / DONE).touch()
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    case, folder = CASES[sys.argv[1]], Path(sys.argv[2])
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2, "the launcher started one process only"  # D1
     assert toy.NUM_TOKENS == 259
-    case(folder)
-    dist.barrier()
+    for folder in map(Path, sys.argv[1:]):
+        run(folder)
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # the case is decided, and tearing down native threads sometimes aborts
+    os._exit(0)  # the cases are decided, and tearing down native threads sometimes aborts

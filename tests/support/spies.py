@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 
-def spy(target: Any, method: str) -> list[Any]:
-    """Replace a method of one object; return the list to which each call adds its result."""
+
+def spy(target: Any, method: str, patch: pytest.MonkeyPatch | None = None) -> list[Any]:
+    """Replace a method of one object; return the list to which each call adds its result.
+
+    With `patch` the method comes back when the patch is undone.
+    """
     results: list[Any] = []
     call = getattr(target, method)
 
@@ -14,5 +19,5 @@ def spy(target: Any, method: str) -> list[Any]:
         results.append(call(*arguments, **options))
         return results[-1]
 
-    setattr(target, method, record)
+    (patch.setattr if patch else setattr)(target, method, record)
     return results
