@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -22,6 +23,12 @@ from tests.support.servers import serving
 
 force_native_bfloat16()
 torch.set_num_threads(1)  # two workers share two cores
+
+
+def pytest_collection_finish() -> None:
+    """Trainer collects garbage in each run, which takes a second if it visits all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

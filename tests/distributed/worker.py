@@ -6,6 +6,7 @@ case undoes what it replaces in classes and modules.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from functools import partial
@@ -385,6 +386,7 @@ def run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # Trainer collects garbage in each run: not among all that is imported
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2, "the launcher started one process only"  # D1

@@ -12,7 +12,7 @@ import signal
 import time
 from pathlib import Path
 
-LOADED = ["llmdistill.run", "tests.toy", "peft", "transformers.models.llama.modeling_llama"]
+LOADED = ["tests.support.loaded"]
 STOPPED = 128 + signal.SIGTERM
 
 
