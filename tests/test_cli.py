@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
+from llmdistill import __version__
 from llmdistill.cli import main
 from llmdistill.cost import memory
 from llmdistill.data.collate import PromptDataset
@@ -77,6 +80,33 @@ def test_a_mistake_ends_with_2_a_path_and_no_traceback(recipe, overrides, messag
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert seconds < 2
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"llmdistill {__version__}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_can_complete_commands(shell):
+    done = subprocess.run(
+        [sys.executable, "-m", "llmdistill", "--show-completion", shell],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "COMP" in done.stdout
+
+
+def test_no_color_means_no_colour(monkeypatch):
+    """Whatever else asks for colour."""
+    shown = []
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.setenv(name, "1")
+        console = Console()
+        with console.capture() as capture:
+            console.print(Text("trained", style="red"))
+        shown.append(capture.get())
+    assert "\x1b[31m" in shown[0]
+    assert "\x1b[3" not in shown[1]
 
 
 def test_help_is_quick():

@@ -9,9 +9,11 @@ import os
 import re
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
+from llmdistill import __version__
 from llmdistill.cli.carve import carve
 from llmdistill.cli.check import check
 from llmdistill.cli.env import env
@@ -22,16 +24,34 @@ from llmdistill.cli.report import report
 from llmdistill.cli.train import train
 from llmdistill.errors import LlmDistillError, StoppedError, TrainingError
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"llmdistill {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="llmdistill",
-    help="Distil causal language models: a Hugging Face teacher in, a smaller student out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for command in (train, generate, evaluate, carve, check, report, env):
     app.command()(command)
 app.add_typer(recipes, name="recipes")
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Distil causal language models: a Hugging Face teacher in, a smaller student out."""
+
 
 # On a CPU, oneDNN keeps a kernel for each shape that it has met, up to 1,024 of them, which took
 # more than 1 GB in the quickstart.  With 64 a step is as fast.
@@ -45,7 +65,7 @@ def main() -> None:
     """Run a command, and print errors of llmdistill without a traceback.
 
     Exits with 2 after an error that the user can fix, with 1 after a failed run, and with 143 after
-    SIGTERM, as a shell reports it.
+    SIGTERM, as a shell reports it.  `docs/troubleshooting.md` lists all exit codes.
     """
     os.environ.setdefault(*KERNELS)  # read when torch first multiplies
     try:

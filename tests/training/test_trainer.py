@@ -471,7 +471,7 @@ def test_an_evaluation_measures_kl_agreement_and_acceptance(tmp_path):
     rows = dataset(5, seed=3)
     made = trainer(
         tmp_path, eval_dataset=rows, per_device_eval_batch_size=2,
-        objectives=[ResponseObjective(divergence="reverse_kl")],
+        objectives=[ResponseObjective(divergence="tvd")],
     )  # fmt: skip
     found = made.evaluate()
     batch = FixedRollout().write(collate(rows.rows), None, None, None)
