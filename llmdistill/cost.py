@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,7 @@ TWO_STEPS = {  # arguments for two steps that write and report nothing
     "eval_on_start": False,
     "report_to": "none",
 }
+SAVE_STEPS = 500  # the default of TrainingArguments
 LOOKED_AT = 10_000  # rows in which the longest prompt and response are searched
 
 
@@ -64,6 +66,25 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
         parts["cache while writing"] += load.written_tokens * size * cached_numbers(teacher)
         parts["chunks of logits"] += 4.0 * LOGITS
     return parts
+
+
+def disk(recipe: Recipe, parts: Mapping[str, float]) -> float:
+    """Return the bytes that a run writes at most: its student, and the checkpoints that it keeps.
+
+    `parts` is its memory.  Responses of a teacher, which take a few bytes per token, are left out.
+    """
+    training = recipe.training
+    student = parts["student's weights"]
+    if training.get("save_strategy", "steps") == "no":
+        return student
+    # A new checkpoint is written before an old one is deleted.
+    kept = training.get("save_total_limit")
+    steps = training.get("max_steps", -1)
+    every = training.get("save_steps", SAVE_STEPS)
+    written = max(int(steps // every) if every >= 1 else int(1 / every), 1) if steps > 0 else 1
+    number = written if kept is None else min(written, kept + 1)
+    one = student + parts.get("optimizer", 0.0) + 3 * parts.get("projectors", 0.0) / 4
+    return student + number * one
 
 
 def _load(recipe: Recipe, train: EncodedRows) -> Load:

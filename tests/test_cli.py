@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from llmdistill import __version__
-from llmdistill.cli import main
-from llmdistill.cost import memory
+from llmdistill.cli import look, main
+from llmdistill.cost import disk, memory
+from llmdistill.data.build import load_data
 from llmdistill.data.collate import PromptDataset
+from llmdistill.data.table import Row
 from llmdistill.models.load import load_model
 from llmdistill.models.vocabulary import VocabularyComparison, VocabularyMatch
 from llmdistill.recipe import load
@@ -473,6 +475,70 @@ def test_check_tells_control_tokens_from_text_that_looks_like_them(
     assert "hi 0\\<|im_end|>\n<|im_end|>]" in shown  # a text, and the token behind it
     assert "6 rows have text that looks like control tokens" in " ".join(shown.split())
     assert "\\ marks text that only looks like a control token" in shown
+
+
+def test_check_colours_control_tokens_and_what_is_trained(recipe, tmp_path):
+    """A control token, a text that only looks like one, and plain text each have their style."""
+    rows = [{"text": f"<|im_start|>user\nhi {i}<|im_end|>\n"} for i in range(6)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    train, _ = load_data(load(recipe, []), toy.tokenizer())
+    text = look.marked(train.head(1)[0], toy.tokenizer(), written=False)
+    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
+    assert styles["\\<|im_end|>"] == "yellow reverse"
+    assert styles["<|im_end|>"] == "cyan reverse"
+    assert [style for part, style in styles.items() if "hi 0" in part] == ["reverse"]
+
+
+def test_check_says_what_the_tokenizers_do(recipe, monkeypatch, capsys):
+    assert run(monkeypatch, "check", str(recipe)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for whose in ("teacher's", "student's"):
+        assert f"{whose} 259 tokens; a response ends at <|im_end|> (2)" in shown
+    assert "chat template with system messages, without tools" in shown
+
+
+def test_check_shows_lengths_licences_disk_and_the_command(recipe, monkeypatch, capsys, tmp_path):
+    options = ["data.max_response_tokens=3"]
+    assert run(monkeypatch, "check", str(recipe), *options) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "100.0% of the responses are cut" in shown
+    assert "data train.jsonl: could not be read" in shown
+    assert "the card will state: see-the-card" in shown
+    assert f"GiB free in {tmp_path}" in shown
+    assert shown.endswith(f"Train it: llmdistill train {recipe} data.max_response_tokens=3")
+
+
+def test_check_finds_a_disk_that_is_too_small(recipe, monkeypatch, capsys):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
+    assert run(monkeypatch, "check", str(recipe)) == 2
+    assert "too little" in capsys.readouterr().out
+
+
+def test_lengths_are_counted_in_equal_steps():
+    rows = [Row(i, [0] * 10, [0] * length) for i, length in enumerate((0, 1, 1, 7, 15))]
+    header, *bins = look.lengths(rows)
+    assert header == ["tokens", "rows", ""]
+    assert [row[0] for row in bins] == [f"{a} to {a + 1}" for a in range(10, 26, 2)]
+    assert [int(row[1]) for row in bins] == [3, 0, 0, 1, 0, 0, 0, 1]
+    assert bins[0][2] == "█" * 30
+    [[_, count, _]] = look.lengths([rows[0], rows[0]])[1:]
+    assert count == "2"
+
+
+@pytest.mark.parametrize(
+    ("training", "copies"),
+    [
+        ({"save_strategy": "no"}, 0),
+        ({"max_steps": 10, "save_steps": 3}, 3),
+        ({"max_steps": 10, "save_steps": 1, "save_total_limit": 2}, 3),
+        ({"max_steps": 10, "save_steps": 0.5}, 2),
+    ],
+)
+def test_the_disk_holds_the_student_and_its_checkpoints(recipe, training, copies):
+    parts = {"student's weights": 100.0, "optimizer": 200.0}
+    changed = load(recipe, []).model_copy(update={"training": training})
+    assert disk(changed, parts) == 100 + copies * 300
 
 
 def test_check_shows_what_is_not_read(recipe, monkeypatch, capsys, tmp_path):

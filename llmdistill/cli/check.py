@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +12,9 @@ import typer
 from llmdistill.cli.output import Verbose
 
 if TYPE_CHECKING:
-    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
     from llmdistill.data.collate import EncodedRows
-    from llmdistill.data.table import Row
     from llmdistill.recipe import Recipe
 
 
@@ -30,19 +29,19 @@ def check(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Validate a recipe, count its rows, compare the tokenizers, show one rendered example and
-    estimate memory and time.
-    """
+    """Examine a recipe without training: tokenizers, rows, licences, memory, disk and time."""
     from llmdistill import recipe as recipes
     from llmdistill.data.local import require_local
 
     loaded = recipes.load(recipe, overrides or [])
     require_local(loaded)
 
-    from llmdistill.cli import output, show
+    from llmdistill.cli import look, output, show
     from llmdistill.cli.show import console
 
     output.set_up(quiet=True, verbose=verbose)  # the lines below say more than the log
+
+    from llmdistill.cost import LOOKED_AT, disk
 
     # Of a recipe of several runs, the first one is looked at: the others need its student.
     whole, loaded = loaded, loaded.stages[0]
@@ -53,16 +52,37 @@ def check(
     _models(loaded)
     _runs(whole)
     _compared(loaded)
+    for place, line in enumerate(look.licences(whole)):
+        _line("" if place else "licences", line)
     console.print("example      the student is trained on the tokens in brackets:\n")
-    console.print(_marked(train.head(1)[0], tokenizer, written=not loaded.rollout.takes_data))
+    console.print(look.marked(train.head(1)[0], tokenizer, written=not loaded.rollout.takes_data))
     if train.counts.control_texts:
         console.print("\n             \\ marks text that only looks like a control token")
-    _memory(loaded, train)
-    if not (fits and alike):
+    console.print()
+    show.table(look.lengths(train.head(LOOKED_AT)), f"Lengths: {look.cut_in_words(train)}")
+    parts = _memory(loaded, train)
+    said, has_room = look.disk(Path(whole.output), disk(loaded, parts))
+    _line("disk", said)
+    if not (fits and alike and has_room):
         raise typer.Exit(2)
     if time:
         _time(loaded, train)
-    show.next_steps({"Train it": shlex.join(["llmdistill", "train", recipe, *(overrides or [])])})
+    show.next_steps({"Train it": _command(recipe, overrides or [])})
+
+
+def _command(recipe: str, overrides: Sequence[str]) -> str:
+    """Return the command that trains on all GPUs of this machine, or on its CPU."""
+    import torch
+
+    number = torch.cuda.device_count()
+    launch = ["accelerate", "launch", "--num_processes", str(number), "-m"] if number > 1 else []
+    return shlex.join([*launch, "llmdistill", "train", recipe, *overrides])
+
+
+def _line(label: str, text: str) -> None:
+    from llmdistill.cli.show import console
+
+    console.print(f"{label:12} {text}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedRows, bool]:
@@ -106,10 +126,12 @@ def _data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedRo
 
 
 def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
-    """Print whether the vocabularies of each teacher and the student match.
+    """Print whether the vocabularies of each teacher and the student match, and what each tokenizer
+    does.
 
     Returns the student's tokenizer, and whether the pair can be trained.
     """
+    from llmdistill.cli import look
     from llmdistill.cli.show import console
     from llmdistill.data.build import load_student_tokenizer
     from llmdistill.models.load import load_config, load_tokenizer
@@ -126,37 +148,35 @@ def _pair(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
         reason = found.reason or f"{found.shared} shared ids"
         # The reason quotes tokens, and `[/INST]` would be read as markup.
         console.print(f"vocabulary   {found.match.value}: {reason}", soft_wrap=True, markup=False)
+        _line("teacher's", look.tokenizer_in_words(teacher, load_config(base, revision=of_base)))
         fits = fits and found.match is not VocabularyMatch.DIFFERENT
+    _line("student's", look.tokenizer_in_words(student, load_config(name, revision=revision)))
     return student, fits
 
 
 def _models(recipe: Recipe) -> None:
     """Print what is loaded where, what is trained, and the runs of a recipe of several runs."""
-    from llmdistill.cli.show import console
     from llmdistill.models.build import ROUNDS
     from llmdistill.models.load import default_device
 
     here = "cpu" if recipe.training.get("use_cpu") else str(default_device())
 
-    def line(label: str, text: str) -> None:
-        console.print(f"{label:12} {text}", soft_wrap=True, markup=False, highlight=False)
-
     for place, one in enumerate(recipe.teacher.models):
         kept = [one.dtype, one.quantization, None if one.placement == "whole" else one.placement]
         form = ", ".join(part for part in kept if part)
-        line("" if place else "teacher", f"{one.model} on {one.device or here} ({form})")
+        _line("" if place else "teacher", f"{one.model} on {one.device or here} ({form})")
     if recipe.teacher.who:
-        line("" if recipe.teacher.models else "teacher", recipe.teacher.who)
+        _line("" if recipe.teacher.models else "teacher", recipe.teacher.who)
     if recipe.evaluate.against is not None:
-        line("measured", f"against {recipe.evaluate.against.model}")
+        _line("measured", f"against {recipe.evaluate.against.model}")
     student = recipe.student
     trained = "all weights" if student.peft is None else f"an adapter of rank {student.peft.r}"
     carved = ", carved" if student.carve is not None else ""
-    line("student", f"{student.model}{carved} on {here} ({student.dtype})")
+    _line("student", f"{student.model}{carved} on {here} ({student.dtype})")
     more = f", and {recipe.teacher.trains}" if recipe.teacher.trains else ""
-    line("trained", f"{trained} of the student{more}")
+    _line("trained", f"{trained} of the student{more}")
     if student.rounds_its_steps:
-        line("", ROUNDS)
+        _line("", ROUNDS)
 
 
 def _runs(recipe: Recipe) -> None:
@@ -187,7 +207,7 @@ def _compared(recipe: Recipe) -> None:
         console.print(f"objectives   {shown}", soft_wrap=True, highlight=False)
 
 
-def _memory(recipe: Recipe, train: EncodedRows) -> None:
+def _memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
     from llmdistill.cli import show
     from llmdistill.cost import memory
 
@@ -196,6 +216,7 @@ def _memory(recipe: Recipe, train: EncodedRows) -> None:
     rows = [[name, f"{size / 2**30:.2f}"] for name, size in sizes if size]
     show.console.print()
     show.table([["", "GiB"], *rows], "Memory on one device, estimated for the longest rows")
+    return parts
 
 
 def _time(recipe: Recipe, train: EncodedRows) -> None:
@@ -211,30 +232,3 @@ def _time(recipe: Recipe, train: EncodedRows) -> None:
     total = steps * all_seconds
     shown = f"{total / 3600:.1f} hours" if total >= 3600 else f"{total / 60:.1f} minutes"
     console.print(f"             {steps} steps: at most {shown}, without the evaluations")
-
-
-def _marked(row: Row, tokenizer: PreTrainedTokenizerBase, *, written: bool) -> Text:
-    """Return the row as the student reads it, with the trained tokens in brackets and reversed.
-
-    A text that looks like a control token but is none has a backslash in front.
-    """
-    from rich.text import Text
-
-    text = Text(_shown(row.prompt_ids, tokenizer), style="dim")
-    if written or row.response_ids is None:
-        return text.append("[written during the run]", style="reverse")
-    return text.append(f"[{_shown(row.response_ids, tokenizer)}]", style="reverse")
-
-
-def _shown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of ids, with a backslash before text that looks like a control token."""
-    from itertools import groupby
-
-    from llmdistill.models.chat import special_tokens
-
-    added, looks = tokenizer.added_tokens_decoder, special_tokens(tokenizer)
-    parts = []
-    for is_added, some in groupby(ids, key=lambda one: one in added):
-        text = str(tokenizer.decode(list(some)))
-        parts.append(text if is_added else looks.sub(lambda found: f"\\{found[0]}", text))
-    return "".join(parts)
