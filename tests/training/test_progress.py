@@ -6,10 +6,13 @@ import io
 import sys
 import types
 
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from llmdistill.batch import Prompts
 from llmdistill.training.progress import MetricsFile, ProgressBar, Samples
 from tests.support.files import read_jsonl
-from tests.training.helpers import trainer
+from tests.training.helpers import dataset, trainer
 
 SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 PROMPTS = Prompts.pack([[5, 6, 7], [8, 9]], [0, 1], pad_id=0)
@@ -54,6 +57,19 @@ def test_samples_change_nothing_in_a_run(tmp_path):
         losses.append([line["loss"] for line in made.state.log_history if "loss" in line])
         assert made.model.training
     assert losses[0] == losses[1]
+
+
+def test_tensorboard_gets_what_is_logged(tmp_path):
+    options = {"eval_dataset": dataset(3), "eval_strategy": "steps", "eval_steps": 2}
+    made = watched(tmp_path, report_to="tensorboard", **options)
+    made.train()
+    [file] = tmp_path.rglob("events.out.tfevents.*")
+    found = EventAccumulator(str(file)).Reload()
+    losses = [event.value for event in found.Scalars("train/loss")]
+    logged = [line["loss"] for line in made.state.log_history if "loss" in line]
+    assert losses == pytest.approx(logged)
+    for name in ("train/student_token_share", "eval/kl", "eval/draft_acceptance"):
+        assert found.Scalars(name), name
 
 
 class Terminal(io.StringIO):
