@@ -1,6 +1,6 @@
 """Measures models on held-out prompts: the figures of `evaluation.json`.
 
-B = sequences, P = prompt tokens.
+B = sequences.
 
 The teacher's greedy answers to the evaluation prompts are the reference, and are written once.
 Each model is then measured against them with the same prompts, lengths and random draws.  The ranks
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,11 +25,11 @@ from llmdistill.data.collate import PromptDataset
 from llmdistill.data.context import room
 from llmdistill.data.render import last_messages
 from llmdistill.data.table import Row
-from llmdistill.decoding.batches import by_tokens
 from llmdistill.decoding.sample import sample
 from llmdistill.errors import DataError, RecipeError
 from llmdistill.evaluation.agreement import Judged, agreement, judge, perplexity
-from llmdistill.evaluation.ranks import from_first, of_all_rows, own_rows
+from llmdistill.evaluation.batches import PromptBatches
+from llmdistill.evaluation.ranks import from_first, of_all_rows
 from llmdistill.evaluation.text import exact_match, repeated_ngrams, rouge_l
 from llmdistill.evaluation.tokens import Position, positions
 from llmdistill.models.footprint import num_bytes
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 TIMED_ROWS = 8  # rows in the one batch whose tokens per second are measured
 WARM_UP_TOKENS, TIMED_TOKENS = 2, 48  # the warm-up is not counted
 TIMES = 3  # the best of this many times counts
-BATCH_SIZE = 32  # rows in each batch of everything that is not timed
 
 
 @dataclass(frozen=True)
@@ -151,6 +150,7 @@ class Evaluation:
         # Ranks that share the weights of the teacher make the same passes, on the same prompts.
         self.alike = has_sharded_weights(_local_model(teacher))
         self.prompts = prompts
+        self._batches = PromptBatches(prompts, max_new_tokens, self.alike)
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.answer_pattern = answer_pattern
@@ -254,7 +254,7 @@ class Evaluation:
             rouge_l_teacher=rouge_l(texts, self.reference.texts),
             rouge_l_references=rouge_l(texts, references) if references else None,
             exact_match=exact_match(texts, references, pattern) if pattern else None,
-            perplexity=perplexity(model, self._given(), shared) if references else None,
+            perplexity=perplexity(model, self._batches.given(), shared) if references else None,
             repeated_4grams=repeated_ngrams(texts, 4),
             num_parameters=model.num_parameters(),
             num_bytes=num_bytes(model),
@@ -264,7 +264,7 @@ class Evaluation:
 
     def _greedy(self, write: Callable[..., Sequences]) -> Written:
         batches = self._write(write, GREEDY)
-        places = [place for some in self._own_batches() for place in some]
+        places = [place for some in self._batches.places() for place in some]
         ids = [ids for some in batches for ids in some.responses()]
         own = [one for _, one in sorted(zip(places, ids, strict=True))]
         responses = of_all_rows(own, len(self.prompts), alike=self.alike)
@@ -306,32 +306,8 @@ class Evaluation:
         """Return the answers to this rank's prompts, in batches."""
         return [
             write(some, sampling, max_new_tokens=self.max_new_tokens, draw=Draw(self.seed))
-            for some in self._batches()
+            for some in self._batches
         ]
-
-    def _given(self) -> list[Sequences]:
-        """Return the prompts with the responses of the dataset, in batches."""
-        return [
-            Sequences.pack(
-                some.ids(),
-                some.responses or (),
-                some.row_ids_B.tolist(),
-                writer=Writer.DATA,
-                pad_id=0,
-            )
-            for some in self._batches()
-        ]
-
-    def _own_batches(self) -> Iterator[list[int]]:
-        """Yield the places of this rank's prompts, in batches of similar length."""
-        own = own_rows(len(self.prompts), alike=self.alike)
-        lengths = self.prompts.attention_mask_BP.sum(1)[own].tolist()
-        for batch in by_tokens(lengths, self.max_new_tokens, BATCH_SIZE):
-            yield [own[place] for place in batch]
-
-    def _batches(self) -> Iterator[Prompts]:
-        for places in self._own_batches():
-            yield self.prompts.select(places, pad_id=0)
 
     def _references(self) -> list[str]:
         return self._decode(self.prompts.responses or ())
