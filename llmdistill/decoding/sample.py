@@ -110,7 +110,7 @@ def sample(
     sampler = KeyedSampler(ids_BP.shape[1], sampling, keys_B, num_tokens(tokenizer))
     with (
         ready_to_write(model, len(prompts)),
-        _blank_generation_config(model),
+        blank_generation_config(model),
         _head_inputs(model) as states_BH,
     ):
         output_BT = model.generate(
@@ -167,12 +167,15 @@ def _head_inputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def _blank_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Hide the model's own generation config, which sets every field that a call leaves open."""
+def blank_generation_config(model: PreTrainedModel, **fields: Any) -> Iterator[None]:
+    """Hide the model's own generation config, which sets every field that a call leaves open.
+
+    A config with `fields` takes its place.
+    """
     from transformers import GenerationConfig
 
     inner = unwrap_adapters(model)
-    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    own, inner.generation_config = inner.generation_config, GenerationConfig(**fields)
     try:
         yield
     finally:
