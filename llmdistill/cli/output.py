@@ -29,6 +29,10 @@ NOISY = (
 )
 
 
+# transformers warns of its own call in assisted generation, which `evaluate` uses.
+OWN_CALL = ("transformers.generation.utils", "Passing `generation_config` together with")
+
+
 class Once(logging.Filter):
     """Lets the first message of a logger pass."""
 
@@ -39,6 +43,17 @@ class Once(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         is_first, self._passed = not self._passed, True
         return is_first
+
+
+class Without(logging.Filter):
+    """Drops the messages of a logger that start with a text."""
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self._start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self._start)
 
 
 class Elapsed(logging.Formatter):
@@ -73,6 +88,8 @@ def set_up(*, quiet: bool = False, verbose: bool = False) -> None:
         return
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    name, start = OWN_CALL
+    logging.getLogger(name).addFilter(Without(start))
     # Without a network each of many retries is a warning, and the Hub's logger has a handler, too.
     hub = logging.getLogger("huggingface_hub.utils._http")
     hub.addFilter(Once())

@@ -44,16 +44,32 @@ its own: it is smaller. The figures above describe the rows that they were measu
 else. Nobody has tested this model for safety."""
 
 
-def figures_table(evaluation: Mapping[str, Figures]) -> list[list[str]]:
+def figures_table(
+    evaluation: Mapping[str, Figures], more: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[list[str]]:
     """Return the rows of a table: a header with the names of the models, then one row per figure.
 
+    `more` has nested figures of some models, which get rows such as `forgetting.kl_start_text`.
     Figures that no model has are left out.
     """
-    columns = {name: asdict(figures) for name, figures in evaluation.items()}
-    taken = [key for key in MEANING if any(c[key] is not None for c in columns.values())]
+    columns = {
+        name: asdict(figures) | _flat((more or {}).get(name, {}))
+        for name, figures in evaluation.items()
+    }
+    known = dict.fromkeys([*MEANING, *(key for values in columns.values() for key in values)])
+    taken = [key for key in known if any(c.get(key) is not None for c in columns.values())]
     return [["", *columns]] + [
-        [key, *(_number(values[key]) for values in columns.values())] for key in taken
+        [key, *(_number(values.get(key)) for values in columns.values())] for key in taken
     ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested figures under dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping)
+        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
 
 
 def model_card(

@@ -18,6 +18,7 @@ import yaml
 
 from llmdistill import cli
 from llmdistill import recipe as recipes
+from llmdistill.evaluation import speculative
 from llmdistill.generate import generate
 from llmdistill.models import load
 from llmdistill.recipe import GenerationRecipe
@@ -28,6 +29,7 @@ from tests.support.recipes import TRAINING, build_generation, generation_on_toys
 
 ROOT = Path(__file__).parents[2]
 FILES = ("train", "heldout", "questions", "rows")
+SHORT = ["--max-new-tokens", "8"]  # the last one counts
 TRAINED: dict[str, Any] = {
     "output": "runs/block",
     "teacher": {"model": "org/teacher"},
@@ -118,7 +120,8 @@ class Desk:
         for line in text.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 assert words[0] == "llmdistill", f"mark the block, or remove the command: {line}"
-                self._command(words)
+                less = SHORT if words[1] == "evaluate" else []
+                self._command([*words, *less])
 
     def _command(self, words: list[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -144,3 +147,4 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, folder: Path, pair: tuple[str, st
         return found(name) if is_here else (pair[0], {})
 
     monkeypatch.setattr(load, "_locate", locate)
+    monkeypatch.setattr(speculative, "ROWS", 2)
