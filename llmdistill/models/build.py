@@ -90,10 +90,14 @@ def export_dtype(section: recipe.StudentRecipe, *, trained_in_bfloat16: bool) ->
         return DTYPES[section.export_dtype]
     if trained_in_bfloat16:
         return torch.bfloat16
-    if section.model in EMBEDDED:
-        return DTYPES[EMBEDDED[section.model].dtype]
-    config = load_config(section.model, revision=section.revision).get_text_config()
-    stored = getattr(config, "dtype", None)
+    return stored_dtype(section.model, revision=section.revision)
+
+
+def stored_dtype(name: str, *, revision: str | None = None) -> torch.dtype | None:
+    """Return the dtype of a model's files, or of its base model's; None if they do not say."""
+    if name in EMBEDDED:
+        return DTYPES[EMBEDDED[name].dtype]
+    stored = getattr(load_config(name, revision=revision).get_text_config(), "dtype", None)
     return DTYPES.get(stored) if isinstance(stored, str) else stored
 
 

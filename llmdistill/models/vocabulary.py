@@ -18,7 +18,7 @@ from llmdistill.errors import VocabularyError
 from llmdistill.models.chat import template_ends
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class VocabularyMatch(enum.Enum):
@@ -157,7 +157,14 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
     template closes an answer: a response that is trained with it must also end there when a model
     writes it.
     """
-    listed = model.generation_config.eos_token_id if model.generation_config else None
+    return listed_ends(model.generation_config, tokenizer)
+
+
+def listed_ends(
+    config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Return the ids that end a response of a model with this generation config: see `end_ids`."""
+    listed = config.eos_token_id if config else None
     configured = [listed] if isinstance(listed, int) else list(listed or [])
     found = (tokenizer.eos_token_id, *configured, *template_ends(tokenizer))
     return frozenset(i for i in found if i is not None)

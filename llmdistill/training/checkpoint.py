@@ -72,7 +72,7 @@ def save_student(
     student.save_pretrained(folder, state_dict=weights, **options)
     if is_adapter:  # PEFT saves none, and the base model's may list other end tokens
         unwrap_adapters(student).generation_config.save_pretrained(folder)
-    _save_tokenizer(distillation.tokenizer, folder)
+    save_tokenizer(distillation.tokenizer, folder)
 
 
 def export(
@@ -107,7 +107,7 @@ def export(
         config = copy.deepcopy(model.config)
         config.dtype = dtype
         config.save_pretrained(folder)
-    _save_tokenizer(distillation.tokenizer, folder)
+    save_tokenizer(distillation.tokenizer, folder)
 
 
 def save_parts(
@@ -124,7 +124,7 @@ def save_parts(
             safetensors.torch.save_file(_once(tensors), folder / file)
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a tokenizer with the padding token that its files had.
 
     Whoever masks padding by its id would otherwise mask the end token, too.
