@@ -18,6 +18,7 @@ from llmdistill.cli.carve import carve
 from llmdistill.cli.check import check
 from llmdistill.cli.env import env
 from llmdistill.cli.evaluate import evaluate
+from llmdistill.cli.export import export
 from llmdistill.cli.generate import generate
 from llmdistill.cli.recipes import recipes
 from llmdistill.cli.report import report
@@ -36,7 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, generate, evaluate, carve, check, report, env):
+for command in (train, report, evaluate, export, carve, check, generate, env):
     app.command()(command)
 app.add_typer(recipes, name="recipes")
 
