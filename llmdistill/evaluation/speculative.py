@@ -184,10 +184,10 @@ def _write(
     from transformers import GenerationConfig
 
     ids = torch.tensor([prompt], device=model.device)
-    passes: list[list[int]] = []
+    passes: list[torch.Tensor] = []
 
     def read(_module: object, _inputs: object, named: dict[str, Any]) -> None:
-        passes.append(named["input_ids"][0].tolist())
+        passes.append(named["input_ids"][0])  # copied after the clock has stopped
 
     hook = model.register_forward_pre_hook(read, with_kwargs=True)
     start = time.perf_counter()
@@ -199,6 +199,7 @@ def _write(
             assistant_model=draft,
         )
         text = written[0, len(prompt) :].tolist()  # waits for the device
+        seconds = time.perf_counter() - start
     except ValueError as error:
         raise ModelError(
             f"cannot draft for '{model.config.name_or_path}' with this student: {error} Measure "
@@ -206,7 +207,7 @@ def _write(
         ) from error
     finally:
         hook.remove()
-    return Text(text, time.perf_counter() - start, passes)
+    return Text(text, seconds, [one.tolist() for one in passes])
 
 
 def _speed(texts: Sequence[Text]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 
@@ -217,6 +218,17 @@ def test_ollama_gets_a_modelfile_beside_the_gguf(plain, tmp_path, converter):
     assert text.startswith('FROM ./my_run-F32.gguf\nTEMPLATE """{{ range .Messages }}')
     assert 'PARAMETER stop "<|im_end|>"\n' in text
     assert text.count("PARAMETER stop") == 2  # both end tokens of the generation config
+
+
+def test_a_template_that_ollama_cannot_write_is_found_before_the_conversion(
+    plain, tmp_path, converter, monkeypatch
+):
+    monkeypatch.setattr("llmdistill.publish.export.load_model", None)
+    shutil.copytree(plain, tmp_path / "run")
+    template = toy.TEMPLATE.replace("{{ m.content }}", "{{ m.content | upper }}")
+    (tmp_path / "run/student/chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError, match="cannot write a Modelfile for 'student'"):
+        export(tmp_path / "run", tmp_path / "out", "ollama")
 
 
 # ---- what is refused ----
