@@ -39,7 +39,10 @@ def test_drafts_stand_beside_the_figures(measure, pair, capsys, caplog):
         assert Speculation(**way).tokens_per_second > 0
         assert 0 <= way["drafts_used"] <= way["acceptance"] <= 1
     assert "speculative" not in figures["teacher"]
-    assert "speculative.sampled.acceptance" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "\u2026" not in shown  # no name is cut
+    cells = [line.split("│")[1].strip() for line in shown.splitlines() if "│" in line]
+    assert "speculative.greedy.tokens_per_second_alone" in "".join(cells)
 
 
 def test_each_teacher_has_figures_of_its_own_in_the_same_shape(measure, pair, tmp_path, capsys):
@@ -88,7 +91,9 @@ def test_benchmarks_are_run_with_students_and_teacher(measure, pair, tmp_path, m
     figures = measure("--tasks", "toy_choice", "--task-limit", "4", "--task-path", folder)
     for name in (pair[1], "teacher"):
         assert figures[name]["tasks"]["toy_choice"]["acc"] in (0, 0.25, 0.5, 0.75, 1)
-    assert "tasks.toy_choice.acc" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    cells = [line.split("│")[1].strip() for line in shown.splitlines() if "│" in line]
+    assert "tasks.toy_choice.acc_stderr" in "".join(cells)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ def table(rows: Sequence[Sequence[str]], title: str) -> None:
     console.print(Text(title))  # not as the table's title: that wraps at the table's width
     shown = Table()
     for place, name in enumerate(header):
-        shown.add_column(name, justify="right" if place else "left")
+        # A name that is too long goes on in the next line, where its end can be read.
+        shown.add_column(name, justify="right" if place else "left", overflow="fold")
     for row in body:
         shown.add_row(*map(Text, row))
     console.print(shown)
