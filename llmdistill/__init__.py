@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llmdistill.objectives.features import HiddenObjective as HiddenObjective
     from llmdistill.objectives.response import CrossEntropyObjective as CrossEntropyObjective
     from llmdistill.objectives.response import ResponseObjective as ResponseObjective
+    from llmdistill.publish.hub import push as push
     from llmdistill.recipe.reading import load_recipe as load_recipe
     from llmdistill.rollouts.fixed import FixedRollout as FixedRollout
     from llmdistill.rollouts.interleaved import InterleavedRollout as InterleavedRollout
@@ -41,6 +42,7 @@ _PUBLIC = {
     "distill": "llmdistill.run",
     "load_model": "llmdistill.models.load",
     "load_recipe": "llmdistill.recipe.reading",
+    "push": "llmdistill.publish.hub",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -10,6 +10,7 @@
     │   └── OutOfMemoryError             the memory does not suffice for a step
     ├── TeacherError     (RuntimeError)  a remote teacher gives no usable reply
     ├── CheckpointError  (RuntimeError)  a run folder or a checkpoint cannot be used
+    ├── HubError         (RuntimeError)  the Hub refuses an upload, or cannot be reached
     └── StoppedError     (RuntimeError)  a signal ended the run, which has saved a checkpoint
 
 Each message says what is wrong, where, what value was got, and what to do.  Each class also derives
@@ -55,6 +56,10 @@ class TeacherError(LlmDistillError, RuntimeError):
 
 class CheckpointError(LlmDistillError, RuntimeError):
     """A run folder or a checkpoint cannot be used."""
+
+
+class HubError(LlmDistillError, RuntimeError):
+    """A folder cannot be uploaded: it is not complete, or the Hub refuses it or is out of reach."""
 
 
 class StoppedError(LlmDistillError, RuntimeError):

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests import toy
+from tests.support.hub_server import client_of, serving_hub
 from tests.support.machine import force_native_bfloat16
 from tests.support.servers import serving
 
@@ -72,3 +73,11 @@ def server():
     """A server that speaks OpenAI's protocol."""
     with serving() as server:
         yield server
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on this machine, to which the real client talks."""
+    with serving_hub() as hub:
+        client_of(hub, monkeypatch)
+        yield hub

@@ -7,7 +7,6 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -32,6 +31,7 @@ from llmdistill.publish.data_card import Outcome, data_card
 from llmdistill.publish.licences import Licence
 from llmdistill.publish.names import public_dump
 from tests import toy
+from tests.support.hub_server import Repo
 
 pytestmark = pytest.mark.slow
 
@@ -499,22 +499,11 @@ def test_a_wrong_recipe_is_named(teacher, rows, tmp_path, changes, said):
     assert said in str(error.value)
 
 
-def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch, capsys, caplog):
+def test_the_command_shows_asks_and_pushes(
+    teacher, rows, tmp_path, monkeypatch, capsys, caplog, hub
+):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipes.dump(recipe(teacher, rows, tmp_path / "set", "evolve")))
-    pushed = []
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo",
-        lambda self, name, **o: pushed.append((name, o["private"])),
-    )
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.upload_folder", lambda self, **o: pushed.append(o["allow_patterns"])
-    )
-    public = []
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.dataset_info",
-        lambda self, name: SimpleNamespace(private=name not in public),
-    )
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["llmdistill", "generate", str(path), *arguments])
@@ -531,12 +520,15 @@ def test_the_command_shows_asks_and_pushes(teacher, rows, tmp_path, monkeypatch,
     assert not (tmp_path / "set").exists()
     assert run("target=5", "--push", "me/set") == 0
     assert "5 of 5 rows" in caplog.text
-    assert "kept 5 of" in capsys.readouterr().out
-    assert pushed[:-1] == [("me/set", True)] * 2  # seen to before, and again when it is there
+    shown = capsys.readouterr().out
+    assert "kept 5 of" in shown
+    assert f"Uploaded to {hub.url}/datasets/me/set (private)." in shown
+    asked = [route for route in hub.asked if route != "none"]  # licences are asked for, too
+    assert asked[:2] == asked[2:4] == ["create", "info"]  # seen to before it writes, and again
+    repo = hub.repos["datasets", "me/set"]
     files = {"train.jsonl", "train.parquet", "test.jsonl", "test.parquet", "README.md"}
-    assert set(pushed[-1]) == files
-    public.append("me/open")
-    del pushed[:]
+    assert (repo.private, set(repo.branches["main"])) == (True, files)
+    hub.repos["datasets", "me/open"] = Repo(private=False)
     assert run("--overwrite", "target=5", "--push", "me/open") == 2
-    assert "me/open is a public dataset" in capsys.readouterr().err
-    assert len(pushed) == 1  # nothing was uploaded
+    assert "me/open is public on the Hub" in capsys.readouterr().err
+    assert hub.repos["datasets", "me/open"].commits == []

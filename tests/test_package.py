@@ -31,7 +31,7 @@ def test_the_public_names():
     assert llmdistill.__all__ == [
         "CrossEntropyObjective", "DistillTrainer", "FixedRollout", "HiddenObjective", "InterleavedRollout",
         "LlmDistillError", "LocalTeacher", "MixedRollout", "ResponseObjective", "SampledRollout", "Sampling", "distill",
-        "load_model", "load_recipe",
+        "load_model", "load_recipe", "push",
     ]  # fmt: skip
     for name in llmdistill.__all__:
         assert getattr(llmdistill, name).__name__ == name
@@ -51,6 +51,7 @@ SIGNATURES = {
     "distill": "recipe resume overwrite show_progress",
     "load_model": "name revision dtype device quantization placement attn_implementation sees_images",
     "load_recipe": "path overrides",
+    "push": "folder name private revision create_pr message token",
 }
 
 

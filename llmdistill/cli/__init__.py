@@ -20,6 +20,7 @@ from llmdistill.cli.env import env
 from llmdistill.cli.evaluate import evaluate
 from llmdistill.cli.export import export
 from llmdistill.cli.generate import generate
+from llmdistill.cli.push import push
 from llmdistill.cli.recipes import recipes
 from llmdistill.cli.report import report
 from llmdistill.cli.train import train
@@ -37,7 +38,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (train, report, evaluate, export, carve, check, generate, env):
+COMMANDS = (train, report, evaluate, export, push, carve, check, generate, env)
+for command in COMMANDS:
     app.command()(command)
 app.add_typer(recipes, name="recipes")
 
@@ -60,6 +62,8 @@ KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 # Errors of the library say "pass resume", which is also right in Python.  Here it is a flag.
 OPTION = re.compile(r"\b(pass|without) (resume|overwrite|push)\b", flags=re.IGNORECASE)
+# In Python a keyword has a value, and the flag of a command has another name.
+KEYWORDS = {"pass private=False": "pass --public", "pass revision=": "pass --revision "}
 
 
 def main() -> None:
@@ -73,6 +77,8 @@ def main() -> None:
         app()
     except LlmDistillError as error:
         message = OPTION.sub(r"\1 --\2", str(error))
+        for keyword, flag in KEYWORDS.items():
+            message = message.replace(keyword, flag)
         print(f"{type(error).__name__}: {message}", file=sys.stderr)
         if isinstance(error, StoppedError):
             sys.exit(128 + signal.SIGTERM)

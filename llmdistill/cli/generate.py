@@ -88,13 +88,12 @@ def _run(
     """Write the dataset and print a line per round; then print its counts and its folder."""
     from llmdistill.cli.output import is_main
     from llmdistill.generate import generate as run
-    from llmdistill.publish.data_card import prepare_push
-    from llmdistill.publish.data_card import push as upload
+    from llmdistill.publish.hub import prepare, push_result
 
     main = is_main()
     spent, written, before = 0.0, 0, 0
     if push and main:
-        prepare_push(push)  # a missing permission should fail now, not after hours of writing
+        prepare(push, "dataset")  # a missing permission should fail now, not after hours of writing
 
     def progress(counts: TaskCounts, seconds: float) -> None:
         nonlocal spent, written, before
@@ -110,16 +109,15 @@ def _run(
     result = run(recipe, resume=resume, overwrite=overwrite, progress=progress)
     if not main:
         return
-    if push:
-        upload(result.folder, push)
+    address = push_result(result.folder, push) if push else None
     if quiet:
         print(result.folder)
     else:
-        _show_result(result, spent, push)
+        _show_result(result, spent, address)
 
 
-def _show_result(result: Generated, spent: float, push: str | None) -> None:
-    """Print the counts of a dataset, its files, and what can be done with it."""
+def _show_result(result: Generated, spent: float, address: str | None) -> None:
+    """Print the counts of a dataset, its files, where it was uploaded, and the next steps."""
     from llmdistill.cli import show
     from llmdistill.cli.show import console
 
@@ -138,10 +136,13 @@ def _show_result(result: Generated, spent: float, push: str | None) -> None:
     files |= {"README.md": "the dataset card", "recipe.yaml": "the recipe with all defaults"}
     files |= {"rows.jsonl, calls.jsonl": "the records that --resume continues"}
     show.files(result.folder, files)
-    if push:
-        console.print(f"\nUploaded to https://huggingface.co/datasets/{push} (private).")
     train = f"llmdistill train RECIPE data.train={result.folder}/train.jsonl"
-    show.next_steps({"Train a student on it": train})
+    steps = {"Train a student on it": train}
+    if address is None:
+        steps["Upload it to the Hub, as private"] = f"llmdistill push {result.folder} me/my-set"
+    else:
+        console.print(f"\nUploaded to {address} (private).", highlight=False, soft_wrap=True)
+    show.next_steps(steps)
 
 
 def _estimate(generator: TaskGenerator, target: int | None) -> str:

@@ -90,4 +90,8 @@ def _show(result: Result, recipe: Recipe, *, quiet: bool) -> None:
     measure = f"llmdistill evaluate {student} --teacher {teacher} --data mine.jsonl"
     load = "from transformers import AutoModelForCausalLM\n"
     load += f"  student = AutoModelForCausalLM.from_pretrained({str(result.student)!r})"
-    show.next_steps({"Load it in Python": load, "Measure it on rows of yours": measure})
+    steps = {"Load it in Python": load, "Measure it on rows of yours": measure}
+    if not recipe.training.get("push_to_hub"):
+        folder = shlex.quote(str(result.folder))
+        steps["Upload it to the Hub, as private"] = f"llmdistill push {folder} me/my-student"
+    show.next_steps(steps)

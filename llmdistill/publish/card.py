@@ -42,6 +42,10 @@ DIRECTIONS = {
 LIMITS = """The student imitates its teacher, so it has the teacher's errors and biases, and more of
 its own: it is smaller. The figures above describe the rows that they were measured on, and nothing
 else. Nobody has tested this model for safety."""
+IN_PROGRESS = (
+    "> **Training is in progress.** These are the weights of a checkpoint. They have not been "
+    "measured, and the student and its final card will replace them."
+)
 
 
 def figures_table(
@@ -77,6 +81,8 @@ def model_card(
     evaluation: Mapping[str, Figures] | None,
     facts: Facts | None = None,
     plots: Mapping[str, str] | None = None,
+    *,
+    in_progress: bool = False,
 ) -> str:
     """Return the card as Markdown with YAML metadata, which `ModelCard.load` reads.
 
@@ -85,11 +91,13 @@ def model_card(
         evaluation: The figures of each model by its name; None leaves the table out.
         facts: What the run took; None leaves out time, tokens and machine.
         plots: File names and titles of the charts in the folder `plots` next to the card.
+        in_progress: Whether the card is uploaded before the run has ended.
     """
     parts = parts_of(recipe)
     sections = [
         f"---\n{_metadata(recipe, evaluation, parts).to_yaml()}\n---",
         f"# {shown(Path(recipe.output).name)}",
+        *([IN_PROGRESS] if in_progress else []),
         _origin(recipe, facts),
         _usage(recipe),
     ]

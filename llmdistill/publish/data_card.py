@@ -1,27 +1,16 @@
-"""The card of a generated dataset, and its upload to the Hub."""
+"""The card of a generated dataset."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llmdistill import recipe as recipes
-from llmdistill.errors import CheckpointError
-from llmdistill.instruct.dataset import FORMER_SPLITS, SPLITS
-from llmdistill.instruct.records import read_whole_lines
 from llmdistill.publish.card import made_with
 from llmdistill.publish.licences import licence_of_data, read_licence
 from llmdistill.publish.names import public_dump, public_model, public_part, shown
 from llmdistill.recipe.generation import GenerationTeacher
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
-# The files of a dataset.  Nothing else in its folder is uploaded.
-FILES = ("README.md", *(f"{name}.{type}" for name in SPLITS for type in ("jsonl", "parquet")))
 SIZE_CATEGORIES = (
     (1_000, "n<1K"),
     (10_000, "1K<n<10K"),
@@ -56,74 +45,6 @@ class Outcome:
     revision: str
     copies: int = 0
     columns: Sequence[str] = ()
-
-
-def push(folder: Path, name: str) -> None:
-    """Upload the dataset, without its record files.
-
-    Raises CheckpointError as `prepare_push` does, and if a row names a file of this machine.
-    """
-    _check_images(folder)
-    api = prepare_push(name)
-    with _clear_errors(name):
-        _upload(api, folder, name)
-
-
-def prepare_push(name: str) -> HfApi:
-    """Make sure that a private dataset with this name exists, and return the Hub's client.
-
-    Raises CheckpointError if the dataset is public, or if the Hub cannot be reached or denies
-    access.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    with _clear_errors(name):
-        api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
-        # `exist_ok` leaves an existing repository as it is, so it may be public.
-        private = api.dataset_info(name).private
-    if not private:
-        raise CheckpointError(
-            f"{name} is a public dataset on the Hub, but llmdistill pushes only to private ones. "
-            "Make it private, or push to another name."
-        )
-    return api
-
-
-def _check_images(folder: Path) -> None:
-    for row in read_whole_lines(folder / "rows.jsonl"):
-        for value in row.values():
-            files = value if isinstance(value, list) else []
-            if found := [one for one in files if isinstance(one, str) and Path(one).is_absolute()]:
-                raise CheckpointError(
-                    f"row {row['id']} names an image by its path on this machine: {found[0]}. "
-                    "Set teacher.image_folder to the folder of the images, and generate the "
-                    "dataset from prompts with paths that start there."
-                )
-
-
-@contextlib.contextmanager
-def _clear_errors(name: str) -> Iterator[None]:
-    """Turn any error of the Hub's client into a CheckpointError."""
-    try:
-        yield
-    except Exception as error:  # no network, not logged in, no right to write there
-        raise CheckpointError(
-            f"cannot use {name} on the Hub: {type(error).__name__}: {error}. Log in with 'hf auth "
-            "login', or run without pushing: the dataset stays in its folder. To upload it later, "
-            "pass resume and pass push."
-        ) from error
-
-
-def _upload(api: HfApi, folder: Path, name: str) -> None:
-    api.upload_folder(
-        repo_id=name,
-        repo_type="dataset",
-        folder_path=str(folder),
-        allow_patterns=list(FILES),
-        # Splits of an earlier upload.
-        delete_patterns=[f"{name}.*" for name in (*SPLITS, *FORMER_SPLITS)],
-    )
 
 
 def data_card(recipe: recipes.GenerationRecipe, outcome: Outcome) -> str:

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import html
 import re
-from pathlib import Path
 from typing import Any
 
 from llmdistill import recipe as recipes
-from llmdistill.data.sources import hub_name
 from llmdistill.recipe import Recipe
+from llmdistill.uploads import public_part
 
 PATHS = (  # keys that hold a path
     *("output", "source", "model", "tokenizer", "student", "folder", "image_folder"),
 )
-
-
-def public_part(name: str) -> str:
-    """Return a name that others can use, or the last part of a path on this machine.
-
-    A path can hold the names of people and machines.
-    """
-    is_local = (
-        *(name.startswith((".", "/", "~")), Path(name).exists(), "\\" in name),
-        *(name.count("/") > 1 and ":" not in name, hub_name(name) is None),
-    )
-    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if any(is_local) else name
 
 
 def public_model(name: str, *, is_remote: bool = True) -> str:

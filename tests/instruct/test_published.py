@@ -10,7 +10,6 @@ import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
-from llmdistill.errors import CheckpointError
 from llmdistill.evaluation.words import plain_words
 from llmdistill.generate import generate
 from llmdistill.instruct import filters
@@ -18,6 +17,7 @@ from llmdistill.instruct.dataset import write_splits
 from llmdistill.instruct.records import replace_lines
 from llmdistill.instruct.tasks import Task
 from llmdistill.publish import data_card
+from llmdistill.publish.hub import push
 from tests.support.files import read_jsonl, write_jsonl
 from tests.support.recipes import build_generation
 from tests.support.servers import chat, scripted
@@ -231,35 +231,16 @@ def test_near_duplicates_hold_little_memory():
 
 
 @slow
-def test_only_the_files_of_the_dataset_are_pushed(tmp_path, monkeypatch):
+def test_only_the_files_of_the_dataset_are_pushed(tmp_path, hub):
     with scripted(numbered) as server:
         generator = {"kind": "answer", "prompts": prompts(tmp_path)}
         made = generate(recipe(server, tmp_path, generator=generator))
     (made.folder / "notes.txt").write_text("mine")
-    seen = {}
-
-    def upload(self, **options):
-        from huggingface_hub.utils import filter_repo_objects
-
-        names = [file.name for file in made.folder.iterdir()]
-        seen["files"] = set(filter_repo_objects(names, allow_patterns=options["allow_patterns"]))
-
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **o: None)
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
-    private = SimpleNamespace(private=True)
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: private)
-    data_card.push(made.folder, "me/set")
-    assert seen["files"] == {
+    push(made.folder, "me/set")
+    assert set(hub.repos["datasets", "me/set"].branches["main"]) == {
         "README.md", "train.jsonl", "train.parquet", "test.jsonl", "test.parquet",
     }  # fmt: skip
     assert load_dataset(str(made.folder), cache_dir=str(tmp_path / "cache"))["train"].num_rows > 0
-
-
-def test_a_row_with_an_image_of_this_machine_is_not_pushed(tmp_path):
-    row = {"id": "0-0", "images": [str(tmp_path / "1.png")]}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(CheckpointError, match="row 0-0 names an image by its path"):
-        data_card.push(tmp_path, "me/set")
 
 
 def test_images_in_their_folder_are_named_from_there(tmp_path):
