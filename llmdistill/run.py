@@ -56,6 +56,7 @@ from llmdistill.objectives.build import build_objectives
 from llmdistill.protocols import Exports, Teacher
 from llmdistill.publish.card import model_card
 from llmdistill.publish.facts import Facts, facts_of
+from llmdistill.publish.hub import push_result
 from llmdistill.publish.report import PLOTS, write_report
 from llmdistill.recipe import Recipe
 from llmdistill.rollouts.build import build_rollout
@@ -103,6 +104,8 @@ def distill(
         CheckpointError: A run folder has something else than this run, the run was started with
             another recipe, or its checkpoints are damaged.
         StoppedError: SIGTERM ended the run, and a checkpoint was saved.
+        HubError: `training.push_to_hub` asks for an upload, and the Hub cannot be used; or the last
+            upload failed after the run was finished, with all its results in the run folder.
     """
     stages = recipe.stages
     told = [*stages[:-1], recipe]  # the record and the card of the last run are of the whole
@@ -112,6 +115,7 @@ def distill(
     for number, (stage, start) in enumerate(zip(stages, starts, strict=True), start=1):
         if not start.runs:
             logger.info("this run is finished: %s", stage.output)
+            _push(stage)
             continue
         if len(stages) > 1:
             logger.info("run %d of %d: %s", number, len(stages), stage.output)
@@ -154,6 +158,8 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     for callback in _callbacks(recipe, folder, held, tokenizer, show_progress=show_progress):
         trainer.add_callback(callback)
     logger.info("training on responses of %s", recipe.rollout.who_writes)
+    if arguments.push_to_hub:
+        trainer.model_card = model_card(told, None, in_progress=True)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     require_steps(trainer)
     trainer.export_student(folder / "student")
@@ -163,14 +169,27 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     result = measuring.after()
     if PartialState().is_main_process:
         facts_of(recipe, folder, train, held, trainer.model.term_names).write(folder)
-        _publish(told, trainer, result)
+        _publish(told, result)
     PartialState().wait_for_everyone()
-    if arguments.push_to_hub:
-        trainer.push_to_hub()
+    _push(stage)
     return result
 
 
-def _publish(recipe: Recipe, trainer: DistillTrainer, result: Result) -> None:
+def _push(recipe: Recipe) -> None:
+    """Upload a finished run on the first rank, if its recipe asks for it."""
+    training, folder = recipe.training, Path(recipe.output)
+    if not training.get("push_to_hub") or not PartialState().is_main_process:
+        return
+    address = push_result(
+        folder,
+        training.get("hub_model_id") or folder.resolve().name,
+        private=training.get("hub_private_repo") is not False,
+        revision=training.get("hub_revision"),
+    )
+    logger.info("uploaded to %s", address)
+
+
+def _publish(recipe: Recipe, result: Result) -> None:
     """Write the report and the model card, and delete the run that this one replaces."""
     run_folder.discard_old(result.folder)
     try:
@@ -187,8 +206,8 @@ def _publish(recipe: Recipe, trainer: DistillTrainer, result: Result) -> None:
         shutil.copyfile(plot, shown / plot.name)
     facts = Facts.read(result.folder)
     titles = {plot.name: title for plot, title in plots.items()}
-    trainer.model_card = model_card(recipe, result.evaluation, facts, titles)
-    (result.student / "README.md").write_text(trainer.model_card, encoding="utf-8")
+    card = model_card(recipe, result.evaluation, facts, titles)
+    (result.student / "README.md").write_text(card, encoding="utf-8")
 
 
 def _begin(recipe: Recipe, folder: Path, rows: str, *, overwrite: bool) -> None:

@@ -90,13 +90,12 @@ def _planned(stages: Sequence[Recipe], resume: str | Path, *, overwrite: bool) -
 
 
 def asks_for_more(stage: Recipe) -> bool:
-    """Whether the recipe of a finished run asks for other results than it has, or for a push.
+    """Whether the recipe of a finished run asks for other results than it has.
 
     Raises CheckpointError if it does, and there is no checkpoint to go on from.
     """
     folder = Path(stage.output)
-    same = recipes.same_results(folder / run_folder.RECORD, stage)
-    if same and not stage.training.get("push_to_hub"):
+    if recipes.same_results(folder / run_folder.RECORD, stage):
         return False
     if not any(folder.glob("checkpoints/checkpoint-*/manifest.json")):
         raise CheckpointError(

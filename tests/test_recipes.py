@@ -158,30 +158,6 @@ def test_runs_two_steps_on_a_toy_pair(path, pair, data):
 
 
 @pytest.mark.slow
-def test_a_recipe_pushes_the_student_with_its_card(pair, data, monkeypatch):
-    teacher, student = pair
-    pushed = []
-
-    def upload_folder(self, *, repo_id, folder_path, **options):
-        pushed.append((repo_id, (Path(folder_path) / "README.md").read_text()))
-
-    def init_hf_repo(self, **options):
-        self.hub_model_id = "me/small"
-
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
-    monkeypatch.setattr("transformers.Trainer.init_hf_repo", init_hf_repo)
-    overrides = [
-        f"output={data}/run", f"teacher.model={teacher}", f"student.model={student}",
-        f"data.train={data}/train.jsonl", "data.hold_back=3", "training.max_steps=1",
-        "training.use_cpu=true", "training.dataloader_pin_memory=false", "evaluate.max_new_tokens=4",
-        "training.push_to_hub=true", "training.save_strategy=no",
-    ]  # fmt: skip
-    distill(recipes.load(ROOT / "recipes/supervised_kd.yaml", overrides))
-    assert [repo for repo, _ in pushed] == ["me/small"]
-    assert "kl_teacher_text" in pushed[0][1]
-
-
-@pytest.mark.slow
 def test_an_adapter_is_exported_alone_where_asked_for(pair, data):
     """It measures, loaded onto its base, as the student did at the end of its run."""
     teacher, student = pair

@@ -21,7 +21,7 @@ from transformers import (
 
 from llmdistill import recipe as recipes
 from llmdistill.data.local import require_local
-from llmdistill.errors import DataError, ModelError, RecipeError
+from llmdistill.errors import DataError, HubError, ModelError, RecipeError
 from llmdistill.evaluation.measure import Evaluation
 from llmdistill.models.adapters import add_adapter
 from llmdistill.models.load import adapter_base, load_model, load_tokenizer
@@ -199,24 +199,26 @@ def test_paths_that_do_not_exist_are_found_first(given, change, error):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "error", "said"),
     [
-        ({"report_to": "comet_ml"}, "training.report_to: comet_ml is not installed"),
+        ({"report_to": "comet_ml"}, RecipeError, "training.report_to: comet_ml is not installed"),
         (
             {"optim": "galore_adamw", "optim_target_modules": ["q_proj"]},
+            RecipeError,
             "training.optim: galore_adamw cannot be used",
         ),
         (
             {"push_to_hub": True, "hub_model_id": "me/x"},
-            "training.push_to_hub: cannot use me/x on the Hub",
+            HubError,
+            "cannot use me/x on the Hub: HF_HUB_OFFLINE is set",
         ),
     ],
 )
 def test_what_is_not_installed_or_reachable_is_found_first(
-    given, measured, tmp_path, argument, said
+    given, measured, tmp_path, argument, error, said
 ):
     given["training"] |= argument
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(error) as caught:
         run(given)
     assert said in str(caught.value)
     assert not measured

@@ -45,6 +45,7 @@ REFUSED = {
     "include_for_metrics": "metrics are those of `llmdistill evaluate`, not a function of inputs",
     "use_liger_kernel": "it speeds up a loss on full logits, which llmdistill never computes",
 }
+STRATEGIES = ("end", "every_save")  # values of `training.hub_strategy` that llmdistill takes
 MORE_THAN_ZERO = ("learning_rate", "num_train_epochs")
 
 
@@ -88,9 +89,22 @@ def _wrong_argument(key: str, value: Any, expected: tuple[type, ...]) -> str | N
     # transformers takes any negative number for "not set", and 0 for no steps at all.
     if key == "max_steps" and isinstance(value, int) and value < 1 and value != -1:
         return f"should be 1 or more, or -1 to train for num_train_epochs, got {value}"
+    if key == "hub_strategy":
+        return wrong_strategy(value)
     if key in MORE_THAN_ZERO and isinstance(value, int | float) and value <= 0:
         return f"should be more than 0, because nothing would be learned, got {value}"
     return None
+
+
+def wrong_strategy(value: Any) -> str | None:
+    """Return what is wrong with a value of `training.hub_strategy`, or None."""
+    if value in STRATEGIES:
+        return None
+    shown = getattr(value, "value", value)
+    return (
+        f"should be {' or '.join(STRATEGIES)}, got {shown!r}: what a run resumes from is not "
+        "uploaded"
+    )
 
 
 def close_to(name: str, known: Sequence[str], *, start: str = "") -> str:

@@ -10,13 +10,15 @@ from transformers.integrations import get_available_reporting_integrations
 
 from llmdistill.errors import RecipeError
 from llmdistill.training.launched import asked_by_launcher
+from llmdistill.training.pushing import prepare
 from llmdistill.training.trainer import DistillTrainer
 
 
 def require_available(args: TrainingArguments) -> None:
-    """Raise RecipeError if a tracker, an optimizer, a way of sharding or the Hub cannot be used.
+    """Raise RecipeError if a tracker, an optimizer or a way of sharding cannot be used.
 
-    The repository on the Hub is created, as Trainer would do after the measurements.
+    The repository on the Hub is created, as Trainer would do after the measurements.  Raises
+    HubError if it cannot be used.
     """
     known = {*get_available_reporting_integrations(), "none", "all"}
     for tracker in args.report_to:
@@ -27,8 +29,8 @@ def require_available(args: TrainingArguments) -> None:
             )
     _require_optimizer(args)
     _require_sharding(args)
-    if args.push_to_hub:
-        _require_hub(args)
+    if args.push_to_hub and PartialState().is_main_process:
+        prepare(args)
 
 
 def _require_optimizer(args: TrainingArguments) -> None:
@@ -62,24 +64,3 @@ def _require_sharding(args: TrainingArguments) -> None:
             "fsdp_version: 2 in the configuration of accelerate, or version: 2 in "
             "training.fsdp_config."
         )
-
-
-class _Pushing:
-    """The part of a trainer that Trainer's own preparation of a push looks at."""
-
-    def __init__(self, args: TrainingArguments) -> None:
-        self.args = args
-
-    def is_world_process_zero(self) -> bool:
-        return bool(PartialState().is_main_process)
-
-
-def _require_hub(args: TrainingArguments) -> None:
-    try:
-        DistillTrainer.init_hf_repo(_Pushing(args))
-    except Exception as error:  # no network, not logged in, no right to write there
-        raise RecipeError(
-            f"training.push_to_hub: cannot use {args.hub_model_id or 'a repository'} on the Hub: "
-            f"{type(error).__name__}: {error}. Log in with 'hf auth login', check the name and the "
-            "network, or remove the key."
-        ) from error

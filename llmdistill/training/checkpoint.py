@@ -13,8 +13,10 @@ no pickle, and no file contains a token or a key.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,24 +39,6 @@ STUDENT_PREFIX = "student."
 TEACHER_FILE = "teacher.safetensors"
 PARTS = {"objectives": "objectives.safetensors", "trained_teacher": TEACHER_FILE}
 
-# Files of a checkpoint that only resuming needs.  The Hub gets the student without them.
-TRAINING_ONLY = [
-    "optimizer*",
-    "scheduler*",
-    "scaler*",
-    "rng_state*",
-    "trainer_state*",
-    *PARTS.values(),
-    "rollout*.json",
-    "stream.json",
-    "manifest.json",
-    # Of FSDP and DeepSpeed.
-    "pytorch_model_fsdp*",
-    "global_step*",
-    "latest",
-    "zero_to_fp32.py",
-]
-
 
 def save_student(
     distillation: Distillation, folder: Path, state: dict[str, Tensor] | None = None
@@ -69,7 +53,8 @@ def save_student(
     # would ask the Hub for the base model to find that out.
     is_adapter = hasattr(student, "peft_config")
     options: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {}
-    student.save_pretrained(folder, state_dict=weights, **options)
+    with _own_card(folder):
+        student.save_pretrained(folder, state_dict=weights, **options)
     if is_adapter:  # PEFT saves none, and the base model's may list other end tokens
         unwrap_adapters(student).generation_config.save_pretrained(folder)
     save_tokenizer(distillation.tokenizer, folder)
@@ -122,6 +107,18 @@ def save_parts(
         tensors = _under({k: v for k, v in state.items() if k not in frozen}, f"{part}.")
         if tensors:
             safetensors.torch.save_file(_once(tensors), folder / file)
+
+
+@contextlib.contextmanager
+def _own_card(folder: Path) -> Iterator[None]:
+    """Leave the card of a folder as it was: PEFT writes one with the path of the base model."""
+    card = folder / "README.md"
+    before = card.read_bytes() if card.is_file() else None
+    yield
+    if before is not None:
+        card.write_bytes(before)
+    else:
+        card.unlink(missing_ok=True)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -23,7 +23,7 @@ from llmdistill.errors import CheckpointError, StoppedError
 from llmdistill.protocols import Stateful, changes
 from llmdistill.rollouts.kept import identity
 from llmdistill.training import seal
-from llmdistill.training.saving import StudentTrainer
+from llmdistill.training.pushing import PushingTrainer
 from llmdistill.training.seal import Sealed
 from llmdistill.training.stopping import StopOnSignal
 
@@ -31,8 +31,8 @@ T = TypeVar("T")
 logger = logging.getLogger("llmdistill")
 
 
-class ResumingTrainer(StudentTrainer):
-    """StudentTrainer that seals its checkpoints, and resumes only from a sealed one of this run."""
+class ResumingTrainer(PushingTrainer):
+    """PushingTrainer that seals its checkpoints, and resumes only from a sealed one of this run."""
 
     _depends_on: dict[str, Any] | None = None
     _found: Path | None = None  # what `find_checkpoint` has found

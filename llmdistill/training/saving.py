@@ -1,4 +1,4 @@
-"""A Trainer that saves, loads and publishes the student alone, although it trains more than that.
+"""A Trainer that saves, loads and exports the student alone, although it trains more than that.
 
 `checkpoint.py` defines the files.  This module overrides the methods in which Trainer reads and
 writes them.
@@ -20,14 +20,10 @@ from llmdistill.training.step import Distillation
 
 
 class StudentTrainer(Trainer):
-    """Trainer of a `Distillation` whose checkpoints, exports and pushes hold the student.
-
-    `model_card` is the text of the README.md that is pushed with the student.
-    """
+    """Trainer of a `Distillation` whose checkpoints and exports hold the student."""
 
     model: Distillation
     rollout: Rollout
-    model_card: str | None
     merge_adapter: bool
     export_dtype: torch.dtype | None
 
@@ -133,74 +129,3 @@ class StudentTrainer(Trainer):
             if self.args.should_save:
                 merged, dtype = self.merge_adapter, self.export_dtype
                 checkpoint.export(self.model, Path(folder), state, merged=merged, dtype=dtype)
-
-    # ---- the Hub: the student alone ----
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `model_card` next to the student; without one, write nothing."""
-        if self.is_world_process_zero() and self.model_card is not None:
-            folder = _export_folder(self)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "README.md").write_text(self.model_card, encoding="utf-8")
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Export the student and upload its folder; Trainer would upload the whole output folder.
-
-        Call it on every rank.  The arguments are those of Trainer.  Returns the commit, or a future
-        of it if not `blocking`.  Returns None on all ranks but the first.
-        """
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        folder = _export_folder(self)
-        self.export_student(folder)
-        self.create_model_card()
-        if not self.is_world_process_zero():
-            return None
-        return self._upload(
-            folder, commit_message, token or self.args.hub_token, revision, blocking
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload a checkpoint's student, if `hub_strategy` asks for more than the end.
-
-        Trainer would copy weights into the output folder and push that, pickled arguments included.
-        """
-        if self.is_world_process_zero() and self.args.hub_strategy != "end":
-            message = f"Training in progress, step {self.state.global_step}"
-            folder = Path(checkpoint_folder)
-            # Blocking: with `save_total_limit` Trainer may delete this folder at a later save.
-            self._upload(folder, message, self.args.hub_token, None, blocking=True)
-
-    def _upload(
-        self,
-        folder: Path,
-        message: str | None,
-        token: str | None,
-        revision: str | None,
-        blocking: bool,
-    ) -> Any:
-        """Upload `folder` without the files that only resuming needs."""
-        from huggingface_hub import HfApi
-
-        options: dict[str, Any] = {"run_as_future": not blocking}
-        return HfApi().upload_folder(
-            repo_id=str(self.hub_model_id),
-            folder_path=folder,
-            commit_message=message,
-            token=token,
-            revision=revision or self.args.hub_revision,
-            ignore_patterns=checkpoint.TRAINING_ONLY,
-            **options,
-        )
-
-
-def _export_folder(trainer: StudentTrainer) -> Path:
-    return Path(trainer.args.output_dir) / "student"

@@ -67,7 +67,7 @@ class DistillTrainer(AheadTrainer):
         processing_class: The student's tokenizer.  It renders the rows and is exported too.
         callbacks: Callbacks that are added to Trainer's own.
         optimizers: Optimizer and scheduler; each None is built from `args`.
-        model_card: Text of the README.md that a push to the Hub uploads.  None uploads none.
+        model_card: Text of the README.md that a push to the Hub uploads.  None is a short one.
         merge_adapter: Whether `export_student` merges a LoRA adapter into its base model.
         export_dtype: Dtype in which `export_student` writes weights; None is that of the student.
         measured_against: Teacher of the held-out loss.  None is `teacher`, or its `plain` one.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -549,57 +548,6 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     losses = [entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry]
     assert losses[-1] > min(losses) * 1.01  # the last one is not the best
     assert made.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub that only records uploads: (the folder's files, the ignored patterns)."""
-    uploads = []
-
-    def upload_folder(self, *, folder_path, ignore_patterns, **options):
-        names = {path.name for path in Path(folder_path).rglob("*") if path.is_file()}
-        ignored = {n for n in names for pattern in ignore_patterns if Path(n).match(pattern)}
-        uploads.append(names - ignored)
-
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
-    return uploads
-
-
-def test_pushes_the_student_and_its_card_and_nothing_else(tmp_path, hub):
-    made = trainer(tmp_path, model_card="# A card", save_strategy="steps", save_steps=1)
-    made.train()
-    (tmp_path / "secret.txt").write_text("not yours")
-    made.hub_model_id = "me/student"
-    made.push_to_hub()
-    assert hub[0] == {
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json",
-        "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
-    assert (tmp_path / "student" / "README.md").read_text() == "# A card"
-
-
-def test_pushes_checkpoints_without_their_training_state(tmp_path, hub):
-    made = trainer(
-        tmp_path,
-        save_strategy="steps",
-        save_steps=1,
-        rollout=SampledRollout("teacher", max_new_tokens=3),
-    )
-    made.args.push_to_hub, made.hub_model_id = True, "me/student"
-    made.train()
-    assert len(hub) == 1
-    assert "model.safetensors" in hub[0]
-    assert (
-        not {
-            "optimizer.pt",
-            "rng_state.pth",
-            "scheduler.pt",
-            "trainer_state.json",
-            "rollout.json",
-            "training_args.bin",
-        }
-        & hub[0]
-    )
 
 
 def test_a_token_is_in_no_file(tmp_path):
