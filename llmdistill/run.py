@@ -66,6 +66,7 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.training.available import require_available
 from llmdistill.training.guards import require_a_batch, require_steps
 from llmdistill.training.progress import MetricsFile, OldRun, ProgressBar, Samples
+from llmdistill.training.pushing import repository_name
 from llmdistill.training.seal import MANIFEST
 from llmdistill.training.trainer import DistillTrainer
 
@@ -182,7 +183,7 @@ def _push(recipe: Recipe) -> None:
         return
     address = push_result(
         folder,
-        training.get("hub_model_id") or folder.resolve().name,
+        repository_name(training.get("hub_model_id"), folder),
         private=training.get("hub_private_repo") is not False,
         revision=training.get("hub_revision"),
     )

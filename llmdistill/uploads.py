@@ -42,7 +42,6 @@ MODEL_FILES = (
 
 # What to do about an answer of the Hub.
 ADVICE = {
-    400: "Correct what the answer names",
     401: "Log in with 'hf auth login', or set HF_TOKEN to a token that may write",
     403: "Use a token that may write there, or choose another name",
     404: "Check the name and the branch, and use a token that may write there",
@@ -225,7 +224,8 @@ def _answered(error: Any, outer: str) -> tuple[str, str]:
     # A card that the Hub refuses is described by the error around the answer.
     said = error.server_message or (outer if status == 400 else "")
     got = f"{status} {reason}" + (f": {_first_line(said).rstrip('.')}" if said else "")
-    return got, ADVICE.get(status, "This is a fault of the Hub. Try again later")
+    other = "Correct what the answer names" if status < 500 else "Try again later"
+    return got, ADVICE.get(status, other)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

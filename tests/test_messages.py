@@ -37,6 +37,7 @@ def test_the_library_names_no_flags(path):
         ("x is not empty. Pass resume to go on, pass overwrite to replace it.", "x is not empty. Pass --resume to go on, pass --overwrite to replace it."),
         ("x has no run to resume. Start one without resume.", "x has no run to resume. Start one without --resume."),
         ("data/push/resume is damaged", "data/push/resume is damaged"),
+        ("Run it (pass private=False, pass revision=dev).", "Run it (pass --public, pass --revision dev)."),
     ],
 )  # fmt: skip
 def test_the_command_line_says_flags(monkeypatch, capsys, message, shown):

@@ -114,11 +114,12 @@ def _own_card(folder: Path) -> Iterator[None]:
     """Leave the card of a folder as it was: PEFT writes one with the path of the base model."""
     card = folder / "README.md"
     before = card.read_bytes() if card.is_file() else None
-    yield
-    if before is not None:
-        card.write_bytes(before)
-    else:
+    try:
+        yield
+    finally:
         card.unlink(missing_ok=True)
+        if before is not None:
+            card.write_bytes(before)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -105,7 +105,11 @@ class PushingTrainer(StudentTrainer):
                 return
             self._finish_current_push()
         message = f"Training in progress, step {step}"
-        job = self._upload(Path(checkpoint_folder), message, None, None, blocking=False)
+        try:
+            job = self._upload(Path(checkpoint_folder), message, None, None, blocking=False)
+        except OSError as error:  # no room for a copy, where links are not possible
+            logger.warning("an upload failed, and training goes on: %s", error)
+            return
         self.push_in_progress = PushInProgress([job])
 
     def _upload(
@@ -153,12 +157,17 @@ def prepare(
     """
     if wrong := wrong_strategy(args.hub_strategy):
         raise RecipeError(f"training.hub_strategy: {wrong}")
-    output = Path(args.output_dir).resolve()
-    name = args.hub_model_id or (output.parent if output.name == CHECKPOINTS else output).name
+    name = repository_name(args.hub_model_id, Path(args.output_dir))
     asked = private if private is not None else args.hub_private_repo
     return Repository(name, token=token or args.hub_token).prepare(
         private=asked is not False, allow=ALLOW
     )
+
+
+def repository_name(asked: str | None, output: Path) -> str:
+    """Return the name that is asked for, or the one of the run that writes to a folder."""
+    folder = output.resolve()
+    return asked or (folder.parent if folder.name == CHECKPOINTS else folder).name
 
 
 def _export_folder(trainer: StudentTrainer) -> Path:

@@ -192,7 +192,7 @@ def test_a_row_with_an_image_of_this_machine_is_not_pushed(dataset, tmp_path):
     [
         ("create", [401] * 9, "cannot use me/mine on the Hub: 401 Unauthorized.* Log in"),
         ("create", [403] * 9, "cannot use me/mine on the Hub: 403 Forbidden.* a token that may write"),
-        ("create", [500] * 9, "500 Internal Server Error.* a fault of the Hub"),
+        ("create", [500] * 9, "500 Internal Server Error.* Try again later"),
         ("tree", [404], "cannot upload to me/mine on the Hub: 404 Not Found.* Check the name"),
         ("commit", [409], "409 Conflict.* at the same time. Try again"),
         ("commit", [429], "429 Too Many Requests.* Wait a few minutes"),
@@ -209,6 +209,22 @@ def test_each_fault_is_told_with_what_to_do_and_without_the_token(made, hub, rou
         push(made, "me/mine")
     assert TOKEN not in str(caught.value)
     assert not any(repo.commits for repo in hub.repos.values())
+
+
+def test_the_pipeline_of_xet_takes_the_same_arguments(dataset, hub, monkeypatch):
+    """Without a large file: these would go to the storage of Xet, which this Hub does not have."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    (dataset / "train.parquet").unlink()
+    push(dataset, "me/set", revision="dev", message="By Xet")
+    repo = hub.repos["datasets", "me/set"]
+    assert set(repo.branches["dev"]) == {"README.md", "train.jsonl"}
+    assert repo.commits[0][0] == "By Xet"
+    assert push(dataset, "me/set", create_pr=True) == f"{hub.url}/datasets/me/set/discussions/1"
+    assert (set(repo.pulls[0]), repo.branches["main"]) == ({"README.md", "train.jsonl"}, {})
+    hub.faults["commit"] = [403] * 9
+    (dataset / "README.md").write_text("another")
+    with pytest.raises(HubError, match="cannot upload to me/set on the Hub: 403"):
+        push(dataset, "me/set")
 
 
 def test_a_fault_that_passes_is_not_seen(made, hub):

@@ -29,6 +29,8 @@ ROUTES = (  # name, method, path
     ("preupload", "POST", r"/api/(models|datasets)/([^/]+/[^/]+)/preupload/([^/]+)"),
     ("commit", "POST", r"/api/(models|datasets)/([^/]+/[^/]+)/commit/([^/]+)"),
     ("branch", "POST", r"/api/(models|datasets)/([^/]+/[^/]+)/branch/([^/]+)"),
+    ("discuss", "POST", r"/api/(models|datasets)/([^/]+/[^/]+)/discussions"),
+    ("discussion", "GET", r"/api/(models|datasets)/([^/]+/[^/]+)/discussions/(\d+)"),
     ("settings", "PUT", r"/api/(models|datasets)/([^/]+/[^/]+)/settings"),
     ("info", "GET", r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?"),
     ("batch", "POST", r"/(?:(datasets)/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch"),
@@ -167,10 +169,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def on_branch(self, body, kind, name, branch):
         if repo := self.repo(kind, name):
+            if unquote(branch).startswith("refs/"):
+                return self.send(400, {"error": "Invalid reference for a branch"})
             if unquote(branch) in repo.branches:
                 return self.send(409, {"error": "it exists"})
             repo.branches[unquote(branch)] = dict(repo.branches["main"])
             self.send(200, {})
+
+    def on_discuss(self, body, kind, name):
+        """Open an empty pull request, to which the pipeline of Xet pushes."""
+        if repo := self.repo(kind, name):
+            repo.pulls.append(dict(repo.branches["main"]))
+            self.send(200, {"num": len(repo.pulls)})
+
+    def on_discussion(self, body, kind, name, number):
+        about = {"title": "a title", "num": int(number), "status": "draft", "isPullRequest": True}
+        about |= {"createdAt": "2026-01-01T00:00:00.000Z", "changes": {"base": "main"}}
+        about |= {"repo": {"name": name, "type": kind[:-1]}, "events": [], "filesWithConflicts": []}
+        self.send(200, about)
 
     def files(self, repo: Repo, revision: str) -> dict[str, bytes] | None:
         """The files of a branch or of a pull request."""

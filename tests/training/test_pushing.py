@@ -140,6 +140,16 @@ def test_a_failed_upload_does_not_stop_the_training(tmp_path, hub, caplog):
     assert set(files(hub)) == MODEL
 
 
+def test_a_full_disk_stops_no_training(tmp_path, hub, monkeypatch, caplog):
+    def full(*arguments, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("llmdistill.uploads.stage", full)
+    made = trainer(tmp_path / "mine", **EVERY_STEP)
+    made.train()
+    assert "an upload failed, and training goes on: no space left" in caplog.text
+
+
 @pytest.mark.parametrize("always", [False, True])
 def test_an_upload_outlives_its_checkpoint_and_others_wait_for_it_or_are_skipped(
     tmp_path, hub, caplog, always
