@@ -78,13 +78,14 @@ def dataset(tmp_path):
 
 
 def test_a_run_goes_to_a_private_repository_with_what_belongs_there(run, hub):
-    (run / "student" / "loss.svg").write_text("<svg/>")
+    (run / "student" / "plots").mkdir()
+    (run / "student" / "plots" / "loss.png").write_text("a chart")
     (run / "report.html").write_text("<html/>")
     assert push(run, "me/mine") == f"{hub.url}/me/mine"
     repo = hub.repos["models", "me/mine"]
     files = repo.branches["main"]
     assert repo.private
-    assert set(files) == MODEL | {"loss.svg", "report.html", "recipe.yaml", "evaluation.json"}
+    assert set(files) == MODEL | {"plots/loss.png", "report.html", "recipe.yaml", "evaluation.json"}
     assert files["model.safetensors"] == (run / "student" / "model.safetensors").read_bytes()
     assert "put" in hub.asked  # by LFS
     assert b"model: teacher" in files["recipe.yaml"]

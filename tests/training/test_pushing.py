@@ -228,5 +228,7 @@ def test_a_run_is_finished_although_its_last_upload_fails(pair, tmp_path, hub, m
     # The same command again uploads, and does nothing else.
     monkeypatch.setattr(run, "load_pair", lambda *a: pytest.fail("loaded"))
     distill(recipes.build(given), show_progress=False)
-    assert set(repo.branches["main"]) == MODEL | {"evaluation.json", "recipe.yaml"}
+    names = {one for one in repo.branches["main"] if not one.startswith("plots/")}
+    assert names == MODEL | {"evaluation.json", "recipe.yaml", "report.html"}
+    assert not any(str(tmp_path).encode() in data for data in repo.branches["main"].values())
     assert repo.branches["main"]["README.md"] == card
