@@ -10,9 +10,9 @@ import pytest
 from llmdistill.evaluation.measure import Evaluation
 from llmdistill.evaluation.speculative import Speculation
 from tests import toy
+from tests.support.commands import run
 from tests.support.files import write_jsonl
 from tests.support.tasks import save_task
-from tests.test_cli import run
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from transformers import AutoModelForCausalLM
 
-from tests.test_cli import recipe as recipe
-from tests.test_cli import run
+from tests.support.commands import run, short_recipe
 
 
-def test_the_student_of_a_run_is_exported(recipe, monkeypatch, capsys, tmp_path):
+def test_the_student_of_a_run_is_exported(pair, monkeypatch, capsys, tmp_path):
+    recipe = short_recipe(tmp_path, pair)
     assert run(monkeypatch, "train", str(recipe), "evaluate.max_new_tokens=2", "--quiet") == 0
     capsys.readouterr()
     source, out = str(tmp_path / "run"), str(tmp_path / "out")

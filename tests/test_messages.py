@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ OF_OTHERS = {  # of pip, of llama.cpp and of cmake
     "models/embedded.py": {"--no-deps"},
     "publish/gguf.py": {"--outfile", "--outtype", "--build"},
 }
+from tests.support.commands import run
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -49,13 +49,6 @@ def test_the_command_line_says_flags(monkeypatch, capsys, message, shown):
         cli.main()
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"CheckpointError: {shown}\n"
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["llmdistill", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
 
 
 @pytest.mark.parametrize(

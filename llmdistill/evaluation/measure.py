@@ -214,7 +214,7 @@ class Evaluation:
         with eval_mode(model):
             shared = num_tokens(self.teacher.tokenizer)
             found = positions(model, self._judged[0], self.teacher.tokenizer, shared)
-        places = next(iter(self._own_batches()))
+        places = next(iter(self._batches.places()))
         first = sorted(zip(places, found, strict=True), key=lambda pair: pair[0])[:most]
         ids = self.prompts.ids()
         prompts = last_messages(self.teacher.tokenizer, [ids[place] for place, _ in first])

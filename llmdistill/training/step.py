@@ -1,6 +1,6 @@
 """The mathematics of one step.
 
-N = predicted tokens, n = those of one block, K = terms of the loss, M = MEASURES.
+H = hidden size, N = predicted tokens, n = those of one block, K = terms of the loss, M = MEASURES.
 
 `Distillation` is the module that a trainer wraps.  It contains everything that is trained: the
 student, the objectives, and a trainable teacher.
@@ -106,17 +106,15 @@ class Distillation(nn.Module):
             objective.start_from(student)
             _warn_about_rates(objective)
         check_changes(objectives, student, teacher)
-        self.student_needs = frozenset().union(*(one.student_needs for one in objectives))
-        self.teacher_needs = frozenset().union(*(one.teacher_needs for one in objectives))
-        if self.trained_teacher is not None:
-            self.student_needs |= self.trained_teacher.student_needs
-            self.teacher_needs |= self.trained_teacher.own_needs
+        self.student_needs, self.teacher_needs = _needs(objectives, self.trained_teacher)
         check_taps(student, self.student_needs)
         teacher_model = getattr(teacher, "model", None)
         if isinstance(teacher_model, nn.Module):  # any other teacher is checked when it scores
             check_taps(teacher_model, self.teacher_needs)
         self.term_names = _term_names(objectives, self.trained_teacher)
         self.objective_names = self.term_names[: len(objectives)]
+        measures = MEASURES if Need.DISTRIBUTION in self.teacher_needs else ()
+        self.measured_names = [*self.objective_names, *measures]  # of an evaluation
 
     @property
     def teacher(self) -> Teacher:
@@ -163,12 +161,6 @@ class Distillation(nn.Module):
         if not self.training and seen is not None and seen.distribution is not None:
             terms |= _measures(student, seen.distribution)
         return StepOutput(loss, terms)
-
-    @property
-    def measured_names(self) -> tuple[str, ...]:
-        """Names of all `terms` of an evaluation."""
-        measures = MEASURES if Need.DISTRIBUTION in self.teacher_needs else ()
-        return (*self.objective_names, *measures)
 
     def idle_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the last step must not change.
@@ -288,6 +280,17 @@ def _term_names(objectives: Sequence[Objective], trained: TrainableTeacher | Non
     names += [TEACHER_TERM] * (trained is not None)
     # Equal names get their position appended.
     return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _needs(
+    objectives: Sequence[Objective], trained: TrainableTeacher | None
+) -> tuple[frozenset[Need], frozenset[Need]]:
+    """Return what the terms of the loss need of the student, and what of the teacher."""
+    ours = frozenset().union(*(one.student_needs for one in objectives))
+    theirs = frozenset().union(*(one.teacher_needs for one in objectives))
+    if trained is not None:
+        return ours | trained.student_needs, theirs | trained.own_needs
+    return ours, theirs
 
 
 def _measures(student: StudentView, distribution: Distribution) -> dict[str, tuple[Tensor, Tensor]]:

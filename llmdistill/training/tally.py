@@ -5,7 +5,7 @@ B = sequences, N = predicted tokens, M = runs of four predicted tokens, Q = quar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,15 @@ class Tally:
     """Sums of who wrote what, and of the terms of the loss, on one rank.
 
     `ends` are the ids that end a response.  All ranks must have the same names of sums, because
-    `over_ranks` adds them up in one tensor.
+    `over_ranks` adds them up in one tensor.  A rank that may have no batch needs the names of the
+    `terms` from the start.
     """
 
-    def __init__(self, ends: Collection[int] = ()) -> None:
+    def __init__(self, ends: Collection[int] = (), terms: Sequence[str] = ()) -> None:
         self._ends = torch.tensor(sorted(ends), dtype=torch.long)
         self._sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
-        self._terms: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+        self._terms: dict[str, tuple[Tensor | float, Tensor | float]]
+        self._terms = dict.fromkeys(terms, (0.0, 0.0))
 
     def add_terms(self, terms: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
         """Add each term's (sum over one micro-batch, addition to the term's divisor)."""

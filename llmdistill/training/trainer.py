@@ -208,22 +208,18 @@ class DistillTrainer(AheadTrainer):
         """Evaluate, and report the loss over all rows together, not Trainer's mean of batch means.
 
         Each objective counts with the weight that it has at the end of the run, so that losses
-        from different steps can be compared.  KL, agreement and acceptance are reported beside it,
-        if the objectives need the teacher's distributions.  Raises TrainingError if the weights are
-        all 0.
+        from different steps can be compared.  MEASURES are reported, too, if an objective needs the
+        teacher's distributions.  Raises TrainingError if the weights are all 0.
         """
         weights = _held_out_weights(self)
-        self._eval_tally = Tally()
-        # The ranks add up one number per name, so a rank without a batch needs the names, too.
-        self._eval_tally.add_terms(dict.fromkeys(self.model.measured_names, (0.0, 0.0)))
+        self._eval_tally = Tally(terms=self.model.measured_names)
         with self.model.exported_weights():
             result = super().evaluation_loop(*args, **kwargs)
         means = self._eval_tally.term_means(self.accelerator)
+        found = {name: means[name] for name in MEASURES if name in means}
+        found["loss"] = sum(weight * means[name] for name, weight in weights.items())
         prefix = kwargs.get("metric_key_prefix", "eval")
-        loss = sum(weight * means[name] for name, weight in weights.items())
-        result.metrics[f"{prefix}_loss"] = loss
-        measured = [name for name in self.model.measured_names if name in MEASURES]
-        result.metrics.update({f"{prefix}_{name}": means[name] for name in measured})
+        result.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return result
 
     # ---- what stops a step, and what is logged ----
