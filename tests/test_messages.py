@@ -11,6 +11,7 @@ import pytest
 import llmdistill
 from llmdistill import cli
 from llmdistill.errors import CheckpointError
+from tests.support.commands import run
 
 PACKAGE = Path(llmdistill.__file__).parent
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if PACKAGE / "cli" not in p.parents)
@@ -19,7 +20,6 @@ OF_OTHERS = {  # of pip, of llama.cpp and of cmake
     "models/embedded.py": {"--no-deps"},
     "publish/gguf.py": {"--outfile", "--outtype", "--build"},
 }
-from tests.support.commands import run
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
