@@ -40,8 +40,12 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_charts(request, monkeypatch) -> None:
-    """Charts take most of a second for each run, so only tests of charts draw them."""
+def _quick_ends_of_runs(request, monkeypatch) -> None:
+    """A run measures its speed and draws charts, which takes longer than the rest of it on toys.
+
+    The speed of a toy means nothing, and only tests of charts draw them.
+    """
+    monkeypatch.setattr("llmdistill.evaluation.measure.TIMED_TOKENS", 4)
     if "charts" not in request.keywords:
         monkeypatch.setattr("llmdistill.publish.report.png", lambda chart: b"")
         monkeypatch.setattr("llmdistill.publish.report._library", lambda: "")

@@ -129,6 +129,10 @@ class Desk:
             with pytest.raises(SystemExit) as stop:
                 cli.main()
         assert not stop.value.code, " ".join(words)
+        if words[1:3] == ["recipes", "copy"]:  # what follows uses the copy, with less of everything
+            name = words[4]
+            text = (self.folder / name).read_text(encoding="utf-8")
+            self.save(recipes.parse_yaml(text, name), name)
 
 
 def stand_ins(monkeypatch: pytest.MonkeyPatch, folder: Path, pair: tuple[str, str]) -> None:
