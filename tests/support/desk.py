@@ -105,7 +105,7 @@ class Desk:
         less = generation_on_toys(whole, self.pair, self.folder)
         less["generator"]["kind"] = recipe.generator.kind
         if recipe.generator.kind in ("alpaca", "self_instruct"):  # toys write no lists
-            less["generator"] = {"kind": "evolve", "max_instruction_tokens": 400}
+            less["generator"] = {"kind": "evolve", "max_instruction_tokens": 120}
         less["output"] = f"{self.folder}/block/{recipe.generator.kind}"
         made = generate(build_generation(less | {"target": 2}), overwrite=True)
         assert made.counts.kept == 2

@@ -21,7 +21,7 @@ TRAINING = {"use_cpu": True, "dataloader_pin_memory": False, "save_strategy": "s
 LESS = {
     "max_new_tokens": 6,
     "max_compared_tokens": 4,
-    "max_instruction_tokens": 400,  # until the toy ends it
+    "max_instruction_tokens": 120,  # a third of the toys end one within them
     "layers": 2,
     "mlp_width": 32,
     "heads": 2,
