@@ -68,23 +68,27 @@ def memory(recipe: Recipe, train: EncodedRows) -> dict[str, float]:
     return parts
 
 
-def disk(recipe: Recipe, parts: Mapping[str, float]) -> float:
+def disk(recipe: Recipe, train: EncodedRows, parts: Mapping[str, float]) -> float:
     """Return the bytes that a run writes at most: its student, and the checkpoints that it keeps.
 
     `parts` is its memory.  Responses of a teacher, which take a few bytes per token, are left out.
+    Of a recipe of several runs, each is taken to write as much as this one.
     """
-    training = recipe.training
-    student = parts["student's weights"]
-    if training.get("save_strategy", "steps") == "no":
-        return student
-    # A new checkpoint is written before an old one is deleted.
-    kept = training.get("save_total_limit")
-    steps = training.get("max_steps", -1)
+    training, student = recipe.training, parts["student's weights"]
+    strategy, kept = training.get("save_strategy", "steps"), training.get("save_total_limit")
+    if strategy == "no":
+        return student * len(recipe.stages)
     every = training.get("save_steps", SAVE_STEPS)
-    written = max(int(steps // every) if every >= 1 else int(1 / every), 1) if steps > 0 else 1
+    if recipe.evaluate.patience is not None:  # each measurement has its checkpoint
+        every = recipe.evaluate.every_steps
+    number = 1.0 / every if 0 < every < 1 else num_steps(recipe, train) / max(every, 1)
+    if strategy == "epoch":
+        number = training.get("num_train_epochs", 3.0)
+    written = max(math.ceil(number), 1)
+    # A new checkpoint is written before an old one is deleted.
     number = written if kept is None else min(written, kept + 1)
-    one = student + parts.get("optimizer", 0.0) + 3 * parts.get("projectors", 0.0) / 4
-    return student + number * one
+    one = student + sum(size for name, size in parts.items() if "optimizer" in name)
+    return (student + number * one) * len(recipe.stages)
 
 
 def _load(recipe: Recipe, train: EncodedRows) -> Load:

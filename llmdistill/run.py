@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +57,7 @@ from llmdistill.models.vocabulary import list_end_ids, require_same
 from llmdistill.objectives.build import build_objectives
 from llmdistill.protocols import Exports, Teacher
 from llmdistill.publish.card import model_card
-from llmdistill.publish.facts import Facts, facts_of
+from llmdistill.publish.facts import FACTS, Facts, facts_of
 from llmdistill.publish.hub import push_result
 from llmdistill.publish.report import PLOTS, write_report
 from llmdistill.recipe import Recipe
@@ -169,8 +171,8 @@ def _run(stage: Recipe, told: Recipe, start: Start, *, show_progress: bool) -> R
     PartialState().wait_for_everyone()  # the student has been written
     result = measuring.after()
     if PartialState().is_main_process:
-        facts_of(recipe, folder, train, held, trainer.model.term_names).write(folder)
-        _publish(told, result)
+        names = trainer.model.term_names
+        _publish(told, result, partial(facts_of, told, folder, train, held, names))
     PartialState().wait_for_everyone()
     _push(stage)
     return result
@@ -190,10 +192,11 @@ def _push(recipe: Recipe) -> None:
     logger.info("uploaded to %s", address)
 
 
-def _publish(recipe: Recipe, result: Result) -> None:
-    """Write the report and the model card, and delete the run that this one replaces."""
+def _publish(recipe: Recipe, result: Result, facts: Callable[[], Facts]) -> None:
+    """Write the facts, the report and the card, and delete the run that this one replaces."""
     run_folder.discard_old(result.folder)
     try:
+        facts().write(result.folder)
         plots = write_report([result.folder]).plots
     except Exception as error:  # a finished run is worth more than its charts
         plots = {}
@@ -205,9 +208,8 @@ def _publish(recipe: Recipe, result: Result) -> None:
     for plot in plots:
         shown.mkdir(exist_ok=True)
         shutil.copyfile(plot, shown / plot.name)
-    facts = Facts.read(result.folder)
     titles = {plot.name: title for plot, title in plots.items()}
-    card = model_card(recipe, result.evaluation, facts, titles)
+    card = model_card(recipe, result.evaluation, Facts.read(result.folder), titles)
     (result.student / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -217,7 +219,8 @@ def _begin(recipe: Recipe, folder: Path, rows: str, *, overwrite: bool) -> None:
         if PartialState().is_main_process:
             run_folder.claim(folder, overwrite=overwrite, results=RESULTS)
             # Until the run has ended again, its student counts as one that is not finished.
-            (folder / "student" / "README.md").unlink(missing_ok=True)
+            for name in ("student/README.md", FACTS, *run_folder.MEASURED):
+                (folder / name).unlink(missing_ok=True)
             record = folder / run_folder.RECORD
             record.write_text(recipes.dump(recipe), encoding="utf-8")
             run_folder.record_rows(folder, rows)

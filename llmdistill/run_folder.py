@@ -33,6 +33,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 ANSWERS = "answers.jsonl"
 POSITIONS = "positions.jsonl"
+MEASURED = (FIGURES, ANSWERS, POSITIONS)  # after training
 GOES_ON = ("checkpoints/checkpoint-*", "responses/*/*.arrow")  # what a run can go on from
 DAY = "%d %b %Y"
 

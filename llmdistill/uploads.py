@@ -194,7 +194,7 @@ def public_part(name: str) -> str:
     """
     is_local = (
         *(name.startswith((".", "/", "~")), Path(name).exists(), "\\" in name),
-        *(name.count("/") > 1 and ":" not in name, hub_name(name) is None),
+        hub_name(name) is None,
     )
     return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if any(is_local) else name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -11,11 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from rich.text import Text
 
 from llmdistill import __version__
-from llmdistill.cli import look
+from llmdistill.cli import look, show
 from llmdistill.cost import disk, memory
 from llmdistill.data.build import load_data
 from llmdistill.data.collate import PromptDataset
@@ -84,10 +84,12 @@ def test_no_color_means_no_colour(monkeypatch):
     shown = []
     for name in ("FORCE_COLOR", "NO_COLOR"):
         monkeypatch.setenv(name, "1")
-        console = Console()
+        console = importlib.reload(show).console
         with console.capture() as capture:
             console.print(Text("trained", style="red"))
         shown.append(capture.get())
+    monkeypatch.undo()
+    importlib.reload(show)
     assert "\x1b[31m" in shown[0]
     assert "\x1b[3" not in shown[1]
 
@@ -484,7 +486,7 @@ def test_check_shows_lengths_licences_disk_and_the_command(recipe, monkeypatch, 
     shown = " ".join(capsys.readouterr().out.split())
     assert "100.0% of the responses are cut" in shown
     assert "data train.jsonl: could not be read" in shown
-    assert "the card will state: see-the-card" in shown
+    assert "the card will state: other (they differ, or could not be read)" in shown
     assert f"GiB free in {tmp_path}" in shown
     assert shown.endswith(f"Train it: llmdistill train {recipe} data.max_response_tokens=3")
 
@@ -498,28 +500,34 @@ def test_check_finds_a_disk_that_is_too_small(recipe, monkeypatch, capsys):
 
 def test_lengths_are_counted_in_equal_steps():
     rows = [Row(i, [0] * 10, [0] * length) for i, length in enumerate((0, 1, 1, 7, 15))]
-    header, *bins = look.lengths(rows)
+    header, *bins = look.lengths(rows, answers=True)
     assert header == ["tokens", "rows", ""]
     assert [row[0] for row in bins] == [f"{a} to {a + 1}" for a in range(10, 26, 2)]
     assert [int(row[1]) for row in bins] == [3, 0, 0, 1, 0, 0, 0, 1]
     assert bins[0][2] == "█" * 30
-    [[_, count, _]] = look.lengths([rows[0], rows[0]])[1:]
-    assert count == "2"
+    # A rollout that writes its own responses reads only the prompts.
+    [[tokens, count, _]] = look.lengths(rows, answers=False)[1:]
+    assert (tokens, count) == ("10 to 10", "5")
 
 
 @pytest.mark.parametrize(
     ("training", "copies"),
     [
         ({"save_strategy": "no"}, 0),
-        ({"max_steps": 10, "save_steps": 3}, 3),
+        ({"max_steps": 10, "save_steps": 3}, 4),  # and the last step
         ({"max_steps": 10, "save_steps": 1, "save_total_limit": 2}, 3),
         ({"max_steps": 10, "save_steps": 0.5}, 2),
+        ({"num_train_epochs": 5, "save_steps": 1, "per_device_train_batch_size": 3}, 10),
+        ({"num_train_epochs": 5, "save_strategy": "epoch"}, 5),
+        ({}, 1),
     ],
 )
 def test_the_disk_holds_the_student_and_its_checkpoints(recipe, training, copies):
-    parts = {"student's weights": 100.0, "optimizer": 200.0}
+    """A checkpoint has the state of each optimizer; there are 6 rows."""
+    parts = {"student's weights": 100.0, "optimizer": 150.0, "peer 1: optimizer": 50.0}
     changed = load(recipe, []).model_copy(update={"training": training})
-    assert disk(changed, parts) == 100 + copies * 300
+    rows = PromptDataset([Row(i, [5], [6]) for i in range(6)])
+    assert disk(changed, rows, parts) == 100 + copies * 300
 
 
 def test_check_shows_what_is_not_read(recipe, monkeypatch, capsys, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,16 +52,16 @@ def check(
     _models(loaded)
     _runs(whole)
     _compared(loaded)
-    for place, line in enumerate(look.licences(whole)):
-        _line("" if place else "licences", line)
+    _lines("licences", look.licences(whole))
     console.print("example      the student is trained on the tokens in brackets:\n")
     console.print(look.marked(train.head(1)[0], tokenizer, written=not loaded.rollout.takes_data))
     if train.counts.control_texts:
         console.print("\n             \\ marks text that only looks like a control token")
     console.print()
-    show.table(look.lengths(train.head(LOOKED_AT)), f"Lengths: {look.cut_in_words(train)}")
+    counted = look.lengths(train.head(LOOKED_AT), answers=loaded.rollout.takes_data)
+    show.table(counted, f"Lengths: {look.cut_in_words(train)}")
     parts = _memory(loaded, train)
-    said, has_room = look.disk(Path(whole.output), disk(loaded, parts))
+    said, has_room = look.disk(Path(whole.output), disk(whole, train, parts))
     _line("disk", said)
     if not (fits and alike and has_room):
         raise typer.Exit(2)
@@ -77,6 +77,11 @@ def _command(recipe: str, overrides: Sequence[str]) -> str:
     number = torch.cuda.device_count()
     launch = ["accelerate", "launch", "--num_processes", str(number), "-m"] if number > 1 else []
     return shlex.join([*launch, "llmdistill", "train", recipe, *overrides])
+
+
+def _lines(label: str, texts: Iterable[str]) -> None:
+    for place, text in enumerate(texts):
+        _line("" if place else label, text)
 
 
 def _line(label: str, text: str) -> None:

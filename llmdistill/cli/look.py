@@ -71,9 +71,12 @@ def _template_in_words(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"chat template {', '.join(told)}"
 
 
-def lengths(encoded: Sequence[Row]) -> list[list[str]]:
-    """Return a histogram of the tokens of prompt and response together, as rows of a table."""
-    totals = [len(row.prompt_ids) + len(row.response_ids or ()) for row in encoded]
+def lengths(encoded: Sequence[Row], *, answers: bool) -> list[list[str]]:
+    """Return a histogram of the tokens of each row, as rows of a table.
+
+    `answers` tells whether the responses of the rows are read, and not only their prompts.
+    """
+    totals = [len(row.prompt_ids) + answers * len(row.response_ids or ()) for row in encoded]
     least, most = min(totals), max(totals)
     width = max(-(-(most - least + 1) // BINS), 1)
     counts = [0] * (-(-(most - least + 1) // width))
@@ -102,18 +105,20 @@ def cut_in_words(train: EncodedRows) -> str:
 
 def licences(recipe: Recipe) -> Iterator[str]:
     """Yield the licence of each part that the student is made of, and what its card will state."""
-    from llmdistill.publish.licences import common, parts_of
+    from llmdistill.publish.licences import SEVERAL, common, parts_of
 
     parts = parts_of(recipe)
     for part in parts:
         yield f"{part.what} {part.name}: {part.licence or 'could not be read'}"
-    yield f"the card will state: {common(parts)}"
+    found = common(parts)
+    reason = " (they differ, or could not be read)" if found.name == SEVERAL else ""
+    yield f"the card will state: {found.id if reason else found}{reason}"
 
 
 def disk(folder: Path, needed: float) -> tuple[str, bool]:
     """Return what a run writes at most and what is free, in words, and whether it fits."""
     place = folder.absolute()
-    while not place.exists():
+    while not place.exists() and place != place.parent:
         place = place.parent
     free = shutil.disk_usage(place).free
     fits = needed < free

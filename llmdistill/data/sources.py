@@ -66,6 +66,7 @@ def hub_name(source: str) -> str | None:
     path = Path(os.path.expanduser(source))
     here = source == SEED_TASKS or path.exists() or type_of(path) in READERS or path.is_absolute()
     is_file = here or source.startswith("./") or folder_and_split(source) is not None
+    is_file = is_file or "://" in source or source.partition(":")[0].count("/") > 1
     return None if is_file else source.partition(":")[0]
 
 

@@ -53,6 +53,12 @@ class Judged:
     sequences: Sequences
     distribution: Distribution
 
+    def select(self, rows: Tensor) -> Judged:
+        """Return some rows, given by their places, in this order."""
+        places = torch.arange(len(self.distribution)).split(self.sequences.num_predicted.tolist())
+        chosen = torch.cat([places[row] for row in rows.tolist()])
+        return Judged(self.sequences.select(rows), self.distribution.select(chosen))
+
 
 def judge(teacher: Teacher, batches: Sequence[Sequences]) -> list[Judged]:
     """Score the batches with the teacher and return them with its distributions, on the CPU.

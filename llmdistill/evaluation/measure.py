@@ -211,14 +211,14 @@ class Evaluation:
         """
         if not self._judged:
             return []
+        tokenizer, places = self.teacher.tokenizer, next(iter(self._batches.places()))
+        first = sorted(range(len(places)), key=places.__getitem__)[:most]
         with eval_mode(model):
-            shared = num_tokens(self.teacher.tokenizer)
-            found = positions(model, self._judged[0], self.teacher.tokenizer, shared)
-        places = next(iter(self._batches.places()))
-        first = sorted(zip(places, found, strict=True), key=lambda pair: pair[0])[:most]
+            judged = self._judged[0].select(torch.tensor(first))
+            found = positions(model, judged, tokenizer, num_tokens(tokenizer))
         ids = self.prompts.ids()
-        prompts = last_messages(self.teacher.tokenizer, [ids[place] for place, _ in first])
-        return [(prompt, row) for prompt, (_, row) in zip(prompts, first, strict=True)]
+        prompts = last_messages(tokenizer, [ids[places[row]] for row in first])
+        return list(zip(prompts, found, strict=True))
 
     def measure(
         self, model: PreTrainedModel, exported_as: torch.dtype | None = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from llmdistill.errors import CheckpointError
 from llmdistill.evaluation.measure import Figures
 from llmdistill.run_folder import ANSWERS, FIGURES, read_lines, write_lines
 
@@ -30,10 +31,19 @@ def write_results(folder: Path, figures: Mapping[str, Figures], answers: list[An
 
 
 def read_results(folder: Path) -> tuple[dict[str, Figures], list[Answers]]:
-    """Return what `write_results` wrote; nothing if the run has measured nothing."""
+    """Return what `write_results` wrote; nothing if the run has measured nothing.
+
+    Raises CheckpointError if the files are damaged, or were written by another version.
+    """
     file = folder / FIGURES
     if not file.is_file():
         return {}, []
-    found = json.loads(file.read_text(encoding="utf-8"))
-    answers = [Answers(**row) for row in read_lines(folder / ANSWERS)]
-    return {name: Figures(**values) for name, values in found.items()}, answers
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        figures = {name: Figures(**values) for name, values in found.items()}
+        return figures, [Answers(**row) for row in read_lines(folder / ANSWERS)]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} or {ANSWERS} next to it is damaged, or of another version: {error}. Measure "
+            "the student again with `llmdistill evaluate`, or delete both files."
+        ) from error

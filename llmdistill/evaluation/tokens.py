@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CHOICES = 3  # most likely tokens of each model
 Choices = list[tuple[str, float]]
+Top = tuple[list[int], list[float]]  # ids and probabilities
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,40 @@ def positions(
     """Return the positions of each response of a batch.  The student keeps its mode."""
     device = next(student.parameters()).device
     seen = read(student, judged.sequences.to(device), num_tokens)
-
-    def words(ids: Sequence[int]) -> list[str]:
-        return [str(tokenizer.decode([one])) for one in ids]
-
-    found: list[Position] = []
-    targets = iter(words(judged.sequences.targets_N.tolist()))
+    figures: list[tuple[float, Top, Top]] = []
     for student_nV, teacher_nV in both_log_probs(seen, judged.distribution):
         columns = (kl(teacher_nV, student_nV).tolist(), _top(teacher_nV), _top(student_nV))
-        for value, *both in zip(*columns, strict=True):
-            chosen = [list(zip(words(ids), probs, strict=True)) for ids, probs in both]
-            found.append(Position(next(targets), value, *chosen))
-    rest = iter(found)
-    return [[next(rest) for _ in range(count)] for count in judged.sequences.num_predicted.tolist()]
+        figures += zip(*columns, strict=True)
+    rest, found = iter(figures), []
+    for ids in judged.sequences.responses():
+        found.append([_position(tokenizer, ids, place, next(rest)) for place in range(len(ids))])
+    return found
 
 
-def _top(log_probs_nV: Tensor) -> Iterator[tuple[list[int], list[float]]]:
+def _position(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    place: int,
+    figures: tuple[float, Top, Top],
+) -> Position:
+    """Return the position of a token in a response, with what was found there."""
+    value, *both = figures
+    word = partial(_word, tokenizer, ids[max(place - 1, 0) : place])
+    teacher, student = (list(zip(map(word, top), shares, strict=True)) for top, shares in both)
+    return Position(word(ids[place]), value, teacher, student)
+
+
+def _word(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], token: int) -> str:
+    """Return the text that a token adds to those before it, with its space.
+
+    Some tokenizers write the space of a token only behind another one.
+    """
+    text = str(tokenizer.decode(list(before))) if before else ""
+    both = str(tokenizer.decode([*before, token]))
+    return both[len(text) :] if both.startswith(text) else str(tokenizer.decode([token]))
+
+
+def _top(log_probs_nV: Tensor) -> Iterator[Top]:
     """Yield the most likely ids at each position, with their probabilities: C of each."""
     top = log_probs_nV.float().exp().topk(min(CHOICES, log_probs_nV.shape[-1]))
     return zip(top.indices.tolist(), top.values.tolist(), strict=True)

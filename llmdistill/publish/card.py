@@ -17,7 +17,7 @@ from llmdistill.data.sources import hub_name
 from llmdistill.evaluation.measure import MEANING, Figures, remarks
 from llmdistill.models.embedded import hub_name as model_hub_name
 from llmdistill.publish.facts import PACKAGES, Facts, version
-from llmdistill.publish.licences import Part, common, parts_of
+from llmdistill.publish.licences import SEVERAL, Part, common, parts_of
 from llmdistill.publish.names import fenced, public_dump, public_part, shown
 from llmdistill.publish.papers import Paper, papers_of
 
@@ -128,7 +128,7 @@ def _metadata(
 ) -> Any:
     from huggingface_hub import ModelCardData
 
-    licence = common(parts)
+    licence, sources = common(parts), [one.source for one in recipe.data.train]
     is_adapter = recipe.student.peft is not None and recipe.student.peft.save == "adapter"
     named = {
         "model_name": Path(recipe.output).name,
@@ -139,7 +139,7 @@ def _metadata(
         license=licence.id,
         license_name=licence.name,
         license_link=licence.link,
-        datasets=[name for s in recipe.data.train if (name := hub_name(s.source))] or None,
+        datasets=list(dict.fromkeys(filter(None, map(hub_name, sources)))) or None,
         tags=_tags(recipe),
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
@@ -253,23 +253,26 @@ def _made(recipe: Recipe, facts: Facts | None) -> str:
     text = f"## How it was made\n\nThe model was made by `llmdistill train` with {made_with()}"
     if facts is not None:
         day = datetime.datetime.fromisoformat(facts.finished).date().isoformat()
-        text += f" on {day}.\n\n{_spent(facts)}\n\nThe recipe:"
+        text += f" on {day}.\n\n{_spent(facts, len(recipe.stages))}\n\nThe recipe:"
     else:
         text += ", from this recipe:"
     return f"{text}\n\n```yaml\n{fenced(public_dump(recipe))}```"
 
 
-def _spent(facts: Facts) -> str:
+def _spent(facts: Facts, runs: int) -> str:
     """Return the rows, the tokens by writer, the time and the machine, as a list."""
+    training = "Training" if runs == 1 else f"Training in the last of {runs} runs"
     who = {"teacher": "by the teacher", "student": "by the student", "data": "of the dataset"}
     tokens = ", ".join(f"{count:,} {who[name]}" for name, count in facts.tokens.items())
     processes = f" in {facts.processes} processes" if facts.processes > 1 else ""
     lines = {
         "Rows": facts.rows.get("train", "a stream"),
         "Tokens trained on": tokens or "not counted",
-        "Training": f"{facts.steps:,} steps in {facts.seconds / 60:.1f} minutes{processes}",
-        "Machine": f"{shown(facts.machine)}, at most {facts.memory / 2**30:.1f} GiB of memory",
+        training: f"{facts.steps:,} steps in {facts.seconds / 60:.1f} minutes{processes}",
+        "Machine": shown(facts.machine),
     }
+    if facts.memory:
+        lines["Machine"] += f", at most {facts.memory / 2**30:.1f} GiB of memory"
     notes = [f"- {shown(note)}" for note in facts.notes]
     return "\n".join([*(f"- **{name}**: {text}" for name, text in lines.items()), *notes])
 
@@ -283,7 +286,7 @@ def _licences(parts: Sequence[Part]) -> str:
     said = "All parts have the same licence, so the card states it."
     if any(part.licence is None for part in parts):
         said = "Look up each licence that could not be read before you share this model."
-    elif len({part.licence for part in parts}) > 1:
+    elif common(parts).name == SEVERAL:
         said = (
             "The licences differ, and each of them counts. Read them before you share this model."
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from math import isfinite
 from typing import Any, NamedTuple
 
 from llmdistill.publish.runs import Run
@@ -67,7 +68,7 @@ def _loss(runs: Sequence[Run]) -> Chart:
         for name in shown:
             label = run.name if len(runs) > 1 else name
             rows += [row | {"series": label} for row in _points(run, name)]
-    caption = "The loss of each step, as it is trained on."
+    caption = "The loss that is trained on: the mean of the steps since the point before."
     if len({row["series"] for row in rows}) > 1 and len(runs) == 1:
         caption = "The loss, and each of its terms before its weight is applied."
     return Chart("loss", "Loss", caption, _lines(rows))
@@ -92,6 +93,9 @@ def _held_out(runs: Sequence[Run]) -> Any:
 
 def _around(run: Run, figure: str, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Add what was measured before the first step and after the last one."""
+    if rows and _held_out_against_another(run):
+        yield from rows
+        return
     before, after = (run.evaluation.get(name) for name in ("before", "after"))
     end = run.log[-1] if run.log else {"step": 0}
     if before is not None and not any(row["step"] == 0 for row in rows):
@@ -99,6 +103,12 @@ def _around(run: Run, figure: str, rows: list[dict[str, Any]]) -> Iterator[dict[
     yield from rows
     if after is not None and not any(row["step"] == end["step"] for row in rows):
         yield {"step": end["step"], "minutes": _minutes(end), "value": getattr(after, figure)}
+
+
+def _held_out_against_another(run: Run) -> bool:
+    """Whether the held-out loss compares with another teacher than the figures do."""
+    states = any(one.teacher_needs - {"distribution"} for one in run.recipe.objectives)
+    return states and run.recipe.evaluate.against not in (None, run.recipe.teacher)
 
 
 def _writers(run: Run) -> Chart:
@@ -150,7 +160,7 @@ def _points(run: Run, figure: str | Callable[..., float | None]) -> Iterator[dic
     """Yield the values of a figure in the log; of a long run, the means over equal parts."""
     of = figure if callable(figure) else lambda line: line.get(figure)
     known = [(line, of(line)) for line in run.log]
-    points = [(line, value) for line, value in known if isinstance(value, int | float)]
+    points = [(line, value) for line, value in known if value is not None and isfinite(value)]
     size = -(-len(points) // MOST_POINTS) or 1
     for start in range(0, len(points), size):
         some = points[start : start + size]

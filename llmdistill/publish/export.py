@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from llmdistill.training.checkpoint import save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
+
+IMAGE = re.compile(r"^!\[.*\]\(plots/.*\)\n\n?", flags=re.MULTILINE)  # a chart in a card
 
 logger = logging.getLogger("llmdistill")
 
@@ -72,6 +75,7 @@ def export(
         CheckpointError: `source` has no model, or `out` has files.
         ModelError: The model cannot be written in this format.
     """
+    quantize = quantize.lower() if quantize is not None else None
     _check(format, dtype, quantize)
     student = student_folder(source)
     _require_free(out, student, overwrite=overwrite)
@@ -79,10 +83,32 @@ def export(
     with _appears_whole(out) as folder:
         files = FORMATS[format](Export(student, folder, name, dtype, quantize))
         save_tokenizer(load_tokenizer(str(student)), folder)
-        for kept in (GENERATION, CARD):
-            if (student / kept).is_file():
-                shutil.copyfile(student / kept, folder / kept)
+        if (student / GENERATION).is_file():
+            shutil.copyfile(student / GENERATION, folder / GENERATION)
+        if (student / CARD).is_file():
+            text = (student / CARD).read_text(encoding="utf-8")
+            (folder / CARD).write_text(_card_of(text, format), encoding="utf-8")
     return files
+
+
+def _card_of(text: str, format: str) -> str:
+    """Return a student's card without its charts, which stay with the run.
+
+    Of an adapter that was merged, it no longer says that PEFT loads the model.
+    """
+    text = IMAGE.sub("", text)
+    if format == "adapter":
+        return text
+    for ours, theirs in (
+        ("library_name: peft\n", "library_name: transformers\n"),
+        (
+            "from peft import AutoPeftModelForCausalLM\n",
+            "from transformers import AutoModelForCausalLM\n",
+        ),
+        ("AutoPeftModelForCausalLM.", "AutoModelForCausalLM."),
+    ):
+        text = text.replace(ours, theirs)
+    return text
 
 
 def student_folder(given: Path) -> Path:

@@ -16,6 +16,7 @@ from accelerate import PartialState
 
 from llmdistill import run_folder
 from llmdistill.data.collate import EncodedRows, PromptDataset
+from llmdistill.models.embedded import hub_name
 from llmdistill.models.load import default_device
 from llmdistill.recipe import Recipe
 
@@ -71,7 +72,10 @@ def facts_of(
     held: PromptDataset | None,
     terms: Sequence[str],
 ) -> Facts:
-    """Return the facts of the run that this process has just made, from its log and its rows."""
+    """Return the facts of the run that this process has just made, from its log and its rows.
+
+    Of a recipe of several runs, they are those of the last run.
+    """
     log = run_folder.read_lines(folder / run_folder.METRICS)
     rows = {"train": str(train.counts)} if isinstance(train, PromptDataset) else {}
     if held is not None:
@@ -147,7 +151,7 @@ def _commits(recipe: Recipe) -> list[tuple[str, str]]:
     sources = {(recipe.student.model, recipe.student.revision), *recipe.teacher_sources}
     found = []
     for name, revision in sorted(sources, key=str):
-        if Path(name).exists() or name.count("/") != 1:
+        if hub_name(name) != name:  # a local one, or the embedded one
             continue
         file = try_to_load_from_cache(name, "config.json", revision=revision)
         if isinstance(file, str):

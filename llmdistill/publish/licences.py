@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from llmdistill.data.sources import SEED_TASKS, hub_name
 from llmdistill.models.embedded import EMBEDDED
 from llmdistill.publish.names import public_part
 from llmdistill.recipe import Recipe
 
+SEVERAL = "see-the-card"  # the name of a licence that is a list in the card
 OTHER = "other"  # the Hub's word for a licence that has no identifier there
 SEED_TASKS_LICENSE = "apache-2.0"  # of this package, which they are a part of
 
@@ -37,13 +39,25 @@ class Part(NamedTuple):
 
 
 def parts_of(recipe: Recipe) -> list[Part]:
-    """Return the student's base, its teachers and its datasets with their licences."""
+    """Return the student's base, its teachers and its datasets with their licences.
+
+    Of a recipe of several runs, the students that teach in a later run are teachers.
+    """
+    made = {str(Path(stage.output) / "student") for stage in recipe.stages}
+    sources = [name for stage in recipe.stages for name, _ in stage.teacher_sources]
+    sources += [stage.student.model for stage in recipe.stages[:-1]]
     found = [Part("student", recipe.student.model, read_licence(recipe.student.model))]
-    for name in dict.fromkeys(name for name, _ in recipe.teacher_sources):
-        found.append(Part("teacher", name, read_licence(name)))
+    for name in dict.fromkeys(sources):
+        if name not in made:
+            found.append(Part("teacher", name, read_licence(name)))
     for source in dict.fromkeys(one.source for one in recipe.data.train):
         found.append(Part("data", source, licence_of_data(source)))
     return [part._replace(name=public_part(part.name)) for part in found]
+
+
+def _compared(licence: Licence | None) -> Licence | None:
+    """Return what tells licences apart: the identifier, or of another one also name and link."""
+    return licence if licence is None or licence.id == OTHER else Licence(licence.id)
 
 
 def common(parts: Sequence[Part]) -> Licence:
@@ -51,10 +65,10 @@ def common(parts: Sequence[Part]) -> Licence:
 
     Parts whose licence cannot be read have another one as far as anyone can know.
     """
-    found = {part.licence for part in parts}
+    found = {_compared(part.licence) for part in parts}
     if len(found) == 1 and (one := found.pop()) is not None:
         return one
-    return Licence(OTHER, "see-the-card")
+    return Licence(OTHER, SEVERAL)
 
 
 def read_licence(name: str, *, kind: Literal["model", "dataset"] = "model") -> Licence | None:
@@ -64,6 +78,8 @@ def read_licence(name: str, *, kind: Literal["model", "dataset"] = "model") -> L
     if name in EMBEDDED:
         return Licence(EMBEDDED[name].license)
     local = Path(os.path.expanduser(name))
+    if local.is_file():  # weights, such as a GGUF file, and no card
+        return None
     made: type[ModelCard | DatasetCard] = ModelCard if kind == "model" else DatasetCard
     try:
         card = made.load(local / "README.md" if local.is_dir() else name)
@@ -72,10 +88,15 @@ def read_licence(name: str, *, kind: Literal["model", "dataset"] = "model") -> L
     except Exception:
         return None
     data = card.data.to_dict()
-    stated = _text(data.get("license"))
-    if stated is None:
+    stated, link = data.get("license"), str(data.get("license_link") or "")
+    if isinstance(stated, list):
+        return Licence(OTHER, _slug(" and ".join(map(str, stated))))
+    if not stated:
         return None
-    return Licence(stated, _text(data.get("license_name")), _text(data.get("license_link")))
+    # A link within the repository of the other model leads nowhere from ours.
+    where = link if link.startswith("https://") else None
+    name = data.get("license_name")
+    return Licence(str(stated), _slug(str(name)) if name else None, where)
 
 
 def licence_of_data(source: str) -> Licence | None:
@@ -87,8 +108,6 @@ def licence_of_data(source: str) -> Licence | None:
     return read_licence(name, kind="dataset") if name else None
 
 
-def _text(stated: Any) -> str | None:
-    """Return what a card states as one text; a list is joined."""
-    if isinstance(stated, list):
-        return ", ".join(map(str, stated)) or None
-    return None if stated is None else str(stated)
+def _slug(text: str) -> str:
+    """Return a name in the form that the Hub takes: lower case, and dashes between the words."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

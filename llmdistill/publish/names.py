@@ -34,7 +34,7 @@ def public_dump(recipe: Recipe | recipes.GenerationRecipe) -> str:
             kept = {name: one for name, one in value.items() if name not in ("url", "key_from")}
             is_remote = kept.get("kind") == "remote"
             # Options of a user's function can hold any path.
-            inside = key if key == "options" else ""
+            inside = key if key in ("options", "training") else ""
             return {
                 name: public_model(one)
                 if is_remote and name == "model"
@@ -45,7 +45,12 @@ def public_dump(recipe: Recipe | recipes.GenerationRecipe) -> str:
             return [public(one, key) for one in value]
         if not isinstance(value, str):
             return value
-        if key == "function" or (key == "options" and ("/" in value or "\\" in value)):
+        is_path = value.startswith(("/", "~", ".")) or "\\" in value
+        if (
+            key == "function"
+            or (key == "options" and "/" in value)
+            or (key in ("options", "training") and is_path)
+        ):
             return re.split(r"[\\/]", value)[-1]
         return public_part(value) if key in PATHS else value
 
@@ -55,9 +60,10 @@ def public_dump(recipe: Recipe | recipes.GenerationRecipe) -> str:
 def shown(text: str) -> str:
     """Return text from a recipe or another card as plain Markdown text.
 
-    It cannot contain HTML tags, end a table cell, or start or end a code span.
+    It cannot contain HTML tags, links or images, end a table cell, or start or end a code span.
     """
-    return html.escape(text, quote=False).replace("|", "\\|").replace("`", "'").replace("\n", " ")
+    plain = html.escape(text, quote=False).replace("`", "'").replace("\n", " ")
+    return re.sub(r"([|\[\]])", r"\\\1", plain)
 
 
 def fenced(text: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmdistill.errors import CheckpointError
 from llmdistill.evaluation.measure import MEANING, remarks
 from llmdistill.publish.card import figures_table, summary
 from llmdistill.publish.charts import Chart, charts, png
@@ -19,6 +19,7 @@ from llmdistill.publish.runs import Run, read_runs
 REPORT, PLOTS = "report.html", "plots"
 TEMPLATE = "report.html.jinja"
 SHOWN_ANSWERS = 25
+DARKEST = 3.0  # nats of KL at which a token has the full colour
 TILES = (
     ("KL from the teacher", "kl_teacher_text", ".3f"),
     ("same first token", "top1_agreement", ".0%"),
@@ -40,23 +41,27 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     Args:
         folders: Run folders.  A run that is not finished is shown as far as it has come.
         output: File to write.  None is `report.html` in the run folder, or in the working folder
-            if there are several runs.  The charts are PNG files in `plots` in the same folder.
+            if there are several runs.  The charts are PNG files in `plots` in the run folder, or
+            next to the file in a folder of its name.
 
     Raises:
-        CheckpointError: A folder has no run.
+        CheckpointError: A folder has no run that can be read, or the report cannot be written.
     """
     places = [Path(folder) for folder in folders]
     runs = read_runs(places)
     page = Path(output) if output is not None else Path(REPORT)
+    plots = page.with_name(f"{page.stem}-{PLOTS}")
     if output is None and len(places) == 1:
-        page = places[0] / REPORT
+        page, plots = places[0] / REPORT, places[0] / PLOTS
     drawn = charts(runs)
-    plots = page.parent / PLOTS
-    plots.mkdir(parents=True, exist_ok=True)
     files = {plots / f"{chart.name}.png": chart for chart in drawn}
-    for file, chart in files.items():
-        file.write_bytes(png(chart))
-    page.write_text(render(runs, drawn), encoding="utf-8")
+    try:
+        plots.mkdir(parents=True, exist_ok=True)
+        for file, chart in files.items():
+            file.write_bytes(png(chart))
+        page.write_text(render(runs, drawn), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"the report cannot be written to {page}: {error}.") from error
     return Report(page, {file: chart.title for file, chart in files.items()})
 
 
@@ -98,7 +103,7 @@ def _shown(run: Run) -> dict[str, Any]:
         "samples": run.samples,
         "recipe": public_dump(run.recipe),
         "facts": _facts(run),
-        "is_finished": run.facts is not None,
+        "is_finished": run.is_finished,
     }
 
 
@@ -113,17 +118,23 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         tiles.append((label, now, f"{then} before"))
     if teacher is not None:
         size = after.num_bytes / teacher.num_bytes
-        speed = after.tokens_per_second / teacher.tokens_per_second
         tiles.append(("size", f"{size:.0%}", "of the teacher's bytes"))
-        tiles.append(("speed", f"{speed:.2f} x", "the teacher's tokens per second"))
+        if teacher.tokens_per_second:
+            speed = after.tokens_per_second / teacher.tokens_per_second
+            tiles.append(("speed", f"{speed:.2f} x", "the teacher's tokens per second"))
     return tiles
 
 
 def _compared(runs: Sequence[Run]) -> list[list[str]]:
-    """Return a table with the trained students of all runs side by side, and the first teacher."""
+    """Return a table with the trained students of all runs side by side.
+
+    Their teacher is in it if all of them have the same one and the same held-out rows.
+    """
     found = {run.name: run.evaluation["after"] for run in runs if "after" in run.evaluation}
-    teachers = [run.evaluation["teacher"] for run in runs if "teacher" in run.evaluation]
-    return figures_table(found | ({"teacher": teachers[0]} if teachers else {})) if found else []
+    same = len({repr((run.recipe.teacher, run.recipe.data)) for run in runs}) == 1
+    if same and found and "teacher" in runs[0].evaluation:
+        found["teacher"] = runs[0].evaluation["teacher"]
+    return figures_table(found) if found else []
 
 
 def _marked(row: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +142,7 @@ def _marked(row: dict[str, Any]) -> dict[str, Any]:
     tokens = [
         {
             "text": one["text"],
-            "shade": f"{1 - math.exp(-max(one['kl'], 0.0)):.3f}",
+            "shade": f"{min(max(one['kl'] / DARKEST, 0.0), 1.0):.3f}",
             "note": "\n".join([
                 f"KL {one['kl']:.3f} nats",
                 *(f"{who}: {_choices(one[who])}" for who in ("teacher", "student")),
@@ -161,7 +172,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         *(("note", note) for note in facts.notes),
         ("machine", facts.machine),
         ("processes", str(facts.processes)),
-        ("peak memory of the first process", f"{facts.memory / 2**30:.2f} GiB"),
+        (
+            "peak memory of the first process",
+            f"{facts.memory / 2**30:.2f} GiB" if facts.memory else "",
+        ),
         ("versions", ", ".join(f"{name} {number}" for name, number in facts.packages.items())),
         *((f"commit of {name}", commit) for name, commit in facts.revisions.items()),
     ]

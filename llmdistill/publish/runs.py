@@ -12,14 +12,14 @@ from llmdistill import run_folder
 from llmdistill.errors import CheckpointError
 from llmdistill.evaluation.measure import Figures
 from llmdistill.evaluation.results import Answers, read_results
-from llmdistill.publish.facts import Facts
+from llmdistill.publish.facts import FACTS, Facts
 from llmdistill.recipe import Recipe
 from llmdistill.recipe.reading import load_recipe
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds.  A run that is not finished has no `facts`, and fewer figures."""
+    """What a run folder holds.  A run that is not finished has fewer figures."""
 
     name: str
     recipe: Recipe
@@ -29,6 +29,7 @@ class Run:
     answers: list[Answers]
     looked_at: list[dict[str, Any]]
     facts: Facts | None
+    is_finished: bool
 
     @classmethod
     def read(cls, folder: Path, name: str) -> Run:
@@ -49,17 +50,18 @@ class Run:
             answers=answers,
             looked_at=run_folder.read_lines(folder / run_folder.POSITIONS),
             facts=Facts.read(folder),
+            is_finished=any((folder / name).is_file() for name in (FACTS, "student/README.md")),
         )
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders.  Runs of equal names get the name of their parent folder, too."""
-    names = [folder.resolve().name for folder in folders]
-    told = [
-        f"{folder.resolve().parent.name}/{name}" if names.count(name) > 1 else name
-        for folder, name in zip(folders, names, strict=True)
-    ]
-    return [Run.read(folder, name) for folder, name in zip(folders, told, strict=True)]
+    """Read run folders.  Each is called by as much of the end of its path as tells them apart."""
+    paths = list(dict.fromkeys(folder.resolve() for folder in folders))
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len({*names, "teacher"}) == len(names) + 1:  # a column of the table has this name
+            break
+    return [Run.read(path, name) for path, name in zip(paths, names, strict=True)]
 
 
 def _before(folder: Path) -> dict[str, Figures]:

@@ -241,12 +241,7 @@ class DistillTrainer(AheadTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` with who wrote and each term's mean since the last line, over all ranks."""
-        if "loss" in logs:  # a line about training, not about an evaluation
-            logs.update(self._tally.figures(self.accelerator))
-            logs.update(_scheduled_weights(self))
-            self._watch(logs)
-            if self.model.trained_teacher is not None:
-                self.model.trained_teacher.watch(logs)
+        _add_figures(self, logs)
         super().log(logs, start_time)
 
 
@@ -303,6 +298,19 @@ def _end(trainer: DistillTrainer) -> Progress:
         loader = trainer.get_train_dataloader()
         *_, steps = trainer.set_initial_training_values(trainer.args, loader)
     return replace(_progress(trainer), step=max(steps - 1, 0), num_steps=max(steps, 1))
+
+
+def _add_figures(trainer: DistillTrainer, logs: dict[str, float]) -> None:
+    """Add what the tally has to a line about training, and to the line at its end."""
+    if "loss" in logs:
+        logs.update(trainer._tally.figures(trainer.accelerator))
+        logs.update(_scheduled_weights(trainer))
+        trainer._watch(logs)
+        if trainer.model.trained_teacher is not None:
+            trainer.model.trained_teacher.watch(logs)
+    elif "train_loss" in logs:  # the end: the steps after the last line
+        rest = trainer._tally.figures(trainer.accelerator)
+        logs.update(rest if rest["predicted_tokens"] else {})
 
 
 def _held_out_weights(trainer: DistillTrainer) -> dict[str, float]:

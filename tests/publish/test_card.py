@@ -162,6 +162,72 @@ def test_the_seed_tasks_have_the_licence_of_this_package():
     assert card.data.license == "apache-2.0"
 
 
+def test_links_tell_no_known_licences_apart():
+    """Each model of a family links to its own copy."""
+    parts = [
+        Part("a", "a", Licence("apache-2.0", None, "https://x/1")),
+        Part("b", "b", Licence("apache-2.0")),
+    ]
+    assert common(parts) == Licence("apache-2.0")
+    others = [Part("a", "a", Licence("other", name)) for name in ("x", "y")]
+    assert common(others).name == "see-the-card"
+
+
+def test_an_assistant_counts_among_the_licences(tmp_path):
+    mit, llama = (licensed(tmp_path / one, f"license: {one}") for one in ("mit", "llama3.2"))
+    chain = {"kind": "chain", "teacher": {"model": mit}, "assistants": [{"model": llama}]}
+    rows = {"train": licensed(tmp_path / "rows", "license: mit")}
+    card = parsed(teacher=chain, student={"model": mit}, data=rows)
+    assert card.data.license == "other"
+    assert "| teacher | llama3.2 | llama3.2 |" in card.text
+
+
+def test_weights_are_not_read_as_a_card(tmp_path, monkeypatch):
+    (tmp_path / "t.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("huggingface_hub.ModelCard.load", lambda name: pytest.fail("read"))
+    assert read_licence(str(tmp_path / "t.gguf")) is None
+
+
+def test_a_licence_has_the_form_that_the_hub_takes(tmp_path):
+    name = licensed(
+        tmp_path / "a",
+        "license: other\nlicense_name: '![x](https://evil) Y'\nlicense_link: LICENSE",
+    )
+    assert read_licence(name) == Licence("other", "x-https-evil-y", None)
+
+
+def test_paths_of_training_are_not_shown():
+    training = {
+        "deepspeed": "/home/ann/ds.json",
+        "optim_args": "a=1",
+        "fsdp_config": {"x": "~/y.json"},
+    }
+    text = parsed(training=training).content
+    assert "/home/ann" not in text
+    assert "~/y" not in text
+    assert "deepspeed: ds.json" in text
+    assert "optim_args: a=1" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["https://host.corp/data", "file:///home/ann/x", "home/ann/data:train"]
+)
+def test_addresses_and_lost_folders_are_cut(name):
+    text = parsed(data={"train": name}).content
+    assert "host.corp" not in text
+    assert "ann/" not in text
+
+
+def test_two_splits_of_a_dataset_are_one(tmp_path):
+    assert parsed(data={"train": ["org/rows:a", "org/rows:b"]}).data.datasets == ["org/rows"]
+
+
+def test_the_card_of_several_runs_says_which_one_it_measured():
+    chain = {"kind": "chain", "teacher": {"model": "org/t"}, "assistants": [{"model": "org/a"}]}
+    text = parsed(teacher=chain, facts=FACTS).text
+    assert "**Training in the last of 2 runs**: 96 steps" in text
+
+
 @pytest.mark.parametrize("known", [None, Licence("mit")])
 def test_a_part_that_cannot_be_read_leaves_no_licence_for_all(known):
     parts = [Part("student", "a", None), Part("teacher", "b", known)]
@@ -187,7 +253,8 @@ def test_a_hostile_licence_is_escaped(tmp_path):
 def test_a_licence_that_is_a_list_leaves_a_card_that_parses(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense:\n- mit\n- apache-2.0\n---\n")
     card = parsed(teacher={"kind": "local", "model": str(tmp_path)})
-    assert "| mit, apache-2.0 |" in card.text
+    assert "| mit-and-apache-2.0 |" in card.text
+    assert card.data.to_dict()["license"] == "other"
 
 
 def test_the_text_says_how_it_was_made():

@@ -21,9 +21,7 @@ from tests import toy
 from tests.support.files import read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.charts
-HOSTILE = (
-    "</script><script>console.error('let out')</script><img src=x onerror=console.error('let-out')>"
-)
+HOSTILE = "\" onmouseover=\"console.error('out') </script><script>console.error('let out')</script><img src=x onerror=console.error('let-out')>"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 STEPS = 4
 
@@ -111,6 +109,53 @@ def test_a_held_out_figure_starts_before_training_and_ends_after_it(run):
     assert points[-1]["value"] == pytest.approx(evaluation["after"]["kl_teacher_text"], rel=1e-3)
 
 
+def test_what_was_not_measured_in_training_is_measured_around_it(run):
+    [one] = read_runs([run])
+    log = [line for line in one.log if "eval_kl" not in line]
+    points = values([replace(one, log=log)], "held_out_kl")
+    after = one.evaluation["after"].kl_teacher_text
+    assert [(row["step"], row["value"]) for row in points[1:]] == [(STEPS, after)]
+
+
+def test_figures_of_another_teacher_are_not_joined(run):
+    """With an objective on states, the held-out loss is that of the run's own teacher."""
+    [one] = read_runs([run])
+    given = recipes.as_data(one.recipe)
+    given["objectives"].append({"kind": "hidden", "layers": [[1, -1]]})
+    given["evaluate"]["against"] = {"model": "org/other"}
+    points = values([replace(one, recipe=recipes.build(given))], "held_out_kl")
+    assert [row["step"] for row in points] == [2, 4]
+
+
+def test_a_figure_that_is_not_finite_is_left_out(run):
+    [one] = read_runs([run])
+    log = [line | {"loss": float("nan")} if line.get("step") == 2 else line for line in one.log]
+    drawn = charts.charts([replace(one, log=log)])
+    json.dumps([chart.spec for chart in drawn], allow_nan=False)
+
+
+def test_figures_of_another_version_are_refused(run, tmp_path):
+    shutil.copy(run / "recipe.yaml", tmp_path / "recipe.yaml")
+    for text in ('{"after": {"old": 1}}', '{"after": '):
+        (tmp_path / "evaluation.json").write_text(text)
+        with pytest.raises(CheckpointError, match="damaged, or of another version"):
+            write_report([tmp_path])
+
+
+def test_a_report_that_cannot_be_written_says_so(run, tmp_path):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write_report([run], tmp_path / "report.html")
+
+
+def test_a_run_called_teacher_keeps_its_column(run, tmp_path):
+    for name in ("p/teacher", "q/teacher"):
+        shutil.copytree(run, tmp_path / name)
+    names = [one.name for one in read_runs([tmp_path / "p/teacher", tmp_path / "q/teacher"])]
+    assert names == ["p/teacher", "q/teacher"]
+    assert [one.name for one in read_runs([tmp_path / "p/teacher"])] == ["p/teacher"]
+
+
 def test_a_long_run_is_drawn_with_means(run, monkeypatch):
     monkeypatch.setattr(charts, "MOST_POINTS", 2)
     [one] = read_runs([run])
@@ -126,11 +171,12 @@ def test_several_runs_share_each_chart(run, tmp_path):
     shutil.copytree(run, other)
     runs = read_runs([run, other])
     assert [one.name for one in runs] == [f"{run.parent.name}/skd", f"{tmp_path.name}/skd"]
+    assert [one.name for one in read_runs([run, run])] == ["skd"]
     assert {row["series"] for row in values(runs, "loss")} == {one.name for one in runs}
     written = write_report([run, other], tmp_path / "both.html")
     assert written.page == tmp_path / "both.html"
     assert "Trained students" in written.page.read_text()
-    assert (tmp_path / "plots" / "loss.png").is_file()
+    assert (tmp_path / "both-plots" / "loss.png").is_file()
 
 
 def test_a_run_that_is_not_finished_is_shown_as_far_as_it_is(run, tmp_path):

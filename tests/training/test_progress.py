@@ -59,6 +59,16 @@ def test_samples_change_nothing_in_a_run(tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_all_tokens_are_counted_however_often_a_run_logs(tmp_path, every):
+    """Four steps of 4 rows read the 8 rows twice."""
+    made = watched(tmp_path, logging_steps=every, max_steps=4)
+    made.train()
+    log = made.state.log_history
+    expected = 2 * sum(len(row.response_ids) for row in made.train_dataset.rows)
+    assert sum(line.get("predicted_tokens", 0) for line in log) == expected
+
+
 def test_tensorboard_gets_what_is_logged(tmp_path):
     options = {"eval_dataset": dataset(3), "eval_strategy": "steps", "eval_steps": 2}
     made = watched(tmp_path, report_to="tensorboard", **options)
