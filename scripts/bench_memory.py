@@ -22,6 +22,7 @@ import psutil
 RECIPES = ("quickstart", "skd_cpu", "hidden", "minilm", "mixkd")
 FOLDER = Path(__file__).parents[1] / "recipes"
 GIB = 2**30
+TITLE = "Memory: estimated and measured"
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
         })  # fmt: skip
         print(rows[-1], flush=True)
     said = (__doc__ or "").strip().rpartition("\n\n")[2]
-    benchmark.report("Memory: estimated and measured", [said, benchmark.table(rows)], options.write)
+    benchmark.report(options.write, TITLE, [said, benchmark.table(rows)])
 
 
 def measured(name: str) -> dict:
