@@ -10,6 +10,7 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores; also of subprocesses
 if "HF_DATASETS_CACHE" not in os.environ:  # encoded rows of tests are not the user's
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="llmdistill-rows-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)

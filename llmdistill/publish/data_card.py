@@ -98,8 +98,9 @@ def _license(teacher: GenerationTeacher) -> str | None:
 
 
 def _stated(source: str) -> str | None:
+    """Return the licence of a source of rows in one word."""
     found = licence_of_data(source)
-    return None if found is None else found.id
+    return None if found is None else found.name or found.id
 
 
 def _size(rows: int) -> str:

@@ -18,6 +18,7 @@ from llmdistill.instruct.records import replace_lines
 from llmdistill.instruct.tasks import Task
 from llmdistill.publish import data_card
 from llmdistill.publish.hub import push
+from llmdistill.publish.licences import Licence
 from tests.support.files import read_jsonl, write_jsonl
 from tests.support.recipes import build_generation
 from tests.support.servers import chat, scripted
@@ -109,7 +110,7 @@ def test_one_licence_only_if_seeds_and_teacher_agree(tmp_path, seeds, teacher, l
         made = generate(recipe(server, tmp_path, {"license": teacher}, **changes))
     card = DatasetCard.load(made.folder / "README.md")
     assert card.data.license == license
-    stated = seeds.strip("[]")
+    stated = seeds.strip("[]").replace(", ", "-and-")
     assert f"**Made from**: `ds` ({stated})" in card.text
 
 
@@ -124,7 +125,10 @@ def test_a_file_of_unknown_licence_makes_the_licence_unknown(tmp_path):
 
 
 def test_the_owner_of_a_dataset_is_credited(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_card, "license_of", lambda name, **options: f"{name}-terms")
+    monkeypatch.setattr(
+        data_card, "licence_of_data", lambda source: Licence(f"{source.partition(':')[0]}-terms")
+    )
+    monkeypatch.setattr(data_card, "read_licence", lambda name: None)
     generator = {"kind": "answer", "prompts": "openai/gsm8k:main:train"}
     made = recipe(SimpleNamespace(url="http://x/v1"), tmp_path, generator=generator)
     card = data_card.data_card(made, data_card.Outcome({"train": 1}, {}, {}, ""))
