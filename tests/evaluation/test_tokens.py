@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
+from llmdistill.batch import Sequences
 from llmdistill.evaluation import agreement
 from llmdistill.evaluation.agreement import judge, per_token
-from llmdistill.evaluation.tokens import CHOICES, positions
+from llmdistill.evaluation.tokens import CHOICES, _word, positions
+from llmdistill.sampling import Writer
 from llmdistill.teachers.local import LocalTeacher
 from tests import toy
 
@@ -33,3 +38,18 @@ def test_positions_are_those_of_both_models(monkeypatch, rows):
         texts, shares = zip(*getattr(found[0][0], name), strict=True)
         assert list(texts) == [tokenizer.decode([one]) for one in top.indices.tolist()]
         assert list(shares) == pytest.approx(top.values.tolist(), rel=1e-4)
+
+
+def test_a_token_keeps_its_space_behind_another_one():
+    """Tokenizers made by SentencePiece write no space at the start of a text."""
+    backend = Tokenizer(WordLevel({"▁the": 0, "▁cat": 1}, unk_token="▁the"))
+    steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert _word(tokenizer, [], 1) == "cat"
+    assert _word(tokenizer, [0], 1) == " cat"
+    sequences = Sequences.pack([[0]], [[0, 1]], [0], writer=Writer.TEACHER, pad_id=0)
+    teacher = LocalTeacher(toy.teacher_model(), toy.tokenizer())
+    [judged] = judge(teacher, [sequences])
+    [row] = positions(toy.model(), judged, tokenizer, V)
+    assert [one.text for one in row] == ["the", " cat"]
