@@ -227,7 +227,7 @@ def _encoded_chunks(
     hidden = not logger.isEnabledFor(logging.INFO)
     with tqdm(
         desc="encoding rows", unit="row", initial=sum(map(len, first)), delay=SECONDS,
-        file=sys.stderr, disable=hidden,
+        file=sys.stderr, disable=hidden or None,  # None: on a terminal
     ) as bar:  # fmt: skip
         for number, encoded in _by_processes(chunks, encoder):
             bar.update(number)

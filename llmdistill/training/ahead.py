@@ -171,7 +171,7 @@ def _write(
         desc="the teacher writes",
         unit="response",
         file=sys.stderr,
-        disable=not (show_progress and args.process_index == 0),
+        disable=not (show_progress and args.process_index == 0) or None,  # None: on a terminal
     )
     with bar, trainer.accelerator.autocast():
         for batch in own:
