@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmdistill.errors import CheckpointError, ModelError, RecipeError
 from llmdistill.models.adapters import add_adapter
 from llmdistill.models.load import load_model, load_tokenizer
-from llmdistill.publish.export import export
+from llmdistill.publish.export import _card_of, export
 from tests import toy
 
 LLAMA_CPP = Path(__file__).parents[1] / "support" / "llama_cpp"
@@ -299,3 +299,14 @@ def test_a_failed_export_keeps_the_old_one(adapter, plain, tmp_path, monkeypatch
     with pytest.raises(ModelError, match="exit status 1"):
         export(plain, out, "gguf", overwrite=True)
     assert (out / "adapter_config.json").is_file()
+
+
+def test_an_exported_card_fits_what_is_exported():
+    """Charts stay with the run, and a merged adapter is loaded by transformers alone."""
+    text = "library_name: peft\n\nfrom peft import AutoPeftModelForCausalLM\n\n![Loss](plots/loss.png)\n\nEnd\n"
+    assert _card_of(text, "adapter") == text.replace("![Loss](plots/loss.png)\n\n", "")
+    merged = _card_of(text, "safetensors")
+    assert "library_name: transformers" in merged
+    assert "from transformers import AutoModelForCausalLM" in merged
+    assert "plots/" not in merged
+    assert merged.endswith("End\n")
