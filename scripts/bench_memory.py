@@ -2,7 +2,7 @@
 
     python scripts/bench_memory.py [RECIPE ...] [--write docs/results/memory.md]
 
-Each recipe runs in a process of its own, on its longest rows, because the estimate is for these.
+Each recipe runs alone in a new process, on its longest rows, because the estimate is for these.
 The peak is that of the resident memory during the steps, without what the process had before models
 were loaded: the interpreter and the libraries.
 """

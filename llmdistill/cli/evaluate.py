@@ -166,7 +166,7 @@ def _check(asked: Asked, output: Path | None) -> None:
 
 
 def _check_names(asked: Asked) -> None:
-    """Raise RecipeError if a name stands for two columns or two tables of figures."""
+    """Raise RecipeError if two columns or two tables of figures would have the same name."""
     from llmdistill.errors import RecipeError
 
     taken = [*asked.students, "teacher"]

@@ -1,7 +1,7 @@
 """What `llmdistill evaluate` measures: each student against each teacher.
 
 First come the figures, one teacher after the other.  What does not depend on a teacher, such as
-forgetting and benchmarks, is measured once and stands in the table of each teacher.
+forgetting and benchmarks, is measured once and shown in the table of each teacher.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ NOISY = (
 )
 
 
-# transformers warns of its own call in assisted generation, which `evaluate` uses.
+# In assisted generation, which `evaluate` uses, transformers calls what it has deprecated.
 OWN_CALL = ("transformers.generation.utils", "Passing `generation_config` together with")
 
 

@@ -207,7 +207,7 @@ class Evaluation:
     def looked_at(self, model: PreTrainedModel, most: int) -> list[tuple[str, list[Position]]]:
         """Return the first rank's first prompts with the positions of the teacher's answers.
 
-        Every rank must call it; the others get rows of their own.
+        Every rank must call it.  The other ranks get their own rows.
         """
         if not self._judged:
             return []

@@ -2,7 +2,7 @@
 
 This is speculative decoding (Leviathan et al. 2023), which transformers calls assisted generation.
 In each round the student drafts up to DRAFTED tokens, and the teacher judges them in one pass.  It
-accepts the drafts up to the first one that it rejects, and adds one token of its own.  A draft
+accepts the drafts up to the first one that it rejects, and writes the next token itself.  A draft
 behind a rejected one is thrown away without a judgement.
 
 The rounds are counted from outside.  A hook on the teacher sees the drafts of each pass, and they
@@ -42,7 +42,7 @@ DRAFTING = {
     "num_assistant_tokens_schedule": "constant",
     "assistant_confidence_threshold": 0.0,
 }
-# All fields that change the distribution are set, because `generate` has defaults of its own.
+# All fields that change the distribution are set, because `generate` has other defaults.
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
@@ -171,7 +171,7 @@ def count(passes: Sequence[list[int]], prompt_length: int, text: list[int]) -> C
         drafted += len(drafts)
         judged += min(taken + 1, len(drafts))  # the first that is rejected was judged, too
         accepted += taken
-        place += taken + 1  # the teacher adds one token of its own
+        place += taken + 1  # the teacher writes the next token itself
     return Counts(drafted, judged, accepted)
 
 

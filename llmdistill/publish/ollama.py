@@ -1,6 +1,6 @@
 """The Modelfile of a student for Ollama: its file, its chat template and its end tokens.
 
-Ollama does not read the Jinja templates of Hugging Face; it has a language of its own.  What a
+Ollama does not read the Jinja templates of Hugging Face; it has another template language.  What a
 template writes around the content of each role is found by rendering a few conversations, and is
 compared with the template on others.  A template that is not such a row of turns is refused: a
 model that reads another template than it was trained with writes worse, without an error.

@@ -49,7 +49,7 @@ def launched(
 
 
 def two_ranks(*places: Path) -> None:
-    """Run cases that have a launch of their own and succeed."""
+    """Launch the ranks for one case, which must succeed."""
     done = launched(*places)
     assert done.returncode == 0, _tail(done)
 

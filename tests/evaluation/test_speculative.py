@@ -69,7 +69,7 @@ def test_a_student_that_is_the_teacher_is_always_accepted(teacher):
 
 
 def test_an_unrelated_student_is_nearly_never_accepted(teacher):
-    """Toys are unsure of everything, so both are made sure of a token of their own."""
+    """Toys are unsure of everything, so each is made sure of a different token."""
     student = toy.model(seed=5)
     assert drafts(teacher, student).greedy.acceptance < 0.1
     for model, token in ((teacher.model, 70), (student, 80)):

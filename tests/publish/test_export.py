@@ -147,7 +147,7 @@ print(*itertools.islice(tokens, 8))
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
 def test_llama_cpp_writes_the_same_tokens(plain, tmp_path, converter):
     (name,) = export(plain, tmp_path / "out", "gguf", dtype="float32")
-    # In a process of its own: llama_cpp leaves files open.
+    # In a new process, because llama_cpp leaves files open.
     command = [
         sys.executable,
         "-c",

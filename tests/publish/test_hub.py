@@ -298,7 +298,7 @@ def test_the_command_uploads_and_prints_the_address(run, hub, monkeypatch, capsy
 
 @pytest.mark.slow
 def test_the_command_reaches_the_hub_of_the_environment(run):
-    """As a process of its own, in which the client reads the environment."""
+    """In a new process, in which the client reads the environment."""
     with serving_hub() as hub:
         done = subprocess.run(
             [sys.executable, "-m", "llmdistill", "push", str(run), "me/mine"],
