@@ -49,7 +49,7 @@ def launched(
 
 
 def two_ranks(*places: Path) -> None:
-    """Launch the ranks for one case, which must succeed."""
+    """Launch the ranks once for these cases, which must succeed."""
     done = launched(*places)
     assert done.returncode == 0, _tail(done)
 
